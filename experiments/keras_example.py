@@ -1,0 +1,143 @@
+"""The sources' complete example (S1), in Keras' own conventions: what the text claims beside what was measured.
+
+    python -m experiments.keras_example
+    python -m experiments.keras_example --seed 1 --epochs 100
+
+1000 inputs of 784 standard-normal numbers, each with one of 10 classes drawn at random; dense 784-128-64-10 with relu,
+softmax cross-entropy, Adam 0.001, batches of 32, 50 epochs. As in Keras: Glorot uniform weights and zero biases; Adam
+in Keras' form with epsilon 1e-7; the validation split is the *last* 20%, cut off before anything is shuffled; an
+epoch's training figures are means over its batches, each taken before its update.
+
+The labels are random, so there is nothing to learn: training accuracy rises because 800 examples can be learned by
+heart, and validation accuracy must stay near 10%. It is a demonstration of overfitting.
+
+Legend: N examples, 10 classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import fnet
+from experiments.common import new_run_folder
+from fnet.initializers import glorot_uniform
+from fnet.metrics import accuracy, gradient_norms
+from fnet.observers import jsonl, progress
+from fnet.report.plots import new_figure
+from fnet.types import stream
+
+CLASSES = 10
+CLAIMED = {1: (2.3, 0.10), 10: (1.5, 0.40), 50: (0.3, 0.90)}  # the text's loss and accuracy by epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train the sources' Keras example on random inputs with random labels."""
+
+    examples: int = 1000
+    validation_split: float = 0.2  # the share of the examples, from the end, that is not trained on
+    learning_rate: float = 1e-3  # Adam's
+    batch_size: int = 32
+    epochs: int = 50
+    seed: int = 0  # of the data, the parameters and the order of the examples
+    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/keras_example/NAME
+    name: str | None = None  # None takes the time of day
+
+
+def random_data(config: Config, key) -> fnet.Batch:
+    """Inputs (N, 784), standard normal, and one-hot targets (N, 10) that have nothing to do with them."""
+    inputs = jax.random.normal(stream(key, "inputs"), (config.examples, 784))
+    labels = jax.random.randint(stream(key, "labels"), (config.examples,), 0, CLASSES)
+    return fnet.Batch(inputs, jax.nn.one_hot(labels, CLASSES))
+
+
+def split_last(data: fnet.Batch, share: float) -> tuple[fnet.Batch, fnet.Batch]:
+    """All but the last ``share`` of the examples, and those: Keras' ``validation_split``."""
+    keep = int(len(data.inputs) * (1 - share))
+    return jax.tree.map(lambda a: a[:keep], data), jax.tree.map(lambda a: a[keep:], data)
+
+
+def run(config: Config, console: Console | None = None) -> dict:
+    """Train, print the comparison and write the run folder; returns what was measured."""
+    console = console or Console()
+    folder = new_run_folder(config.run_dir, "keras_example", config.name)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    key = jax.random.key(config.seed)
+    with console.status("drawing the data and the parameters"):
+        training, validation = split_last(random_data(config, stream(key, "data")), config.validation_split)
+        model, loss = fnet.mlp(128, 64, CLASSES, weights=glorot_uniform()), fnet.softmax_cross_entropy
+        params, state = fnet.init(model, stream(key, "model"), training.inputs[:1])
+
+    optimizer = fnet.adam(config.learning_rate, eps=1e-7, variant="keras")
+    gradient = fnet.backprop(model, loss, {"accuracy": accuracy})
+    step = fnet.make_step(gradient, optimizer, monitor=lambda grads: {"gradient_norm": gradient_norms(grads)})
+    _, history = fnet.fit(
+        step,
+        fnet.init_train_state(params, optimizer, stream(key, "run"), state),
+        training,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        evaluate=fnet.make_evaluate(model, loss, {"accuracy": accuracy}),
+        validation=validation,
+        observers=[progress("training", console), jsonl(folder / "metrics.jsonl")],
+    )
+
+    curves, held_out = history.epochs, len(validation.inputs)
+    training_columns = ("loss\nclaimed", "loss\nmeasured", "accuracy\nclaimed", "accuracy\nmeasured")
+    table = Table("epoch", *training_columns, "validation\nloss", "validation\naccuracy", box=SIMPLE)
+    table.title = f"{config.examples} random examples, the last {held_out} held out"
+    for epoch in sorted({*CLAIMED, config.epochs}):
+        if epoch <= config.epochs:
+            now = {name: values[epoch - 1] for name, values in curves.items()}
+            claims = [f"≈ {CLAIMED[epoch][0]:.1f}", f"≈ {CLAIMED[epoch][1]:.0%}"] if epoch in CLAIMED else ["", ""]
+            training_cells = claims[0], f"{now['loss']:.4f}", claims[1], f"{now['accuracy']:.1%}"
+            validation_cells = f"{now['validation_loss']:.4f}", f"{now['validation_accuracy']:.1%}"
+            table.add_row(str(epoch), *training_cells, *validation_cells)
+    console.print(table)
+    console.print(
+        f"The labels are random: of examples it has not seen, any model gets 10% ± {chance_spread(held_out):.1%} right "
+        "(one standard deviation). What rises is memory of the training examples: overfitting, and no useful accuracy."
+    )
+    draw(curves, held_out, folder / "curves.png")
+    last = {name: curves[name][-1] for name in ("accuracy", "validation_accuracy")}
+    final = f"training accuracy {last['accuracy']:.4f}, validation accuracy {last['validation_accuracy']:.4f}"
+    console.print(f"{final}  {folder}", highlight=False, soft_wrap=True)
+    return {"history": history, "training": training, "validation": validation, "folder": folder}
+
+
+def chance_spread(examples: int) -> float:
+    """The standard deviation of the share that guessing one of 10 classes gets right of so many examples."""
+    return (1 / CLASSES * (1 - 1 / CLASSES) / examples) ** 0.5
+
+
+def draw(curves, held_out: int, path: Path) -> None:
+    """Loss and accuracy of both parts, with the text's claims as marks and what guessing gives."""
+    figure, (left, right) = new_figure(2)
+    epochs, spread = np.arange(1, len(curves["loss"]) + 1), 2 * chance_spread(held_out)
+    for i, (ax, name) in enumerate(((left, "loss"), (right, "accuracy"))):
+        ax.plot(epochs, curves[name], color="C0", label="training")
+        ax.plot(epochs, curves[f"validation_{name}"], color="C1", label="validation")
+        claimed = [claim[i] for claim in CLAIMED.values()]
+        ax.plot(list(CLAIMED), claimed, "D", color="C3", label="training, the text claims")
+        ax.set(xlabel="epoch", ylabel=name)
+        ax.grid(alpha=0.3)
+    left.axhline(np.log(CLASSES), color="0.5", label="guessing: ln 10")
+    left.set_yscale("log")
+    right.axhspan(0.1 - spread, 0.1 + spread, color="0.5", alpha=0.3, label="guessing: 10% ± 2 standard deviations")
+    right.yaxis.set_major_formatter("{x:.0%}")
+    for ax in (left, right):
+        ax.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config))

@@ -1,0 +1,151 @@
+"""Learning rates 0.001, 0.01, 0.1 and 1.0, all trained at once as one compiled program (SOURCES.md, S10).
+
+    python -m experiments.learning_rates
+    python -m experiments.learning_rates --batch-size 256                  other sizes, other numbers of updates
+    python -m experiments.learning_rates --epochs 10 --rates 0.1 1 10 1e30
+
+64-64-32-10 on scikit-learn's 8x8 digits by plain gradient descent on mini-batches. The rate is data: the whole run,
+`fnet.train`, is a function of it, and `jax.vmap` makes of that one program which trains every rate from the same start
+on the same batches. A run is "diverged" if its final cost is infinite or not a number, and "at chance" if
+it is not below ln 10, what equal probabilities for all classes cost.
+
+Bias and variance, as far as one data set shows them: the training cost is what the model has not fitted (bias), the test
+cost's excess over it is what it has fitted of these examples alone (variance). A larger rate or more epochs trade the
+first for the second; the epoch of the lowest test cost is where the trade stops to pay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+import fnet
+from experiments.common import new_run_folder
+from fnet.metrics import accuracy
+from fnet.report import engine_table
+from fnet.report.plots import new_figure
+from fnet.types import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sweep the learning rate of plain gradient descent on the 8x8 digits in one program."""
+
+    rates: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    batch_size: int = 32
+    epochs: int = 100
+    hidden: tuple[int, ...] = (64, 32)  # widths of the hidden layers
+    test_size: int = 357  # of the 1,797 digits; the other 1,440 are trained on
+    seed: int = 0  # of the split, the parameters and the order of the examples
+    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/learning_rates/NAME
+    name: str | None = None  # None takes the time of day
+
+
+def load(config: Config) -> tuple[fnet.Batch, fnet.Batch]:
+    """Training and test digits."""
+    digits = fnet.data.sklearn_digits()
+    sizes = (len(digits.targets) - config.test_size, config.test_size)
+    return fnet.split(digits, sizes, stream(jax.random.key(config.seed), "split"))
+
+
+def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch) -> dict:
+    """A whole run as a function of its rate: the cost of every update, and after each epoch cost and accuracy."""
+    key = jax.random.key(config.seed)
+    model, loss, optimizer = fnet.mlp(*config.hidden, 10), fnet.softmax_cross_entropy, fnet.sgd(rate)
+    params, state = model.init(stream(key, "model"), train_data.inputs[:1])
+    start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+    on_data = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
+
+    def evaluate(params, state, parts):
+        return {part: on_data(params, state, data) for part, data in parts.items()}
+
+    parts = {"train": train_data, "test": test_data}
+    options = {"epochs": config.epochs, "batch_size": config.batch_size, "evaluate": evaluate, "validation": parts}
+    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    _, updates, epochs = fnet.train(step, start, train_data, **options)
+    epochs = {f"{part} {name}": mean.value for part, means in epochs.items() for name, mean in means.items()}
+    return {"update loss": updates["loss"].value, **epochs}  # (E, S), and (E,) each
+
+
+def run(config: Config, console: Console | None = None) -> dict:
+    """Train at every rate, print the table, draw the curves; returns what was measured, by rate."""
+    console = console or Console()
+    folder = new_run_folder(config.run_dir, "learning_rates", config.name)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    data, traces = load(config), 0
+
+    def member(rate, *data):
+        nonlocal traces
+        traces += 1  # Python runs this body only while jax traces it, once for each program
+        return train_at(config, rate, *data)
+
+    sweep = jax.jit(jax.vmap(member, in_axes=(0, None, None)))
+    with console.status(f"{len(config.rates)} rates, {config.epochs} epochs each"):
+        curves = jax.device_get(sweep(jnp.array(config.rates), *data))
+    console.print(f"{len(config.rates)} runs in one program, traced and compiled {traces} time(s)")
+
+    results = {}
+    for i, rate in enumerate(config.rates):
+        c = {name: curve[i] for name, curve in curves.items()}
+        train, test = c["train loss"], c["test loss"]
+        best = int(np.argmin(np.where(np.isfinite(test), test, np.inf)))
+        verdict = "at chance" if train[-1] >= math.log(10) else "trained"
+        results[rate] = {
+            "verdict": verdict if np.isfinite(train[-1]) else "diverged",
+            "training cost: bias": float(train[-1]),
+            "test cost": float(test[-1]),
+            "test − training: variance": float(test[-1] - train[-1]),
+            "lowest test cost": float(test[best]),
+            "at epoch": best + 1,
+            "training accuracy": float(c["train accuracy"][-1]),
+            "test accuracy": float(c["test accuracy"][-1]),
+            "highest batch cost": float(c["update loss"].max()),  # NaN if any is
+            "curves": c,
+        }
+
+    def cell(value):
+        return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+    names = list(results[config.rates[0]])[:-1]
+    columns = {f"rate {rate:g}": r for rate, r in results.items()}
+    title = f"{config.epochs} epochs in batches of {config.batch_size}: after the last epoch, by learning rate"
+    console.print(engine_table(title, {name: {c: cell(r[name]) for c, r in columns.items()} for name in names}))
+    draw(results, config, folder / "curves.png")
+    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    return {"traces": traces, "rates": results, "folder": folder}
+
+
+def draw(results: dict, config: Config, path: Path) -> None:
+    """Training and test cost by epochs, and after the last epoch by rate; what is not finite is named and not drawn."""
+    figure, (left, right) = new_figure(2, height=4.2)
+    epochs = np.arange(1, config.epochs + 1)
+    for i, (rate, r) in enumerate(results.items()):
+        costs = (np.where(np.isfinite(c), c, np.nan) for c in (r["curves"]["train loss"], r["curves"]["test loss"]))
+        left.plot(epochs, next(costs), color=f"C{i}", label=f"rate {rate:g}: {r['verdict']}")
+        left.plot(epochs, next(costs), "--", color=f"C{i}", linewidth=1)
+    drawn = [rate for rate in sorted(results) if results[rate]["verdict"] != "diverged"]
+    for name, style in {"training cost: bias": "o-", "test cost": "o-", "lowest test cost": "v:"}.items():
+        right.plot(
+            drawn, [results[rate][name] for rate in drawn], style, markersize=5, label=name.removesuffix(": bias")
+        )
+    left.set(xlabel="epoch", ylabel="cost (dashed: test)", yscale="log")
+    right.set(xlabel="learning rate", ylabel=f"cost after {config.epochs} epochs", xscale="log", yscale="log")
+    for ax in (left, right):
+        ax.axhline(math.log(10), color="gray", linestyle=":", linewidth=1)
+        ax.set_ylim(bottom=ax.get_ylim()[0] / 4)  # room for the legend
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small", loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config))

@@ -1,0 +1,14 @@
+"""fnet trains neural networks as pure functions in JAX; the names stand in the order in which data flow."""
+
+from fnet import data, gradcheck, initializers, layers, losses, metrics, models, optimizers, schedules
+from fnet.data import DataError, check_data, split
+from fnet.gradcheck import check_model
+from fnet.gradients import autodiff, backprop, from_loss
+from fnet.layers import dense, flatten, serial
+from fnet.losses import softmax_cross_entropy
+from fnet.models import mlp
+from fnet.optimizers import adam, momentum, rmsprop, set_hyper, sgd
+from fnet.training import Event, History, fit, init_train_state, make_evaluate, make_step, train
+from fnet.types import Batch, Layer, LayerError, Loss, Mean, Optimizer, Schedule, TrainState, apply, init, parameter_paths
+
+__version__ = "0.1.0"

@@ -1,0 +1,211 @@
+"""Data sets in memory: checked once on the host, before anything is compiled.
+
+A data set is a `Batch` whose arrays all have the examples along their first axis.
+
+Legend: N examples, S any shape of rows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fnet.types import Batch, PyTree
+
+
+class DataError(ValueError):
+    """The data do not fit the run; the message names the field, the value, what was expected and the remedy."""
+
+
+def check_data(data: Batch | tuple, *, batch_size: SupportsIndex | None = None, name: str = "data") -> Batch:
+    """The data as arrays on the device, or a `DataError` that says what is wrong with them.
+
+    Dtypes are kept as far as jax holds them: without x64, float64 becomes float32 and int64 becomes int32, and a value
+    that does not fit is an error (jax itself wraps it or makes it infinite). Integer and boolean weights become floats.
+
+    Args:
+        data: a `Batch`, or a plain tuple ``(inputs, targets)`` or ``(inputs, targets, weights)``; every array is
+            ``(N, ...)``. NumPy arrays are copied.
+        batch_size: if given, must be a whole number from 1 to N.
+        name: what the messages call the data, e.g. ``"validation"``.
+
+    Raises:
+        DataError: no examples; arrays of different N or without a first axis; a dtype that is not real numbers; a value
+            that is not finite or too large; weights that are negative or sum to 0; a ``batch_size`` that does not fit.
+
+    >>> data = check_data((np.zeros((3, 2)), np.array([0, 1, 1])))
+    >>> data.inputs.dtype, data.targets.dtype, data.weights
+    (dtype('float32'), dtype('int32'), None)
+    >>> check_data((np.array([[0.5], [np.nan]]), np.array([0, 1])))
+    Traceback (most recent call last):
+    fnet.data.arrays.DataError: data.inputs[1, 0] = nan; expected finite numbers: drop or replace them (1 value in all)
+    """
+    batch = _as_batch(data, name)
+    for path, leaf in _leaves(batch, name):
+        if isinstance(leaf, Tracer):
+            raise DataError(f"{path} is traced; expected values, which can be checked: call check_data outside of jit")
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+            remedy = "encode text and categories as integers, complex numbers as two real ones"
+            raise DataError(f"{path} has dtype {dtype}; expected booleans, integers or floats: {remedy}")
+    examples = count_examples(batch, name)
+    if batch_size is not None:
+        _check_batch_size(batch_size, examples, name)
+    paths, leaves = zip(*_leaves(batch, name), strict=True)
+    arrays = [_to_device(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    batch = jax.tree.unflatten(jax.tree.structure(batch), arrays)
+    return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name))
+
+
+def count_examples(data: Batch, name: str = "data") -> int:
+    """N, the length that all arrays of the data share; a `DataError` if they do not, or if it is 0."""
+    if not jax.tree.leaves(data.inputs):
+        raise DataError(f"{name}.inputs = {data.inputs!r} holds no array; expected one of shape (examples, ...)")
+    leaves = _leaves(data, name)
+    first, examples = leaves[0][0], _length(*leaves[0])
+    for path, leaf in leaves:
+        if not np.size(leaf):
+            raise DataError(f"{path} is empty, shape {np.shape(leaf)}; expected at least 1 example: check the loader")
+        if _length(path, leaf) != examples:
+            raise DataError(
+                f"{path} has {_length(path, leaf)} examples (shape {np.shape(leaf)}) and {first} has {examples}; "
+                "expected the same number in each: the first axis of every array is the examples"
+            )
+    return examples
+
+
+def take(data: PyTree, rows: Any) -> PyTree:
+    """The examples at ``rows``, integers of shape S, of every array in ``data``: ``(N, ...)`` becomes ``(S, ...)``.
+
+    Concrete rows outside -N..N-1 raise a `DataError`. Within jit rows are not known yet and jax clamps them.
+
+    >>> take(Batch(np.array([10, 11, 12]), np.array([0, 1, 2])), [2, 0])
+    Batch(inputs=array([12, 10]), targets=array([2, 0]), weights=None)
+    """
+    if isinstance(rows, Tracer):
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data)
+    rows = np.asarray(rows)
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise DataError(
+            f"rows have dtype {rows.dtype}; expected integers: numpy.flatnonzero(mask) makes them of a mask"
+        )
+    for path, leaf in _leaves(data, "data"):
+        examples = _length(path, leaf)
+        outside = rows[(rows < -examples) | (rows >= examples)]
+        if outside.size:
+            raise DataError(f"row {outside[0]} is outside of {path}; expected {-examples} to {examples - 1}, its rows")
+    return jax.tree.map(lambda leaf: leaf[rows], data)
+
+
+def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> tuple[Batch, ...]:
+    """The examples in a random order, cut into parts; every example lands in exactly one.
+
+    Args:
+        data: a `Batch` (or tuple, as in `check_data`) of N examples.
+        sizes: examples per part, which add up to N; or a fraction f, for two parts of ``round(f * N)`` and the rest.
+        key: the order; the same key and N give the same split, whatever the arrays hold.
+
+    >>> train, test = split(Batch(np.arange(10), np.arange(10)), 0.8, jax.random.key(0))
+    >>> len(train.inputs), sorted(np.concatenate([train.inputs, test.inputs]).tolist())
+    (8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+    batch = _as_batch(data, "data")
+    examples = count_examples(batch)
+    parts = _part_sizes(sizes, examples)
+    order = jax.random.permutation(key, examples)
+    ends = np.cumsum(parts)
+    return tuple(take(batch, order[end - size : end]) for size, end in zip(parts, ends, strict=True))
+
+
+def _as_batch(data: Any, name: str) -> Batch:
+    if isinstance(data, Batch):
+        return data
+    if type(data) is tuple and len(data) in (2, 3):  # another NamedTuple's fields may mean something else
+        return Batch(*data)
+    found = f"a tuple of length {len(data)}" if type(data) is tuple else f"a {type(data).__name__}"
+    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights)")
+
+
+def _leaves(data: PyTree, name: str) -> list[tuple[str, Any]]:
+    """Every leaf with the path a reader would write: ``data.targets/labels``."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return [(f"{name}.{path}" if path else name, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+
+
+def _length(path: str, leaf: Any) -> int:
+    if np.ndim(leaf):
+        return np.shape(leaf)[0]
+    remedy = "a list counts as a tree of numbers, make it an array with numpy.asarray"
+    raise DataError(f"{path} = {leaf!r} has no axis of examples; expected an array of shape (examples, ...): {remedy}")
+
+
+def _check_batch_size(batch_size: Any, examples: int, name: str) -> None:
+    expected = f"expected a whole number from 1 to {examples}, the number of examples in {name}"
+    try:
+        whole = operator.index(batch_size)
+    except TypeError:
+        whole = 0
+    if isinstance(batch_size, bool) or not 1 <= whole <= examples:
+        raise DataError(f"batch_size = {batch_size!r}; {expected} (all of them at once: batch_size={examples})")
+
+
+def _to_device(path: str, leaf: Any) -> jax.Array:
+    host = np.asarray(leaf)
+    floating = jnp.issubdtype(host.dtype, jnp.floating)
+    if floating:
+        _refuse(path, host, ~np.isfinite(host), "expected finite numbers: drop or replace them")
+    dtype = jax.dtypes.canonicalize_dtype(host.dtype)
+    if dtype == host.dtype:
+        return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # jnp.asarray may share NumPy's memory
+    with np.errstate(over="ignore"):
+        narrow = host.astype(dtype)
+    lost = np.isinf(narrow) if floating else narrow != host
+    _refuse(path, host, lost, f"expected numbers that {dtype} holds: scale or renumber them, or enable jax_enable_x64")
+    return jnp.array(narrow)
+
+
+def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str) -> None:
+    """Raise about the first of the bad values, if there is one."""
+    if bad.any():
+        index = np.unravel_index(bad.argmax(), bad.shape)
+        total = int(bad.sum())
+        where, many = ", ".join(map(str, index)), "value" if total == 1 else "values"
+        raise DataError(f"{path}[{where}] = {host[index]}; {expected} ({total} {many} in all)")
+
+
+def _check_weights(weights: Any, name: str) -> jax.Array:
+    if not isinstance(weights, jax.Array):
+        raise DataError(
+            f"{name}.weights is a {type(weights).__name__}; expected one array, shaped like the loss' values"
+        )
+    host = np.asarray(weights)
+    _refuse(f"{name}.weights", host, host < 0, "expected 0 or more: 0 leaves an example out")
+    if not host.any():
+        raise DataError(
+            f"{name}.weights sum to 0; expected one above 0 at least: weights=None counts every example once"
+        )
+    return weights if jnp.issubdtype(weights.dtype, jnp.floating) else jnp.array(host, dtype=float)
+
+
+def _part_sizes(sizes: Any, examples: int) -> list[int]:
+    if isinstance(sizes, float):
+        if not 0 < sizes < 1:
+            raise DataError(f"sizes = {sizes}; expected a fraction between 0 and 1, or a size per part")
+        first = round(sizes * examples)
+        parts = [first, examples - first]
+    else:
+        try:
+            parts = [operator.index(size) for size in sizes]
+        except TypeError:
+            raise DataError(f"sizes = {sizes!r}; expected whole numbers such as (4000, 1000), or a fraction") from None
+    if sum(parts) != examples or min(parts, default=0) < 1:
+        remedy = "name every part and leave none empty"
+        raise DataError(f"sizes = {sizes!r} make parts of {parts}; expected sizes that add up to {examples}: {remedy}")
+    return parts

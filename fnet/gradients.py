@@ -1,0 +1,124 @@
+"""The seam: gradient engines that are swapped by one argument.
+
+    autodiff(model, loss)      jax.grad of the model's forward and the loss
+    backprop(model, loss)      the loss' gradient by hand, then the model's backward by hand
+    from_loss(loss_fn)         jax.grad of any plain function of parameters and a batch
+
+All return ``gradient(params, state, batch, key) -> grads, state, metrics``. The objective is ``Σ w ℓ / Σ w`` over the
+batch; ``metrics`` maps names to `Mean`s of the same pass, among them ``loss``.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnet.types import Batch, Layer, Loss, Mean, PyTree, weighted_mean
+
+Gradient = Callable[[PyTree, PyTree, Any, jax.Array], tuple[PyTree, PyTree, dict[str, Mean]]]
+
+
+def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False) -> Gradient:
+    """Gradients of ``Σ w ℓ / Σ w`` by `jax.value_and_grad` of the model's forward.
+
+    ``metrics`` maps names to functions of ``(outputs, targets)`` that give one value per example, as a loss does. With
+    ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
+    """
+
+    def gradient(params, state, batch, key):
+        batch = Batch(*batch)
+        floating, others = split_floating(batch.inputs)
+
+        def objective(params, floating):
+            x = join(floating, others)
+            outputs, new_state, _ = model.forward(params, state, x, key=key, train=True)
+            measured = measure(loss, metrics, outputs, batch)
+            return measured["loss"].value, (new_state, measured)
+
+        wanted = (0, 1) if inputs else 0
+        grads, (new_state, measured) = jax.grad(objective, argnums=wanted, has_aux=True)(params, floating)
+        return grads, new_state, measured
+
+    return gradient
+
+
+def backprop(
+    model: Layer, loss: Loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False
+) -> Gradient:
+    """The same gradients by the hand-derived backwards of the loss and of each layer; no autodiff takes part."""
+
+    def gradient(params, state, batch, key):
+        batch = Batch(*batch)
+        outputs, new_state, residuals = model.forward(params, state, batch.inputs, key=key, train=True)
+        measured = measure(loss, metrics, outputs, batch)
+        # objective = Σ w ℓ(y) / Σ w, so each example's dy is its ℓ'(y) times w / Σ w
+        share = Mean(jnp.ones_like(measured["loss"].count), measured["loss"].count).value
+        if batch.weights is not None:
+            share = share * batch.weights.astype(share.dtype)
+        dy = jax.tree.map(lambda d: scale(d, share), loss.gradient(outputs, batch.targets))
+        dparams, dx = model.backward(params, residuals, dy)
+        return ((dparams, dx) if inputs else dparams), new_state, measured
+
+    return gradient
+
+
+def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
+    """Gradients of a plain function by `jax.value_and_grad`: the layers are offered, never required.
+
+    ``loss_fn(params, batch, key) -> scalar``, the mean over the batch's examples; or with ``has_state=True``
+    ``loss_fn(params, state, batch, key) -> scalar, state, metrics`` (``metrics`` maps names to scalars or `Mean`s).
+    ``batch`` is whatever pytree of arrays the data are, with the examples along the first axis.
+    """
+
+    def objective(params, state, batch, key):
+        if has_state:
+            value, new_state, metrics = loss_fn(params, state, batch, key)
+        else:
+            value, new_state, metrics = loss_fn(params, batch, key), state, {}
+        if jnp.shape(value) != ():
+            raise ValueError(f"from_loss: the loss has shape {jnp.shape(value)}; expected a scalar, the mean over the batch")
+        return value, (new_state, metrics)
+
+    def gradient(params, state, batch, key):
+        (value, (new_state, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params, state, batch, key)
+        examples = jax.tree.leaves(batch)[0].shape[0]
+        measured = {
+            name: m if isinstance(m, Mean) else Mean(m * examples, jnp.asarray(examples, m.dtype))
+            for name, m in {"loss": value, **metrics}.items()
+        }
+        return grads, new_state, measured
+
+    return gradient
+
+
+def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch: Batch) -> dict[str, Mean]:
+    """``loss`` and ``metrics`` of a batch as `Mean`s over its examples."""
+    values = loss(outputs, batch.targets)
+    measured = {"loss": weighted_mean(values, batch.weights, values.ndim)}
+    for name, metric in (metrics or {}).items():
+        measured[name] = weighted_mean(metric(outputs, batch.targets), batch.weights, values.ndim)
+    return measured
+
+
+def scale(d: jax.Array, share: jax.Array) -> jax.Array:
+    """``d`` times its example's share, where the share is not zero."""
+    share = jnp.expand_dims(share.astype(d.dtype), tuple(range(share.ndim, d.ndim)))
+    return jnp.where(share == 0, 0, d * share)
+
+
+def split_floating(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Two trees like ``tree``: its floating leaves and its other leaves, each with None in the other's places."""
+    is_floating = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+    first = jax.tree.map(lambda keep, leaf: leaf if keep else None, is_floating, tree)
+    second = jax.tree.map(lambda keep, leaf: None if keep else leaf, is_floating, tree)
+    return first, second
+
+
+def join(first: PyTree, second: PyTree) -> PyTree:
+    """The tree that `split_floating` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

@@ -1,0 +1,149 @@
+"""Activations: functions of each entry, and softmax over the last axis. None has parameters.
+
+Each forward is written so that plain autodiff of it takes the same subgradient as the backward, and so that NaN passes.
+Legend: B batch, K classes; z the input where the derivation names it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fnet.types import Layer, stateless
+
+
+def _activation(name, forward, backward) -> Layer:
+    """Lift ``forward(x) -> (y, residuals)`` and ``backward(residuals, dy) -> dx``."""
+    return stateless(
+        name,
+        lambda key, x: (),
+        lambda params, x: forward(x),
+        lambda params, residuals, dy: ((), backward(residuals, dy)),
+    )
+
+
+def identity() -> Layer:
+    """``y = x``, the linear activation."""
+    return _activation("identity", lambda x: (x, ()), lambda residuals, dy: dy)
+
+
+def step() -> Layer:
+    """Heaviside's step: ``y = 1`` where ``x >= 0``, else 0. Its derivative is zero wherever it has one, so that nothing
+    is learned through it; at 0, where it has none, zero is taken too. NaN stays NaN.
+    """
+
+    def forward(x):
+        return jnp.where(jnp.isnan(x), x, (x >= 0).astype(x.dtype)), jnp.isnan(x)
+
+    def backward(unknown, dy):  # the derivative of a constant; a NaN passed, and so does its gradient
+        return jnp.where(unknown, dy, 0)
+
+    return _activation("step", forward, backward)
+
+
+def sigmoid() -> Layer:
+    """``y = 1 / (1 + exp(-x))``, between 0 and 1."""
+
+    def forward(x):
+        y = jax.nn.sigmoid(x)
+        return y, y
+
+    def backward(y, dy):  # y' = e^{-z} / (1 + e^{-z})² = y (1 − y)
+        return dy * y * (1 - y)
+
+    return _activation("sigmoid", forward, backward)
+
+
+def tanh() -> Layer:
+    """``y = tanh(x)``, between -1 and 1."""
+
+    def forward(x):
+        y = jnp.tanh(x)
+        return y, y
+
+    def backward(y, dy):  # y' = 1 − tanh²
+        return dy * (1 - y * y)
+
+    return _activation("tanh", forward, backward)
+
+
+def relu() -> Layer:
+    """``y = max(x, 0)``, with derivative 0 at 0 (`jax.nn.relu` the same; ``jnp.maximum(x, 0)`` takes ½ there)."""
+
+    def forward(x):
+        y = jnp.where(x <= 0, 0, x)
+        return y, y
+
+    def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
+        return jnp.where(y <= 0, 0, dy)
+
+    return _activation("relu", forward, backward)
+
+
+def leaky_relu(slope: float = 0.01) -> Layer:
+    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default slope is 0.3, JAX' 0.01."""
+
+    def forward(x):
+        negative = x <= 0
+        return jnp.where(negative, jnp.asarray(slope, x.dtype) * x, x), negative
+
+    def backward(negative, dy):  # y' = 1 or slope
+        return jnp.where(negative, jnp.asarray(slope, dy.dtype) * dy, dy)
+
+    return _activation("leaky_relu", forward, backward)
+
+
+def gelu(approximate: bool = False) -> Layer:
+    """``y = x Φ(x)`` with the normal distribution function Φ; its tanh form if ``approximate``.
+
+    Exact: ``Φ(x) = erfc(-x/√2)/2``. Approximate: ``½ (1 + tanh(√(2/π) (x + 0.044715 x³)))``. Source: Hendrycks and
+    Gimpel, arXiv:1606.08415. PyTorch's default is the exact form, JAX' and Keras 2's the other: name it.
+    """
+    cubic, scale = 0.044715, math.sqrt(2 / math.pi)
+
+    def exact_forward(x):
+        return x * (jax.lax.erfc(-x * math.sqrt(0.5)) / 2), x
+
+    def exact_backward(x, dy):  # y' = Φ(z) + z φ(z), φ the density exp(−z²/2)/√(2π)
+        density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        return dy * (jax.lax.erfc(-x * math.sqrt(0.5)) / 2 + x * density)
+
+    def tanh_forward(x):
+        return x * ((1 + jnp.tanh(scale * (x + cubic * x * x * x))) / 2), x
+
+    def tanh_backward(x, dy):
+        # t = tanh(u), u = s (z + c z³):  y' = (1 + t)/2 + z (1 − t²)/2 · s (1 + 3 c z²)
+        t = jnp.tanh(scale * (x + cubic * x * x * x))
+        return dy * ((1 + t) / 2 + x * (1 - t * t) / 2 * (scale * (1 + 3 * cubic * x * x)))
+
+    if approximate:
+        return _activation("gelu", tanh_forward, tanh_backward)
+    return _activation("gelu", exact_forward, exact_backward)
+
+
+def softplus() -> Layer:
+    """``y = log(1 + exp(x))``, a smooth relu; exact for large ``|x|``."""
+
+    def forward(x):
+        return jnp.logaddexp(x, jnp.zeros_like(x)), x
+
+    def backward(x, dy):  # y' = e^z / (1 + e^z) = sigmoid(z)
+        return dy * jax.nn.sigmoid(x)
+
+    return _activation("softplus", forward, backward)
+
+
+def softmax() -> Layer:
+    """``y_k = exp(x_k) / Σ_j exp(x_j)`` over the last axis. For training, prefer the loss that takes logits."""
+
+    def forward(x):
+        e = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
+        y = e / e.sum(-1, keepdims=True)
+        return y, y
+
+    def backward(y, dy):  # ∂y_k/∂z_j = y_k ([k = j] − y_j):  dx = y ⊙ (dy − Σ_k dy_k y_k)
+        return y * (dy - (dy * y).sum(-1, keepdims=True))
+
+    return _activation("softmax", forward, backward)

@@ -1,0 +1,83 @@
+"""Dense layers: a product with a matrix.
+
+Legend: B batch, I features in, O features out; `...` any further axes, over which the same matrix serves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fnet.initializers import he_normal, zeros
+from fnet.types import Layer, LayerError, stateless, stream
+
+
+def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
+    """``y = x w + b`` with ``x (B, ..., I)``, ``w (I, O)``, ``b (O,)``, ``y (B, ..., O)``; O is ``units``.
+
+    ``weights`` and ``bias`` are initializers; ``bias=None`` leaves the bias out.
+    Parameters take the dtype of ``x``. Raises `LayerError` where ``x`` has no batch axis, is not floating, or does not
+    have the features or the dtype of ``w``.
+
+    Keras' default is Glorot uniform, flax' LeCun normal; PyTorch stores the transpose ``(O, I)``.
+
+    >>> layer = dense(3)
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((32, 4), "float32"))
+    >>> jax.tree.map(lambda leaf: leaf.shape, params)
+    {'b': (3,), 'w': (4, 3)}
+    """
+    if units < 1:
+        raise ValueError(f"dense: units = {units}; expected at least 1")
+
+    def init(key, x):
+        if len(x.shape) < 2:
+            raise LayerError(f"expected a batch axis and features, got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise LayerError(f"expected floating features, got {x.dtype}: convert the inputs, say to float32")
+        params = {"w": weights(stream(key, "w"), (x.shape[-1], units), x.dtype)}
+        if bias is not None:
+            params["b"] = bias(stream(key, "b"), (units,), x.dtype)
+        return params
+
+    def forward(params, x):
+        w = params["w"]
+        if x.ndim < 2:
+            raise LayerError(f"expected a batch axis and {w.shape[0]} features, got shape {x.shape}")
+        if x.shape[-1] != w.shape[0]:
+            raise LayerError(f"expected {w.shape[0]} features, got {x.shape[-1]}")
+        if x.dtype != w.dtype:
+            raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
+        y = rows(x) @ w
+        if "b" in params:
+            y = y + params["b"][None]
+        return y.reshape(*x.shape[:-1], w.shape[1]), x
+
+    def backward(params, x, dy):
+        # y = x w + b with examples as rows:  dw = xᵀ dy,  db = Σ_rows dy,  dx = dy wᵀ
+        w, dy_rows = params["w"], rows(dy)
+        dparams = {"w": rows(x).T @ dy_rows}
+        if "b" in params:
+            dparams["b"] = dy_rows.sum(0)
+        return dparams, (dy_rows @ w.T).reshape(x.shape)
+
+    return stateless("dense", init, forward, backward)
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """All axes but the last as one: on CPU the product of two matrices takes half the time of a batched one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def flatten() -> Layer:
+    """``x (B, ...)`` to ``y (B, product of the rest)``."""
+
+    def forward(params, x):
+        # the residual is an empty array that carries the shape, so that nothing is kept
+        return x.reshape(x.shape[0], math.prod(x.shape[1:])), jnp.zeros((0, *x.shape), x.dtype)
+
+    def backward(params, shape_of_x, dy):  # y holds the entries of x in the same order, so dx holds those of dy
+        return (), dy.reshape(shape_of_x.shape[1:])
+
+    return stateless("flatten", lambda key, x: (), forward, backward)

@@ -1,0 +1,118 @@
+"""Metrics: like a loss, ``(outputs, targets)`` to one value per example; `weighted_mean` sums, and `Mean` divides last.
+
+Means of batches of unequal size are not to be averaged; their sums and counts add up:
+
+>>> logits, labels = jnp.eye(3), jnp.array([0, 1, 0])
+>>> first, rest = weighted_mean(accuracy(logits[:2], labels[:2])), weighted_mean(accuracy(logits[2:], labels[2:]))
+>>> f"{merge(first, rest).value:.4f}"
+'0.6667'
+
+Class metrics take logits ``(..., K)`` and integer labels ``(...)``, or probabilities ``(..., K)`` whose largest entry
+is the label. Equal logits rank by index, the lower class first (as argmax in NumPy, JAX and Keras), so that a head of
+zeros predicts class 0. An example with a NaN among its logits is never right. Errors are the losses'.
+
+Legend: B batch, K classes, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fnet.losses import check_binary, check_classes
+from fnet.types import PyTree, weighted_mean, wide
+
+__all__ = ["accuracy", "binary_accuracy", "confusion", "gradient_norms", "merge", "top_k", "weighted_mean"]
+
+
+def accuracy(logits, targets) -> jax.Array:
+    """1 where the largest logit is the label's, else 0, in float32 ``(...)``."""
+    logits, labels, known = _read("accuracy", logits, targets)
+    return ((_predict(logits) == labels) & known).astype(jnp.float32)
+
+
+def top_k(k: int) -> Callable[..., jax.Array]:
+    """1 where the label is among the k largest logits, else 0; ``top_k(1)`` is `accuracy`. Raises for a k above K."""
+    if k < 1:
+        raise ValueError(f"top_k: k = {k}; expected at least 1")
+
+    def metric(logits, targets):
+        logits, labels, known = _read("top_k", logits, targets)
+        if k > logits.shape[-1]:
+            raise ValueError(f"top_k: k = {k}, but outputs have {logits.shape[-1]} classes")
+        _, best = jax.lax.top_k(logits, k)  # of equal logits the lower index first
+        return ((best == labels[..., None]).any(-1) & known).astype(jnp.float32)
+
+    return metric
+
+
+def confusion(classes: int) -> Callable[..., jax.Array]:
+    """For each example a float32 matrix ``(K, K)`` with 1 at [label, prediction]; their weighted sum counts the cases.
+
+    An example without a prediction (NaN among its logits) or without a class (a traced label out of range) is a matrix
+    of zeros, so that the trace divided by the count is the accuracy.
+    """
+
+    def metric(logits, targets):
+        logits, labels, known = _read("confusion", logits, targets)
+        if logits.shape[-1] != classes:
+            raise ValueError(f"confusion: expected {classes} classes, but outputs have {logits.shape[-1]}")
+        true, predicted = jax.nn.one_hot(labels, classes), jax.nn.one_hot(_predict(logits), classes)
+        cell = true[..., :, None] * predicted[..., None, :]
+        return jnp.where(known[..., None, None], cell, 0).astype(jnp.float32)
+
+    return metric
+
+
+def binary_accuracy(logits, targets) -> jax.Array:
+    """1 where a logit above 0 meets a target above ½, or neither is, in float32; of ``(B, ..., F)`` the mean over F.
+
+    A logit of 0 predicts 0, as in Keras, whose mean over F is the same; a NaN logit or target is never right.
+    """
+    z, y = check_binary("binary_accuracy", logits, targets)
+    right = ((z > 0) & (y > 0.5)) | ((z <= 0) & (y <= 0.5))
+    right = right.astype(jnp.float32)
+    return right.mean(-1) if right.ndim > 1 else right
+
+
+def merge(a: PyTree, b: PyTree) -> PyTree:
+    """The `Mean`s of two sets of examples taken together, in any tree of them."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
+    """``√Σ g²`` of each child of the tree by its name, and of the whole tree as ``all``, in float32 at least.
+
+    A child without gradients (an activation's ``()``) is left out; a tuple's children are named ``0``, ``1`` and so on;
+    a single array has only ``all``. Entries beyond about 1e19 overflow and below 1e-19 vanish, as float32's squares do.
+    Raises ValueError for a child called ``all``.
+    """
+    children = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is not grads)
+    norms = {jax.tree_util.keystr(path, simple=True): _norm(c) for path, c in children if path and _floating_leaves(c)}
+    if "all" in norms:
+        raise ValueError("gradient_norms: a child is called 'all', the name of the whole tree's norm: rename the child")
+    return {**norms, "all": _norm(grads)}
+
+
+def _norm(tree):
+    leaves = _floating_leaves(tree)
+    # a float16 square overflows at 256; each dtype by itself first, since float16 and bfloat16 have none in common
+    dtype = wide(*(wide(leaf.dtype) for leaf in leaves))
+    return jnp.sqrt(sum((jnp.square(leaf.astype(dtype)).sum() for leaf in leaves), jnp.zeros((), dtype)))
+
+
+def _floating_leaves(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _read(name, logits, targets):
+    """Logits, labels, and whether each example's logits are free of NaN."""
+    logits, targets = check_classes(name, logits, targets)
+    labels = targets if jnp.issubdtype(targets.dtype, jnp.integer) else targets.argmax(-1)
+    return logits, labels.astype(jnp.int32), ~jnp.isnan(logits).any(-1)
+
+
+def _predict(logits):
+    return logits.argmax(-1).astype(jnp.int32)

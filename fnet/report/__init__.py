@@ -1,0 +1,6 @@
+"""Reports for people: tables (rich) and pictures (matplotlib), on the host only, each library imported where it is used."""
+
+from fnet.report.plots import plot_confusion, plot_curves
+from fnet.report.tables import difference_table, engine_table
+
+__all__ = ["difference_table", "engine_table", "plot_confusion", "plot_curves"]

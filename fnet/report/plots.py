@@ -1,0 +1,57 @@
+"""Pictures of a run, written as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def new_figure(columns: int = 1, height: float = 4.0, width: float = 5.0, rows: int = 1):
+    """A figure that belongs to no window, and its axes: one, or an array of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+    """Loss, accuracy and gradient norm over the epochs, a colour for each run, dashed where it is the validation's.
+
+    ``runs`` maps a run's name to its metrics per epoch, as in `fnet.History.epochs`; panels without data are left out.
+    """
+    panels = {"loss": "log", "accuracy": "linear", "gradient_norm/all": "log"}
+    panels = {name: scale for name, scale in panels.items() if any(name in run for run in runs.values())}
+    figure, axes = new_figure(len(panels))
+    for ax, (name, scale) in zip(np.ravel(axes), panels.items(), strict=True):
+        for i, (title, run) in enumerate(runs.items()):
+            # the first run is drawn wide beneath the others, so that curves that coincide are both seen
+            width = 5.0 if i == 0 and len(runs) > 1 else 1.5
+            for key, style, what in ((name, "-", "training"), (f"validation_{name}", "--", "validation")):
+                if key in run:
+                    epochs = np.arange(1, len(run[key]) + 1)
+                    label = f"{title}, {what}" if name != "gradient_norm/all" else title
+                    ax.plot(epochs, run[key], style, color=f"C{i}", linewidth=width, alpha=0.5 if width > 2 else 1, label=label)
+        ax.set(xlabel="epoch", ylabel=name.removesuffix("/all").replace("_", " "), yscale=scale)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(counts: np.ndarray, path: str | Path, names: Sequence[str] | None = None) -> None:
+    """A confusion matrix ``counts[true, predicted]`` with its numbers; the shade is the share of the true class."""
+    counts = np.asarray(counts)
+    names = names or [str(k) for k in range(len(counts))]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = max(4.0, 0.5 * len(counts) + 1)
+    figure, ax = new_figure(height=size, width=size)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        if count:
+            ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+    right = np.trace(counts) / max(counts.sum(), 1)
+    ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {right:.4f} of {counts.sum():.0f}")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names)
+    figure.savefig(path, dpi=120)

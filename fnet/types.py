@@ -1,0 +1,215 @@
+"""The contracts: every part of fnet is one of these tuples of pure functions or of arrays.
+
+    key ── model.init ──────────▶ params, state
+    batch ─ model.forward ──────▶ outputs, state, residuals ── loss ──▶ scalar
+    autodiff or backprop ───────▶ grads
+    grads ─ optimizer.update ───▶ params, opt_state
+    TrainState ─ step ──────────▶ TrainState, metrics
+
+Legend: B batch (examples), N examples of a data set.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any  # dicts, tuples and NamedTuples of arrays, nested
+
+
+class Layer(NamedTuple):
+    """A pure function of its parameters and, beneath it, its backward by hand. A model is a layer.
+
+    - ``init(key, x) -> params, state``; ``x`` is a `jax.ShapeDtypeStruct` (or an array) with a batch axis.
+    - ``forward(params, state, x, *, key=None, train=False) -> y, state, residuals``
+    - ``backward(params, residuals, dy) -> dparams, dx``: the gradients of any scalar whose gradient by ``y`` is ``dy``.
+
+    ``state`` holds statistics that do not depend on the batch (running means) and nothing else; it carries no gradient.
+    ``residuals`` are what the backward needs of the forward, a pytree of arrays; parameters are not copied into them.
+    """
+
+    name: str
+    init: Callable[..., tuple[PyTree, PyTree]]
+    forward: Callable[..., tuple[PyTree, PyTree, PyTree]]
+    backward: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Loss(NamedTuple):
+    """A loss with its gradient by hand; called like the function it holds.
+
+    - ``value(outputs, targets)``: one value per example.
+    - ``gradient(outputs, targets)``: the derivative of each example's value by its outputs, shaped like ``outputs``.
+    """
+
+    value: Callable[[PyTree, PyTree], jax.Array]
+    gradient: Callable[[PyTree, PyTree], PyTree]
+
+    def __call__(self, outputs: PyTree, targets: PyTree) -> jax.Array:
+        return self.value(outputs, targets)
+
+
+class Batch(NamedTuple):
+    """Examples along the first axis of every array; a whole data set is one large batch.
+
+    ``weights`` has the shape of the loss' values (usually ``(B,)``); None means that every example counts 1.
+    """
+
+    inputs: PyTree
+    targets: PyTree
+    weights: jax.Array | None = None
+
+
+class Mean(NamedTuple):
+    """An average that is not yet divided: a weighted sum and the weight it came from, both of which add up exactly."""
+
+    sum: Any
+    count: Any
+
+    @property
+    def value(self):
+        """``sum / count``, and 0 where nothing was counted; ``sum`` may have further axes. NumPy in, NumPy out."""
+        count = self.count.reshape(self.count.shape + (1,) * (self.sum.ndim - self.count.ndim))
+        where = np.where if isinstance(self.sum, np.ndarray | np.generic) else jnp.where
+        return self.sum / where(count == 0, 1, count)
+
+
+class Optimizer(NamedTuple):
+    """A pure state transition.
+
+    - ``init(params) -> opt_state``
+    - ``update(grads, opt_state, params, *, value=None) -> params, opt_state``
+
+    ``opt_state`` is a NamedTuple with ``step`` (int32, updates applied so far), ``hyper`` (its numbers, as arrays),
+    ``rate`` (the learning rate just applied) and the moments.
+    """
+
+    init: Callable[[PyTree], Any]
+    update: Callable[..., tuple[PyTree, Any]]
+
+
+class Schedule(NamedTuple):
+    """A learning rate as a function of the updates applied so far: ``fn(hyper, count) -> rate``, the first at count 0.
+
+    ``hyper`` holds the schedule's own numbers; inside an optimizer they are arrays in its state, so changing one never
+    recompiles.
+    """
+
+    fn: Callable[[PyTree, jax.Array], jax.Array]
+    hyper: PyTree
+
+    def __call__(self, count) -> jax.Array:
+        return self.fn(self.hyper, count)
+
+
+class TrainState(NamedTuple):
+    """All that a run is, between two steps. ``step`` (int32) is its only position."""
+
+    step: jax.Array
+    params: PyTree
+    state: PyTree
+    opt_state: Any
+    key: jax.Array
+
+
+def stateless(name: str, init, forward, backward) -> Layer:
+    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``, without state."""
+
+    def full_init(key, x):
+        return init(key, x), ()
+
+    def full_forward(params, state, x, *, key=None, train=False):
+        y, residuals = forward(params, x)
+        return y, state, residuals
+
+    return Layer(name, full_init, full_forward, backward)
+
+
+def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+    """The model's ``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program."""
+    shapes = jax.eval_shape(lambda x: x, x)
+    return jax.jit(lambda key: model.init(key, shapes))(key)
+
+
+def apply(model: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+    """The model's outputs in inference. Under jit, XLA drops the residuals that nobody reads."""
+    return model.forward(params, state, x, key=None, train=False)[0]
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int = 1) -> Mean:
+    """``Σ w v`` and ``Σ w`` over the first ``axes`` axes of ``values``; ``weights`` may have fewer axes than that.
+
+    Without weights every entry counts 1. Both are summed in float32 at least.
+    """
+    over = tuple(range(axes))
+    values = values.astype(wide(values.dtype))
+    if weights is None:
+        return Mean(values.sum(over), jnp.asarray(math.prod(values.shape[:axes]), values.dtype))
+    if weights.ndim > axes or weights.shape != values.shape[: weights.ndim]:
+        raise ValueError(
+            f"weights of shape {weights.shape} do not fit values of shape {values.shape}: expected {values.shape[:axes]}"
+        )
+    w = jnp.expand_dims(weights.astype(values.dtype), tuple(range(weights.ndim, values.ndim)))
+    # where, not a product alone: an example of weight 0 counts nothing even if its value is infinite
+    total = jnp.where(w == 0, 0, w * values).sum(over)
+    return Mean(total, w.sum() * math.prod(values.shape[weights.ndim : axes]))
+
+
+def wide(*dtypes) -> np.dtype:
+    """The widest of the dtypes, and float32 at least: what sums, moments and coefficients are kept in."""
+    return np.result_type(np.float32, *dtypes)
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves of a tree with readable paths, such as ``dense_0/w``."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def parameter_paths(model: Layer, x: PyTree) -> list[str]:
+    """The paths of the model's parameters in the order in which its layers stand; nothing is computed.
+
+    jax sorts the keys of a dict wherever it rebuilds one, so this order is read off ``init`` itself while it is traced.
+    """
+    paths = []
+
+    def walk(tree, path):
+        if isinstance(tree, dict):
+            for name, child in tree.items():
+                walk(child, (*path, name))
+        else:
+            paths.extend("/".join((*path, name) if name else path) for name, _ in named_leaves(tree))
+
+    jax.eval_shape(lambda key: walk(model.init(key, x)[0], ()), jax.random.key(0))
+    return paths
+
+
+def stream(key: jax.Array, name: str) -> jax.Array:
+    """A key for the use called ``name``, independent of every other name's."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class LayerError(ValueError):
+    """Something does not fit a layer; the message begins with the layer's path in the model."""
+
+    def __init__(self, message: str, path: tuple[str, ...] = ()):
+        super().__init__(f"{'/'.join(path)}: {message}" if path else message)
+        self.message, self.path = message, path
+
+
+@contextmanager
+def inside(name: str):
+    """Everything that happens within belongs to the child ``name``: errors and compiled operations carry its path."""
+    with jax.named_scope(name):
+        try:
+            yield
+        except LayerError as error:
+            raise LayerError(error.message, (name, *error.path)) from None

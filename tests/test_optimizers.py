@@ -1,0 +1,830 @@
+"""Optimizers: one table under every property test, each row against the papers' formulas in NumPy float64.
+
+Legend: T updates, P numbers in all parameters.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fnet.optimizers import AdamState, adam, momentum, rmsprop, set_hyper, sgd
+from fnet.schedules import constant, exponential, warmup_cosine
+from fnet.types import Optimizer, Schedule
+
+# --- the oracles: one update after another, in NumPy float64 ---------------------------------------------------------
+
+
+def sgd_oracle(rates, grads, p):
+    for rate, g in zip(rates, grads, strict=True):
+        p = p - rate * g
+        yield p
+
+
+def momentum_oracle(rates, grads, p, decay=0.9, nesterov=False, variant="standard"):
+    v = np.zeros_like(p)
+    for rate, g in zip(rates, grads, strict=True):
+        if variant == "standard":
+            v = decay * v + g
+            p = p - rate * (g + decay * v) if nesterov else p - rate * v
+        elif variant == "keras":
+            v = decay * v - rate * g
+            p = p + decay * v - rate * g if nesterov else p + v
+        else:
+            v = decay * v - (1 - decay) * g
+            p = p + rate * v
+        yield p
+
+
+def rmsprop_oracle(rates, grads, p, decay=0.9, eps=1e-8, centered=False, momentum=None, eps_in_sqrt=True, initial=0.0):
+    mean_square, mean, buffer = np.full_like(p, initial), np.zeros_like(p), np.zeros_like(p)
+    for rate, g in zip(rates, grads, strict=True):
+        mean_square = decay * mean_square + (1 - decay) * g**2
+        mean = decay * mean + (1 - decay) * g
+        variance = mean_square - mean**2 if centered else mean_square
+        buffer = (momentum or 0) * buffer + rate * g / (
+            np.sqrt(variance + eps) if eps_in_sqrt else np.sqrt(variance) + eps
+        )
+        p = p - buffer
+        yield p
+
+
+def adam_oracle(rates, grads, p, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, variant="standard"):
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (rate, g) in enumerate(zip(rates, grads, strict=True), start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        if variant == "standard":
+            m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+            p = p - rate * m_hat / (np.sqrt(v_hat + eps_root) + eps)
+        else:
+            p = p - rate * np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v + eps_root) + eps)
+        yield p
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    build: Callable[..., Optimizer]
+    oracle: Callable
+    options: dict[str, Any]
+
+    def optimizer(self, learning_rate, **options) -> Optimizer:
+        return self.build(learning_rate, **self.options, **options)
+
+    def expected(self, rates, grads, start, **changes) -> np.ndarray:
+        """The trajectory (T, P)."""
+        return np.stack(list(self.oracle(rates, grads, start, **(self.options | changes))))
+
+
+# an eps of 1e-3, so that its place in the formula shows
+TABLE = {
+    "sgd": Case(sgd, sgd_oracle, {}),
+    "momentum": Case(momentum, momentum_oracle, {}),
+    "momentum nesterov": Case(momentum, momentum_oracle, {"decay": 0.8, "nesterov": True}),
+    "momentum keras": Case(momentum, momentum_oracle, {"variant": "keras"}),
+    "momentum keras nesterov": Case(momentum, momentum_oracle, {"decay": 0.8, "nesterov": True, "variant": "keras"}),
+    "momentum autograd": Case(momentum, momentum_oracle, {"variant": "autograd"}),
+    "rmsprop": Case(rmsprop, rmsprop_oracle, {}),
+    "rmsprop eps": Case(rmsprop, rmsprop_oracle, {"eps": 1e-3}),
+    "rmsprop eps outside": Case(rmsprop, rmsprop_oracle, {"eps": 1e-3, "eps_in_sqrt": False}),
+    "rmsprop tf1": Case(rmsprop, rmsprop_oracle, {"eps": 1e-10, "initial": 1.0, "momentum": 0.5}),
+    "rmsprop momentum": Case(rmsprop, rmsprop_oracle, {"momentum": 0.9}),
+    "rmsprop centered": Case(rmsprop, rmsprop_oracle, {"eps": 1e-3, "centered": True}),
+    "rmsprop centered eps outside": Case(
+        rmsprop, rmsprop_oracle, {"decay": 0.8, "eps": 1e-3, "centered": True, "eps_in_sqrt": False}
+    ),
+    "rmsprop centered momentum": Case(rmsprop, rmsprop_oracle, {"eps": 1e-3, "centered": True, "momentum": 0.7}),
+    "adam": Case(adam, adam_oracle, {}),
+    "adam eps": Case(adam, adam_oracle, {"b1": 0.8, "b2": 0.99, "eps": 1e-3}),
+    "adam eps_root": Case(adam, adam_oracle, {"b1": 0.8, "b2": 0.99, "eps": 1e-3, "eps_root": 1e-4}),
+    "adam keras": Case(adam, adam_oracle, {"b1": 0.8, "b2": 0.99, "eps": 1e-3, "variant": "keras"}),
+    "adam keras eps_root": Case(
+        adam, adam_oracle, {"b1": 0.8, "b2": 0.99, "eps": 1e-3, "eps_root": 1e-4, "variant": "keras"}
+    ),
+    "adam b1 0": Case(adam, adam_oracle, {"b1": 0.0}),
+}
+every = pytest.mark.parametrize("case", TABLE.values(), ids=TABLE.keys())
+
+T, P = 100, 10
+
+
+def tree(numbers):
+    """Numbers (..., P) as a tree of parameters whose leaves have the leading axes in front."""
+    numbers = jnp.asarray(numbers)
+    return {"dense_0": {"w": numbers[..., 1:].reshape(*numbers.shape[:-1], 3, 3)}, "scale": numbers[..., 0]}
+
+
+def flat(params) -> np.ndarray:
+    """The reverse of `tree`."""
+    w, scale = (np.asarray(leaf) for leaf in jax.tree.leaves(params))
+    return np.concatenate([scale[..., None], w.reshape(*scale.shape, 9)], axis=-1)
+
+
+def problem(seed=0, count=T):
+    """A start (P,) and gradients (T, P) of changing size and sign; some are 0 at first."""
+    rng = np.random.default_rng(seed)
+    grads = (rng.normal(size=(count, P)) + 0.3) * 10 ** rng.uniform(-2, 1, size=(count, 1))
+    grads[:3, 4:6] = 0
+    return rng.normal(size=P), grads
+
+
+SCHEDULE = warmup_cosine(peak=0.05, warmup_steps=10, total_steps=80, start=0.001, end=0.002)
+
+
+def scheduled(counts) -> np.ndarray:
+    falling = 0.002 + 0.048 * (1 + np.cos(np.pi * np.clip((counts - 10) / 70, 0, 1))) / 2
+    return np.where(counts < 10, 0.001 + 0.049 * counts / 10, falling)
+
+
+def trajectory(optimizer, opt_state, params, grads):
+    """The state after the last update and the parameters after each; leaves (T, ...)."""
+
+    def one(carry, g):
+        params, opt_state = optimizer.update(g, carry[1], carry[0])
+        return (params, opt_state), params
+
+    (_, opt_state), history = jax.lax.scan(one, (params, opt_state), grads)
+    return opt_state, history
+
+
+@functools.cache
+def scheduled_run(name) -> np.ndarray:
+    """The trajectory (T, P) of a row of the table in float64 under SCHEDULE."""
+    with jax.enable_x64(True):
+        start, grads = problem()
+        optimizer = TABLE[name].optimizer(SCHEDULE)
+        run = jax.jit(functools.partial(trajectory, optimizer))
+        return np.asarray(run(optimizer.init(jnp.asarray(start)), start, grads)[1])
+
+
+@functools.cache
+def scheduled_update(name):
+    """The optimizer of a row under SCHEDULE, with its update compiled: for parameters (P,) in float32."""
+    optimizer = TABLE[name].optimizer(SCHEDULE)
+    return optimizer, jax.jit(optimizer.update)
+
+
+def agrees(actual, expected) -> bool:
+    return bool((np.abs(actual - expected) <= 1e-12 * np.abs(expected) + 1e-13).all())
+
+
+# --- the formulas ----------------------------------------------------------------------------------------------------
+
+
+NEW_NUMBERS = {
+    "learning_rate": 0.03,
+    "decay": 0.7,
+    "eps": 0.05,
+    "momentum": 0.3,
+    "b1": 0.6,
+    "b2": 0.8,
+    "eps_root": 0.05,
+}
+
+
+@every
+def test_100_updates_follow_the_formula_in_float64_and_changing_any_number_compiles_nothing(case, x64):
+    start, grads = problem()
+    optimizer, traces = case.optimizer(0.01), []
+
+    @jax.jit
+    def run(opt_state, params, grads):
+        traces.append(None)
+        return trajectory(optimizer, opt_state, params, grads)
+
+    first = optimizer.init(tree(start))
+    expected = case.expected([0.01] * T, grads, start)
+    opt_state, history = run(first, tree(start), tree(grads))
+    assert opt_state.step == T
+    assert agrees(flat(history), expected)
+
+    run(opt_state, jax.tree.map(lambda leaf: leaf[-1], history), tree(grads))
+    for name, value in first.hyper._asdict().items():
+        if value is not None:
+            new = NEW_NUMBERS[name]
+            history = flat(run(set_hyper(first, **{name: new}), tree(start), tree(grads))[1])
+            rate, options = (new, {}) if name == "learning_rate" else (0.01, {name: new})
+            assert agrees(history, case.expected([rate] * T, grads, start, **options)), name
+            assert np.abs(history - expected).max() > 1e-4, name
+    assert len(traces) == 1 and run._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_100_updates_under_a_schedule_follow_the_formula_the_first_at_count_0(name):
+    start, grads = problem()
+    assert agrees(scheduled_run(name), TABLE[name].expected(scheduled(np.arange(T)), grads, start))
+    one_late = TABLE[name].expected(scheduled(np.arange(T) + 1), grads, start)
+    assert np.abs(scheduled_run(name) - one_late).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_no_optimizer_passes_for_another_row_of_the_table(name):
+    start, grads = problem()
+    for other, case in TABLE.items():
+        if other != name:
+            difference = scheduled_run(name) - case.expected(scheduled(np.arange(T)), grads, start)
+            assert np.abs(difference).max() > 1e-4, other
+
+
+def test_adam_without_bias_correction_fails_the_oracle(x64):
+    def update(grads, opt_state, params, *, value=None):
+        b1, b2 = opt_state.hyper.b1, opt_state.hyper.b2
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, opt_state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, opt_state.nu, grads)
+        params = jax.tree.map(
+            lambda p, m, v: p - opt_state.hyper.learning_rate * m / (jnp.sqrt(v) + opt_state.hyper.eps), params, mu, nu
+        )
+        return params, opt_state._replace(step=opt_state.step + 1, mu=mu, nu=nu)
+
+    start, grads = problem()
+    wrong = Optimizer(adam(0.01).init, update)
+    run = jax.jit(functools.partial(trajectory, wrong))
+    history = flat(run(wrong.init(tree(start)), tree(start), tree(grads))[1])
+    expected = TABLE["adam"].expected(np.full(T, 0.01), grads, start)
+    assert not agrees(history, expected)
+    assert np.abs(history - expected).max() > 1e-2
+
+
+RATES = exponential(0.1, 2.0, 1)  # 0.1, then 0.2
+
+
+@pytest.mark.parametrize(
+    "optimizer, grads, expected",
+    [
+        (sgd(0.1), (2, 1), (0.8, 0.7)),
+        (sgd(RATES), (2, 1), (0.8, 0.6)),
+        (momentum(RATES, 0.5), (2, 1), (0.8, 0.4)),  # v = 2, 2
+        (momentum(0.1, 0.5, nesterov=True), (2, 1), (0.7, 0.5)),  # g + v/2 = 3, 2
+        (momentum(RATES, 0.5, variant="keras"), (2, 1), (0.8, 0.5)),  # v = -0.2, -0.3
+        (momentum(0.1, 0.5, nesterov=True, variant="keras"), (2, 1), (0.7, 0.5)),  # v = -0.2, -0.2
+        (momentum(0.1, 0.5, variant="autograd"), (2, 1), (0.9, 0.8)),  # v = -1, -1
+        (rmsprop(0.1, 0.75, 0.0), (2, 1), (0.8, 0.7)),  # v = 1, 1
+        (rmsprop(0.1, 0.75, 3.0), (2, 1), (0.9, 0.85)),  # sqrt(1 + 3) = 2
+        (rmsprop(0.1, 0.75, 3.0, eps_in_sqrt=False), (2, 1), (0.95, 0.925)),  # sqrt(1) + 3 = 4
+        (rmsprop(0.1, 0.75, 0.0, momentum=0.5), (2, 1), (0.8, 0.6)),  # b = 0.2, 0.2
+        (rmsprop(0.1, 0.75, 0.0, initial=4.0), (2, -2), (0.9, 1.0)),  # v = 4, 4
+        (rmsprop(0.1, 0.5, 0.0, centered=True), (2, -1), (0.8, 0.8 + 0.1 / math.sqrt(1.5))),  # mean = 1, 0; v = 2, 1.5
+        (adam(0.1, eps=0.0), (1e-3, 1e-3), (0.9, 0.8)),  # a constant gradient of any size: the rate
+        (adam(0.1, 0.5, 0.75, 0.0), (2, 1), (0.9, 0.9 - 0.4 / 3 / math.sqrt(16 / 7))),  # m̂ = 2, 4/3; v̂ = 4, 16/7
+        (adam(0.1, 0.5, 0.75, 2.0), (2, 2), (0.95, 0.9)),  # 2 / (2 + 2)
+        (adam(0.1, 0.5, 0.75, 1.0, variant="keras"), (2,), (0.95,)),  # 0.5/0.5 · 1 / (1 + 1)
+        (adam(0.1, 0.5, 0.75, 0.0, eps_root=12.0), (2, 2), (0.95, 0.9)),  # 2 / sqrt(4 + 12)
+    ],
+)
+def test_first_updates_by_hand(optimizer, grads, expected):
+    params, opt_state = jnp.asarray(1.0), optimizer.init(jnp.asarray(1.0))
+    for gradient, value in zip(grads, expected, strict=True):
+        params, opt_state = optimizer.update(jnp.asarray(gradient, float), opt_state, params)
+        np.testing.assert_allclose(params, value, rtol=1e-6)
+
+
+def test_keras_eps_acts_at_the_first_update_as_eps_over_root_1_minus_b2(x64):
+    def first_step(optimizer):
+        return -float(optimizer.update(jnp.asarray(1e-7), optimizer.init(jnp.asarray(0.0)), jnp.asarray(0.0))[0])
+
+    # a gradient as large as eps: half the rate in the standard form, far less in Keras'
+    assert first_step(adam(1.0, eps=1e-7)) == pytest.approx(0.5, rel=1e-12)
+    root = math.sqrt(1 - 0.999)
+    assert 1 / root == pytest.approx(31.6, abs=0.05)
+    assert first_step(adam(1.0, eps=1e-7, variant="keras")) == pytest.approx(root / (root + 1), rel=1e-12)
+    assert first_step(adam(1.0, eps=1e-7 / root)) == pytest.approx(root / (root + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("b2", [0.99, 0.999, 0.9999])
+def test_bias_correction_is_exact_to_rounding_in_float32(b2):
+    # under a constant gradient every update is the rate; 1 - b2**t as written is 2.5e-5 off at b2 = 0.9999, t = 2
+    optimizer = adam(1.0, b2=b2, eps=0.0)
+    run = jax.jit(functools.partial(trajectory, optimizer))
+    _, history = run(optimizer.init(jnp.zeros(3)), jnp.zeros(3), jnp.full((20, 3), 0.7))
+    np.testing.assert_allclose(-np.diff(history, axis=0, prepend=0.0), 1, rtol=3e-6)
+
+
+# --- the state -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_step_and_rate_before_and_after_updates(name):
+    optimizer, update = scheduled_update(name)
+    params = jnp.ones(P)
+    opt_state = optimizer.init(params)
+    assert opt_state._fields[:3] == ("step", "hyper", "rate")
+    assert opt_state.hyper.learning_rate.keys() == SCHEDULE.hyper.keys()
+    assert opt_state.step == 0 and opt_state.rate == np.float32(0.001)  # the rate that the first update will apply
+    for t in (1, 2):
+        params, opt_state = update(params, opt_state, params)
+        assert opt_state.step == t
+        np.testing.assert_allclose(opt_state.rate, scheduled(np.array(t - 1)), rtol=1e-6)
+
+    # at the largest step the counter stays, and the schedule is at its end
+    last = 2**31 - 1
+    opt_state = opt_state._replace(step=jnp.asarray(last - 1, jnp.int32))
+    for _ in range(2):
+        params, opt_state = update(params, opt_state, params)
+        assert opt_state.step == last and opt_state.step.dtype == jnp.int32
+        assert opt_state.rate == np.float32(0.002)
+        assert np.isfinite(params).all()
+    assert update._cache_size() == 1
+
+
+def signature(tree):
+    """The tree and its leaves' shapes, dtypes and weak types: all that jit's cache and scan's carry look at."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
+
+
+@every
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+def test_an_update_keeps_every_dtype_and_tree(case, wide):
+    with jax.enable_x64(wide):
+        dtypes = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16} | ({"f64": jnp.float64} if wide else {})
+        params = {name: jnp.asarray([1.0, -2.0], dtype) for name, dtype in dtypes.items()}
+        optimizer = case.optimizer(0.1)
+        opt_state = optimizer.init(params)
+        assert signature(jax.eval_shape(optimizer.update, params, opt_state, params)) == signature((params, opt_state))
+        assert opt_state.step.dtype == jnp.int32
+        numbers = jax.tree.leaves((opt_state.hyper, opt_state.rate))
+        assert {number.dtype for number in numbers} == {jnp.dtype(jnp.float64 if wide else jnp.float32)}
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(opt_state))
+        for moment in opt_state[3:]:
+            for name, leaf in (moment or {}).items():
+                assert leaf.dtype == (jnp.float64 if name == "f64" else jnp.float32), name
+
+
+# one of each kind, for what does not depend on the formula
+KINDS = pytest.mark.parametrize(
+    "build",
+    [sgd, momentum, functools.partial(rmsprop, centered=True, momentum=0.9), adam],
+    ids=["sgd", "momentum", "rmsprop", "adam"],
+)
+
+
+@KINDS
+def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(build):
+    start = jnp.asarray([1.0, -0.5, 3.0])
+    params = {"bf16": start.astype(jnp.bfloat16), "f16": start.astype(jnp.float16), "f32": start}
+    optimizer = build(0.3)
+    update, opt_state = jax.jit(optimizer.update), optimizer.init(params)
+    for _ in range(2):
+        (new, opt_state), old = update(jax.tree.map(lambda p: p / 8, params), opt_state, params), params
+        params = {name: new["bf16"].astype(leaf.dtype) for name, leaf in new.items()}  # the next start is one for all
+        np.testing.assert_array_equal(new["bf16"], new["f32"].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(new["f16"], new["f32"].astype(jnp.float16))
+        assert (new["f32"] != old["f32"]).all()
+
+
+@KINDS
+def test_moment_dtype_is_the_moments_dtype_before_and_after(build):
+    params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
+    optimizer = build(0.1) if build is sgd else build(0.1, moment_dtype=jnp.bfloat16)
+    opt_state = optimizer.init(params)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(opt_state[3:]))
+    assert signature(jax.eval_shape(optimizer.update, params, opt_state, params)) == signature((params, opt_state))
+
+
+def test_gradients_of_another_float_dtype_are_taken_at_the_parameters():
+    for p_dtype, g_dtype in [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]:
+        params = jnp.ones(2, p_dtype)
+        new, _ = sgd(0.25).update(jnp.ones(2, g_dtype), sgd(0.25).init(params), params)
+        assert new.dtype == p_dtype and (new == 0.75).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("variant", ["standard", "keras"])
+def test_adam_on_16_bit_parameters_computes_in_float32(dtype, variant):
+    # in bfloat16 b2 = 0.999 is 1 and 1 - b2**t = 0; in float16 eps = 1e-8 is 0 and 300 ** 2 overflows
+    params = jnp.zeros(3, dtype)
+    optimizer = adam(0.5, variant=variant)
+    new, opt_state = optimizer.update(jnp.asarray([300.0, -300.0, 0.0], dtype), optimizer.init(params), params)
+    np.testing.assert_array_equal(new, np.array([-0.5, 0.5, 0.0]))
+    np.testing.assert_allclose(opt_state.nu, [90.0, 90.0, 0.0], rtol=1e-4)
+
+
+@every
+def test_empty_and_scalar_trees(case):
+    nested = {"a": (), "b": None, "c": (jnp.ones(2),)}
+    trees = [(), {}, None, [], 1.5, np.float32(1.5), jnp.ones(()), jnp.ones((0, 3)), nested]
+    optimizer = case.optimizer(0.1)
+    states = [optimizer.init(params) for params in trees]
+    updated = jax.jit(lambda: [optimizer.update(*each) for each in zip(trees, states, trees, strict=True)])()
+    for params, opt_state, (new, new_state) in zip(trees, states, updated, strict=True):
+        assert jax.tree.structure(new) == jax.tree.structure(params)
+        assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, params)
+        assert signature(new_state) == signature(opt_state) and new_state.step == 1
+        assert all(((leaf > 0) & (leaf < 1.5)).all() for leaf in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_centred_rmsprop_stays_finite_under_constant_gradients(eps_in_sqrt):
+    optimizer = rmsprop(1e-3, centered=True, eps_in_sqrt=eps_in_sqrt)
+    grads = jnp.asarray(np.outer([0.1, 100.0], np.linspace(1, 10, 1000)), jnp.float32)
+
+    @jax.jit
+    def run(opt_state):
+        def one(carry, _):
+            params, opt_state = optimizer.update(grads, carry[1], carry[0])
+            return (params, opt_state), (opt_state.nu - opt_state.mean * opt_state.mean).min()
+
+        (params, _), variances = jax.lax.scan(one, (grads, opt_state), length=300)
+        return params, variances.min()
+
+    params, _ = run(optimizer.init(grads))
+    assert np.isfinite(params).all()
+    params, least = run(set_hyper(optimizer.init(grads), decay=0.5))
+    assert least < 0  # here rounding takes the variance below zero, so that the clamp is needed
+    assert np.isfinite(params).all()
+
+
+# --- under jit, scan, cond, vmap and grad ----------------------------------------------------------------------------
+
+
+@every
+def test_eager_updates_and_updates_within_cond_follow_the_formula(case, x64):
+    start, grads = problem(count=3)
+    expected = case.expected([0.01] * 3, grads, start)
+    optimizer = case.optimizer(0.01)
+
+    @jax.jit
+    def maybe(apply, g, opt_state, params):
+        return jax.lax.cond(apply, lambda: optimizer.update(g, opt_state, params), lambda: (params, opt_state))
+
+    def conditional(g, opt_state, params):
+        skipped = maybe(False, g, opt_state, params)
+        for new, old in zip(jax.tree.leaves(skipped), jax.tree.leaves((params, opt_state)), strict=True):
+            np.testing.assert_array_equal(new, old)
+        return maybe(True, g, opt_state, params)
+
+    for update in (optimizer.update, conditional):
+        params, opt_state = jnp.asarray(start), optimizer.init(jnp.asarray(start))
+        for t in range(3):
+            params, opt_state = update(jnp.asarray(grads[t]), opt_state, params)
+            assert agrees(np.asarray(params), expected[t])
+            assert opt_state.step == t + 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_compiled_loop_equals_scan_bit_for_bit_in_float32(name):
+    start, grads = (jnp.asarray(numbers, jnp.float32) for numbers in problem(count=20))
+    optimizer, update = scheduled_update(name)
+    params, opt_state = start, optimizer.init(start)
+    scanned_state, history = jax.jit(functools.partial(trajectory, optimizer))(opt_state, params, grads)
+    for t in range(20):
+        params, opt_state = update(grads[t], opt_state, params)
+        np.testing.assert_array_equal(params, history[t])
+    for new, old in zip(jax.tree.leaves(opt_state), jax.tree.leaves(scanned_state), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+@every
+def test_vmap_over_rates_and_over_seeds_equals_separate_runs(case, x64):
+    rates, seeds = np.array([0.001, 0.01, 0.1]), (1, 2, 3)
+    starts, grads = (np.stack(values) for values in zip(*(problem(seed, 10) for seed in seeds), strict=True))
+
+    @jax.jit
+    @jax.vmap
+    def sweep(rate, start, grads):
+        optimizer = case.optimizer(rate)  # built inside, from a traced number
+        return trajectory(optimizer, optimizer.init(start), start, grads)
+
+    states, histories = sweep(jnp.asarray(rates), jnp.asarray(starts), jnp.asarray(grads))
+    np.testing.assert_array_equal(states.step, [10, 10, 10])
+    np.testing.assert_array_equal(states.rate, rates)
+    for i in range(3):
+        assert agrees(np.asarray(histories[i]), case.expected([rates[i]] * 10, grads[i], starts[i]))
+
+
+@every
+def test_the_gradient_by_the_learning_rate_goes_through_the_updates(case, x64):
+    # where v = 0 only an eps under the root keeps the gradient finite, so no gradient is 0 here
+    start, grads = problem(count=2)
+    grads[grads == 0] = 0.1
+
+    @jax.jit
+    @jax.grad
+    def slope(rate):
+        optimizer = case.optimizer(rate)
+        params, opt_state = jnp.asarray(start), optimizer.init(jnp.asarray(start))
+        for g in grads:
+            params, opt_state = optimizer.update(g, opt_state, params)
+        return (params**2).sum()
+
+    def loss(rate):
+        return (case.expected([rate] * 2, grads, start)[-1] ** 2).sum()
+
+    assert float(slope(0.01)) == pytest.approx((loss(0.01 + 1e-6) - loss(0.01 - 1e-6)) / 2e-6, rel=1e-6)
+
+
+def test_eps_root_keeps_the_gradient_through_adam_finite_at_zero():
+    def moved(g, eps_root):
+        optimizer = adam(0.1, eps_root=eps_root)
+        return optimizer.update(g, optimizer.init(0.0), 0.0)[0]
+
+    assert np.isnan(jax.grad(moved)(0.0, 0.0))
+    assert jax.grad(moved)(0.0, 1e-8) == pytest.approx(-0.1 / (1e-4 + 1e-8), rel=1e-5)
+
+
+@every
+def test_a_quadratic_bowl_is_descended(case):
+    curvature = jnp.asarray([1.0, 10.0])
+    optimizer = case.optimizer(warmup_cosine(0.03, 20, 400))
+
+    def one(carry, _):
+        params, opt_state = optimizer.update(curvature * carry[0], carry[1], carry[0])
+        return (params, opt_state), 0.5 * jnp.sum(curvature * params**2)
+
+    start = jnp.asarray([2.0, -1.0])
+    _, losses = jax.jit(lambda: jax.lax.scan(one, (start, optimizer.init(start)), length=400))()
+    assert losses[-1] < 0.01 * 7.0  # 7 = (1 · 4 + 10 · 1) / 2 at the start
+
+
+# --- numbers are data ------------------------------------------------------------------------------------------------
+
+
+def warmup_rates(peak, warmup, count=30, total=25):
+    n = np.arange(count)
+    falling = peak * (1 + np.cos(np.pi * np.clip((n - warmup) / (total - warmup), 0, 1))) / 2
+    return np.where(n < warmup, peak * n / max(warmup, 1), falling)
+
+
+SWEEP = [(peak, warmup) for peak in (0.01, 0.1) for warmup in (0, 1, 7, 24)]
+
+
+def test_a_sweep_of_peak_and_warm_up_by_set_hyper_compiles_once(x64):
+    start, grads = problem(count=30)
+    optimizer, traces = adam(warmup_cosine(1.0, 5, 25)), []
+
+    @jax.jit
+    def run(opt_state):
+        traces.append(None)
+        return trajectory(optimizer, opt_state, jnp.asarray(start), grads)[1]
+
+    opt_state = optimizer.init(jnp.asarray(start))
+    for peak, warmup in SWEEP:
+        opt_state = set_hyper(opt_state, learning_rate={"peak": peak, "warmup_steps": warmup})
+        expected = TABLE["adam"].expected(warmup_rates(peak, warmup), grads, start)
+        assert agrees(np.asarray(run(opt_state)), expected), (peak, warmup)
+    assert len(traces) == 1 and run._cache_size() == 1
+
+
+def test_a_sweep_of_peak_and_warm_up_by_vmap_compiles_once(x64):
+    start, grads = problem(count=30)
+    traces = []
+
+    @jax.jit
+    def sweep(peaks, warmups):
+        traces.append(None)
+
+        def run(peak, warmup):
+            optimizer = adam(warmup_cosine(peak, warmup, 25))
+            return trajectory(optimizer, optimizer.init(jnp.asarray(start)), jnp.asarray(start), grads)[1]
+
+        return jax.vmap(run)(peaks, warmups)
+
+    for scale in (1.0, 2.0):
+        histories = sweep(*jnp.asarray([(scale * peak, warmup) for peak, warmup in SWEEP]).T)
+        for history, (peak, warmup) in zip(histories, SWEEP, strict=True):
+            expected = TABLE["adam"].expected(warmup_rates(scale * peak, warmup), grads, start)
+            assert agrees(np.asarray(history), expected), (scale, peak, warmup)
+    assert len(traces) == 1 and sweep._cache_size() == 1
+
+
+def test_a_schedule_of_ones_own_needs_a_function_and_its_numbers():
+    schedule = Schedule(lambda hyper, count: hyper["scale"] / jnp.sqrt(1.0 + count.astype(jnp.float32)), {"scale": 0.5})
+    optimizer = sgd(schedule)
+    params, opt_state = jnp.asarray(0.0), optimizer.init(jnp.asarray(0.0))
+    for _ in range(4):
+        params, opt_state = optimizer.update(jnp.asarray(1.0), opt_state, params)
+    assert opt_state.rate == 0.25
+    np.testing.assert_allclose(params, -0.5 * sum(n**-0.5 for n in (1, 2, 3, 4)), rtol=1e-6)
+
+
+def test_set_hyper_keeps_dtypes_shapes_and_everything_else():
+    params = {"w": jnp.ones(2)}
+    opt_state = adam(warmup_cosine(0.1, 5, 25)).init(params)
+    changed = set_hyper(opt_state, b1=0, learning_rate={"peak": np.float64(0.2), "warmup_steps": 7})
+    assert signature(changed) == signature(opt_state)
+    assert changed.hyper.b1 == 0 and changed.hyper.b2 == opt_state.hyper.b2
+    numbers = {name: float(value) for name, value in changed.hyper.learning_rate.items()}
+    assert numbers == {"peak": pytest.approx(0.2), "warmup_steps": 7, "total_steps": 25, "start": 0, "end": 0}
+    assert opt_state.hyper.b1 == np.float32(0.9)
+    assert changed.mu is opt_state.mu and changed.step is opt_state.step
+
+
+def test_set_hyper_on_a_swept_state_takes_one_number_for_all_or_one_each():
+    states = jax.vmap(lambda rate: sgd(rate).init(jnp.ones(2)))(jnp.asarray([0.1, 0.2, 0.3]))
+    assert set_hyper(states, learning_rate=0.5).hyper.learning_rate.tolist() == [0.5, 0.5, 0.5]
+    each = jnp.asarray([0.5, 0.25, 0.125])
+    assert set_hyper(states, learning_rate=each).hyper.learning_rate.tolist() == [0.5, 0.25, 0.125]
+
+
+@KINDS
+def test_a_state_can_be_donated_at_every_step_and_takes_nothing_of_the_users(build):
+    rate, params = jnp.asarray(0.1), jnp.ones(4)
+    optimizer = build(rate)
+    update = jax.jit(lambda params, opt_state, g: optimizer.update(g, opt_state, params), donate_argnums=(0, 1))
+    own, opt_state = jnp.array(params), optimizer.init(params)
+    for _ in range(3):
+        before = opt_state
+        own, opt_state = update(own, opt_state, params)
+        assert before.step.is_deleted()
+    assert opt_state.step == 3 and not rate.is_deleted() and not params.is_deleted()
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+def elementwise(optimizer) -> list[str]:
+    params = jnp.ones((7, 11))
+    jaxpr = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
+    return sorted(str(eqn.primitive) for eqn in jaxpr.jaxpr.eqns if eqn.outvars[0].aval.shape == (7, 11))
+
+
+@pytest.mark.parametrize("variant", ["standard", "keras"])
+def test_adam_corrects_its_bias_in_scalars_and_does_thirteen_operations_an_element(variant):
+    # m: 2 products, a sum; v: 3 and 1; then v + root, its square root, + eps, rate · m, the quotient, the difference
+    operations = elementwise(adam(variant=variant))
+    assert operations == sorted(["mul"] * 6 + ["add"] * 4 + ["sqrt", "div", "sub"])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_an_update_is_one_program_without_host_callbacks(name):
+    optimizer, update = scheduled_update(name)
+    params = jnp.ones(P)
+    assert "custom_call" not in update.lower(params, optimizer.init(params), params).as_text()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda: sgd(-0.1), ValueError, "sgd: learning_rate = -0.1; expected 0 <= learning_rate < inf"),
+        (lambda: sgd(math.nan), ValueError, "sgd: learning_rate = nan; expected 0 <= learning_rate < inf"),
+        (lambda: sgd(None), TypeError, "sgd: learning_rate = None; expected a number"),
+        (
+            lambda: sgd(lambda count: 0.1),
+            TypeError,
+            "sgd: learning_rate is a function; expected a number or a Schedule",
+        ),
+        (lambda: sgd(np.ones(3)), ValueError, "sgd: learning_rate has shape (3,); expected one number"),
+        (lambda: momentum(0.1, 1.0), ValueError, "momentum: decay = 1.0; expected 0 <= decay < 1"),
+        (lambda: momentum(-1, 0.9), ValueError, "momentum: learning_rate = -1; expected 0 <= learning_rate < inf"),
+        (
+            lambda: momentum(0.1, variant="torch"),
+            ValueError,
+            "momentum: variant = 'torch'; expected one of standard, keras",
+        ),
+        (
+            lambda: momentum(0.1, nesterov=True, variant="autograd"),
+            ValueError,
+            "momentum: nesterov = True; expected False",
+        ),
+        (lambda: rmsprop(0.1, -0.5), ValueError, "rmsprop: decay = -0.5; expected 0 <= decay < 1"),
+        (lambda: rmsprop(0.1, eps=-1e-8), ValueError, "rmsprop: eps = -1e-08; expected 0 <= eps < inf"),
+        (lambda: rmsprop(0.1, momentum=1), ValueError, "rmsprop: momentum = 1; expected 0 <= momentum < 1"),
+        (lambda: rmsprop(0.1, initial=-1), ValueError, "rmsprop: initial = -1; expected 0 <= initial < inf"),
+        (lambda: adam(-0.1), ValueError, "adam: learning_rate = -0.1; expected 0 <= learning_rate < inf"),
+        (lambda: adam(b1=1.0), ValueError, "adam: b1 = 1.0; expected 0 <= b1 < 1"),
+        (lambda: adam(b2=np.float64(1.5)), ValueError, "adam: b2 = 1.5; expected 0 <= b2 < 1"),
+        (lambda: adam(eps=-1), ValueError, "adam: eps = -1; expected 0 <= eps < inf"),
+        (lambda: adam(eps_root=-1), ValueError, "adam: eps_root = -1; expected 0 <= eps_root < inf"),
+        (lambda: adam(b1="0.9"), TypeError, "adam: b1 = '0.9'; expected a number"),
+        (lambda: adam(variant="torch"), ValueError, "adam: variant = 'torch'; expected one of standard, keras"),
+        (lambda: adam(moment_dtype=jnp.int32).init(jnp.ones(2)), TypeError, "moment_dtype = <class 'jax.numpy.int32'>"),
+        (
+            lambda: sgd(Schedule(lambda hyper, count: jnp.ones(2), {})).init(jnp.ones(2)),
+            ValueError,
+            "the schedule gave a rate of shape (2,); expected one number",
+        ),
+    ],
+)
+def test_a_bad_argument_is_named(build, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        build()
+
+
+@pytest.mark.parametrize("build", [sgd, momentum, rmsprop, adam])
+@pytest.mark.parametrize("leaf", [jnp.arange(3), np.arange(3), True, 3, jnp.ones(2, complex), jax.random.key(0)])
+def test_a_parameter_that_is_no_float_is_named_by_its_path(build, leaf):
+    message = f"{build.__name__}: parameter embedding_0/ids has dtype"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        build(0.1).init({"dense_0": jnp.ones(2), "embedding_0": {"ids": leaf}})
+
+
+PARAMS = {"dense_0": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "grads, message",
+    [
+        (
+            {"dense_0": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}},
+            "dense_0/w: gradient has shape (3, 2), parameter (2, 3)",
+        ),
+        ({"dense_0": {"w": jnp.ones((2, 3)), "b": jnp.ones(1)}}, "dense_0/b: gradient has shape (1,), parameter (3,)"),
+        (
+            {"dense_0": {"w": jnp.ones((2, 3))}},
+            "gradient does not fit the parameters: missing dense_0/b; unexpected nothing",
+        ),
+        ({"dense_0": {"w": jnp.ones((2, 3)), "b": None}}, "gradient does not fit the parameters: missing dense_0/b"),
+        ({"dense_0": {**PARAMS["dense_0"], "c": jnp.ones(1)}}, "missing nothing; unexpected dense_0/c"),
+        ({"dense_1": PARAMS["dense_0"]}, "missing dense_0/b, dense_0/w; unexpected dense_1/b, dense_1/w"),
+        ((), "gradient does not fit the parameters: missing dense_0/b, dense_0/w; unexpected nothing"),
+        (None, "gradient does not fit the parameters: missing dense_0/b, dense_0/w; unexpected nothing"),
+        (
+            {"dense_0": {"w": jnp.ones((2, 3), int), "b": jnp.ones(3)}},
+            "dense_0/w: gradient has dtype int32; expected a float",
+        ),
+    ],
+)
+def test_gradients_that_do_not_fit_are_named_by_path(build, grads, message):
+    optimizer = build(0.1)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            update(grads, optimizer.init(PARAMS), PARAMS)
+
+
+def test_gradients_in_other_containers_are_told_apart():
+    with pytest.raises(
+        ValueError, match=r"gradient is a tree PyTreeDef\(\[\*, \*\]\); expected the parameters' PyTreeDef"
+    ):
+        sgd(0.1).update([jnp.ones(2), jnp.ones(2)], sgd(0.1).init((jnp.ones(2),) * 2), (jnp.ones(2),) * 2)
+
+
+def test_a_state_of_other_parameters_is_named_by_moment_and_path():
+    optimizer = adam()
+    with pytest.raises(ValueError, match=re.escape("dense_0/b: mu has shape (4,), parameter (3,)")):
+        optimizer.update(PARAMS, optimizer.init({"dense_0": {**PARAMS["dense_0"], "b": jnp.ones(4)}}), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "optimizer, changes, error, message",
+    [
+        (
+            adam(),
+            {"beta1": 0.9},
+            ValueError,
+            "no hyperparameter is called 'beta1'; there are learning_rate, b1, b2, eps, eps_root",
+        ),
+        (
+            rmsprop(0.1),
+            {"momentum": 0.9},
+            ValueError,
+            "no hyperparameter is called 'momentum'; there are learning_rate, decay, eps",
+        ),
+        (
+            adam(constant(0.1)),
+            {"learning_rate": {"peak": 0.2}},
+            ValueError,
+            "set_hyper: no number of learning_rate is called 'peak'; there are rate",
+        ),
+        (
+            adam(constant(0.1)),
+            {"learning_rate": 0.2},
+            TypeError,
+            "set_hyper: learning_rate = 0.2; expected what stands in the state: {'rate'",
+        ),
+        (
+            adam(),
+            {"learning_rate": {"rate": 0.2}},
+            TypeError,
+            "set_hyper: learning_rate = {'rate': 0.2}; expected what stands",
+        ),
+        (adam(), {"b1": 1.0}, ValueError, "set_hyper: b1 = 1.0; expected 0 <= b1 < 1"),
+        (momentum(0.1), {"decay": -0.1}, ValueError, "set_hyper: decay = -0.1; expected 0 <= decay < 1"),
+        (
+            sgd(0.1),
+            {"learning_rate": -1},
+            ValueError,
+            "set_hyper: learning_rate = -1; expected 0 <= learning_rate < inf",
+        ),
+        (sgd(0.1), {"learning_rate": "1"}, TypeError, "set_hyper: learning_rate = '1'; expected a number"),
+        (
+            sgd(0.1),
+            {"learning_rate": np.ones(3)},
+            ValueError,
+            "set_hyper: learning_rate has shape (3,); expected one number",
+        ),
+    ],
+)
+def test_set_hyper_names_what_is_wrong(optimizer, changes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        set_hyper(optimizer.init(jnp.ones(2)), **changes)
+
+
+def test_states_are_named_tuples_that_say_what_they_hold():
+    opt_state = adam().init(PARAMS)
+    assert isinstance(opt_state, AdamState)
+    assert opt_state._fields == ("step", "hyper", "rate", "mu", "nu")
+    assert rmsprop(0.1).init(PARAMS)._fields == ("step", "hyper", "rate", "nu", "mean", "velocity")
+    assert rmsprop(0.1).init(PARAMS).mean is None and rmsprop(0.1).init(PARAMS).velocity is None
+    assert jax.tree.structure(opt_state.mu) == jax.tree.structure(PARAMS)
