@@ -5,8 +5,8 @@
     python -m experiments.descent_modes --hidden 32 --learning-rate 0.1
 
 The three are one function, `fnet.train`, at batch sizes N, 32 and 1. The problem is softmax regression on the 8x8
-digits of scikit-learn: convex, so the modes differ by how they descend, not by where they could end up. The full training cost is
-taken before every update: what an update saw and what it did to the whole are told apart. Over the last `window`:
+digits of scikit-learn: convex, so the modes differ by how they descend, not by where they could end up. The full cost
+is taken before every update, to tell apart what an update saw and what it did. Over the last `window` updates:
 
 - noise: the standard deviation of (cost of the update's own examples − full cost at the same parameters), divided by
   the mean full cost;
@@ -87,9 +87,10 @@ def run(config: Config, console: Console | None = None) -> dict:
         reached = int(np.argmax(cost < config.target)) if cost.min() < config.target else None
         examples = np.append(0, metrics["seen"].count.ravel().cumsum())
         batch = jax.tree.map(lambda a, size=batch_size: a[:size], train_data)
+        analysis = jax.jit(step).lower(start, batch).compile().cost_analysis() or {"flops": 0}
         results[mode] = {
             "examples per update": batch_size,
-            "FLOPs per update (compiler)": int(jax.jit(step).lower(start, batch).compile().cost_analysis()["flops"]),
+            "FLOPs per update (compiler)": int(analysis["flops"]),
             "updates": len(seen),
             "examples seen": int(examples[-1]),
             "final training cost": float(cost[-1]),

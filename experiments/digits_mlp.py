@@ -81,7 +81,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     first, last = (jax.tree.map(lambda a: a[rows], train_data) for rows in (slice(config.batch_size), slice(-config.batch_size, None)))
     ends, histories, costs = {}, {}, {}
     for engine, gradient in ENGINES.items():
-        step = fnet.make_step(gradient(model, loss, {"accuracy": accuracy}), optimizer, monitor=gradient_norms)
+        step = fnet.make_step(gradient(model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms})
         ends[engine], histories[engine] = fnet.fit(
             step,
             start,

@@ -79,7 +79,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     optimizer = fnet.adam(config.learning_rate, eps=1e-7, variant="keras")
     gradient = fnet.backprop(model, loss, {"accuracy": accuracy})
-    step = fnet.make_step(gradient, optimizer, monitor=lambda grads: {"gradient_norm": gradient_norms(grads)})
+    step = fnet.make_step(gradient, optimizer, monitors={"gradient_norm": gradient_norms})
     _, history = fnet.fit(
         step,
         fnet.init_train_state(params, optimizer, stream(key, "run"), state),

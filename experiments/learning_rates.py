@@ -1,17 +1,17 @@
-"""Learning rates 0.001, 0.01, 0.1 and 1.0, all trained at once as one compiled program (SOURCES.md, S10).
+"""Learning rates 0.001, 0.01, 0.1 and 1.0, all trained at once by one compiled program (SOURCES.md, S10).
 
     python -m experiments.learning_rates
-    python -m experiments.learning_rates --batch-size 256                  other sizes, other numbers of updates
+    python -m experiments.learning_rates --batch-size 256
     python -m experiments.learning_rates --epochs 10 --rates 0.1 1 10 1e30
 
-64-64-32-10 on scikit-learn's 8x8 digits by plain gradient descent on mini-batches. The rate is data: the whole run,
-`fnet.train`, is a function of it, and `jax.vmap` makes of that one program which trains every rate from the same start
-on the same batches. A run is "diverged" if its final cost is infinite or not a number, and "at chance" if
-it is not below ln 10, what equal probabilities for all classes cost.
+64-64-32-10 on the 8x8 digits of scikit-learn by plain gradient descent on mini-batches. The rate is data: a whole run
+is a function of it, and `jax.vmap` makes of that one program which trains at every rate, from the same start with the
+same batches. A run has "diverged" if its last training cost is infinite or not a number, and is "at chance" if that
+cost is not below ln 10, the cost of giving all ten classes the same probability.
 
-Bias and variance, as far as one data set shows them: the training cost is what the model has not fitted (bias), the test
-cost's excess over it is what it has fitted of these examples alone (variance). A larger rate or more epochs trade the
-first for the second; the epoch of the lowest test cost is where the trade stops to pay.
+Bias and variance, as far as one data set shows them: the training cost is what the model has not fitted (bias); the
+test cost's excess over it comes of fitting what only these examples have (variance). A greater rate, until it is too
+great, and more epochs lower the first and raise the second; training pays up to the epoch of the lowest test cost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -50,7 +49,7 @@ class Config:
     name: str | None = None  # None takes the time of day
 
 
-def load(config: Config) -> tuple[fnet.Batch, fnet.Batch]:
+def load(config: Config) -> tuple[fnet.Batch, ...]:
     """Training and test digits."""
     digits = fnet.data.sklearn_digits()
     sizes = (len(digits.targets) - config.test_size, config.test_size)
@@ -85,13 +84,13 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     def member(rate, *data):
         nonlocal traces
-        traces += 1  # Python runs this body only while jax traces it, once for each program
+        traces += 1  # Python runs this body only while jax traces it, once for each program it compiles
         return train_at(config, rate, *data)
 
     sweep = jax.jit(jax.vmap(member, in_axes=(0, None, None)))
     with console.status(f"{len(config.rates)} rates, {config.epochs} epochs each"):
         curves = jax.device_get(sweep(jnp.array(config.rates), *data))
-    console.print(f"{len(config.rates)} runs in one program, traced and compiled {traces} time(s)")
+    console.print(f"{len(config.rates)} runs in one program, traced {traces} time(s)")
 
     results = {}
     for i, rate in enumerate(config.rates):
@@ -134,9 +133,8 @@ def draw(results: dict, config: Config, path: Path) -> None:
         left.plot(epochs, next(costs), "--", color=f"C{i}", linewidth=1)
     drawn = [rate for rate in sorted(results) if results[rate]["verdict"] != "diverged"]
     for name, style in {"training cost: bias": "o-", "test cost": "o-", "lowest test cost": "v:"}.items():
-        right.plot(
-            drawn, [results[rate][name] for rate in drawn], style, markersize=5, label=name.removesuffix(": bias")
-        )
+        label = name.removesuffix(": bias")
+        right.plot(drawn, [results[rate][name] for rate in drawn], style, markersize=5, label=label)
     left.set(xlabel="epoch", ylabel="cost (dashed: test)", yscale="log")
     right.set(xlabel="learning rate", ylabel=f"cost after {config.epochs} epochs", xscale="log", yscale="log")
     for ax in (left, right):

@@ -3,12 +3,14 @@
     python -m experiments.optimizer_comparison
     python -m experiments.optimizer_comparison --digits.adam 0.001 --valley.sgd 0.01
 
-Digits: 64-32-10 on scikit-learn's 8x8 digits, all from the same starts with the same batches, each optimizer at its own
-rate: its best of the grid, by the median of the final training cost over the starts. The whole grid of rates and starts
-is one vmapped program, and shows how much the rate matters.
+Digits: 64-32-10 on the 8x8 digits of scikit-learn, all from the same starts with the same batches, each optimizer at
+its own rate: its best of the grid, by the median of the final training cost over the starts. Every rate with every
+start is one vmapped program; it shows how much the rate matters.
 
 Valley: f(p) = ½ pᵀ A p with curvatures 1 and `condition`, from (10, 1), by `from_loss` and a scan of steps; along the
 axes, and turned by 45°, where scaling each coordinate by itself cannot tell the steep direction from the flat one.
+
+Epochs and steps are counted to where the value falls below the target for good.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Config:
     hidden: tuple[int, ...] = (32,)  # widths of the hidden layers
     batch_size: int = 32
     epochs: int = 20
-    starts: int = 5  # draws of the parameters and of the order of the examples
+    starts: int = 10  # draws of the parameters and of the order of the examples
     target: float = 0.1  # a training cost; the table says when it is reached and with how many of the rates
     condition: float = 100.0  # the valley's greatest curvature; its least is 1
     steps: int = 2000  # in the valley
@@ -70,16 +72,15 @@ class Config:
     name: str | None = None  # None takes the time of day
 
 
-def train_digits(config: Config, make, rate, key, train_data, test_data):
-    """Training cost after each epoch and test accuracy at the end, for a rate and a key that may be traced."""
-    model, loss, optimizer = fnet.mlp(*config.hidden, 10), fnet.softmax_cross_entropy, make(rate)
-    params, state = model.init(stream(key, "model"), train_data.inputs[:1])
-    start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+def train_digits(config: Config, model, make, rate, start, key, data):
+    """Training cost after each epoch, and the parameters and state at the end; the rate may be traced."""
+    loss, optimizer = fnet.softmax_cross_entropy, make(rate)
+    params, state = start
+    ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
     step = fnet.make_step(fnet.backprop(model, loss), optimizer)
-    evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
-    options = {"epochs": config.epochs, "batch_size": config.batch_size, "evaluate": evaluate, "validation": train_data}
-    ts, _, trained = fnet.train(step, start, train_data, **options)
-    return trained["loss"].value, evaluate(ts.params, ts.state, test_data)["accuracy"].value
+    options = {"epochs": config.epochs, "batch_size": config.batch_size, "validation": data}
+    ts, _, results = fnet.train(step, ts, data, evaluate=fnet.make_evaluate(model, loss), **options)
+    return results["loss"].value, (ts.params, ts.state)
 
 
 def descend_valley(config: Config, make, rate, degrees):
@@ -108,15 +109,19 @@ def run(config: Config, console: Console | None = None) -> dict:
     folder = new_run_folder(config.run_dir, "optimizer_comparison", config.name)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     key = jax.random.key(config.seed)
-    data = fnet.split(fnet.data.sklearn_digits(), (1440, 357), stream(key, "split"))
-    keys = jax.random.split(stream(key, "starts"), config.starts)
+    train_data, test_data = fnet.split(fnet.data.sklearn_digits(), (1440, 357), stream(key, "split"))
+    model, keys = fnet.mlp(*config.hidden, 10), jax.random.split(stream(key, "starts"), config.starts)
+    starts = jax.jit(jax.vmap(lambda key: model.init(stream(key, "model"), train_data.inputs[:1])))(keys)
+    evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy, {"accuracy": accuracy})
+    test = jax.jit(jax.vmap(lambda params, state: evaluate(params, state, test_data)["accuracy"].value))
     digits, valley, arrays = {}, {}, {}
     for name, make in OPTIMIZERS.items():
         rates = [jnp.array([getattr(own, name), *config.grid]) for own in (config.digits, config.valley)]
         with console.status(f"{name}: {len(rates[0])} rates with {config.starts} starts each"):
-            train = jax.vmap(partial(train_digits, config, make), in_axes=(None, 0, None, None))
+            train = jax.vmap(partial(train_digits, config, model, make), in_axes=(None, 0, 0, None))
             train = jax.jit(jax.vmap(train, in_axes=(0, None, None, None)))
-            costs, accuracies = jax.device_get(train(rates[0], keys, *data))  # (R, starts, E), (R, starts)
+            costs, ends = jax.device_get(train(rates[0], starts, keys, train_data))  # costs (R, starts, E)
+            accuracies = test(*jax.tree.map(lambda a: a[0], ends))
             descend = jax.jit(jax.vmap(partial(descend_valley, config, make), in_axes=(0, None)))
             (paths, f), (_, turned) = jax.device_get([descend(rates[1], degrees) for degrees in (0.0, 45.0)])
         arrays[name] = {"costs": costs, "path": paths[0], "f": f[0]}
@@ -128,9 +133,10 @@ def run(config: Config, console: Console | None = None) -> dict:
             "final cost, median": float(median[0, -1]),
             "final cost, lowest": float(costs[0, :, -1].min()),
             "final cost, highest": float(costs[0, :, -1].max()),
-            "test accuracy, mean": float(accuracies[0].mean()),
+            "test accuracy, mean": float(accuracies.mean()),
             "epochs to the target": settled(median[0], config.target, 1),
             "good rates": int((median[1:, -1] < config.target).sum()),
+            "best rate tried": config.grid[int(np.argmin(np.nan_to_num(median[1:, -1], nan=np.inf)))],
         }
         valley[name] = {
             "learning rate": getattr(config.valley, name),
@@ -142,12 +148,12 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     show(console, f"digits: {config.starts} starts, {config.epochs} epochs, target: cost < {config.target}", digits)
     show(console, f"valley: condition {config.condition:g}, {config.steps:,} steps, target: f < 1e-6", valley)
-    console.print(
-        f"good rates: of the {len(config.grid)} from {min(config.grid)} to {max(config.grid)}, those that end below the target"
-    )
+    console.print(f"Good rates end below the target; tried: {', '.join(f'{rate:g}' for rate in config.grid)}.")
     console.print("When to use which, as measured (the sentences were written for the default settings):")
     for name, line in advice(digits, valley).items():
         console.print(f"  {name:9} {line}", highlight=False, soft_wrap=True)
+    ends = [column["final cost, median"] for column in digits.values()]
+    console.print(f"On the digits, each at its own rate, the medians end between {min(ends):.2g} and {max(ends):.2g}.")
     draw_digits(config, arrays, folder / "digits.png")
     draw_valley(config, arrays, folder / "valley.png")
     console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
@@ -174,14 +180,14 @@ def advice(digits: dict, valley: dict) -> dict[str, str]:
     return {
         "sgd": f"well-scaled problems, little memory: {epochs['sgd']} epochs on the digits and nothing kept, but "
         f"{steps['sgd']} steps in the valley, where the steepest direction limits the rate",
-        "momentum": f"the first thing to try where sgd is slow: {steps['momentum']} steps to sgd's {steps['sgd']}, and "
+        "momentum": f"the first thing to try where sgd is slow: {steps['momentum']} steps to its {steps['sgd']}, and "
         f"{good['momentum']} good rates to its {good['sgd']}, for one number kept per weight",
         "nesterov": f"where momentum swings too far: {steps['nesterov']} steps to its {steps['momentum']}, but "
         f"{good['nesterov']} good rates to its {good['momentum']}, since large ones diverge sooner",
-        "rmsprop": f"noisy mini-batches, not an exact minimum: {epochs['rmsprop']} epochs on the digits, but f ends at "
+        "rmsprop": f"noisy mini-batches, no exact minimum: {epochs['rmsprop']} epochs on the digits, but f ends at "
         f"{last['rmsprop']:.1g}, for the steps are about as long as the rate, however small the gradient",
-        "adam": f"where no good rate is known: {good['adam']} good rates in the valley; two numbers kept per weight, and "
-        f"{steps['adam']} steps become {turned['adam']} where the axes do not fit the valley",
+        "adam": f"where no good rate is known: {good['adam']} good rates in the valley; two numbers kept per weight, "
+        f"and {steps['adam']} steps become {turned['adam']} where the valley does not run along an axis",
     }
 
 
@@ -203,6 +209,7 @@ def draw_digits(config: Config, arrays: dict, path: Path) -> None:
         right.plot(np.array(config.grid)[order], np.median(final, 1)[order], "o-", markersize=4, color=f"C{i}")
     left.set(xlabel="epoch", ylabel="training cost", yscale="log")
     right.set(xlabel="learning rate", ylabel=f"training cost after {config.epochs} epochs", xscale="log", yscale="log")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize="small")
     for ax in (left, right):
         ax.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """Rosenblatt's perceptron learns AND and OR and cannot learn XOR; a network with a hidden layer can (S12, S13).
 
     python -m experiments.perceptron
-    python -m experiments.perceptron --hidden 2 --seed 3      two units suffice, but not from every start
+    python -m experiments.perceptron --hidden 2 --seed 1      two units suffice, but not from seed 0
 
 Rosenblatt's rule (1958), one example at a time from zero weights: ``w += (y − ŷ) x``, ``b += y − ŷ`` with
 ``ŷ = step(w·x + b)``. A rate would only scale the weights. All numbers are whole, so float32 is exact, and weights that
@@ -130,7 +130,8 @@ def run(config: Config, console: Console | None = None) -> dict:
         none = np.flatnonzero(r["errors"] == 0)  # an epoch without errors changes nothing, so one is enough
         r["learned_after"] = int(none[0]) if none.size else None
         first, last = " ".join(map(str, r["errors"][:8])), ", ".join(f"{w:g}" for w in r["weights"][-1, -1])
-        table.add_row(name, f"{first} …", str(none[0]) if none.size else "never", str(r["errors"][-1]), last)
+        until = str(none[0]) if none.size else "never" if first_return(r["weights"][:, -1]) else "not yet"
+        table.add_row(name, f"{first} …", until, str(r["errors"][-1]), last)
     console.print("Rosenblatt's rule", table)
     if again := first_return(rule["XOR"]["weights"][:, -1]):
         console.print(
@@ -151,7 +152,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     draw(rule, model, hidden["backprop"]["end"], folder / "regions.png")
     wrong = rule["XOR"]["errors"][-1], 4 - hidden["backprop"]["right"].sum()
-    final = f"XOR: {wrong[0]} errors by the perceptron, {wrong[1]:.0f} by the hidden layer"
+    final = f"XOR: {wrong[0]} errors in the perceptron's last epoch, {wrong[1]:.0f} by the hidden layer"
     console.print(f"{final}  {folder}", highlight=False, soft_wrap=True)
     return {"rule": rule, "first_return": again, "hidden": hidden, "step_gradients": norms, "folder": folder}
 

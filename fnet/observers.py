@@ -17,7 +17,8 @@ def jsonl(path: str | Path, **fields) -> Callable[[Event], None]:
 
     def observe(event: Event) -> None:
         if event.kind == "epoch":
-            row = {**fields, "step": event.step, **{name: np.asarray(value).tolist() for name, value in event.metrics.items()}}
+            numbers = {name: np.asarray(value).tolist() for name, value in event.metrics.items()}
+            row = {**fields, "epoch": event.epoch, "step": event.step, **numbers}
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -43,7 +44,7 @@ def progress(title: str = "training", console=None) -> Callable[[Event], None]:
 
     def observe(event: Event) -> None:
         if event.kind == "epoch" and not console.is_terminal:
-            console.print(f"{title}: epoch {event.metrics['epoch']}/{event.epochs}  {numbers(event.metrics)}", soft_wrap=True)
+            console.print(f"{title}: epoch {event.epoch}/{event.epochs}  {numbers(event.metrics)}", soft_wrap=True)
         elif console.is_terminal:
             if event.kind == "start":
                 bar.start()
@@ -51,7 +52,7 @@ def progress(title: str = "training", console=None) -> Callable[[Event], None]:
             if event.kind == "compile":
                 bar.update(task, description=title)
             if event.kind == "epoch":
-                bar.update(task, completed=event.metrics["epoch"], numbers=numbers(event.metrics))
+                bar.update(task, numbers=numbers(event.metrics))
             if event.kind == "end":
                 bar.stop()
 

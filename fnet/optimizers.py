@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule, named_leaves
@@ -53,7 +54,7 @@ class SgdState(NamedTuple):
     rate: jax.Array
 
 
-def sgd(learning_rate) -> Optimizer:
+def sgd(learning_rate: ArrayLike | Schedule) -> Optimizer:
     """Gradient descent, ``p −= rate · g``.
 
     >>> optimizer = sgd(0.1)
@@ -95,7 +96,12 @@ class MomentumState(NamedTuple):
 
 
 def momentum(
-    learning_rate, decay=0.9, nesterov: bool = False, *, variant: str = "standard", moment_dtype=None
+    learning_rate: ArrayLike | Schedule,
+    decay: ArrayLike = 0.9,
+    nesterov: bool = False,
+    *,
+    variant: str = "standard",
+    moment_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Gradient descent along a decaying sum of gradients, from v = 0; μ is ``decay``, in [0, 1).
 
@@ -159,15 +165,15 @@ class RmspropState(NamedTuple):
 
 
 def rmsprop(
-    learning_rate,
-    decay=0.9,
-    eps=1e-8,
+    learning_rate: ArrayLike | Schedule,
+    decay: ArrayLike = 0.9,
+    eps: ArrayLike = 1e-8,
     *,
     centered: bool = False,
-    momentum=None,
+    momentum: ArrayLike | None = None,
     eps_in_sqrt: bool = True,
-    initial=0.0,
-    moment_dtype=None,
+    initial: ArrayLike = 0.0,
+    moment_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Steps divided by the root of a running mean of squared gradients, from v = ``initial``.
 
@@ -186,7 +192,7 @@ def rmsprop(
     and Hinton (2012); Graves (arXiv 1308.0850) for the centred form.
     """
     rate_fn, learning_rate = _split("rmsprop", learning_rate)
-    check_numbers("rmsprop", below=1, decay=decay, **({} if momentum is None else {"momentum": momentum}))
+    check_numbers("rmsprop", below=1, decay=decay, momentum=0 if momentum is None else momentum)
     check_numbers("rmsprop", eps=eps, initial=initial)
 
     def rule(p, g, v, mean, velocity, rate, decay, rest, eps, momentum):
@@ -239,7 +245,14 @@ class AdamState(NamedTuple):
 
 
 def adam(
-    learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, *, eps_root=0.0, variant: str = "standard", moment_dtype=None
+    learning_rate: ArrayLike | Schedule = 1e-3,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    eps_root: ArrayLike = 0.0,
+    variant: str = "standard",
+    moment_dtype: DTypeLike | None = None,
 ) -> Optimizer:
     """Steps along a running mean of gradients, divided by the root of a running mean of squares (arXiv 1412.6980).
 
@@ -336,7 +349,7 @@ def _like(name: str, old, new) -> jax.Array:
 # --- what every optimizer does ---------------------------------------------------------------------------------------
 
 
-def _split(who: str, learning_rate) -> tuple[Callable, Any]:
+def _split(who: str, learning_rate: ArrayLike | Schedule) -> tuple[Callable, Any]:
     """A number or a schedule as its function ``(hyper, count) -> rate`` and its hyper."""
     if isinstance(learning_rate, Schedule):
         return learning_rate.fn, learning_rate.hyper
@@ -377,7 +390,7 @@ def _rate(rate_fn: Callable, hyper, count):
     return rate
 
 
-def _moment(params: PyTree, dtype, fill=0.0):
+def _moment(params: PyTree, dtype: DTypeLike | None, fill: ArrayLike = 0.0):
     """A tree like ``params`` that is ``fill`` everywhere."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"moment_dtype = {dtype}; expected a float dtype")

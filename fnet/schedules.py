@@ -9,21 +9,25 @@ an int, an array of counts or a tracer, and computes in the widest float in forc
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnet.types import Schedule
 
 
-def constant(rate) -> Schedule:
+def constant(rate: ArrayLike) -> Schedule:
     """``rate`` at every count. A plain number does the same in an optimizer."""
     check_numbers("constant", rate=rate)
     return Schedule(_constant, {"rate": rate})
 
 
-def exponential(start, decay_rate, decay_steps, *, staircase: bool = False) -> Schedule:
+def exponential(
+    start: ArrayLike, decay_rate: ArrayLike, decay_steps: ArrayLike, *, staircase: bool = False
+) -> Schedule:
     """``start · decay_rate ** (count / decay_steps)``; with ``staircase`` the exponent is rounded down.
 
     ``decay_steps`` is the number of updates in which the rate falls by the factor ``decay_rate``.
@@ -42,7 +46,7 @@ def exponential(start, decay_rate, decay_steps, *, staircase: bool = False) -> S
     return Schedule(_staircase if staircase else _exponential, hyper)
 
 
-def cosine(start, total_steps, end=0.0) -> Schedule:
+def cosine(start: ArrayLike, total_steps: ArrayLike, end: ArrayLike = 0.0) -> Schedule:
     """Half a cosine from ``start`` at count 0 to ``end`` at ``total_steps``, and ``end`` from there on.
 
     ``end + (start − end) · (1 + cos(π count / total_steps)) / 2``, from SGDR (arXiv 1608.03983) without restarts.
@@ -53,7 +57,9 @@ def cosine(start, total_steps, end=0.0) -> Schedule:
     return Schedule(_cosine, {"start": start, "total_steps": total_steps, "end": end})
 
 
-def warmup_cosine(peak, warmup_steps, total_steps, start=0.0, end=0.0) -> Schedule:
+def warmup_cosine(
+    peak: ArrayLike, warmup_steps: ArrayLike, total_steps: ArrayLike, start: ArrayLike = 0.0, end: ArrayLike = 0.0
+) -> Schedule:
     """A straight line from ``start`` at count 0 to ``peak`` at ``warmup_steps``, then half a cosine to ``end``.
 
     ``total_steps`` includes the warm-up (as ``decay_steps`` does in optax's `warmup_cosine_decay_schedule`); the rate
@@ -88,7 +94,7 @@ def check_numbers(who: str, *, below: float = math.inf, positive: bool = False, 
             raise ValueError(f"{who}: {name} = {value}; expected 0 {sign} {name} < {below}")
 
 
-def _on_host(value) -> bool:
+def _on_host(value: ArrayLike) -> TypeGuard[float]:
     return not isinstance(value, jax.Array)
 
 

@@ -33,18 +33,19 @@ def init_train_state(params: PyTree, optimizer: Optimizer, key: jax.Array, state
     return TrainState(jnp.asarray(0, jnp.int32), params, state, optimizer.init(params), key)
 
 
-def make_step(gradient: Gradient, optimizer: Optimizer, monitor: Callable | None = None) -> Step:
+def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, Callable] | None = None) -> Step:
     """One update: ``step(TrainState, batch) -> TrainState, metrics``.
 
-    ``metrics`` are the gradient engine's, the ``learning_rate`` just applied and what ``monitor(grads)`` returns, a tree
-    of scalars by name such as `fnet.metrics.gradient_norms`; all are `Mean`s.
+    ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and by the names in ``monitors`` what those
+    functions of the gradients return: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
     """
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(stream(ts.key, "noise"), ts.step)
         grads, state, metrics = gradient(ts.params, ts.state, batch, key)
         params, opt_state = optimizer.update(grads, ts.opt_state, ts.params, value=metrics["loss"].value)
-        watched = {"learning_rate": opt_state.rate, **(monitor(grads) if monitor else {})}
+        watched = {name: monitor(grads) for name, monitor in (monitors or {}).items()}
+        watched["learning_rate"] = opt_state.rate
         metrics = {**metrics, **jax.tree.map(lambda value: Mean(value, jnp.ones_like(value)), watched)}
         return TrainState(ts.step + 1, params, state, opt_state, ts.key), metrics
 
@@ -165,8 +166,8 @@ class Event(NamedTuple):
     """What an observer is told. ``kind`` is "start", "compile", "chunk", "epoch" or "end".
 
     ``metrics`` are host numbers by name: a chunk's training means, or an epoch's training and ``validation_`` means.
-    ``seconds`` is what the compilation or the chunk took. ``state`` may be read during the call; its buffers are
-    donated to the next chunk.
+    ``seconds`` is what the compilation or the chunk took. ``state`` is where the run stands (for "epoch" at the end of
+    its chunk) and may be read during the call; its buffers are donated to the next chunk.
     """
 
     kind: str
@@ -204,8 +205,8 @@ def fit(
     """Run until ``epochs`` epochs are completed, counted from step 0, in compiled chunks watched by ``observers``.
 
     ``chunk_steps`` is how many steps run between two looks of the observers; the results are the same bits for every
-    value. By default a chunk is an epoch, or several where an epoch has fewer than 100 steps. Chunks end at the end of
-    an epoch or hold whole epochs. An observer is called with each `Event` and may return "stop".
+    value. By default a chunk is an epoch, or as many epochs as make up to 100 steps and divide the run. Chunks end at the
+    end of an epoch or hold whole epochs. An observer is called with each `Event` and may return "stop".
 
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the
     step is traced: `DataError` names what is wrong with the data or the labels, `LayerError` where the model and the
@@ -214,15 +215,15 @@ def fit(
     data, validation = check_run(step, ts, data, epochs, batch_size, evaluate, validation, chunk_steps)
     n, per_epoch = count_examples(data), steps_per_epoch(data, batch_size)
     end, full = epochs * per_epoch, n // batch_size
-    chunk = chunk_steps or max(1, 100 // per_epoch) * per_epoch
+    chunk = chunk_steps or per_epoch * max(k for k in range(1, 101) if k == 1 or (k * per_epoch <= 100 and epochs % k == 0))
     ts = jax.tree.map(jnp.copy, ts)  # ours to donate
     position = int(ts.step)
     programs, seconds, stopped = {}, {"compile": 0.0, "run": 0.0}, False
     this_epoch, all_steps, all_epochs = [], [], []
 
-    def notify(kind, metrics=None, took=0.0):
+    def notify(kind, at, metrics=None, took=0.0):
         nonlocal stopped
-        event = Event(kind, position, end, position // per_epoch, epochs, metrics or {}, took, ts)
+        event = Event(kind, at, end, at // per_epoch, epochs, metrics or {}, took, ts)
         answers = [(observer, observer(event)) for observer in observers]
         for observer, answer in answers:
             if answer not in (None, "continue", "stop"):
@@ -235,7 +236,7 @@ def fit(
             begin = time.perf_counter()
             programs[name] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
             seconds["compile"] += (took := time.perf_counter() - begin)
-            notify("compile", took=took)
+            notify("compile", position, took=took)
         begin = time.perf_counter()
         result = jax.block_until_ready(programs[name](*args))
         seconds["run"] += time.perf_counter() - begin
@@ -245,7 +246,7 @@ def fit(
         options = {"batch_size": batch_size, "shuffle": shuffle, "evaluate": evaluate, "validation": validation}
         return train(step, ts, data, epochs=epochs, **options)
 
-    notify("start")
+    notify("start", position)
     while position < end and not stopped:
         begin, within = time.perf_counter(), position % per_epoch
         if within == 0 and chunk >= per_epoch:
@@ -265,15 +266,16 @@ def fit(
                 rows = [to_host(run("evaluate", evaluate, ts.params, ts.state, validation))]
         first_epoch, position = position // per_epoch, int(ts.step)
         all_steps += blocks
-        notify("chunk", averages(blocks), time.perf_counter() - begin)
+        notify("chunk", position, averages(blocks), time.perf_counter() - begin)
         for i, block in enumerate(blocks):
             this_epoch.append(block)
-            if position >= (first_epoch + i + 1) * per_epoch:
+            epoch_end = (first_epoch + i + 1) * per_epoch
+            if position >= epoch_end:
                 held = {f"validation_{name}": mean.value for name, mean in (rows[i] if evaluate else {}).items()}
                 all_epochs.append({**averages(this_epoch), **held})
                 this_epoch = []
-                notify("epoch", {"epoch": first_epoch + i + 1, **all_epochs[-1]})
-    notify("end")
+                notify("epoch", epoch_end, all_epochs[-1])
+    notify("end", position)
     by_step = {name: np.concatenate([block[name].value for block in all_steps]) for name in (all_steps or [{}])[0]}
     by_epoch = {name: np.stack([row[name] for row in all_epochs]) for name in (all_epochs or [{}])[0]}
     return ts, History(by_epoch, by_step, seconds["compile"], seconds["run"])

@@ -1,6 +1,10 @@
-"""Strict settings for every test: no implicit promotion of dtypes or ranks; x64 only where a test asks for it."""
+"""Strict settings for every test: no implicit promotion of dtypes or ranks; x64 only where a test asks for it.
+
+Tests compile many small programs, often the same ones, so both workers share jax's compilation cache on the disk.
+"""
 
 import os
+import pathlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +14,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

@@ -149,27 +149,28 @@ def test_a_schedule_is_its_function_and_its_numbers():
 
 
 @pytest.mark.parametrize(
-    "build, error, message",
+    "build, numbers, error, message",
     [
-        (lambda: constant(-1), ValueError, "constant: rate = -1; expected 0 <= rate < inf"),
-        (lambda: constant(math.nan), ValueError, "constant: rate = nan; expected 0 <= rate < inf"),
-        (lambda: constant(math.inf), ValueError, "constant: rate = inf; expected 0 <= rate < inf"),
-        (lambda: constant("0.1"), TypeError, "constant: rate = '0.1'; expected a number"),
-        (lambda: constant(np.ones(3)), ValueError, "constant: rate has shape (3,); expected one number"),
-        (lambda: exponential(-0.1, 0.5, 10), ValueError, "exponential: start = -0.1; expected 0 <= start < inf"),
-        (lambda: exponential(0.1, 0, 10), ValueError, "exponential: decay_rate = 0; expected 0 < decay_rate < inf"),
-        (lambda: exponential(0.1, 0.5, 0), ValueError, "exponential: decay_steps = 0; expected 0 < decay_steps < inf"),
-        (lambda: exponential(0.1, 0.5, -3), ValueError, "exponential: decay_steps = -3; expected 0 < decay_steps"),
-        (lambda: cosine(0.1, 0), ValueError, "cosine: total_steps = 0; expected 0 < total_steps < inf"),
-        (lambda: cosine(0.1, 5, end=-1), ValueError, "cosine: end = -1; expected 0 <= end < inf"),
-        (lambda: warmup_cosine(-0.1, 1, 2), ValueError, "warmup_cosine: peak = -0.1; expected 0 <= peak < inf"),
-        (lambda: warmup_cosine(0.1, -1, 2), ValueError, "warmup_cosine: warmup_steps = -1; expected 0 <= warmup_steps"),
-        (lambda: warmup_cosine(0.1, 5, 5), ValueError, "warmup_cosine: total_steps = 5; expected total_steps > 5"),
-        (lambda: warmup_cosine(0.1, 0, 0), ValueError, "warmup_cosine: total_steps = 0; expected total_steps > 0"),
-        (lambda: warmup_cosine(0.1, 1, 9, start=-2), ValueError, "warmup_cosine: start = -2; expected 0 <= start"),
-        (lambda: warmup_cosine(0.1, 1, 9, end=-2), ValueError, "warmup_cosine: end = -2; expected 0 <= end < inf"),
+        (constant, (-1,), ValueError, "constant: rate = -1; expected 0 <= rate < inf"),
+        (constant, (math.nan,), ValueError, "constant: rate = nan; expected 0 <= rate < inf"),
+        (constant, (math.inf,), ValueError, "constant: rate = inf; expected 0 <= rate < inf"),
+        (constant, ("0.1",), TypeError, "constant: rate = '0.1'; expected a number"),
+        (constant, (np.ones(3),), ValueError, "constant: rate has shape (3,); expected one number"),
+        (exponential, (-0.1, 0.5, 10), ValueError, "exponential: start = -0.1; expected 0 <= start < inf"),
+        (exponential, (0.1, 0, 10), ValueError, "exponential: decay_rate = 0; expected 0 < decay_rate < inf"),
+        (exponential, (0.1, 0.5, 0), ValueError, "exponential: decay_steps = 0; expected 0 < decay_steps < inf"),
+        (exponential, (0.1, 0.5, -3), ValueError, "exponential: decay_steps = -3; expected 0 < decay_steps"),
+        (cosine, (0.1, 0), ValueError, "cosine: total_steps = 0; expected 0 < total_steps < inf"),
+        (cosine, (-0.1, 5), ValueError, "cosine: start = -0.1; expected 0 <= start < inf"),
+        (cosine, (0.1, 5, -1), ValueError, "cosine: end = -1; expected 0 <= end < inf"),
+        (warmup_cosine, (-0.1, 1, 2), ValueError, "warmup_cosine: peak = -0.1; expected 0 <= peak < inf"),
+        (warmup_cosine, (0.1, -1, 2), ValueError, "warmup_cosine: warmup_steps = -1; expected 0 <= warmup_steps"),
+        (warmup_cosine, (0.1, 5, 5), ValueError, "warmup_cosine: total_steps = 5; expected total_steps > 5"),
+        (warmup_cosine, (0.1, 0, 0), ValueError, "warmup_cosine: total_steps = 0; expected total_steps > 0"),
+        (warmup_cosine, (0.1, 1, 9, -2), ValueError, "warmup_cosine: start = -2; expected 0 <= start"),
+        (warmup_cosine, (0.1, 1, 9, 0, -2), ValueError, "warmup_cosine: end = -2; expected 0 <= end < inf"),
     ],
 )
-def test_a_number_out_of_range_is_named(build, error, message):
+def test_a_number_out_of_range_is_named(build, numbers, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        build()
+        build(*numbers)

@@ -163,7 +163,7 @@ def _to_device(path: str, leaf: Any) -> jax.Array:
         _refuse(path, host, ~np.isfinite(host), "expected finite numbers: drop or replace them")
     dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     if dtype == host.dtype:
-        return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # jnp.asarray may share NumPy's memory
+        return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # device_put may share NumPy's memory
     with np.errstate(over="ignore"):
         narrow = host.astype(dtype)
     lost = np.isinf(narrow) if floating else narrow != host

@@ -1,0 +1,259 @@
+"""The source texts' example (S1) against its peers: 784-128-64-10, batch 32, 50 epochs of 25 steps, Adam, float32.
+
+    make bench
+    make bench ARGS="--repeats 15 --processes 5"
+
+Two tables from one run: the training alone after warm-up, all peers in turn, and the whole process from its start over
+import, compilation and training to its end. Times are medians; ratios are taken run by run, between neighbours in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+SIZES, EXAMPLES, EPOCHS, BATCH, RATE = (784, 128, 64, 10), 800, 50, 32, 1e-3
+
+
+def random_data():
+    """Standard normal inputs (800, 784) and random labels (800,): the 80 % of S1's 1,000 that are trained on."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((EXAMPLES, SIZES[0]), np.float32), rng.integers(0, SIZES[-1], EXAMPLES)
+
+
+# --- the peers: each takes the data and returns a function that trains from fresh parameters and gives the last loss -
+
+
+def fnet_by(engine_name):
+    def prepare(inputs, labels):
+        import jax
+
+        import fnet
+
+        data = fnet.check_data((inputs, labels))
+        model, optimizer = fnet.mlp(*SIZES[1:]), fnet.adam(RATE)
+        gradient = getattr(fnet, engine_name)(model, fnet.softmax_cross_entropy)
+        step = fnet.make_step(gradient, optimizer)
+        params, state = fnet.init(model, jax.random.key(0), data.inputs[:1])
+        start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+        program = jax.jit(lambda ts, data: fnet.train(step, ts, data, epochs=EPOCHS, batch_size=BATCH)[1]["loss"])
+        return lambda: program(start, data).value[-1].mean().item()
+
+    return prepare
+
+
+def plain_jax(inputs, labels):
+    """What one writes without a library: `jax.grad`, Adam by hand, a scan in a scan."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss_fn(params, x, y):
+        for w, b in params[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        logits = x @ params[-1][0] + params[-1][1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+
+    def init(key):
+        return [
+            (jax.random.normal(jax.random.fold_in(key, i), (n, m)) * (2 / n) ** 0.5, jnp.zeros(m))
+            for i, (n, m) in enumerate(zip(SIZES, SIZES[1:], strict=False))
+        ]
+
+    def update(carry, batch):
+        params, mu, nu, t = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+        mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mu, grads)
+        nu = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, nu, grads)
+        t = t + 1
+        c1, c2 = 1 - 0.9**t, 1 - 0.999**t
+        params = jax.tree.map(lambda p, m, v: p - RATE * (m / c1) / (jnp.sqrt(v / c2) + 1e-8), params, mu, nu)
+        return (params, mu, nu, t), loss
+
+    def train(params, x, y, key):
+        def epoch(carry, key):
+            order = jax.random.permutation(key, EXAMPLES).reshape(-1, BATCH)
+            return jax.lax.scan(lambda carry, rows: update(carry, (x[rows], y[rows])), carry, order)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, losses = jax.lax.scan(epoch, (params, zeros, zeros, 0.0), jax.random.split(key, EPOCHS))
+        return losses[-1].mean()
+
+    params = jax.jit(init)(jax.random.key(0))
+    program, x, y = jax.jit(train), jnp.asarray(inputs), jnp.asarray(labels)
+    return lambda: program(params, x, y, jax.random.key(1)).item()
+
+
+def flax_linen(inputs, labels):
+    """flax linen and optax, with the epochs in a scan."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import linen
+    from flax.training.train_state import TrainState
+
+    model = linen.Sequential([linen.Dense(128), linen.relu, linen.Dense(64), linen.relu, linen.Dense(10)])
+    x, y = jnp.asarray(inputs), jnp.asarray(labels)
+    params = jax.jit(model.init)(jax.random.key(0), x[:1])
+    start = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(RATE))
+
+    def step(state, batch):
+        def loss_fn(params):
+            return optax.softmax_cross_entropy_with_integer_labels(state.apply_fn(params, batch[0]), batch[1]).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    @jax.jit
+    def train(state, x, y, key):
+        def epoch(state, key):
+            order = jax.random.permutation(key, EXAMPLES).reshape(-1, BATCH)
+            return jax.lax.scan(lambda state, rows: step(state, (x[rows], y[rows])), state, order)
+
+        return jax.lax.scan(epoch, state, jax.random.split(key, EPOCHS))[1][-1].mean()
+
+    return lambda: train(start, x, y, jax.random.key(1)).item()
+
+
+def equinox_optax(inputs, labels):
+    """equinox and optax as in equinox' own examples: one compiled step, a loop in Python."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    x, y = jnp.asarray(inputs), jnp.asarray(labels)
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = [eqx.nn.Linear(n, m, key=key) for n, m, key in zip(SIZES, SIZES[1:], keys, strict=False)]
+    relu = eqx.nn.Lambda(jax.nn.relu)
+    start, optimizer = eqx.nn.Sequential([layers[0], relu, layers[1], relu, layers[2]]), optax.adam(RATE)
+
+    @eqx.filter_jit
+    def step(model, opt_state, x, y):
+        def loss_fn(model):
+            return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y).mean()
+
+        loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
+        updates, opt_state = optimizer.update(grads, opt_state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), opt_state, loss
+
+    def run():
+        rng, model = np.random.default_rng(1), start
+        opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
+        for _ in range(EPOCHS):
+            losses = []
+            for rows in rng.permutation(EXAMPLES).reshape(-1, BATCH):
+                model, opt_state, loss = step(model, opt_state, x[rows], y[rows])
+                losses.append(loss)
+        return float(np.mean(losses))
+
+    return run
+
+
+def torch_eager(inputs, labels):
+    """torch as usual: an eager loop with the fused Adam."""
+    import torch
+    from torch import nn
+
+    x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
+
+    def run():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
+        loss_fn = nn.CrossEntropyLoss()
+        for _ in range(EPOCHS):
+            losses = []
+            for rows in torch.randperm(EXAMPLES).split(BATCH):
+                optimizer.zero_grad()
+                loss = loss_fn(model(x[rows]), y[rows])
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        return torch.stack(losses).mean().item()
+
+    return run
+
+
+PEERS = {
+    "torch": torch_eager,
+    "plain jax": plain_jax,
+    "fnet autodiff": fnet_by("autodiff"),
+    "fnet backprop": fnet_by("backprop"),
+    "flax linen + optax": flax_linen,
+    "equinox + optax": equinox_optax,
+}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def interleaved(runs: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run, all in turn, ``repeats`` times."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def process(*arguments: str, **environment: str):
+    """A function that runs Python with the arguments to its end."""
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    return lambda: subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def show(title: str, seconds: dict[str, list[float]], baselines: tuple[str, ...]) -> None:
+    """A table of medians and ranges, and of the ratios to the baselines, each a median over the rounds with its range."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("", "seconds", "least", "most", *(f"× {name}" for name in baselines)):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, times in seconds.items():
+        ratios = [[a / b for a, b in zip(times, seconds[base], strict=True)] for base in baselines]
+        cells = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios]
+        table.add_row(name, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))), *cells)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="fnet and its peers on the S1 example")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of the training alone")
+    parser.add_argument("--processes", type=int, default=3, help="rounds of whole processes")
+    parser.add_argument("--only", choices=PEERS, help="train once by this peer and stop: one whole process")
+    options = parser.parse_args()
+    if options.only:
+        print(f"loss {PEERS[options.only](*random_data())():.6f}")
+        return
+
+    runs = {name: prepare(*random_data()) for name, prepare in PEERS.items()}
+    for name, run in runs.items():
+        print(f"{name}: loss in the last epoch {run():.4f}", flush=True)
+    show("the training alone, after warm-up", interleaved(runs, options.repeats), ("torch", "plain jax"))
+
+    with tempfile.TemporaryDirectory() as cache:
+        cached = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        whole = {name: process("-m", "benchmarks.s1", "--only", name) for name in PEERS}
+        whole["fnet backprop, cache warm"] = process("-m", "benchmarks.s1", "--only", "fnet backprop", **cached)
+        interleaved(whole, 1)  # fills the cache, and the operating system's
+        show("the whole process", interleaved(whole, options.processes), ("torch", "plain jax"))
+    imports = {f"import {name}": process("-c", f"import {name}") for name in ("jax", "fnet")}
+    show("import", interleaved(imports, 2 * options.processes), ("import jax",))
+
+
+if __name__ == "__main__":
+    main()

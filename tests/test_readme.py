@@ -1,0 +1,27 @@
+"""The README's code runs as it stands, from the top."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import jax
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_readmes_code_runs_and_prints_what_it_says(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    assert 15 <= len([line for line in blocks[0].splitlines() if line.strip()]) <= 25
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert names["history"].epochs["loss"].shape == (5,)
+    assert printed.count("ok") == 6 and "dense_2/w" in printed
+
+
+def test_the_readme_shows_both_commands_first():
+    assert README.index("make train") < README.index("make test") < README.index("```python")
