@@ -10,6 +10,7 @@ import, compilation and training to its end. Times are medians; ratios are taken
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def plain_jax(inputs, labels):
     def init(key):
         return [
             (jax.random.normal(jax.random.fold_in(key, i), (n, m)) * (2 / n) ** 0.5, jnp.zeros(m))
-            for i, (n, m) in enumerate(zip(SIZES, SIZES[1:], strict=False))
+            for i, (n, m) in enumerate(itertools.pairwise(SIZES))
         ]
 
     def update(carry, batch):
@@ -212,7 +213,7 @@ def process(*arguments: str, **environment: str):
 
 
 def show(title: str, seconds: dict[str, list[float]], baselines: tuple[str, ...]) -> None:
-    """A table of medians and ranges, and of the ratios to the baselines, each a median over the rounds with its range."""
+    """A table of medians, ranges, and ratios to the baselines: each a median over the rounds, with its range."""
     from rich.console import Console
     from rich.table import Table
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def new_run_folder(root: str | Path, experiment: str, name: str | None) -> Path:
-    """Make ``root/experiment/name`` and return it; without a name, one from the clock. An existing folder is refused."""
+    """Make and return ``root/experiment/name``, by default named by the clock. An existing folder is refused."""
     folder = Path(root) / experiment / (name or time.strftime("%Y%m%d-%H%M%S"))
     try:
         folder.mkdir(parents=True)

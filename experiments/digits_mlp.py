@@ -50,14 +50,19 @@ def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
     if config.data_dir is not None:
         return fnet.data.mnist_idx(config.data_dir)
     digits = fnet.data.mnist_5k()
-    return fnet.split(digits, (len(digits.targets) - config.test_size, config.test_size), key)
+    train_data, test_data = fnet.split(digits, (len(digits.targets) - config.test_size, config.test_size), key)
+    return train_data, test_data
 
 
 def compiled_cost(step, ts, batch) -> dict[str, float]:
-    """What XLA says of one compiled step: floating-point operations, and bytes of arguments, results and scratch."""
+    """What XLA says of one compiled step: floating-point operations, and bytes of arguments and of scratch memory."""
     compiled = jax.jit(step, donate_argnums=0).lower(ts, batch).compile()
-    memory = compiled.memory_analysis()
-    return {"flops": compiled.cost_analysis()["flops"], "scratch": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes}
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    return {
+        "flops": cost.get("flops", float("nan")),
+        "scratch": getattr(memory, "temp_size_in_bytes", float("nan")),
+        "arguments": getattr(memory, "argument_size_in_bytes", float("nan")),
+    }
 
 
 def run(config: Config, console: Console | None = None) -> dict:
@@ -72,16 +77,20 @@ def run(config: Config, console: Console | None = None) -> dict:
         params, state = fnet.init(model, stream(key, "model"), train_data.inputs[:1])
     console.print(
         f"{len(train_data.targets)} digits to train on, {len(test_data.targets)} to test on; "
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params))} parameters; JAX {jax.__version__} on {jax.default_backend()}"
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params))} parameters; "
+        f"JAX {jax.__version__} on {jax.default_backend()}"
     )
 
     loss, optimizer = fnet.softmax_cross_entropy, fnet.adam(config.learning_rate)
     evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy}, batch_size=1000)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    first, last = (jax.tree.map(lambda a: a[rows], train_data) for rows in (slice(config.batch_size), slice(-config.batch_size, None)))
+    rows = np.arange(config.batch_size)
+    first, last = (fnet.data.take(train_data, some) for some in (rows, -1 - rows))
     ends, histories, costs = {}, {}, {}
     for engine, gradient in ENGINES.items():
-        step = fnet.make_step(gradient(model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms})
+        step = fnet.make_step(
+            gradient(model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms}
+        )
         ends[engine], histories[engine] = fnet.fit(
             step,
             start,
@@ -126,7 +135,9 @@ def run(config: Config, console: Console | None = None) -> dict:
         for engine, history in histories.items()
     }
     quantities = next(iter(columns.values()))
-    console.print(engine_table("the two engines side by side", {q: {e: c[q] for e, c in columns.items()} for q in quantities}))
+    console.print(
+        engine_table("the two engines side by side", {q: {e: c[q] for e, c in columns.items()} for q in quantities})
+    )
 
     plot_curves({engine: history.epochs for engine, history in histories.items()}, folder / "curves.png")
     plot_confusion(np.asarray(tested["backprop"]["confusion"].sum), folder / "confusion.png")

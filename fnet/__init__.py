@@ -9,6 +9,18 @@ from fnet.losses import softmax_cross_entropy
 from fnet.models import mlp
 from fnet.optimizers import adam, momentum, rmsprop, set_hyper, sgd
 from fnet.training import Event, History, fit, init_train_state, make_evaluate, make_step, train
-from fnet.types import Batch, Layer, LayerError, Loss, Mean, Optimizer, Schedule, TrainState, apply, init, parameter_paths
+from fnet.types import (
+    Batch,
+    Layer,
+    LayerError,
+    Loss,
+    Mean,
+    Optimizer,
+    Schedule,
+    TrainState,
+    apply,
+    init,
+    parameter_paths,
+)
 
 __version__ = "0.1.0"

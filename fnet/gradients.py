@@ -81,7 +81,9 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
         else:
             value, new_state, metrics = loss_fn(params, batch, key), state, {}
         if jnp.shape(value) != ():
-            raise ValueError(f"from_loss: the loss has shape {jnp.shape(value)}; expected a scalar, the mean over the batch")
+            raise ValueError(
+                f"from_loss: the loss has shape {jnp.shape(value)}; expected a scalar, the mean over the batch"
+            )
         return value, (new_state, metrics)
 
     def gradient(params, state, batch, key):

@@ -98,8 +98,7 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
 
 def _norm(tree):
     leaves = _floating_leaves(tree)
-    # a float16 square overflows at 256; each dtype by itself first, since float16 and bfloat16 have none in common
-    dtype = wide(*(wide(leaf.dtype) for leaf in leaves))
+    dtype = wide(*(leaf.dtype for leaf in leaves))  # a float16 square overflows at 256
     return jnp.sqrt(sum((jnp.square(leaf.astype(dtype)).sum() for leaf in leaves), jnp.zeros((), dtype)))
 
 

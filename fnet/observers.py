@@ -34,7 +34,13 @@ def progress(title: str = "training", console=None) -> Callable[[Event], None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     console = console or Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+    )
     bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console)
     task = bar.add_task(f"{title}: compiling", total=None, numbers="")
 

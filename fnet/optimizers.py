@@ -35,7 +35,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, named_leaves
+from fnet.types import Optimizer, PyTree, Schedule, named_leaves, wide
 
 # --- stochastic gradient descent -------------------------------------------------------------------------------------
 
@@ -394,7 +394,7 @@ def _moment(params: PyTree, dtype: DTypeLike | None, fill: ArrayLike = 0.0):
     """A tree like ``params`` that is ``fill`` everywhere."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"moment_dtype = {dtype}; expected a float dtype")
-    return jax.tree.map(lambda p: jnp.full_like(p, fill, _wide(jnp.result_type(p)) if dtype is None else dtype), params)
+    return jax.tree.map(lambda p: jnp.full_like(p, fill, wide(jnp.result_type(p)) if dtype is None else dtype), params)
 
 
 def _per_leaf(rule: Callable, numbers: Sequence[Any], params: PyTree, grads: PyTree, **moments: PyTree):
@@ -406,7 +406,7 @@ def _per_leaf(rule: Callable, numbers: Sequence[Any], params: PyTree, grads: PyT
 
     def one(p, g, *kept):
         old = (jnp.asarray(p), *kept)
-        dtype = _wide(*(x.dtype for x in old if x is not None))
+        dtype = wide(*(x.dtype for x in old if x is not None))
         new = rule(*jax.tree.map(lambda x: jnp.asarray(x, dtype), (p, g, *kept, *numbers)))
         return jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
@@ -416,11 +416,6 @@ def _per_leaf(rule: Callable, numbers: Sequence[Any], params: PyTree, grads: PyT
     columns = zip(*rows, strict=True) if rows else [()] * len(trees)
     updated = zip((params, *moments.values()), columns, strict=True)
     return tuple(None if old is None else structure.unflatten(column) for old, column in updated)
-
-
-def _wide(*dtypes):
-    """The widest of float32 and these, in which a leaf is computed."""
-    return max((jnp.dtype(jnp.float32), *dtypes), key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _dtype(leaf):

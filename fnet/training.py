@@ -1,4 +1,4 @@
-"""A run is one pure function: a step, an epoch of steps by scan, a training by scan of epochs; `fit` drives it from the host.
+"""A run is one pure function: steps in a scan, epochs in a scan of scans; `fit` drives it from the host.
 
     step(TrainState, batch) -> TrainState, metrics            the same function for a loop, jit, scan and vmap
     train(step, state, data, ...) -> TrainState, metrics      all epochs in one compiled program
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.data.arrays import DataError, check_data
+from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.gradients import Gradient, measure
 from fnet.types import Batch, Layer, LayerError, Mean, Optimizer, PyTree, TrainState, apply, named_leaves, stream
 
@@ -36,8 +36,8 @@ def init_train_state(params: PyTree, optimizer: Optimizer, key: jax.Array, state
 def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, Callable] | None = None) -> Step:
     """One update: ``step(TrainState, batch) -> TrainState, metrics``.
 
-    ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and by the names in ``monitors`` what those
-    functions of the gradients return: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
+    ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and what each of the ``monitors`` returns
+    of the gradients, by name: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
     """
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
@@ -81,12 +81,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
 # --- the run as one pure function ------------------------------------------------------------------------------------
 
 
-def count_examples(data: PyTree) -> int:
-    """N, the length of the first axis that all arrays of ``data`` share."""
-    return jax.tree.leaves(data)[0].shape[0]
-
-
-def steps_per_epoch(data: PyTree, batch_size: int) -> int:
+def steps_per_epoch(data: Batch, batch_size: int) -> int:
     """S = ⌈N / batch_size⌉."""
     return -(-count_examples(data) // batch_size)
 
@@ -96,7 +91,9 @@ def epoch_order(key: jax.Array, epoch, n: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(stream(key, "data"), epoch), n)
 
 
-def run_steps(step: Step, ts: TrainState, data: PyTree, *, batch_size: int, count: int, last: bool, shuffle: bool = True):
+def run_steps(
+    step: Step, ts: TrainState, data: Batch, *, batch_size: int, count: int, last: bool, shuffle: bool = True
+):
     """``count`` full batches from where ``ts`` stands in its epoch, and then the epoch's smaller last one if ``last``.
 
     Returns the new state and the metrics stacked by step.
@@ -144,6 +141,7 @@ def train(
     Give ``data`` and ``validation`` as arguments of the function that you compile: what it closes over becomes a
     constant of the program. Nothing is checked here but the batch size; `fit` checks the data.
     """
+    data = Batch(*data)
     n = count_examples(data)
     if not 1 <= batch_size <= n:
         raise DataError(f"batch_size = {batch_size}; expected 1 to {n}, the number of examples")
@@ -205,8 +203,8 @@ def fit(
     """Run until ``epochs`` epochs are completed, counted from step 0, in compiled chunks watched by ``observers``.
 
     ``chunk_steps`` is how many steps run between two looks of the observers; the results are the same bits for every
-    value. By default a chunk is an epoch, or as many epochs as make up to 100 steps and divide the run. Chunks end at the
-    end of an epoch or hold whole epochs. An observer is called with each `Event` and may return "stop".
+    value. By default a chunk is an epoch, or as many epochs as make up to 100 steps and divide the run. Chunks end at
+    the end of an epoch or hold whole epochs. An observer is called with each `Event` and may return "stop".
 
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the
     step is traced: `DataError` names what is wrong with the data or the labels, `LayerError` where the model and the
@@ -215,7 +213,9 @@ def fit(
     data, validation = check_run(step, ts, data, epochs, batch_size, evaluate, validation, chunk_steps)
     n, per_epoch = count_examples(data), steps_per_epoch(data, batch_size)
     end, full = epochs * per_epoch, n // batch_size
-    chunk = chunk_steps or per_epoch * max(k for k in range(1, 101) if k == 1 or (k * per_epoch <= 100 and epochs % k == 0))
+    chunk = chunk_steps or per_epoch * max(
+        k for k in range(1, 101) if k == 1 or (k * per_epoch <= 100 and epochs % k == 0)
+    )
     ts = jax.tree.map(jnp.copy, ts)  # ours to donate
     position = int(ts.step)
     programs, seconds, stopped = {}, {"compile": 0.0, "run": 0.0}, False
@@ -325,20 +325,21 @@ def check_run(step, ts, data, epochs, batch_size, evaluate, validation, chunk_st
     after, _ = dry_run("data", step, ts, data)
     for (path, old), (_, new) in zip(named_leaves(ts), named_leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise ValueError(f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change")
+            raise ValueError(
+                f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
+            )
     if evaluate:
         validation = check_data(validation, name="validation")
         dry_run("validation", lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, validation)
     return data, validation
 
 
-def dry_run(name: str, function: Callable, ts: TrainState, data: PyTree):
+def dry_run(name: str, function: Callable, ts: TrainState, data: Batch):
     """Trace ``function(ts, batch)`` with the true labels at their extremes, so that losses can check them.
 
     All else is abstract, and nothing is computed.
     """
-    targets = data.targets if isinstance(data, Batch) else ()
-    labels = [a for a in jax.tree.leaves(targets) if jnp.issubdtype(a.dtype, jnp.integer)]
+    labels = [a for a in jax.tree.leaves(data.targets) if jnp.issubdtype(a.dtype, jnp.integer)]
     flat = [np.asarray(a).reshape(len(a), -1) for a in labels]
     rows = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
     batch = jax.tree.map(lambda a: a[np.asarray(rows)], data)
@@ -353,5 +354,7 @@ def dry_run(name: str, function: Callable, ts: TrainState, data: PyTree):
         raise
     except ValueError as error:
         if labels:
-            raise DataError(f"{name}, examples {rows} (those with the least and the greatest label): {error}") from error
+            raise DataError(
+                f"{name}, examples {rows} (those with the least and the greatest label): {error}"
+            ) from error
         raise

@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
     inputs: PyTree
     targets: PyTree
-    weights: jax.Array | None = None
+    weights: Any = None
 
 
 class Mean(NamedTuple):
@@ -73,11 +73,11 @@ class Mean(NamedTuple):
     count: Any
 
     @property
-    def value(self):
+    def value(self) -> Any:
         """``sum / count``, and 0 where nothing was counted; ``sum`` may have further axes. NumPy in, NumPy out."""
         count = self.count.reshape(self.count.shape + (1,) * (self.sum.ndim - self.count.ndim))
-        where = np.where if isinstance(self.sum, np.ndarray | np.generic) else jnp.where
-        return self.sum / where(count == 0, 1, count)
+        xp: Any = np if isinstance(self.sum, np.ndarray | np.generic) else jnp
+        return self.sum / xp.where(count == 0, 1, count)
 
 
 class Optimizer(NamedTuple):
@@ -119,7 +119,7 @@ class TrainState(NamedTuple):
 
 
 def stateless(name: str, init, forward, backward) -> Layer:
-    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``, without state."""
+    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``; no state."""
 
     def full_init(key, x):
         return init(key, x), ()
@@ -132,7 +132,7 @@ def stateless(name: str, init, forward, backward) -> Layer:
 
 
 def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
-    """The model's ``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program."""
+    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program."""
     shapes = jax.eval_shape(lambda x: x, x)
     return jax.jit(lambda key: model.init(key, shapes))(key)
 
@@ -153,7 +153,8 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int
         return Mean(values.sum(over), jnp.asarray(math.prod(values.shape[:axes]), values.dtype))
     if weights.ndim > axes or weights.shape != values.shape[: weights.ndim]:
         raise ValueError(
-            f"weights of shape {weights.shape} do not fit values of shape {values.shape}: expected {values.shape[:axes]}"
+            f"weights of shape {weights.shape} do not fit values of shape {values.shape}: "
+            f"expected {values.shape[:axes]}"
         )
     w = jnp.expand_dims(weights.astype(values.dtype), tuple(range(weights.ndim, values.ndim)))
     # where, not a product alone: an example of weight 0 counts nothing even if its value is infinite
@@ -162,8 +163,8 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int
 
 
 def wide(*dtypes) -> np.dtype:
-    """The widest of the dtypes, and float32 at least: what sums, moments and coefficients are kept in."""
-    return np.result_type(np.float32, *dtypes)
+    """Float64 if one of the dtypes is, else float32: what sums, moments and coefficients are kept in."""
+    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:

@@ -119,5 +119,7 @@ def test_a_gradient_of_the_wrong_shape_is_refused():
 
 
 def test_the_callers_precision_is_left_as_it_was():
-    check_model(serial(dense(2)), fnet.softmax_cross_entropy, batch()._replace(targets=jnp.zeros(6, int)), key=jax.random.key(0))
+    check_model(
+        serial(dense(2)), fnet.softmax_cross_entropy, batch()._replace(targets=jnp.zeros(6, int)), key=jax.random.key(0)
+    )
     assert jnp.ones(1).dtype == jnp.float32

@@ -129,7 +129,9 @@ def test_a_plain_loss_function_needs_no_layers():
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     y = x @ np.float32([1, -2, 3])
     params = {"w": jnp.zeros(3)}
-    grads, state, metrics = fnet.from_loss(loss_fn)(params, (), fnet.Batch(jnp.asarray(x), jnp.asarray(y)), jax.random.key(0))
+    grads, state, metrics = fnet.from_loss(loss_fn)(
+        params, (), fnet.Batch(jnp.asarray(x), jnp.asarray(y)), jax.random.key(0)
+    )
     np.testing.assert_allclose(grads["w"], -2 * x.T @ y / 8, rtol=1e-5)
     assert state == ()
     assert metrics["loss"].count == 8
@@ -138,7 +140,11 @@ def test_a_plain_loss_function_needs_no_layers():
 
 def test_a_plain_loss_function_may_carry_state_and_metrics():
     def loss_fn(params, state, batch, key):
-        return (params * batch.inputs).sum(), state + 1, {"seen": jnp.asarray(5.0), "hits": Mean(jnp.ones(()), jnp.ones(()) * 4)}
+        return (
+            (params * batch.inputs).sum(),
+            state + 1,
+            {"seen": jnp.asarray(5.0), "hits": Mean(jnp.ones(()), jnp.ones(()) * 4)},
+        )
 
     gradient = fnet.from_loss(loss_fn, has_state=True)
     grads, state, metrics = gradient(jnp.asarray(2.0), jnp.asarray(1), fnet.Batch(jnp.ones(3), ()), None)
@@ -148,7 +154,9 @@ def test_a_plain_loss_function_may_carry_state_and_metrics():
 
 def test_a_loss_that_is_no_scalar_is_refused():
     gradient = fnet.from_loss(lambda params, batch, key: params * batch.inputs)
-    with pytest.raises(ValueError, match=r"from_loss: the loss has shape \(3,\); expected a scalar, the mean over the batch"):
+    with pytest.raises(
+        ValueError, match=r"from_loss: the loss has shape \(3,\); expected a scalar, the mean over the batch"
+    ):
         gradient(jnp.asarray(1.0), (), fnet.Batch(jnp.ones(3), ()), None)
 
 
@@ -184,10 +192,14 @@ def test_weighted_mean_of_any_leading_axes():
     values = jnp.arange(12.0).reshape(2, 3, 2)
     w = jnp.asarray([1.0, 3.0])
     mean = weighted_mean(values, w, axes=2)
-    np.testing.assert_allclose(mean.sum, (np.arange(12.0).reshape(2, 3, 2) * np.asarray([1, 3])[:, None, None]).sum((0, 1)))
+    np.testing.assert_allclose(
+        mean.sum, (np.arange(12.0).reshape(2, 3, 2) * np.asarray([1, 3])[:, None, None]).sum((0, 1))
+    )
     assert mean.count == 12
     assert weighted_mean(values, None, axes=1).count == 2
-    with pytest.raises(ValueError, match=r"weights of shape \(3,\) do not fit values of shape \(2, 3, 2\): expected \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"weights of shape \(3,\) do not fit values of shape \(2, 3, 2\): expected \(2, 3\)"
+    ):
         weighted_mean(values, jnp.ones(3), axes=2)
 
 

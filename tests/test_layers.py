@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.scipy.special import erf
-from tests.oracles import assert_leaves_close, numerical_gradient
 
 import fnet.layers as layers
 import fnet.losses
@@ -20,6 +19,7 @@ from fnet.initializers import normal, zeros
 from fnet.layers import dense, flatten, gelu, leaky_relu, relu, serial, softplus, step
 from fnet.models import mlp
 from fnet.types import Layer, LayerError, apply
+from tests.oracles import assert_leaves_close, numerical_gradient
 
 vector_erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -33,7 +33,11 @@ def numpy_softmax(x):
 LAYERS = {
     "dense": (dense(3, bias=normal(1.0)), (5, 4), lambda p, x: x @ p["w"] + p["b"]),
     "dense, no bias": (dense(3, bias=None), (5, 4), lambda p, x: x @ p["w"]),
-    "dense over time": (dense(3, bias=normal(1.0)), (2, 5, 4), lambda p, x: np.einsum("bti,io->bto", x, p["w"]) + p["b"]),
+    "dense over time": (
+        dense(3, bias=normal(1.0)),
+        (2, 5, 4),
+        lambda p, x: np.einsum("bti,io->bto", x, p["w"]) + p["b"],
+    ),
     "flatten": (flatten(), (2, 3, 4), lambda p, x: x.reshape(2, 12)),
     "identity": (layers.identity(), (4, 5), lambda p, x: x),
     "step": (step(), (4, 5), lambda p, x: np.where(x >= 0, 1.0, 0.0)),
@@ -91,7 +95,9 @@ def test_backward_equals_finite_differences_of_the_numpy_formula(name, x64):
     layer, oracle, params, state, x, dy = at_random(name, jnp.float64)
     params = jax.tree.map(np.asarray, params)
     dparams, dx = backward_by_hand(layer, params, state, x, dy)
-    np.testing.assert_allclose(dx, numerical_gradient(lambda x: (oracle(params, x) * dy).sum(), x), rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(
+        dx, numerical_gradient(lambda x: (oracle(params, x) * dy).sum(), x), rtol=1e-7, atol=1e-8
+    )
     leaves, tree = jax.tree.flatten(params)
     for i, claimed in enumerate(jax.tree.leaves(dparams)):
 
@@ -135,7 +141,10 @@ def test_a_wrong_backward_fails_the_comparisons_above(fault, x64):
     layer, _, params, state, x, dy = at_random("dense", jnp.float64)
     x = x[:4, :]
     dy = dy[:4, :]
-    (dparams, dx), right = backward_by_hand(layer, params, state, x, dy), backward_by_autodiff(layer, params, state, x, dy)
+    (dparams, dx), right = (
+        backward_by_hand(layer, params, state, x, dy),
+        backward_by_autodiff(layer, params, state, x, dy),
+    )
     wrong = {
         "transposed": ({**dparams, "w": (dy.T @ x).reshape(4, 3)}, dx),
         "bias forgotten": ({**dparams, "b": 0 * dparams["b"]}, dx),
@@ -151,11 +160,17 @@ def test_a_wrong_backward_fails_the_comparisons_above(fault, x64):
 @pytest.mark.parametrize(("layer", "slope"), [(relu(), 0.0), (leaky_relu(0.2), 0.2), (step(), 0.0)])
 def test_subgradients_at_zero_are_the_named_ones_by_hand_and_by_autodiff(layer, slope):
     x = jnp.asarray([[0.0, -0.0, 1.0]])
-    for _, dx in (backward_by_hand(layer, (), (), x, jnp.ones_like(x)), backward_by_autodiff(layer, (), (), x, jnp.ones_like(x))):
+    for _, dx in (
+        backward_by_hand(layer, (), (), x, jnp.ones_like(x)),
+        backward_by_autodiff(layer, (), (), x, jnp.ones_like(x)),
+    ):
         np.testing.assert_array_equal(dx[0, :2], np.float32(slope))
 
 
-@pytest.mark.parametrize("name", ["identity", "step", "sigmoid", "tanh", "relu", "leaky relu", "gelu", "gelu, tanh form", "softplus", "softmax"])
+@pytest.mark.parametrize(
+    "name",
+    ["identity", "step", "sigmoid", "tanh", "relu", "leaky relu", "gelu", "gelu, tanh form", "softplus", "softmax"],
+)
 def test_activations_are_finite_at_extremes_and_pass_nan(name):
     layer, _, _ = LAYERS[name]
     x = jnp.asarray([[-1e4, -100.0, 0.0, 100.0, 1e4]])
@@ -176,7 +191,9 @@ def test_gelu_keeps_its_digits_far_in_the_negative_tail(x64):
 
 
 def test_softplus_is_exact_where_exp_overflows():
-    np.testing.assert_array_equal(apply(softplus(), (), (), jnp.asarray([[200.0, -200.0]])), np.float32([[200.0, np.exp(-200.0)]]))
+    np.testing.assert_array_equal(
+        apply(softplus(), (), (), jnp.asarray([[200.0, -200.0]])), np.float32([[200.0, np.exp(-200.0)]])
+    )
 
 
 # --- names, keys, errors ---------------------------------------------------------------------------------------------
@@ -227,7 +244,9 @@ def test_init_refuses_integer_features_and_missing_axes():
 
 
 def test_init_allocates_nothing_under_eval_shape_and_draws_biases_by_their_initializer():
-    params, _ = jax.eval_shape(lambda key: mlp(10**6).init(key, jax.ShapeDtypeStruct((1, 10**6), jnp.float32)), jax.random.key(0))
+    params, _ = jax.eval_shape(
+        lambda key: mlp(10**6).init(key, jax.ShapeDtypeStruct((1, 10**6), jnp.float32)), jax.random.key(0)
+    )
     assert params["dense_0"]["w"].shape == (10**6, 10**6)
     params, _ = serial(dense(3, weights=zeros())).init(jax.random.key(0), jnp.zeros((1, 2)))
     assert not params["dense_0"]["w"].any() and not params["dense_0"]["b"].any()
@@ -235,7 +254,17 @@ def test_init_allocates_nothing_under_eval_shape_and_draws_biases_by_their_initi
 
 # --- the backward is by hand, and inference is only inference --------------------------------------------------------
 
-DIFFERENTIATION = {"grad", "value_and_grad", "vjp", "jvp", "linearize", "linear_transpose", "jacrev", "jacfwd", "hessian"}
+DIFFERENTIATION = {
+    "grad",
+    "value_and_grad",
+    "vjp",
+    "jvp",
+    "linearize",
+    "linear_transpose",
+    "jacrev",
+    "jacfwd",
+    "hessian",
+}
 
 
 MODULES = [*sorted(pathlib.Path(layers.__file__).parent.glob("*.py")), pathlib.Path(inspect.getfile(fnet.losses))]

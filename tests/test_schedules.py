@@ -48,7 +48,7 @@ COUNTS = np.arange(50)
 @schedules
 def test_rates_follow_the_formula_in_float64(schedule, oracle, x64):
     rates = schedule(jnp.asarray(COUNTS, jnp.int32))
-    assert rates.dtype == jnp.float64
+    assert rates.dtype == jnp.float64 and rates.shape == COUNTS.shape
     np.testing.assert_allclose(rates, oracle(COUNTS), rtol=1e-14, atol=1e-16)
 
 
@@ -95,11 +95,17 @@ def test_worked_numbers():
 
 
 def test_start_peak_and_end_are_met_exactly_in_float32():
-    schedule = warmup_cosine(peak=0.3, warmup_steps=7, total_steps=23, start=0.1, end=0.01)
-    ends = [np.asarray(schedule(count)) for count in (0, 7, 23, 10**6)]
-    assert ends == [np.float32(number) for number in (0.1, 0.3, 0.01, 0.01)]
-    ends = [np.asarray(cosine(0.3, 23, end=0.01)(count)) for count in (0, 23, 24)]
-    assert ends == [np.float32(number) for number in (0.3, 0.01, 0.01)]
+    start, peak, end = np.random.default_rng(0).uniform(size=(3, 100)).astype(np.float32)
+    assert (end + (peak - end) != peak).any()  # a formula that adds the difference would miss some
+
+    @jax.vmap
+    def ends(start, peak, end):
+        warm, plain = warmup_cosine(peak, 7, 23, start=start, end=end), cosine(start, 23, end=end)
+        return [warm(count) for count in (0, 7, 23, 10**6)], [plain(count) for count in (0, 23, 24)]
+
+    warm, plain = ends(*(jnp.asarray(numbers) for numbers in (start, peak, end)))
+    np.testing.assert_array_equal(warm, [start, peak, end, end])
+    np.testing.assert_array_equal(plain, [start, end, end])
 
 
 def test_no_warm_up_starts_at_the_peak_also_when_its_length_is_traced():

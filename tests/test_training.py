@@ -24,9 +24,13 @@ def problem(examples=EXAMPLES, engine=fnet.backprop, optimizer=None, dtype=jnp.f
     optimizer = optimizer or fnet.adam(0.01)
     model = fnet.mlp(8, CLASSES)
     x_key, y_key, model_key, key = jax.random.split(jax.random.key(11), 4)
-    data = fnet.Batch(jax.random.normal(x_key, (examples, FEATURES), dtype), jax.random.randint(y_key, (examples,), 0, CLASSES))
+    data = fnet.Batch(
+        jax.random.normal(x_key, (examples, FEATURES), dtype), jax.random.randint(y_key, (examples,), 0, CLASSES)
+    )
     params, state = fnet.init(model, model_key, data.inputs[:1])
-    step = fnet.make_step(engine(model, fnet.softmax_cross_entropy, {"accuracy": accuracy}), optimizer, {"gradient_norm": gradient_norms})
+    step = fnet.make_step(
+        engine(model, fnet.softmax_cross_entropy, {"accuracy": accuracy}), optimizer, {"gradient_norm": gradient_norms}
+    )
     evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy, {"accuracy": accuracy}, batch_size=10)
     return step, fnet.init_train_state(params, optimizer, key, state), data, evaluate
 
@@ -66,7 +70,9 @@ def seen_by(examples, batch_size, epochs=2, **options):
         return ts._replace(step=ts.step + 1), {"seen": mask, "size": jnp.asarray(batch.inputs.shape[0])}
 
     ts = TrainState(jnp.asarray(0), (), (), (), jax.random.key(5))
-    _, metrics, _ = jax.jit(lambda ts, data: fnet.train(step, ts, data, epochs=epochs, batch_size=batch_size, **options))(ts, data)
+    _, metrics, _ = jax.jit(
+        lambda ts, data: fnet.train(step, ts, data, epochs=epochs, batch_size=batch_size, **options)
+    )(ts, data)
     return np.asarray(metrics["seen"]), np.asarray(metrics["size"])
 
 
@@ -168,17 +174,17 @@ def test_validation_does_not_change_the_training():
     assert_same_bits(watched, plain)
 
 
-def test_a_vmapped_member_is_the_run_alone(x64):
-    """Same keys, batches and, in float64 over 500 steps, the same losses to 1e-9; in float32 over the first ten steps."""
-    for dtype, steps, tolerance in ((jnp.float64, 500, 1e-9), (jnp.float32, 10, 1e-5)):
-        step, ts, data, _ = problem(dtype=dtype)
-        run = partial(fnet.train, step, epochs=-(-steps // 7), batch_size=8)
-        keys = jax.random.split(jax.random.key(1), 2)
-        _, together, _ = jax.jit(jax.vmap(lambda key: run(ts._replace(key=key), data)))(keys)
-        assert together["loss"].sum.shape == (2, -(-steps // 7), 7)
-        _, alone, _ = jax.jit(run)(ts._replace(key=keys[1]), data)
-        expected, actual = (np.asarray(loss).reshape(-1)[:steps] for loss in (alone["loss"].sum, together["loss"].sum[1]))
-        np.testing.assert_allclose(actual, expected, rtol=tolerance)
+@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float64", 500, 1e-9), ("float32", 10, 1e-5)])
+def test_a_vmapped_member_is_the_run_alone(dtype, steps, tolerance, x64):
+    """Same keys and batches: the losses agree over 500 steps in float64, over the first ten in float32."""
+    step, ts, data, _ = problem(dtype=dtype)
+    run = partial(fnet.train, step, epochs=-(-steps // 7), batch_size=8)
+    keys = jax.random.split(jax.random.key(1), 2)
+    _, together, _ = jax.jit(jax.vmap(lambda key: run(ts._replace(key=key), data)))(keys)
+    assert together["loss"].sum.shape == (2, -(-steps // 7), 7)
+    _, alone, _ = jax.jit(run)(ts._replace(key=keys[1]), data)
+    expected, actual = (np.asarray(loss).reshape(-1)[:steps] for loss in (alone["loss"].sum, together["loss"].sum[1]))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance)
 
 
 def test_full_batch_mini_batch_and_one_example_are_settings_of_one_function():
@@ -198,7 +204,11 @@ def test_a_plain_loss_function_trains_through_the_same_fit():
     optimizer = fnet.sgd(0.1)
     ts = fnet.init_train_state({"w": jnp.zeros(3)}, optimizer, jax.random.key(0))
     end, history = fnet.fit(
-        fnet.make_step(fnet.from_loss(loss_fn), optimizer), ts, fnet.Batch(x, x @ np.float32([1, -2, 3])), epochs=30, batch_size=16
+        fnet.make_step(fnet.from_loss(loss_fn), optimizer),
+        ts,
+        fnet.Batch(x, x @ np.float32([1, -2, 3])),
+        epochs=30,
+        batch_size=16,
     )
     np.testing.assert_allclose(end.params["w"], [1, -2, 3], atol=1e-4)
     assert history.epochs["loss"].shape == (30,)
@@ -219,7 +229,12 @@ def test_history_holds_sums_over_counts_also_over_the_smaller_last_batch():
     logits = fnet.apply(fnet.mlp(8, CLASSES), end.params, end.state, data.inputs)
     right = (np.asarray(logits).argmax(1) == np.asarray(data.targets)).mean()
     np.testing.assert_allclose(history.epochs["validation_accuracy"][-1], right, rtol=1e-6)
-    assert set(history.epochs) >= {"learning_rate", "gradient_norm/all", "gradient_norm/dense_0", "gradient_norm/dense_1"}
+    assert set(history.epochs) >= {
+        "learning_rate",
+        "gradient_norm/all",
+        "gradient_norm/dense_0",
+        "gradient_norm/dense_1",
+    }
     np.testing.assert_allclose(history.epochs["learning_rate"], 0.01, rtol=1e-6)
 
 
@@ -228,18 +243,28 @@ def test_events_tell_the_same_epochs_for_every_chunk_size(chunk_steps):
     step, ts, data, evaluate = problem()
     events = []
     _, history = fnet.fit(
-        step, ts, data, epochs=4, batch_size=8, evaluate=evaluate, validation=data, observers=[events.append], chunk_steps=chunk_steps
+        step,
+        ts,
+        data,
+        epochs=4,
+        batch_size=8,
+        evaluate=evaluate,
+        validation=data,
+        observers=[events.append],
+        chunk_steps=chunk_steps,
     )
     assert events[0].kind == "start" and events[1].kind == "compile" and events[-1].kind == "end"
     assert all(event.seconds > 0 for event in events if event.kind in ("compile", "chunk"))
     ends = [event for event in events if event.kind == "epoch"]
     assert [(event.epoch, event.step) for event in ends] == [(1, 7), (2, 14), (3, 21), (4, 28)]
-    np.testing.assert_array_equal([event.metrics["validation_loss"] for event in ends], history.epochs["validation_loss"])
+    np.testing.assert_array_equal(
+        [event.metrics["validation_loss"] for event in ends], history.epochs["validation_loss"]
+    )
     assert events[-1].step == events[-1].steps == 28
 
 
 def test_compilations_do_not_grow_with_the_number_of_chunks():
-    step, ts, data, evaluate = problem()
+    step, ts, data, _evaluate = problem()
     for chunk_steps, programs in ((2, 2), (1, 2), (7, 1), (4, 2), (21, 2)):
         events = []
         fnet.fit(step, ts, data, epochs=5, batch_size=8, observers=[events.append], chunk_steps=chunk_steps)
@@ -252,7 +277,7 @@ def test_an_observer_that_answers_something_else_is_named():
     def chatty(event):
         return 42
 
-    with pytest.raises(ValueError, match="observer .*chatty.* returned 42; expected 'continue', 'stop' or None"):
+    with pytest.raises(ValueError, match=r"observer .*chatty.* returned 42; expected 'continue', 'stop' or None"):
         fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[chatty])
 
 
@@ -268,7 +293,8 @@ def test_program_text_does_not_grow_with_the_data():
     run = jax.jit(partial(fnet.train, step, epochs=2, batch_size=8))
     # both a multiple of 8 and 5 more, and shuffled in as many rounds, so that the programs differ in shapes alone
     lengths = [
-        len(run.lower(ts, jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape[1:]), a.dtype), data)).as_text()) for n in (8_061, 80_061)
+        len(run.lower(ts, jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape[1:]), a.dtype), data)).as_text())
+        for n in (8_061, 80_061)
     ]
     assert lengths[1] < lengths[0] * 1.01
 
@@ -307,7 +333,11 @@ def bad(**changes):
         (bad(labels={4: -1}), fnet.DataError, r"data, examples \[4, \d+\].*label -1 at \(0,\) is outside 0..2"),
         (bad(inputs=np.ones((EXAMPLES, 5))), fnet.LayerError, "dense_0: expected 6 features, got 5"),
         (bad(inputs=np.full((EXAMPLES, FEATURES), np.nan)), fnet.DataError, r"data.inputs\[0, 0\] = nan"),
-        (bad(inputs=np.ones((EXAMPLES, FEATURES), np.uint8)), fnet.LayerError, "dense_0: expected float32 features .* got uint8"),
+        (
+            bad(inputs=np.ones((EXAMPLES, FEATURES), np.uint8)),
+            fnet.LayerError,
+            "dense_0: expected float32 features .* got uint8",
+        ),
         (bad(inputs=np.ones((9, FEATURES))), fnet.DataError, "data.targets has 53 examples .* and data.inputs has 9"),
     ],
 )

@@ -1,8 +1,8 @@
 """The gradient check: by hand, by autodiff and by finite differences, in float64, leaf by leaf.
 
-    report = check_model(model, loss, batch, key=jax.random.key(0))
-    print(report)
-    report.raise_if_wrong()
+report = check_model(model, loss, batch, key=jax.random.key(0))
+print(report)
+report.raise_if_wrong()
 """
 
 from __future__ import annotations
@@ -57,10 +57,13 @@ class Report(NamedTuple):
             errors = f"{leaf.against_autodiff:.1e}", f"{leaf.against_differences:.1e}"
             rows.append((leaf.path, str(leaf.shape), *errors, verdict))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
 
-def check_model(model: Layer, loss: Loss, batch, *, key: jax.Array, params: PyTree = None, state: PyTree = None) -> Report:
+def check_model(
+    model: Layer, loss: Loss, batch, *, key: jax.Array, params: PyTree = None, state: PyTree = None
+) -> Report:
     """Check the model's and the loss' backward by hand, on a batch, in training mode and in float64.
 
     Parameters are drawn by ``model.init`` from ``key`` if not given (with a little noise, so that no bias is zero).
@@ -72,7 +75,7 @@ def check_model(model: Layer, loss: Loss, batch, *, key: jax.Array, params: PyTr
             params, state = model.init(init_key, batch.inputs)
             leaves, tree = jax.tree.flatten(params)
             keys = jax.random.split(noise_key, max(1, len(leaves)))
-            noisy = [leaf + 0.01 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)]
+            noisy = [leaf + 0.01 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=False)]
             params = jax.tree.unflatten(tree, noisy)
         params, state = to_float64(params), to_float64(state)
 
@@ -90,13 +93,16 @@ def check_model(model: Layer, loss: Loss, batch, *, key: jax.Array, params: PyTr
 def compare(objective: Callable, params: PyTree, claimed: PyTree, expected: PyTree, *, probes: int = 16) -> Report:
     """Compare a claimed gradient of ``objective(params)`` with autodiff's and with central differences, leaf by leaf.
 
-    Each leaf is probed at up to ``probes`` of its entries and in four random directions of equal entries ±1/√n; all arrays are float64.
+    Each leaf is probed at up to ``probes`` of its entries and in four random directions with entries ±1/√n. All arrays
+    are float64.
     """
     objective = jax.jit(objective)
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(params)
     checks = []
-    for i, ((path, g), e, leaf) in enumerate(zip(named_leaves(claimed), jax.tree.leaves(expected), leaves, strict=True)):
+    for i, ((path, g), e, leaf) in enumerate(
+        zip(named_leaves(claimed), jax.tree.leaves(expected), leaves, strict=True)
+    ):
         g, e, leaf = np.asarray(g), np.asarray(e), np.asarray(leaf)
         if g.shape != leaf.shape:
             raise ValueError(f"{path}: the gradient has shape {g.shape}, the parameter {leaf.shape}")
@@ -122,7 +128,9 @@ def compare(objective: Callable, params: PyTree, claimed: PyTree, expected: PyTr
         worst = np.unravel_index(int(np.abs(g - e).argmax()), g.shape) if g.size else ()
         verdict = "ok" if agreement <= AGREEMENT and differences <= DIFFERENCE else "wrong"
         index = tuple(int(k) for k in worst)
-        checks.append(LeafCheck(path, g.shape, verdict, agreement, differences, index, float(g[index]), float(e[index])))
+        checks.append(
+            LeafCheck(path, g.shape, verdict, agreement, differences, index, float(g[index]), float(e[index]))
+        )
     return Report(tuple(checks))
 
 

@@ -83,7 +83,7 @@ def relu() -> Layer:
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default slope is 0.3, JAX' 0.01."""
+    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default is 0.3, JAX' 0.01."""
 
     def forward(x):
         negative = x <= 0

@@ -1,4 +1,4 @@
-"""Reports for people: tables (rich) and pictures (matplotlib), on the host only, each library imported where it is used."""
+"""Reports for people: tables (rich) and pictures (matplotlib), on the host, each library imported where it is used."""
 
 from fnet.report.plots import plot_confusion, plot_curves
 from fnet.report.tables import difference_table, engine_table

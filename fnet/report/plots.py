@@ -32,7 +32,15 @@ def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
                 if key in run:
                     epochs = np.arange(1, len(run[key]) + 1)
                     label = f"{title}, {what}" if name != "gradient_norm/all" else title
-                    ax.plot(epochs, run[key], style, color=f"C{i}", linewidth=width, alpha=0.5 if width > 2 else 1, label=label)
+                    ax.plot(
+                        epochs,
+                        run[key],
+                        style,
+                        color=f"C{i}",
+                        linewidth=width,
+                        alpha=0.5 if width > 2 else 1,
+                        label=label,
+                    )
         ax.set(xlabel="epoch", ylabel=name.removesuffix("/all").replace("_", " "), yscale=scale)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
@@ -49,7 +57,15 @@ def plot_confusion(counts: np.ndarray, path: str | Path, names: Sequence[str] | 
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts):
         if count:
-            ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+            ax.text(
+                j,
+                i,
+                f"{count:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[i, j] > 0.5 else "black",
+            )
     right = np.trace(counts) / max(counts.sum(), 1)
     ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {right:.4f} of {counts.sum():.0f}")
     ax.set_xticks(range(len(names)), names)

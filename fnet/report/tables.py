@@ -10,7 +10,7 @@ from fnet.types import PyTree, named_leaves
 
 
 def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], order: Sequence[str]):
-    """A rich table of two gradients' greatest difference, a row for each parameter path in ``order``, a column for each pair.
+    """A rich table of two gradients' greatest difference: a row for each path in ``order``, a column for each pair.
 
     Differences are relative to the largest entry of the leaf in the first gradient of the pair.
     """
