@@ -129,7 +129,6 @@ def equinox_optax(inputs, labels):
     import jax.numpy as jnp
     import optax
 
-    x, y = jnp.asarray(inputs), jnp.asarray(labels)
     keys = jax.random.split(jax.random.key(0), 3)
     layers = [eqx.nn.Linear(n, m, key=key) for n, m, key in zip(SIZES, SIZES[1:], keys, strict=False)]
     relu = eqx.nn.Lambda(jax.nn.relu)
@@ -150,9 +149,9 @@ def equinox_optax(inputs, labels):
         for _ in range(EPOCHS):
             losses = []
             for rows in rng.permutation(EXAMPLES).reshape(-1, BATCH):
-                model, opt_state, loss = step(model, opt_state, x[rows], y[rows])
+                model, opt_state, loss = step(model, opt_state, inputs[rows], labels[rows])
                 losses.append(loss)
-        return float(np.mean(losses))
+        return jnp.stack(losses).mean().item()
 
     return run
 

@@ -103,9 +103,11 @@ def run(config: Config, console: Console | None = None) -> dict:
         )
         costs[engine] = compiled_cost(step, start, first)
 
+    engines = [jax.jit(engine(model, loss)) for engine in ENGINES.values()]
+
     def gradients(ts, batch):
         """Both engines' gradients at one point."""
-        return tuple(jax.jit(engine(model, loss))(ts.params, ts.state, batch, ts.key)[0] for engine in ENGINES.values())
+        return tuple(engine(ts.params, ts.state, batch, ts.key)[0] for engine in engines)
 
     order = fnet.parameter_paths(model, train_data.inputs[:1])
     pairs = {"first step": gradients(start, first), "last step": gradients(ends["autodiff"], last)}

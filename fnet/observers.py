@@ -34,23 +34,17 @@ def progress(title: str = "training", console=None) -> Callable[[Event], None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     console = console or Console()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-    )
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=15), MofNCompleteColumn()
     bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console)
     task = bar.add_task(f"{title}: compiling", total=None, numbers="")
 
-    def numbers(metrics) -> str:
-        shown = ("loss", "accuracy", "validation_loss", "validation_accuracy")
-        return "  ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.4f}" for name in shown if name in metrics)
+    def numbers(metrics, names) -> str:
+        return "  ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.4f}" for name in names if name in metrics)
 
     def observe(event: Event) -> None:
         if event.kind == "epoch" and not console.is_terminal:
-            console.print(f"{title}: epoch {event.epoch}/{event.epochs}  {numbers(event.metrics)}", soft_wrap=True)
+            shown = numbers(event.metrics, ("loss", "accuracy", "validation_loss", "validation_accuracy"))
+            console.print(f"{title}: epoch {event.epoch}/{event.epochs}  {shown}", soft_wrap=True)
         elif console.is_terminal:
             if event.kind == "start":
                 bar.start()
@@ -58,7 +52,7 @@ def progress(title: str = "training", console=None) -> Callable[[Event], None]:
             if event.kind == "compile":
                 bar.update(task, description=title)
             if event.kind == "epoch":
-                bar.update(task, numbers=numbers(event.metrics))
+                bar.update(task, numbers=numbers(event.metrics, ("loss", "validation_accuracy")))
             if event.kind == "end":
                 bar.stop()
 

@@ -29,8 +29,12 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def init_train_state(params: PyTree, optimizer: Optimizer, key: jax.Array, state: PyTree = ()) -> TrainState:
-    """The start of a run: step 0, the optimizer's first state, and the key that all its randomness comes from."""
-    return TrainState(jnp.asarray(0, jnp.int32), params, state, optimizer.init(params), key)
+    """The start of a run: step 0, the optimizer's first state, and the key that all its randomness comes from.
+
+    ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none.
+    """
+    # compiled, since array by array each shape of the moments would be a program of its own
+    return TrainState(jnp.asarray(0, jnp.int32), params, state, jax.jit(optimizer.init)(params), key)
 
 
 def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, Callable] | None = None) -> Step:
@@ -247,47 +251,51 @@ def fit(
         return train(step, ts, data, epochs=epochs, **options)
 
     notify("start", position)
-    while position < end and not stopped:
-        begin, within = time.perf_counter(), position % per_epoch
-        if within == 0 and chunk >= per_epoch:
-            count = min(chunk // per_epoch, epochs - position // per_epoch)
-            program = partial(run_epochs, epochs=count)
-            ts, metrics, results = run(("epochs", count), program, ts, data, validation, donate=0)
-            blocks = [pick(to_host(metrics), epoch) for epoch in range(count)]
-            rows = [pick(to_host(results), epoch) for epoch in range(count)]
-        else:
-            # chunks begin at multiples of their length, so that a run resumed between them falls back into step
-            count = min(chunk - within % chunk, full - within)
-            options = {"count": count, "last": within + count == full and n % batch_size > 0}
-            program = partial(run_steps, step, batch_size=batch_size, shuffle=shuffle, **options)
-            ts, metrics = run(tuple(options.values()), program, ts, data, donate=0)
-            blocks, rows = [to_host(metrics)], []
-            if evaluate and int(ts.step) % per_epoch == 0:
-                rows = [to_host(run("evaluate", evaluate, ts.params, ts.state, validation))]
-        first_epoch, position = position // per_epoch, int(ts.step)
-        all_steps += blocks
-        notify("chunk", position, averages(blocks), time.perf_counter() - begin)
-        for i, block in enumerate(blocks):
-            this_epoch.append(block)
-            epoch_end = (first_epoch + i + 1) * per_epoch
-            if position >= epoch_end:
-                held = {f"validation_{name}": mean.value for name, mean in (rows[i] if evaluate else {}).items()}
-                all_epochs.append({**averages(this_epoch), **held})
-                this_epoch = []
-                notify("epoch", epoch_end, all_epochs[-1])
-    notify("end", position)
+    try:
+        while position < end and not stopped:
+            begin, within = time.perf_counter(), position % per_epoch
+            if within == 0 and chunk >= per_epoch:
+                count = min(chunk // per_epoch, epochs - position // per_epoch)
+                program = partial(run_epochs, epochs=count)
+                ts, metrics, results = run(("epochs", count), program, ts, data, validation, donate=0)
+                blocks = [pick(to_host(metrics), epoch) for epoch in range(count)]
+                rows = [pick(to_host(results), epoch) for epoch in range(count)]
+            else:
+                # chunks begin at multiples of their length, so that a run resumed between them falls back into step
+                count = min(chunk - within % chunk, full - within)
+                options = {"count": count, "last": within + count == full and n % batch_size > 0}
+                program = partial(run_steps, step, batch_size=batch_size, shuffle=shuffle, **options)
+                ts, metrics = run(tuple(options.values()), program, ts, data, donate=0)
+                blocks, rows = [to_host(metrics)], []
+                if evaluate and int(ts.step) % per_epoch == 0:
+                    rows = [to_host(run("evaluate", evaluate, ts.params, ts.state, validation))]
+            first_epoch, position = position // per_epoch, int(ts.step)
+            all_steps += blocks
+            notify("chunk", position, averages(blocks), time.perf_counter() - begin)
+            for i, block in enumerate(blocks):
+                this_epoch.append(block)
+                epoch_end = (first_epoch + i + 1) * per_epoch
+                if position >= epoch_end:
+                    held = {f"validation_{name}": mean.value for name, mean in (rows[i] if evaluate else {}).items()}
+                    all_epochs.append({**averages(this_epoch), **held})
+                    this_epoch = []
+                    notify("epoch", epoch_end, all_epochs[-1])
+    finally:
+        notify("end", position)
     by_step = {name: np.concatenate([block[name].value for block in all_steps]) for name in (all_steps or [{}])[0]}
     by_epoch = {name: np.stack([row[name] for row in all_epochs]) for name in (all_epochs or [{}])[0]}
     return ts, History(by_epoch, by_step, seconds["compile"], seconds["run"])
 
 
 def to_host(metrics: PyTree) -> dict[str, Mean]:
-    """A tree of `Mean`s as NumPy float64, by path."""
+    """A tree of `Mean`s as NumPy float64, by path; a plain number counts once."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(metrics), is_leaf=lambda leaf: isinstance(leaf, Mean))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): Mean(*(np.asarray(a, np.float64) for a in mean))
-        for path, mean in leaves
-    }
+    host = {}
+    for path, leaf in leaves:
+        total, count = leaf if isinstance(leaf, Mean) else (leaf, np.ones_like(leaf))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        host[name] = Mean(np.asarray(total, np.float64), np.asarray(count, np.float64))
+    return host
 
 
 def pick(metrics: dict[str, Mean], index: int) -> dict[str, Mean]:

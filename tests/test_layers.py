@@ -232,6 +232,17 @@ def test_inputs_that_do_not_fit_are_refused_with_the_path(x, message):
         apply(model, params, state, x)
 
 
+def test_parameters_or_state_of_another_model_are_refused_with_the_names_expected():
+    model = serial(dense(4), ("block", serial(dense(2))))
+    params, state = model.init(jax.random.key(0), jnp.zeros((1, 5)))
+    with pytest.raises(
+        LayerError, match=r"^expected state of the children \['dense_0', 'block'\], got \(\): pass what"
+    ):
+        apply(model, params, (), jnp.zeros((2, 5)))
+    with pytest.raises(LayerError, match=r"^block: expected params of the children \['dense_0'\], got \['w'\]"):
+        apply(model, {**params, "block": {"w": 1}}, state, jnp.zeros((2, 5)))
+
+
 def test_init_refuses_integer_features_and_missing_axes():
     with pytest.raises(LayerError, match="dense_0: expected floating features, got uint8"):
         mlp(3).init(jax.random.key(0), jax.ShapeDtypeStruct((1, 5), jnp.uint8))

@@ -156,6 +156,15 @@ def test_a_run_stopped_and_resumed_gives_the_bits_of_the_straight_run(stop_at):
     assert_same_bits(resumed, straight)
 
 
+def test_a_state_that_lacks_only_the_smaller_last_batch_is_taken_up_there():
+    step, ts, data, _ = problem()
+    straight, _ = fnet.fit(step, ts, data, epochs=1, batch_size=8)
+    six, _ = jax.jit(partial(run_steps, step, batch_size=8, count=6, last=False))(ts, data)
+    resumed, history = fnet.fit(step, six, data, epochs=1, batch_size=8)
+    assert_same_bits(resumed, straight)
+    assert history.steps["loss"].shape == (1,)
+
+
 def test_fit_twice_from_one_state_gives_the_same_bits_and_leaves_the_state_alone():
     step, ts, data, _ = problem()
     before = bits(ts)
@@ -279,6 +288,34 @@ def test_an_observer_that_answers_something_else_is_named():
 
     with pytest.raises(ValueError, match=r"observer .*chatty.* returned 42; expected 'continue', 'stop' or None"):
         fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[chatty])
+
+
+def test_a_step_and_an_evaluation_of_ones_own_may_return_plain_numbers():
+    def step(ts, batch):
+        return ts._replace(step=ts.step + 1, params=ts.params + batch.inputs.sum()), {"mean": batch.inputs.mean()}
+
+    ts = TrainState(jnp.asarray(0), jnp.asarray(0.0), (), (), jax.random.key(0))
+    data = fnet.Batch(jnp.arange(6.0), ())
+    end, history = fnet.fit(
+        step, ts, data, epochs=2, batch_size=3, evaluate=lambda params, state, held: {"p": params}, validation=data
+    )
+    assert end.params == 30
+    np.testing.assert_allclose(history.epochs["mean"], [2.5, 2.5])
+    np.testing.assert_allclose(history.epochs["validation_p"], [15, 30])
+
+
+def test_observers_are_told_the_end_also_of_a_run_that_fails():
+    step, ts, data, _ = problem()
+    kinds = []
+
+    def failing(event):
+        kinds.append(event.kind)
+        if event.kind == "chunk":
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        fnet.fit(step, ts, data, epochs=2, batch_size=8, observers=[failing])
+    assert kinds == ["start", "compile", "chunk", "end"]
 
 
 def test_an_observer_may_stop_before_the_first_step():

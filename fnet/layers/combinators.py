@@ -6,7 +6,7 @@ from collections import Counter
 
 import jax
 
-from fnet.types import Layer, inside, stream
+from fnet.types import Layer, LayerError, inside, stream
 
 
 def named_children(layers) -> list[tuple[str, Layer]]:
@@ -47,6 +47,8 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
         return params, state
 
     def forward(params, state, x, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
         new_state, residuals = {}, {}
         for name, layer in children:
             child_key = None if key is None else stream(key, name)
@@ -64,6 +66,14 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
         return dparams, dy
 
     return Layer("serial", init, forward, backward)
+
+
+def require_children(what: str, tree, children) -> None:
+    """Raise `LayerError` unless ``tree`` is a dict with an entry for each child."""
+    names = [name for name, _ in children]
+    if not isinstance(tree, dict) or set(tree) != set(names):
+        found = sorted(tree) if isinstance(tree, dict) else repr(tree)[:80]
+        raise LayerError(f"expected {what} of the children {names}, got {found}: pass what the model's init returned")
 
 
 def output_shape(layer: Layer, params, state, x):
