@@ -25,9 +25,9 @@ def standard_promotion():
 
 
 def run(**options):
-    console = Console(file=io.StringIO(), width=100)
-    result = digits_mlp.run(digits_mlp.Config(**options), console)
-    return result, console.file.getvalue()
+    out = io.StringIO()
+    result = digits_mlp.run(digits_mlp.Config(**options), Console(file=out, width=100))
+    return result, out.getvalue()
 
 
 def test_two_epochs_on_the_packaged_digits(tmp_path):

@@ -75,9 +75,9 @@ def test_progress_shows_a_bar_from_the_start_on_while_it_compiles_within_80_colu
 
 
 def printed(table):
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return console.file.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=100).print(table)
+    return out.getvalue()
 
 
 def test_difference_table_is_relative_to_each_leaf_and_in_the_order_given():
