@@ -408,7 +408,9 @@ def test_bad_idx_files_are_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not gzip", gzip.compress(idx(LABELS))[:-9], gzip.compress(idx(LABELS))[:10] + b"\xff" * 30]
+    "content",
+    [b"not gzip", gzip.compress(idx(LABELS))[:-9], gzip.compress(idx(LABELS))[:10] + b"\xff" * 30],
+    ids=["no gzip", "truncated", "corrupt"],  # named, since the bytes hold the time and the workers must agree on names
 )
 def test_broken_gzip_files_are_refused_by_name(tmp_path, content):
     write(tmp_path)
