@@ -17,9 +17,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from fnet.types import wide
+from fnet.types import require, wide
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
 
@@ -39,7 +38,7 @@ def constant(value) -> Initializer:
 
 def uniform(low, high) -> Initializer:
     """Uniform between ``low`` and ``high``: variance ``(high − low)² / 12``."""
-    _require(low < high, f"uniform: expected low < high, got low = {low}, high = {high}")
+    require(low < high, f"uniform: expected low < high, got low = {low}, high = {high}")
 
     def draw(key, n, dtype):
         return jax.random.uniform(key, (n,), dtype, jnp.asarray(low, dtype), jnp.asarray(high, dtype))
@@ -49,7 +48,7 @@ def uniform(low, high) -> Initializer:
 
 def normal(stddev) -> Initializer:
     """Normal with mean 0 and standard deviation ``stddev``."""
-    _require(stddev >= 0, f"normal: expected stddev >= 0, got {stddev}")
+    require(stddev >= 0, f"normal: expected stddev >= 0, got {stddev}")
     return _drawn("normal", lambda key, n, dtype: jax.random.normal(key, (n,), dtype) * jnp.asarray(stddev, dtype))
 
 
@@ -60,8 +59,8 @@ def truncated_normal(stddev, low=-2.0, high=2.0) -> Initializer:
     0.8796 ``stddev`` (`jax.nn.initializers.truncated_normal` the same). The variance-scaled initializers below are
     corrected. PyTorch's ``trunc_normal_`` takes its bounds in absolute units.
     """
-    _require(stddev >= 0, f"truncated_normal: expected stddev >= 0, got {stddev}")
-    _require(low < high, f"truncated_normal: expected low < high, got low = {low}, high = {high}")
+    require(stddev >= 0, f"truncated_normal: expected stddev >= 0, got {stddev}")
+    require(low < high, f"truncated_normal: expected low < high, got low = {low}, high = {high}")
 
     def draw(key, n, dtype):
         bounds = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
@@ -113,7 +112,7 @@ def variance_scaling(scale, mode: Callable, distribution: Callable) -> Initializ
     for name, function in (("mode", mode), ("distribution", distribution)):
         if not callable(function):
             raise ValueError(f"variance_scaling: {name} = {function!r}; expected a function, such as fan_in or normal")
-    _require(scale > 0, f"variance_scaling: expected scale > 0, got {scale}")
+    require(scale > 0, f"variance_scaling: expected scale > 0, got {scale}")
 
     def init(key, shape, dtype):
         variance = scale / max(mode(shape), 1)  # an empty weight has fan 0, and nothing to scale
@@ -197,9 +196,3 @@ def _matrix_axes(shape):
             "use zeros, constant, uniform or normal for biases and scales"
         )
     return shape
-
-
-def _require(condition, message):
-    """Raise unless ``condition`` holds; one on traced numbers is not checked."""
-    if not isinstance(condition, Tracer) and not condition:
-        raise ValueError(message)

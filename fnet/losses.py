@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.types import Loss, wide
+from fnet.types import Loss, require, wide
 
 # --- classes ---------------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def smoothed_cross_entropy(label_smoothing) -> Loss:
     The true class takes part in the a/K, as in optax, Keras and PyTorch; in Müller et al., arXiv:1906.02629, too.
     ``label_smoothing`` may be traced. Raises ValueError for one outside 0..1.
     """
-    _require(
+    require(
         (label_smoothing >= 0) & (label_smoothing <= 1),
         f"smoothed_cross_entropy: expected label_smoothing from 0 to 1, got {label_smoothing}",
     )
@@ -172,7 +172,7 @@ def huber(delta=1.0) -> Loss:
     Huber, 1964; PyTorch's ``huber_loss``, whose ``smooth_l1_loss`` is this divided by delta. ``delta`` may be traced.
     Raises ValueError for one that is not positive.
     """
-    _require(delta > 0, f"huber: expected delta > 0, got {delta}")
+    require(delta > 0, f"huber: expected delta > 0, got {delta}")
 
     def clipped(z, y):
         d, limit = z - y, jnp.asarray(delta, z.dtype)
@@ -237,9 +237,3 @@ def _require_same_shape(name, outputs, targets):
             f"{name}: outputs {outputs.shape} and targets {targets.shape} must have one shape, since broadcasting "
             f"would pair examples with each other's targets: reshape the targets to {outputs.shape}"
         )
-
-
-def _require(condition, message):
-    """Raise unless ``condition`` holds; one on traced numbers is not checked."""
-    if not isinstance(condition, Tracer) and not condition:
-        raise ValueError(message)

@@ -258,8 +258,7 @@ def fit(
                 count = min(chunk // per_epoch, epochs - position // per_epoch)
                 program = partial(run_epochs, epochs=count)
                 ts, metrics, results = run(("epochs", count), program, ts, data, validation, donate=0)
-                blocks = [pick(to_host(metrics), epoch) for epoch in range(count)]
-                rows = [pick(to_host(results), epoch) for epoch in range(count)]
+                blocks, rows = ([pick(host, i) for i in range(count)] for host in (to_host(metrics), to_host(results)))
             else:
                 # chunks begin at multiples of their length, so that a run resumed between them falls back into step
                 count = min(chunk - within % chunk, full - within)

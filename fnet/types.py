@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 PyTree = Any  # dicts, tuples and NamedTuples of arrays, nested
 
@@ -165,6 +166,12 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int
 def wide(*dtypes) -> np.dtype:
     """Float64 if one of the dtypes is, else float32: what sums, moments and coefficients are kept in."""
     return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
+def require(condition, message: str) -> None:
+    """Raise ValueError with ``message`` unless ``condition`` holds; one on traced numbers is not checked."""
+    if not isinstance(condition, Tracer) and not condition:
+        raise ValueError(message)
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:

@@ -1,8 +1,10 @@
 """The gradient check: by hand, by autodiff and by finite differences, in float64, leaf by leaf.
 
-report = check_model(model, loss, batch, key=jax.random.key(0))
-print(report)
-report.raise_if_wrong()
+    report = check_model(model, loss, batch, key=jax.random.key(0))
+    print(report)
+    report.raise_if_wrong()
+
+Each parameter has a row in the report, with the verdict "ok" or "wrong".
 """
 
 from __future__ import annotations
