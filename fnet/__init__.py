@@ -2,8 +2,9 @@
 
 from fnet import data, gradcheck, initializers, layers, losses, metrics, models, optimizers, schedules
 from fnet.data import DataError, check_data, split
-from fnet.gradcheck import check_model
+from fnet.gradcheck import check_gradients, check_layer, check_model
 from fnet.gradients import autodiff, backprop, from_loss
+from fnet.intermediates import intermediate_gradients, tap
 from fnet.layers import dense, flatten, serial
 from fnet.losses import softmax_cross_entropy
 from fnet.models import mlp

@@ -56,11 +56,7 @@ def backprop(
         batch = Batch(*batch)
         outputs, new_state, residuals = model.forward(params, state, batch.inputs, key=key, train=True)
         measured = measure(loss, metrics, outputs, batch)
-        # objective = Σ w ℓ(y) / Σ w, so each example's dy is its ℓ'(y) times w / Σ w
-        share = Mean(jnp.ones_like(measured["loss"].count), measured["loss"].count).value
-        if batch.weights is not None:
-            share = share * batch.weights.astype(share.dtype)
-        dy = jax.tree.map(lambda d: scale(d, share), loss.gradient(outputs, batch.targets))
+        dy = loss_gradient(loss, outputs, batch, measured["loss"].count)
         dparams, dx = model.backward(params, residuals, dy)
         return ((dparams, dx) if inputs else dparams), new_state, measured
 
@@ -105,6 +101,15 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
     for name, metric in (metrics or {}).items():
         measured[name] = weighted_mean(metric(outputs, batch.targets), batch.weights, values.ndim)
     return measured
+
+
+def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array) -> PyTree:
+    """The gradient by hand of ``Σ w ℓ / Σ w`` by the outputs; ``count`` is ``Σ w``."""
+    # each example's dy is its ℓ'(y) times w / Σ w
+    share = Mean(jnp.ones_like(count), count).value
+    if batch.weights is not None:
+        share = share * batch.weights.astype(share.dtype)
+    return jax.tree.map(lambda d: scale(d, share), loss.gradient(outputs, batch.targets))
 
 
 def scale(d: jax.Array, share: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -221,3 +222,48 @@ def inside(name: str):
             yield
         except LayerError as error:
             raise LayerError(error.message, (name, *error.path)) from None
+
+
+class Call(NamedTuple):
+    """The forward of a child inside a combinator, as `watch` shows it."""
+
+    path: tuple[str, ...]
+    layer: Layer
+    params: PyTree
+    state: PyTree
+    x: PyTree
+    key: Any
+    train: bool
+
+
+Watcher = Callable[[Call, PyTree], PyTree]
+_watch: ContextVar[tuple[tuple[str, ...], Watcher] | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watch(watcher: Watcher):
+    """While a model's forward is traced within, ``watcher(call, y) -> y`` sees each child's forward and its outputs.
+
+    This is how the audit reaches the layers of a model; nothing of it is left in a program that nobody watches.
+    """
+    token = _watch.set(((), watcher))
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
+    """The forward of the child ``name``: what every combinator calls, so that errors, scopes and `watch` know its path."""
+    watched = _watch.get()
+    if watched is None:
+        with inside(name):
+            return layer.forward(params, state, x, key=key, train=train)
+    path = (*watched[0], name)
+    token = _watch.set((path, watched[1]))
+    try:
+        with inside(name):
+            y, new_state, residuals = layer.forward(params, state, x, key=key, train=train)
+    finally:
+        _watch.reset(token)
+    return watched[1](Call(path, layer, params, state, x, key, train), y), new_state, residuals

@@ -6,7 +6,7 @@ from collections import Counter
 
 import jax
 
-from fnet.types import Layer, LayerError, inside, stream
+from fnet.types import Layer, LayerError, forward_child, inside, stream
 
 
 def named_children(layers) -> list[tuple[str, Layer]]:
@@ -52,10 +52,9 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
         new_state, residuals = {}, {}
         for name, layer in children:
             child_key = None if key is None else stream(key, name)
-            with inside(name):
-                x, new_state[name], residuals[name] = layer.forward(
-                    params[name], state[name], x, key=child_key, train=train
-                )
+            x, new_state[name], residuals[name] = forward_child(
+                name, layer, params[name], state[name], x, key=child_key, train=train
+            )
         return x, new_state, residuals
 
     def backward(params, residuals, dy):

@@ -1,0 +1,299 @@
+"""The audit of layers and models: whole, and layer by layer with the true cotangent.
+
+Of a model each layer is tested alone: at the inputs that it has in the forward, with the gradient that autodiff says
+arrives at its outputs. So a wrong layer is named, and the layers that it misleads are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.gradcheck.check import TIGHT, check_gradients, compare
+from fnet.gradcheck.problem import converted, precise, quick_jit
+from fnet.gradcheck.report import LeafCheck, Report
+from fnet.gradients import backprop, join, loss_gradient, measure, split_floating
+from fnet.interpret import is_float
+from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, parameter_paths, watch
+
+
+def check_layer(
+    layer: Layer, x: PyTree, *, key: jax.Array, params: PyTree = None, state: PyTree = None, cost: bool = True, **options
+) -> Report:
+    """Audit a layer's backward by hand: the gradients of its parameters and of its inputs, in train and in eval mode.
+
+    The function is ``Σ v · y`` with a fixed Gaussian ``v`` for the outputs ``y`` at ``x``. Parameters are drawn by
+    ``layer.init`` from ``key`` if not given, with a little noise. Rows are called ``train/params/w``, ``eval/inputs``.
+    Other options and errors are those of `check_gradients`.
+    """
+    x, params, state, run_key = ready(layer, x, key, params, state)
+    reports = []
+    for mode in ("train", "eval"):
+
+        def outputs(tree, others, params, state, run_key, train=mode == "train"):
+            return layer.forward(tree["params"], state, join(tree["inputs"], others), key=run_key, train=train)
+
+        inputs, others = split_floating(x)
+        tree = {"params": params, "inputs": inputs}
+        with precise():
+            shapes = jax.eval_shape(outputs, to_float64(tree), to_float64(others), params, to_float64(state), run_key)[0]
+            cotangent = random_like(shapes, seed=1)
+
+        def value(tree, others, state, run_key, v, outputs=outputs):
+            return inner(outputs(tree, others, None, state, run_key)[0], v)
+
+        def by_hand(tree, others, state, run_key, v, outputs=outputs):
+            y, _, residuals = outputs(tree, others, None, state, run_key)
+            dparams, dx = layer.backward(tree["params"], residuals, cast_like(v, y))
+            return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
+
+        report = check_gradients(
+            value, tree, others, state, run_key, cotangent, gradient=by_hand, cost=cost, **options
+        )
+        reports.append(report._replace(leaves=tuple(r._replace(path=f"{mode}/{r.path}") for r in report.leaves)))
+    return Report(
+        tuple(leaf for report in reports for leaf in report.leaves),
+        (),
+        reports[0].costs,
+        reports[0].notes,
+        reports[0].settings,
+    )
+
+
+def check_model(
+    model: Layer, loss: Loss, batch, *, key: jax.Array, params: PyTree = None, state: PyTree = None, **options
+) -> Report:
+    """Audit a model's and its loss' backward by hand on a batch, in training mode: whole, then layer by layer.
+
+    Rows stand in model order: each layer's parameters and its inputs, then the loss' gradient by the model's outputs. Where
+    the whole gradient is wrong, each row is the verdict of its own layer with the true cotangent, and ``first_wrong``
+    names the first fault that the backward pass meets. Parameters are drawn by ``model.init`` from ``key`` if not given,
+    with a little noise, so that no bias is zero. Other options and errors are those of `check_gradients`.
+    """
+    x, params, state, run_key = ready(model, Batch(*batch).inputs, key, params, state)
+    batch = Batch(x, *Batch(*batch)[1:])
+
+    def objective(params, state, batch, run_key):
+        outputs, _, _ = model.forward(params, state, batch.inputs, key=run_key, train=True)
+        return measure(loss, None, outputs, batch)["loss"].value
+
+    def by_hand(params, state, batch, run_key):
+        return backprop(model, loss)(params, state, batch, run_key)[0]
+
+    order = {path: i for i, path in enumerate(parameter_paths(model, batch.inputs))}
+    whole = check_gradients(objective, params, state, batch, run_key, gradient=by_hand, **options)
+    rows = {leaf.path: leaf for leaf in sorted(whole.leaves, key=lambda leaf: order[leaf.path])}
+    whole_ok = all(leaf.verdict != "wrong" for leaf in rows.values())
+    quick = {**options, "precisions": (), "cost": False, "intermediates": None}
+    leaves: list[LeafCheck] = []
+    combinators: list[Local] = []
+    for local in each_layer(model, loss, params, state, batch, run_key):
+        if local.combinator:
+            combinators.append(local)
+            continue
+        found = {row.path: row for row in local.check(**quick)}
+        leaves += [rows[path] if path in rows and whole_ok and row.verdict != "wrong" else row for path, row in found.items()]
+    if not whole_ok and all(leaf.verdict != "wrong" for leaf in leaves):
+        # the layers are right one by one, so what composes them is not
+        for local in combinators:
+            found = [row for row in local.check(**quick) if row.verdict == "wrong"]
+            if found:
+                words = "its layers are right one by one: the backward of the composition is wrong"
+                leaves = [*leaves, *(row._replace(cause=f"{words}; {row.cause}") for row in found)]
+                break
+        else:
+            leaves = [row for row in whole.leaves if row.verdict == "wrong"] + leaves
+    return whole._replace(leaves=tuple(leaves))
+
+
+class Local(NamedTuple):
+    """One layer inside the model, with what reaches it from both sides."""
+
+    path: str
+    combinator: bool
+    value: Any  # (tree, *args) -> scalar
+    by_hand: Any  # (tree, *args) -> tree
+    tree: PyTree
+    args: tuple
+    hand: dict  # path -> array: the gradients by hand and by autodiff
+    auto: dict
+    dtypes: dict  # path -> the dtype that the caller's precision gives it
+
+    def check(self, **options) -> list[LeafCheck]:
+        """A row per parameter and for the inputs; the full audit where hand and autodiff do not agree tightly."""
+        checks = []
+        for path, a in self.auto.items():
+            c = self.hand.get(path)
+            blank = LeafCheck(path, a.shape, self.dtypes[path], "ok", 0.0, 0.0, (), 0.0, 0.0, 0.0, power=TIGHT)
+            fine = c is not None and c.shape == a.shape and a.size > 0
+            if fine:
+                blank = compare(blank, c, a)
+            if not (a.size == 0 or fine and bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())):
+                report = check_gradients(self.value, self.tree, *self.args, gradient=self.by_hand, **options)
+                named = ((rename(self.path, leaf.path), leaf) for leaf in report.leaves)
+                return [leaf._replace(path=path, dtype=self.dtypes[path]) for path, leaf in named]
+            checks.append(blank._replace(evidence=("alone, with the true cotangent, it agrees with autodiff",)))
+        return checks
+
+
+def rename(layer: str, path: str) -> str:
+    """``dense_0/w`` for the parameter w of the layer, ``dense_0/inputs`` for its inputs."""
+    return "/".join(part for part in (layer, path.removeprefix("params").removeprefix("/")) if part)
+
+
+def record(model: Layer, params, state, x, key, offsets=None) -> tuple[PyTree, list[tuple[Call, PyTree]]]:
+    """The model's outputs, and every layer's call with its outputs, the model itself last.
+
+    ``offsets`` are added to the outputs of each: the derivative by one is the gradient that arrives there.
+    """
+    calls: list[tuple[Call, PyTree]] = []
+
+    def watcher(call, y):
+        calls.append((call, y))
+        if offsets is None:
+            return y
+        floating, others = split_floating(y)
+        return join(jax.tree.map(jnp.add, floating, offsets[len(calls) - 1]), others)
+
+    with watch(watcher):
+        y, _, _ = model.forward(params, state, x, key=key, train=True)
+    return watcher(Call((), model, params, state, x, key, True), y), calls
+
+
+def input_dtypes(model: Layer, params, state, x, key) -> dict[str, str]:
+    """The dtype that each layer's inputs have at the precision in force, by their path in the report."""
+    found: dict[str, str] = {}
+
+    def run(params, state, x, key):
+        y, calls = record(model, params, state, x, key)
+        for call, _ in calls:
+            tree = {"inputs": split_floating(call.x)[0], "params": call.params}
+            found.update({rename("/".join(call.path), name): str(leaf.dtype) for name, leaf in named_leaves(tree)})
+        found.update({rename("loss", name): str(leaf.dtype) for name, leaf in named_leaves({"outputs": y})})
+        return y
+
+    jax.eval_shape(run, params, state, x, key)
+    return found
+
+
+def each_layer(model, loss, params, state, batch, run_key) -> list[Local]:
+    """Every layer in the model with the true cotangent of its outputs, the model itself, and the loss. In float64."""
+    dtypes = input_dtypes(model, params, state, batch.inputs, run_key)
+    with precise():
+        params, state, batch = to_float64(params), to_float64(state), to_float64(batch)
+        calls: list[Call] = []  # without their arrays: those are traced
+
+        def outputs_of_each(params, state, batch, run_key):
+            _, recorded = record(model, params, state, batch.inputs, run_key)
+            calls[:] = [call._replace(params=None, state=None, x=None, key=None) for call, _ in recorded]
+            return [split_floating(y)[0] for _, y in recorded]
+
+        def objective(offsets, params, state, batch, run_key):
+            y, recorded = record(model, params, state, batch.inputs, run_key, offsets)
+            given = [(call.params, call.state, call.x, call.key) for call, _ in recorded]
+            return measure(loss, None, y, batch)["loss"].value, (given, y)
+
+        def both(params, state, batch, run_key, zeros):
+            """Each layer's gradients by hand and by autodiff, with the true cotangents."""
+            differentiate = jax.grad(objective, has_aux=True)
+            cotangents, (given, y) = differentiate(zeros, params, state, batch, run_key)
+            results = []
+            for call, arrays, v in zip(calls, given, cotangents, strict=True):
+                value, by_hand, tree, args = functions(call, *arrays, v)
+                results.append((by_hand(tree, *args), jax.grad(value)(tree, *args)))
+            results.append((loss_by_hand({"outputs": y}, batch), jax.grad(loss_value)({"outputs": y}, batch)))
+            return results, given, cotangents, y
+
+        def loss_value(tree, batch):
+            return measure(loss, None, tree["outputs"], batch)["loss"].value
+
+        def loss_by_hand(tree, batch):
+            count = measure(loss, None, tree["outputs"], batch)["loss"].count
+            return {"outputs": loss_gradient(loss, tree["outputs"], batch, count)}
+
+        shapes = jax.eval_shape(outputs_of_each, params, state, batch, run_key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        results, given, cotangents, y = quick_jit(both)(params, state, batch, run_key, zeros)
+        found = []
+        for call, arrays, v, (hand, auto) in zip(calls, given, cotangents, results, strict=False):
+            path = "/".join(call.path)
+            combinator = any(len(c.path) > len(call.path) and c.path[: len(call.path)] == call.path for c in calls)
+            single = functions(call, *arrays, v)
+            found.append(Local(path, combinator, *single, flat(path, hand), flat(path, auto), dtypes))
+        hand, auto = (flat("loss", tree) for tree in results[-1])
+        found.append(Local("loss", False, loss_value, loss_by_hand, {"outputs": y}, (batch,), hand, auto, dtypes))
+        return found
+
+
+def functions(call: Call, params, state, x, key, cotangent):
+    """A layer alone as a function of its parameters and inputs, ``Σ v · y``, its gradient by hand, and the arguments."""
+    layer, train = call.layer, call.train
+    inputs, others = split_floating(x)
+
+    def value(tree, others, state, key, v):
+        y = layer.forward(tree["params"], state, join(tree["inputs"], others), key=key, train=train)[0]
+        return inner(split_floating(y)[0], v)
+
+    def by_hand(tree, others, state, key, v):
+        x = join(tree["inputs"], others)
+        y, _, residuals = layer.forward(tree["params"], state, x, key=key, train=train)
+        dparams, dx = layer.backward(tree["params"], residuals, v)
+        return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
+
+    return value, by_hand, {"params": params, "inputs": inputs}, (others, state, key, cotangent)
+
+
+def flat(path: str, tree) -> dict[str, np.ndarray]:
+    """The leaves of a gradient tree by the paths that the report shows."""
+    return {rename(path, name): np.asarray(leaf) for name, leaf in named_leaves(tree)}
+
+
+def split_like(dx, inputs):
+    """``dx`` with None wherever the inputs are not floating, whatever the backward returned there."""
+    if jax.tree.structure(inputs) == jax.tree.structure(dx):
+        return dx
+    keep = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(lambda x, d: None if x is None else d, inputs, dx, is_leaf=keep)
+
+
+def inner(y, v):
+    """``Σ v · y`` over the floating leaves."""
+    return sum((a * b.astype(a.dtype)).sum() for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(v), strict=True))
+
+
+def cast_like(v, y):
+    """A cotangent in the outputs' dtypes."""
+    return jax.tree.map(lambda v, y: v.astype(y.dtype), v, y)
+
+
+def random_like(shapes, seed: int):
+    """Gaussians with the shapes of a tree."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape)), shapes)
+
+
+def ready(layer: Layer, x, key, params, state):
+    """``x``, parameters and state as arrays of the caller's precision, and the key of the run."""
+    init_key, run_key = jax.random.split(key)
+    x = jax.tree.map(jnp.asarray, x)
+    shapes = jax.eval_shape(lambda x: x, x)
+    if params is None or state is None:
+        drawn, first_state = quick_jit(lambda key: layer.init(key, shapes))(init_key)
+        state = first_state if state is None else state
+    if params is None:
+        rng = np.random.default_rng(0)
+
+        def noisy(leaf):
+            noise = 0.01 * rng.standard_normal(leaf.shape) if is_float(leaf) else 0
+            return jnp.asarray((np.asarray(leaf) + noise).astype(leaf.dtype))
+
+        params = jax.tree.map(noisy, drawn)
+    return x, params, state, run_key
+
+
+def to_float64(tree: PyTree) -> Any:
+    """Floating leaves in float64, all others as they are."""
+    return jax.tree.map(lambda leaf: converted(leaf, np.float64), tree)

@@ -1,0 +1,162 @@
+"""What a program does at a point, found by running it one operation after another: ties, non-finite values, rounding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.interpret import CALLS, dependencies, evaluate, function_name, is_float, location
+
+# operations that give one of their inputs' numbers, or an exact one: they do not round
+EXACT = frozenset(
+    "max min neg abs sign select_n reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice "
+    "dynamic_update_slice concatenate pad gather rev copy copy_p stop_gradient reduce_max reduce_min reduce_window_max "
+    "floor ceil round clamp sort iota name split real imag cummax cummin argmax argmin".split()
+)
+STRUCTURE = (*CALLS, "scan", "while", "cond")  # the operations within are seen one by one
+
+
+def ties(closed, inputs, n_leaves: int, limit: int = 4) -> tuple[str, ...]:
+    """The kinks that the point itself lies on: ``x = 0 at relu[2, 0] (model.py:7)``, up to ``limit`` places.
+
+    Equal counts what differs by no more than rounding. Only values that depend on the first ``n_leaves`` inputs count.
+    """
+    depends = set()
+
+    def visit(site, eqn, masks):
+        if any(masks):
+            depends.add(site)
+
+    dependencies(closed.jaxpr, [1 if i < n_leaves else 0 for i in range(len(inputs))], visit)
+    found: dict[str, None] = {}
+
+    def observe(site, eqn, inputs, outputs, calls):
+        name = eqn.primitive.name
+        if site not in depends or not inputs or not is_float(inputs[0]) or len(found) >= limit:
+            return None
+        mask, what = tie(name, eqn, inputs, outputs)
+        if mask is not None and bool(np.any(mask)):
+            shown = function_name(eqn, calls)
+            index = [int(k) for k in np.argwhere(np.asarray(mask))[0]]
+            where = location(eqn, calls)
+            found.setdefault(f"{what} at {shown}{index if index else ''}" + (f" ({where})" if where else ""))
+        return None
+
+    evaluate(closed, inputs, observe=observe, unroll=True)
+    return tuple(found)
+
+
+def tie(name: str, eqn, inputs, outputs):
+    """Where an operation lies on its kink (None if it has none), and how to say so."""
+    x = np.asarray(inputs[0])
+    close = 64 * float(jnp.finfo(inputs[0].dtype).eps)
+    if name in ("max", "min", "gt", "lt", "ge", "le") and is_float(inputs[1]):
+        other = np.asarray(inputs[1])
+        zero = not other.any()
+        scale = np.maximum(np.abs(x), np.abs(other)) if not zero else np.zeros_like(x)
+        return np.abs(x - other) <= close * scale, "x = 0" if zero else "both sides equal"
+    if name in ("abs", "sign"):
+        return x == 0, "x = 0"
+    if name in ("floor", "ceil", "round"):
+        return x == np.round(x), "x whole"
+    if name == "clamp":
+        return (x == np.asarray(inputs[1])) | (x == np.asarray(inputs[2])), "x at the bound"
+    if name in ("sqrt", "rsqrt", "log") or (name == "pow" and is_float(inputs[1])):
+        return x == 0, "x = 0"
+    if name in ("reduce_max", "reduce_min", "argmax", "argmin"):
+        axes = tuple(eqn.params["axes"])
+        best = x.max(axes, keepdims=True) if name in ("reduce_max", "argmax") else x.min(axes, keepdims=True)
+        equal = np.abs(x - best) <= close * np.abs(best)
+        return equal & (equal.sum(axes, keepdims=True) > 1), "a tie"
+    if name in ("reduce_window_max", "reduce_window_min"):
+        counts = count_equal(eqn, inputs[0], outputs[0])
+        return counts > 1, "a tie"
+    if name == "sort":
+        y = np.sort(x, axis=eqn.params["dimension"])
+        return np.diff(y, axis=eqn.params["dimension"]) == 0, "a tie"
+    return None, ""
+
+
+def count_equal(eqn, x, best) -> np.ndarray:
+    """For each window of a `reduce_window`, how many entries equal its extremum."""
+    params = eqn.params
+    pad = [(lo, hi, d - 1) for (lo, hi), d in zip(params["padding"], params["base_dilation"], strict=True)]
+    padded = np.asarray(jax.lax.pad(x, jnp.asarray(np.nan, x.dtype), pad))
+    counts = np.zeros(best.shape, int)
+    for offset in np.ndindex(*params["window_dimensions"]):
+        window = tuple(
+            slice(o * d, o * d + s * (n - 1) + 1, s)
+            for o, d, s, n in zip(
+                offset, params["window_dilation"], params["window_strides"], best.shape, strict=True
+            )
+        )
+        counts += padded[window] == np.asarray(best)
+    return counts
+
+
+def first_non_finite(closed, inputs) -> str:
+    """The first operation that makes a NaN or an infinity out of finite numbers, with its place; empty if none does."""
+    found: list[str] = []
+
+    def observe(site, eqn, inputs, outputs, calls):
+        if found or any(is_float(x) and not np.isfinite(np.asarray(x, np.float64)).all() for x in inputs):
+            return None
+        for out in outputs:
+            if is_float(out):
+                bad = ~np.isfinite(np.asarray(out, np.float64))
+                if bad.any():
+                    index = [int(k) for k in np.argwhere(bad)[0]]
+                    where = location(eqn, calls)
+                    called = f" in {function_name(eqn, calls)}" if calls else ""
+                    value = float(np.asarray(out, np.float64)[tuple(index)])
+                    found.append(f"{value} from {eqn.primitive.name}{called}, index {index}" + (f" ({where})" if where else ""))
+        return None
+
+    evaluate(closed, inputs, observe=observe, unroll=True)
+    return found[0] if found else ""
+
+
+def rounding(closed, inputs, samples: int = 4, seed: int = 0) -> list[np.ndarray]:
+    """For each output how far it moves when every operation rounds otherwise: the largest of ``samples`` runs.
+
+    Every rounded result is multiplied by ``1 + eps r`` with ``r`` uniform in ±1 and eps that of its own dtype, whatever
+    narrow types stand in the program (stochastic arithmetic: Vignes, A stochastic arithmetic for reliable scientific
+    computation, 1993). Decisions are those of the undisturbed run.
+    """
+    decided: dict = {}
+
+    def remember(site, eqn, inputs, outputs, calls):
+        if any(map(is_float, inputs)) and not any(map(is_float, outputs)):
+            decided.setdefault(site, []).append(outputs)
+        return None
+
+    exact, _ = evaluate(closed, inputs, observe=remember, unroll=True)
+    exact = [np.asarray(out, np.float64) for out in exact]
+    largest = [np.zeros(out.shape) for out in exact]
+    for sample in range(samples):
+        rng = np.random.default_rng([seed, sample])
+        visits: dict = {}
+
+        def rule(site, eqn, inputs, extras, visits=visits):
+            if site not in decided:
+                return None
+            visits[site] = visits.get(site, -1) + 1
+            return decided[site][visits[site]]
+
+        def disturb(site, eqn, inputs, outputs, calls, rng=rng):
+            if eqn.primitive.name in EXACT or eqn.primitive.name in STRUCTURE:
+                return None
+            for k, out in enumerate(outputs):  # changed in place: evaluate goes on with the observer's list
+                if is_float(out):
+                    eps = float(jnp.finfo(out.dtype).eps)
+                    # eps is below half a unit of 1 in a narrow type, so the factor is applied in float64
+                    wide = np.asarray(out, np.float64) * (1 + eps * rng.uniform(-1, 1, out.shape))
+                    outputs[k] = jnp.asarray(wide, out.dtype)
+            return None
+
+        moved, _ = evaluate(closed, inputs, rule=rule, observe=disturb, unroll=True)
+        for k, out in enumerate(moved):
+            with np.errstate(invalid="ignore"):
+                largest[k] = np.fmax(largest[k], np.abs(np.asarray(out, np.float64) - exact[k]))
+    return largest

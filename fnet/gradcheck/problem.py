@@ -1,0 +1,301 @@
+"""A function and its gradient made ready for the audit: float64, flat lists of leaves, traced, its structure checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.interpret import CUSTOM, body_of_call, defined_in_jax, dependencies, evaluate, is_array, is_float, location, walk
+from fnet.types import PyTree
+
+UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
+
+def quick_jit(f: Callable) -> Callable:
+    """`jax.jit` for programs that run a few times: on CPU they compile three times as fast with XLA's optimisations off."""
+    off = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    return jax.jit(f, compiler_options=off if jax.default_backend() == "cpu" else None)
+
+
+@contextmanager
+def precise(x64: bool = True):
+    """The settings of the audit, whatever the caller's: float64, standard promotion, products in full precision."""
+    with ExitStack() as stack:
+        for setting in (
+            jax.enable_x64(x64),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            jax.default_matmul_precision("highest"),
+            jax.debug_nans(False),
+            jax.debug_infs(False),
+        ):
+            stack.enter_context(setting)
+        yield
+
+
+class Problem(NamedTuple):
+    """``f(params, *args)`` as a function of two flat lists: the floating leaves of ``params``, and all other arrays."""
+
+    paths: tuple[str, ...]  # of the floating leaves
+    dtypes: tuple[np.dtype, ...]  # that the caller gave them
+    leaves: list[jax.Array]  # in float64
+    others: list[jax.Array]  # floating ones in float64
+    params_tree: Any
+    rebuild: Callable  # (leaves, others) -> params, args
+    value: Callable  # (leaves, others) -> scalar
+    native: Callable  # dtype or None -> leaves, others in that dtype, or in their own
+    examples: frozenset[int]  # sizes of the first axes of the arguments
+
+
+def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False) -> Problem:
+    """Take ``params`` and ``args`` apart. To be called within `precise`; raises ValueError, TypeError on bad input."""
+    paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args))
+    roles, paths, dtypes = [], [], []
+    for path, leaf in paths_and_leaves:
+        name = jax.tree_util.keystr(path[1:], simple=True, separator="/") or "params"
+        mine = path[0].idx == 0
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{name}: got a ShapeDtypeStruct; a gradient is checked at a point, so give an array")
+        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} is {leaf.dtype}; only real gradients are checked: split it into two real arrays")
+        floating = isinstance(leaf, float) or is_float(leaf)
+        if mine and floating:
+            roles.append("leaf")
+            paths.append(name)
+            dtypes.append(np.dtype(leaf.dtype) if is_array(leaf) else np.dtype(np.float64))
+        else:
+            roles.append("other" if is_array(leaf) else "static")
+    if not paths:
+        raise ValueError("check_gradients: params has no floating leaf, so there is no gradient to check")
+    values = [leaf for _, leaf in paths_and_leaves]
+
+    def arrays(role, dtype):
+        chosen = [leaf for leaf, r in zip(values, roles, strict=True) if r == role]
+        if dtype is None:
+            return [as_caller_has_it(leaf) for leaf in chosen]
+        return [converted(leaf, dtype) for leaf in chosen]
+
+    def rebuild(leaves, others):
+        pools = {"leaf": iter(leaves), "other": iter(others)}
+        parts = [leaf if role == "static" else next(pools[role]) for leaf, role in zip(values, roles, strict=True)]
+        return jax.tree.unflatten(tree, parts)
+
+    def value(leaves, others):
+        p, a = rebuild(leaves, others)
+        out = f(p, *a)
+        return out[0] if has_aux else out
+
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(args) if is_array(leaf) and leaf.ndim}
+    return Problem(
+        tuple(paths),
+        tuple(dtypes),
+        arrays("leaf", jnp.float64),
+        arrays("other", jnp.float64),
+        jax.tree.structure(params),
+        rebuild,
+        value,
+        lambda dtype: (arrays("leaf", dtype), arrays("other", dtype)),
+        frozenset(sizes),
+    )
+
+
+def converted(leaf, dtype) -> jax.Array:
+    """A floating leaf in another dtype, any other as it is; by NumPy, which compiles nothing."""
+    if isinstance(leaf, float) or is_float(leaf):
+        return jnp.asarray(np.asarray(leaf).astype(dtype))
+    return jnp.asarray(leaf)
+
+
+def as_caller_has_it(leaf) -> jax.Array:
+    """A leaf at the precision in force: without x64, a float64 one in float32."""
+    if is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return jnp.asarray(leaf)
+    return jnp.asarray(np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))))
+
+
+class Traced(NamedTuple):
+    """The program of the function, and what can be read off it without running it."""
+
+    closed: Any
+    steady: bool  # two traces gave the same program
+    unused: frozenset[int]  # leaves that the result does not depend on
+    casts: tuple[str, ...]  # narrowing of what depends on the parameters, with their places
+    custom: bool  # a rule of the user's own takes part
+    blocked: tuple[str, ...]  # places of stop_gradient on what depends on the parameters
+
+
+def trace(problem: Problem) -> Traced:
+    """Trace the function twice; ValueError where it does not return one floating scalar or needs values to be traced."""
+    try:
+        first = jax.make_jaxpr(problem.value)(problem.leaves, problem.others)
+        second = jax.make_jaxpr(problem.value)(problem.leaves, problem.others)
+    except UNTRACEABLE as error:
+        raise ValueError(
+            "check_gradients: the function decides in Python on the value of an array, or hands it to NumPy, so that jax "
+            "cannot trace it: use jnp functions, jnp.where or jax.lax.cond"
+        ) from error
+    outputs = first.out_avals
+    if len(outputs) != 1 or outputs[0].shape != () or not is_float(outputs[0]):
+        shown = ", ".join(str(aval.str_short()) for aval in outputs)
+        raise ValueError(
+            f"check_gradients: the function returned {shown}; expected one floating scalar, the loss "
+            "(for (loss, aux) pass has_aux=True)"
+        )
+    casts, blocked = {}, {}
+    n = len(problem.leaves)
+
+    def visit(site, eqn, masks):
+        if not any(masks) or body_of_call(eqn) is not None or eqn.primitive.name in ("scan", "while", "cond"):
+            return
+        wide = any(mask and is_float(atom.aval) and atom.aval.dtype == np.float64 for atom, mask in zip(eqn.invars, masks, strict=True))
+        out = eqn.outvars[0].aval if eqn.outvars else None
+        if wide and out is not None and is_float(out) and out.dtype != np.float64:
+            casts[f"{out.dtype} at {location(eqn) or eqn.primitive.name}"] = None
+        if eqn.primitive.name == "reduce_precision" and eqn.params["mantissa_bits"] < 52:
+            casts[f"{eqn.params['mantissa_bits']} bits at {location(eqn)}"] = None
+        if eqn.primitive.name == "stop_gradient":
+            blocked[location(eqn)] = None
+
+    masks = [1 << i for i in range(n)] + [0] * len(problem.others)
+    (reached,) = dependencies(first.jaxpr, masks, visit)
+    unused = frozenset(i for i in range(n) if not reached >> i & 1)
+    custom = any(p.eqn.primitive.name in CUSTOM and not defined_in_jax(p.eqn) for p in walk(first.jaxpr))
+    return Traced(first, same_program(first, second), unused, tuple(casts), custom, tuple(blocked))
+
+
+def same_program(first, second) -> bool:
+    """Whether two traces are one program with the same constants."""
+    texts = [re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr)) for closed in (first, second)]
+    if texts[0] != texts[1] or len(first.consts) != len(second.consts):
+        return False
+    for a, b in zip(first.consts, second.consts, strict=True):
+        if is_array(a) and not jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            if not np.array_equal(np.asarray(a), np.asarray(b), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)):
+                return False
+    return True
+
+
+def undecorated(closed) -> Callable:
+    """The program as a function of the two lists, with every custom rule forgotten but jax's own."""
+
+    def opened(site, eqn):
+        return not (eqn.primitive.name in CUSTOM and defined_in_jax(eqn))
+
+    return lambda leaves, others: evaluate(closed, [*leaves, *others], opened=opened)[0][0]
+
+
+class Claim(NamedTuple):
+    """A claimed gradient: an array for each floating leaf, or None and a complaint."""
+
+    grads: list
+    complaints: list[str]  # "" where there is nothing to say; about the structure only
+    closed: Any  # its program, None if it runs in NumPy
+    steady: bool
+
+
+def claim(problem: Problem, gradient: Callable) -> Claim:
+    """Run the claimed gradient twice at the point, compiled if it can be traced, as it stands (NumPy) if not."""
+    complaints: list[str] = []
+
+    def flat(leaves, others):
+        p, a = problem.rebuild(leaves, others)
+        grads, found = align(problem, gradient(p, *a), p)
+        complaints[:] = found
+        return grads
+
+    try:
+        closed = jax.make_jaxpr(flat)(problem.leaves, problem.others)
+        again = jax.make_jaxpr(flat)(problem.leaves, problem.others)
+    except UNTRACEABLE:
+        first, second = (flat(problem.leaves, problem.others) for _ in range(2))
+        return Claim(list(map(to_numpy, first)), list(complaints), None, same_values(first, second))
+    run = quick_jit(flat)
+    first = run(problem.leaves, problem.others)
+    steady = same_program(closed, again) and same_values(first, run(problem.leaves, problem.others))
+    return Claim(list(map(to_numpy, first)), list(complaints), closed, steady)
+
+
+def to_numpy(g):
+    """An array of the host, None for None."""
+    return None if g is None else np.asarray(g, np.float64)
+
+
+def same_values(first, second) -> bool:
+    """Whether two runs gave the same numbers, up to the order of sums."""
+    pairs = [(to_numpy(a), to_numpy(b)) for a, b in zip(first, second, strict=True) if a is not None]
+    return all(np.allclose(a, b, rtol=1e-9, atol=1e-9 * largest(a), equal_nan=True) for a, b in pairs)
+
+
+def largest(a: np.ndarray) -> float:
+    """The largest finite magnitude, 0 if there is none."""
+    return float(np.abs(a[np.isfinite(a)]).max(initial=0))
+
+
+def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
+    """The claimed gradient's leaves in the order of the parameters' floating leaves, and what is wrong with its tree."""
+    if jax.tree.structure(claimed) != problem.params_tree and isinstance(claimed, tuple) and len(claimed) == 2:
+        if jax.tree.structure(claimed[0]) == problem.params_tree:
+            claimed = claimed[0]  # (grads, aux), as jax.grad returns with has_aux
+    keep = lambda leaf: leaf is None  # noqa: E731
+    given = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "params": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(claimed, is_leaf=keep)
+    }
+    mine = dict(zip(problem.paths, [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, float) or is_float(leaf)], strict=True))
+    every = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=keep)
+    }
+    extra = sorted(set(given) - every)
+    other_tree = jax.tree.structure(claimed, is_leaf=keep) != jax.tree.structure(params, is_leaf=keep)
+    grads, complaints = [], []
+    for path in problem.paths:
+        leaf, complaint = given.get(path), ""
+        if path not in given:
+            complaint = f"wrong tree: no gradient for this leaf (found {sorted(given)[:6]})"
+        elif leaf is None:
+            complaint = "wrong tree: None, so this leaf never receives a gradient"
+        elif not isinstance(leaf, float | int) and not is_array(leaf):
+            complaint = f"wrong tree: a {type(leaf).__name__} instead of an array"
+        elif jnp.shape(leaf) != jnp.shape(mine[path]):
+            complaint = f"wrong shape: {jnp.shape(leaf)}, the parameter has {jnp.shape(mine[path])}"
+        elif extra:
+            complaint = f"wrong tree: also gradients for {extra[:6]}, which params does not have"
+        elif other_tree:
+            complaint = "wrong tree: its containers are not those of params (a tuple for a list, say)"
+        usable = leaf is not None and jnp.shape(leaf) == jnp.shape(mine[path]) and (isinstance(leaf, float | int) or is_float(leaf))
+        if leaf is not None and not complaint and not usable:
+            complaint = f"wrong dtype: {jnp.result_type(leaf)}, the parameter has {jnp.result_type(mine[path])}"
+        grads.append(jnp.asarray(leaf) if usable else None)
+        complaints.append(complaint)
+    return grads, complaints
+
+
+def native_dtypes(problem: Problem, gradient: Callable) -> list[str]:
+    """For each leaf what is wrong with the dtype of its gradient at the caller's own precision; nothing is computed."""
+    leaves, others = problem.native(None)
+    found: list[str] = []
+
+    def flat(leaves, others):
+        p, a = problem.rebuild(leaves, others)
+        grads, _ = align(problem, gradient(p, *a), p)
+        for g, leaf in zip(grads, leaves, strict=True):
+            fine = g is None or g.dtype == leaf.dtype
+            found.append("" if fine else f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}")
+        return grads
+
+    try:
+        jax.eval_shape(flat, leaves, others)
+    except UNTRACEABLE:  # a gradient in NumPy has dtypes of its own
+        return [""] * len(leaves)
+    return found

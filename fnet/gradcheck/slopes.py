@@ -1,0 +1,181 @@
+"""Numerical differentiation along lines: steps that cross no kink, Richardson extrapolation, one-sided slopes.
+
+A line is ``t -> f(p + t d)`` at ``t = 0, ±2^-3, ±2^-5, …, ±2^-27``, evaluated in one compiled program. With the value comes a
+mark of every decision that was taken on the way (comparisons, maxima, signs, …): where the marks at 0 and at ±t agree, no
+kink lies between, and the function is smooth there. So a step is never chosen: the largest smooth ones are used, and the
+error is estimated from the extrapolation table and the rounding that the values themselves show.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.gradcheck.problem import quick_jit
+from fnet.interpret import evaluate, is_float, weights
+
+LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
+TS = np.concatenate([[0.0], LEVELS, -LEVELS])
+
+
+class Line(NamedTuple):
+    """What was measured along one direction. Slopes are None where no step could be used."""
+
+    left: float | None
+    right: float | None  # equal unless there is a kink
+    error: float  # of either
+    kinked: bool
+    base: float  # f at t = 0
+    steps: tuple[float, ...]  # the smooth ones, largest first
+    values: tuple[tuple[float, float], ...]  # f(t), f(-t) at each
+
+    @property
+    def usable(self) -> bool:
+        return self.left is not None
+
+    def excess(self, claimed: float, slack: float = 0.0) -> float:
+        """By how many times its error a claimed slope lies outside the one-sided slopes; 0 within."""
+        low, high = min(self.left, self.right), max(self.left, self.right)  # type: ignore[type-var]
+        outside = max(low - claimed, claimed - high, 0.0) if np.isfinite(claimed) else np.inf
+        return outside / (self.error + slack + 1e-300)
+
+
+def make_probe(closed, leaves, others):
+    """``probe(directions) -> Line``; a direction is a dict of arrays by the leaf's position, zero elsewhere."""
+
+    def values(leaves, others, direction, ts):
+        def at(t):
+            moved = [p + t * d for p, d in zip(leaves, direction, strict=True)]
+            (value,), mark = evaluate(closed, [*moved, *others], observe=decisions)
+            return value, mark
+
+        return jax.lax.map(at, ts)
+
+    run = quick_jit(values)
+    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
+    ts = jnp.asarray(TS)
+
+    def probe(direction: dict[int, np.ndarray]) -> Line:
+        along = [jnp.asarray(direction[i]) if i in direction else zero for i, zero in enumerate(zeros)]
+        f, marks = run(leaves, others, along, ts)
+        return read_line(np.asarray(f, np.float64), np.asarray(marks))
+
+    return probe
+
+
+def read_line(f: np.ndarray, marks: np.ndarray) -> Line:
+    """The slopes at 0 of a line's values, from the steps on each side that cross no kink."""
+    n = len(LEVELS)
+    base, plus, minus = float(f[0]), f[1 : n + 1], f[n + 1 :]
+    m0, m_plus, m_minus = marks[0], marks[1 : n + 1], marks[n + 1 :]
+    right = smooth_run(m_plus, plus)
+    left = smooth_run(m_minus, minus)
+    none = Line(None, None, np.inf, False, base, (), ())
+    if not np.isfinite(base) or left >= n - 1 or right >= n - 1:
+        return none
+    first = max(left, right)
+    steps, up, down = LEVELS[first:], plus[first:], minus[first:]
+    shown = tuple(map(float, steps)), tuple(zip(map(float, up), map(float, down), strict=True))
+    # three points on each side in a row: what a parabola leaves is rounding
+    noise = 2.0**-52 * max(abs(base), np.abs(up).max(), np.abs(down).max())
+    for side in (plus, minus):
+        for k in (n - 2, n - 3):
+            if k >= first:
+                noise = max(noise, abs(side[k] - 4 * side[k + 1] + 3 * base) / 4)
+    if m_plus[-1] == m0 == m_minus[-1]:
+        slope, error = extrapolate((up - down) / (2 * steps), 16.0, noise / steps)
+        return Line(slope, slope, error, False, base, *shown)
+    a, a_error = extrapolate((plus[right:] - base) / LEVELS[right:], 4.0, 2 * noise / LEVELS[right:])
+    b, b_error = extrapolate((base - minus[left:]) / LEVELS[left:], 4.0, 2 * noise / LEVELS[left:])
+    error = max(a_error, b_error)
+    kinked = abs(a - b) > 10 * error
+    if not kinked:
+        a = b = (a + b) / 2
+    return Line(b, a, error, kinked, base, *shown)
+
+
+def smooth_run(marks: np.ndarray, values: np.ndarray) -> int:
+    """The first level from which on all smaller steps took the same decisions and gave finite values."""
+    fine = (marks == marks[-1]) & np.isfinite(values)
+    return int(len(fine) - np.argmin(fine[::-1])) if not fine.all() else 0
+
+
+def extrapolate(estimates: np.ndarray, ratio: float, noise: np.ndarray) -> tuple[float, float]:
+    """The best entry of the Richardson table of estimates at steps that shrink by 4, and its error.
+
+    The error is that of Ridders (the larger distance to the two entries that it came from) plus the rounding.
+    """
+    best, least = float(estimates[-1]), float(noise[-1] * 4 + abs(estimates[-1] - estimates[-2]))
+    row: list[float] = []
+    for k, estimate in enumerate(estimates):
+        new = [float(estimate)]
+        for j, previous in enumerate(row):
+            new.append(new[j] + (new[j] - previous) / (ratio ** (j + 1) - 1))
+            error = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - previous)) + 3 * float(noise[k])
+            if error < least:
+                best, least = new[j + 1], error
+        row = new
+    return best, least
+
+
+def taylor(line: Line, slope: float) -> tuple[tuple[tuple[float, float], ...], float | None]:
+    """``(t, |f(t) − f(0) − t slope|)`` along a line, and the order in t at which it vanishes.
+
+    The order is 2 or more for the right slope and 1 for a wrong one; None where the remainder is all rounding.
+    """
+    noise = 2.0**-50 * max([abs(line.base), *(abs(v) for pair in line.values for v in pair)], default=0.0)
+    points = []
+    for t, (up, down) in zip(line.steps, line.values, strict=True):
+        points.append((t, max(abs(up - line.base - t * slope), abs(down - line.base + t * slope))))
+    orders = [
+        np.log(r0 / r1) / np.log(t0 / t1)
+        for (t0, r0), (t1, r1) in zip(points, points[1:], strict=False)
+        if r1 > 4 * noise and r0 > 0 and np.isfinite(r0)
+    ]
+    return tuple(points), (float(orders[-1]) if orders else None)
+
+
+def decisions(site, eqn, inputs, outputs, calls):
+    """A number that changes when an operation on floats decides otherwise: a branch, a maximum, a sign, an index."""
+    name = eqn.primitive.name
+    if name in ("jit", "pjit", "scan", "while", "cond") or not any(map(is_float, inputs)):
+        return None
+    bits = choices(name, eqn, inputs, outputs)
+    if not bits:
+        return None
+    mark = jnp.uint32(0)
+    for k, bit in enumerate(bits):
+        mark = mark + (bit.reshape(-1).astype(jnp.uint32) * weights(bit.size)).sum(dtype=jnp.uint32) * jnp.uint32(2 * k + 1)
+    salt = jnp.uint32((hash(site) * 2654435761 + 97) % 2**32 | 1)
+    return mark * salt
+
+
+def choices(name: str, eqn, inputs, outputs) -> list[jax.Array]:
+    """The decisions of one operation as integer arrays; an empty list for a smooth one."""
+    x = inputs[0]
+    if name in ("max", "min"):
+        return [jnp.greater(*inputs)]
+    if name in ("abs", "sign"):
+        return [jnp.sign(x).astype(jnp.int32)]
+    if name in ("floor", "ceil", "round"):
+        return [jnp.asarray(outputs[0], jnp.int32)]
+    if name == "clamp":
+        low, x, high = inputs
+        return [(x > low).astype(jnp.int32) + (x < high)]
+    if name in ("reduce_max", "reduce_min"):
+        return [x == jnp.expand_dims(outputs[0], tuple(eqn.params["axes"]))]
+    if name in ("reduce_window_max", "reduce_window_min", "cummax", "cummin"):
+        _, back = jax.vjp(lambda x: eqn.primitive.bind(x, **eqn.params), x)
+        return [back(jnp.ones_like(outputs[0]))[0] != 0]
+    if name == "sort":
+        return [jnp.argsort(x, axis=eqn.params["dimension"]).astype(jnp.int32)]
+    if name == "rem":
+        return [jnp.floor(inputs[0] / inputs[1]).astype(jnp.int32)]
+    return [
+        jnp.asarray(out).astype(jnp.int32)
+        for out in outputs
+        if hasattr(out, "dtype") and (out.dtype == bool or jnp.issubdtype(out.dtype, jnp.integer))
+    ]
