@@ -143,25 +143,27 @@ class _Run(NamedTuple):
         body, n_consts, n_carry = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
-        within = {k: v for k, v in extras.items() if k[: len(site)] == site}
+        within = [k for k in extras if k[: len(site)] == site]  # a list, since sites of unlike kinds do not sort
+        slices = [extras[k] for k in within]
 
         def step(carry, x):
             x, extra = x
-            begun = None if self.rule is None else self.rule(site, None, carry, {**extras, **extra})
+            here = {**extras, **dict(zip(within, extra, strict=True))}
+            begun = None if self.rule is None else self.rule(site, None, carry, here)
             carry = carry if begun is None else begun
             outputs, mark = self.jaxpr(
-                body.jaxpr, body.consts, [*consts, *carry, *x], {**extras, **extra}, site, calls
+                body.jaxpr, body.consts, [*consts, *carry, *x], here, site, calls
             )
             return outputs[:n_carry], (outputs[n_carry:], mark)
 
         if not self.unroll:
             carry, (ys, marks) = jax.lax.scan(
-                step, carry, (xs, within), length=length, reverse=reverse, unroll=eqn.params["unroll"]
+                step, carry, (xs, slices), length=length, reverse=reverse, unroll=eqn.params["unroll"]
             )
             return [*carry, *ys], (marks * weights(length)).sum(dtype=jnp.uint32)
         rows: list = [None] * length
         for t in reversed(range(length)) if reverse else range(length):
-            carry, (rows[t], _) = step(carry, ([x[t] for x in xs], {k: v[t] for k, v in within.items()}))
+            carry, (rows[t], _) = step(carry, ([x[t] for x in xs], [v[t] for v in slices]))
         if length == 0:
             ys = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[n_carry:]]
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,12 @@ from jax.extend.core import Var
 
 from fnet.gradcheck.problem import quick_jit
 from fnet.interpret import (
-    CUSTOM,
     body_of_call,
-    defined_in_jax,
     dependencies,
     evaluate,
     function_name,
     is_float,
     location,
-    name_of_call,
     walk,
 )
 
@@ -160,16 +157,24 @@ def permuted(c, e, axis, tol) -> bool:
     return bool(np.abs(a[i] - b[j]).max() <= tol * scale) and not np.array_equal(i, j)
 
 
-SMOOTH = frozenset("tanh logistic exp log log1p expm1 sin cos erf erfc erf_inv sqrt rsqrt cbrt square integer_pow pow atan2".split())
-NOT_ONE = SMOOTH | frozenset("mul div max min select_n abs custom_jvp_call clamp".split())
+SMOOTH = frozenset(
+    "tanh logistic exp log log1p expm1 sin cos erf erfc erf_inv sqrt rsqrt cbrt square integer_pow".split()
+)
+NOT_ONE = SMOOTH | frozenset("mul div max min select_n abs clamp pow atan2".split())
 FORMULAS = {"tanh": lambda z: 1 - z * z, "logistic": lambda z: z * (1 - z)}  # of the output, fed with the input
+NEUTRAL_ONE = ("term", "carry")  # gates that are 1 in a right backward; the others are 0
+NEARBY = 4  # values of the same shape, computed just before, that may have been taken by mistake
+EPSILONS = (0.0, 1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Gate(NamedTuple):
-    """A place where the derivative can be changed, the forward's value staying as it is."""
+    """A place where a mistake is tried, the forward's value staying as it is (but for another epsilon)."""
 
     lengths: tuple[int, ...]  # of the scans around it
     words: str
+    other: Any = None  # the variable that is taken by mistake
+    settings: tuple = (1.0,)
+    right: float = 0.0  # the epsilon that stands there
 
 
 def find_gates(closed, n_leaves: int) -> dict:
@@ -181,50 +186,84 @@ def find_gates(closed, n_leaves: int) -> dict:
 
     dependencies(closed.jaxpr, [i < n_leaves for i in range(len(closed.jaxpr.invars))], visit)
     places = [place for place in walk(closed.jaxpr) if not place.in_while]
-    kept = [place.site for place in places if is_kept(place.eqn)]
     uses = Counter(atom for place in places for atom in place.eqn.invars if isinstance(atom, Var))
+    before: dict = {(): [(atom, "an argument") for atom in closed.jaxpr.invars]}  # by level: what is known so far
     gates: dict = {}
     for site, eqn, lengths, calls, _ in places:
         taken, name = depends.get(site, []), eqn.primitive.name
-        if not any(taken) or any(site[: len(k)] == k and site != k for k in kept):
-            continue
         where = location(eqn, calls)
         at = f" ({where})" if where else ""
-        if name == "scan":
-            first = eqn.params["num_consts"]
+        shown = function_name(eqn, calls) if name in ("max", "select_n") else name
+        known = before.setdefault(site[:-1], [])
+        if name == "scan" and any(taken):
+            first, length = eqn.params["num_consts"], eqn.params["length"]
             for j in range(eqn.params["num_carry"]):
                 if is_float(eqn.invars[first + j].aval):
                     words = f"truncated through time (carry {j} of scan{at})"
-                    gates[(*site, "carry", j)] = Gate((*lengths, eqn.params["length"]), words)
-        if name in ("scan", "cond", "while") or (body_of_call(eqn) is not None and not is_kept(eqn)):
-            continue
-        shown = name_of_call(eqn) if is_kept(eqn) else function_name(eqn, calls) if name in ("max", "select_n") else name
-        operands = [j for j, atom in enumerate(eqn.invars) if taken[j] and is_float(atom.aval)]
-        out = eqn.outvars[0].aval
-        for j in operands:
-            atom = eqn.invars[j]
-            if len(operands) > 1 or uses[atom] > 1:
-                gates[(*site, "term", j)] = Gate(lengths, f"the term through operand {j} of {shown}{at}")
-            if name in NOT_ONE and out.shape == atom.aval.shape and out.dtype == atom.aval.dtype:
-                gates[(*site, "one", j)] = Gate(lengths, f"missing derivative of {shown}{at}: taken as 1")
-        if name in SMOOTH and len(eqn.invars) == 1:
-            words = f"derivative of {shown} taken at its output a, not at its input z{at}"
-            gates[(*site, "at output", 0)] = Gate(lengths, words)
-        if name in SMOOTH and eqn.invars[0].aval.shape == out.shape and len(eqn.invars) == 1:
-            gates[(*site, "itself", 0)] = Gate(lengths, f"{shown} itself in the place of its derivative{at}")
-        if name in FORMULAS:
-            words = f"derivative of {shown} by the formula in its output a, given its input z{at}"
-            gates[(*site, "formula", 0)] = Gate(lengths, words)
+                    cuts = tuple(truncations(length))
+                    gates[(*site, "carry", j)] = Gate((*lengths, length), words, None, cuts)
+        if any(taken) and name not in ("scan", "cond", "while") and body_of_call(eqn) is None:
+            operands = [j for j, atom in enumerate(eqn.invars) if taken[j] and is_float(atom.aval)]
+            out = eqn.outvars[0].aval
+            for j in operands:
+                atom = eqn.invars[j]
+                if len(operands) > 1 or uses[atom] > 1:
+                    words = f"the term through operand {j} of {shown}{at}"
+                    gates[(*site, "term", j)] = Gate(lengths, words, None, (0.0,))
+                if name in NOT_ONE and out.shape == atom.aval.shape and out.dtype == atom.aval.dtype:
+                    gates[(*site, "one", j)] = Gate(lengths, f"missing derivative of {shown}{at}: taken as 1")
+                if name in ("dot_general", "mul") and len(eqn.invars) == 2:
+                    right = eqn.invars[1 - j]
+                    for k, (other, called) in enumerate(similar(known, right)):
+                        words = f"wrong residual in the derivative of {shown}{at}: {called} taken for operand {1 - j}"
+                        gates[(*site, f"residual {k}", j)] = Gate(lengths, words, other)
+                if name == "dot_general" and square(eqn.invars[1 - j].aval):
+                    words = f"operand {1 - j} of {shown}{at} not transposed in the derivative by operand {j}"
+                    gates[(*site, "matrix transposed", j)] = Gate(lengths, words)
+                if name == "dot_general" and square(out):
+                    words = f"what arrives at {shown}{at} not transposed in the derivative by operand {j}"
+                    gates[(*site, "cotangent transposed", j)] = Gate(lengths, words)
+                if name == "add" and (eps := epsilon(eqn.invars[1 - j])):
+                    trials = tuple(e for e in EPSILONS if not abs(e - eps) < 1e-3 * eps)
+                    gates[(*site, "epsilon", 1 - j)] = Gate(lengths, f"wrong epsilon: not {eps:g}{at}", None, trials, eps)
+            if name in SMOOTH and out.shape == eqn.invars[0].aval.shape:
+                words = f"derivative of {shown} taken at its output a, not at its input z{at}"
+                gates[(*site, "at output", 0)] = Gate(lengths, words)
+                gates[(*site, "itself", 0)] = Gate(lengths, f"{shown} itself in the place of its derivative{at}")
+                for k, (other, called) in enumerate(similar(known, eqn.invars[0])):
+                    words = f"derivative of {shown} at a wrong residual{at}: {called} taken for its input"
+                    gates[(*site, f"point {k}", 0)] = Gate(lengths, words, other)
+            if name in FORMULAS:
+                words = f"derivative of {shown} by the formula in its output a, given its input z{at}"
+                gates[(*site, "formula", 0)] = Gate(lengths, words)
+        known += [(atom, f"{shown}{at}") for atom in eqn.outvars]
     return gates
 
 
-def is_kept(eqn) -> bool:
-    """Whether a custom rule is left as it is: jax's own."""
-    return eqn.primitive.name in CUSTOM and defined_in_jax(eqn)
+def similar(known, atom) -> list:
+    """The latest values like a variable that it may be mistaken for."""
+    alike = [(v, called) for v, called in known if v is not atom and same_aval(v.aval, atom.aval)]
+    return alike[: -NEARBY - 1 : -1]
+
+
+def same_aval(a, b) -> bool:
+    """Whether two values have the same shape and floating dtype; scalars are like nothing."""
+    return is_float(a) and a.shape == b.shape and a.dtype == b.dtype and a.shape != ()
+
+
+def square(aval) -> bool:
+    """Whether a value is a square matrix."""
+    return aval.ndim == 2 and aval.shape[0] == aval.shape[1] > 1
+
+
+def epsilon(atom) -> float:
+    """A small positive number written in the program, or 0."""
+    value = getattr(atom, "val", None)
+    return float(value) if value is not None and np.ndim(value) == 0 and 0 < float(value) <= 1e-2 else 0.0
 
 
 def gated_gradient(closed, gates):
-    """``(leaves, others, settings) -> grads``, compiled: the gradient with each derivative as its gate is set.
+    """``(leaves, others, settings) -> grads``, compiled: the gradient with each derivative as its gate is set, in order.
 
     Each gate leaves the forward's value alone: ``x' = stop(x) + g (x - stop(x))``, and likewise for an output.
     """
@@ -232,39 +271,65 @@ def gated_gradient(closed, gates):
     by_site: dict = {}
     for key in gates:
         by_site.setdefault(key[:-2], []).append(key)
-
-    def rule(site, eqn, inputs, settings):
-        keys = by_site.get(site, ()) if eqn is not None or site in by_site else ()
-        if not keys or (eqn is not None and eqn.primitive.name == "scan"):
-            return None
-        raw, inputs = inputs, list(inputs)
-        for key in keys:
-            if key[-2] in ("term", "carry"):
-                x, g = inputs[key[-1]], settings[key]
-                inputs[key[-1]] = stop(x) + g.astype(x.dtype) * (x - stop(x))
-        if eqn is None:
-            return inputs
-        with eqn.ctx.manager:
-            outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-        out, *rest = outputs if eqn.primitive.multiple_results else [outputs]
-        for key in keys:
-            kind, j = key[-2:]
-            if kind in ("term", "carry"):
-                continue
-            g, step = settings[key].astype(out.dtype), raw[j] - stop(raw[j])
-            if kind == "at output":
-                there = eqn.primitive.bind(stop(out) + step, **eqn.params)
-                step = there - stop(there)
-            elif kind == "itself":
-                step = stop(out) * step
-            elif kind == "formula":
-                step = FORMULAS[eqn.primitive.name](stop(raw[j])) * step
-            out = stop(out) + (1 - g) * (out - stop(out)) + g * step
-        return [out, *rest]
+    wanted = {gate.other for gate in gates.values() if gate.other is not None}
 
     def value(leaves, others, settings):
-        opened = lambda site, eqn: not is_kept(eqn)  # noqa: E731
-        return evaluate(closed, [*leaves, *others], rule=rule, extras=settings, opened=opened)[0][0]
+        inputs, settings = [*leaves, *others], dict(zip(gates, settings, strict=True))
+        store = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+
+        def remember(site, eqn, inputs, outputs, calls):
+            store.update({v: out for v, out in zip(eqn.outvars, outputs, strict=True) if v in wanted})
+
+        def rule(site, eqn, inputs, settings):
+            keys = by_site.get(site, ())
+            if not keys or (eqn is not None and eqn.primitive.name == "scan"):
+                return None
+            raw, inputs = inputs, list(inputs)
+            for key in keys:
+                j, g = key[-1], settings[key]
+                if key[-2] in NEUTRAL_ONE:
+                    inputs[j] = stop(inputs[j]) + g.astype(inputs[j].dtype) * (inputs[j] - stop(inputs[j]))
+                elif key[-2] == "epsilon":  # g is the difference to the right one
+                    inputs[j] = inputs[j] + g.astype(inputs[j].dtype)
+            if eqn is None:
+                return inputs
+
+            def run(*inputs):
+                with eqn.ctx.manager:
+                    out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+                return out if eqn.primitive.multiple_results else [out]
+
+            out, *rest = run(*inputs)
+            for key in keys:
+                kind, j = key[-2], key[-1]
+                if kind in (*NEUTRAL_ONE, "epsilon"):
+                    continue
+                g, here = settings[key].astype(out.dtype), stop(raw[j])
+                step, other = raw[j] - here, store.get(gates[key].other)
+                pair = [step if k == j else stop(x) for k, x in enumerate(raw)]
+                if kind.startswith("residual"):
+                    pair[1 - j] = stop(other) - pair[1 - j]
+                    out = out + g * run(*pair)[0]
+                elif kind == "matrix transposed":
+                    pair[1 - j] = pair[1 - j].T - pair[1 - j]
+                    out = out + g * run(*pair)[0]
+                elif kind == "cotangent transposed":
+                    effect = run(*pair)[0]
+                    out = out + g * (effect.T - effect)
+                else:
+                    if kind == "at output" or kind.startswith("point"):
+                        # chosen before the operation, which need not be defined at the wrong point
+                        point = jnp.where(g != 0, stop(out if kind == "at output" else other), here)
+                        there = run(point + step)[0]
+                        step = there - stop(there)
+                    elif kind == "itself":
+                        step = stop(out) * step
+                    elif kind == "formula":
+                        step = FORMULAS[eqn.primitive.name](here) * step
+                    out = stop(out) + (1 - g) * (out - stop(out)) + g * step
+            return [out, *rest]
+
+        return evaluate(closed, inputs, rule=rule, observe=remember, extras=settings)[0][0]
 
     return quick_jit(jax.grad(value))
 
@@ -277,18 +342,25 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
     """
     gates = find_gates(closed, len(leaves))
     neutral = {
-        key: (jnp.ones if key[-2] in ("term", "carry") else jnp.zeros)(gate.lengths) for key, gate in gates.items()
+        key: (jnp.ones if key[-2] in NEUTRAL_ONE else jnp.zeros)(gate.lengths, jnp.float64)
+        for key, gate in gates.items()
     }
     run = gated_gradient(closed, gates)
+    right = run(leaves, others, list(neutral.values()))
     deviations = {i: c - expected[i] for i, c in claimed.items()}
     groups = [tuple(claimed), *((i,) for i in claimed)]
     best = {group: ("", tol) for group in groups}
     for key, gate in gates.items():
         kind = key[-2]
-        for setting in truncations(gate.lengths[-1]) if kind == "carry" else [0.0 if kind == "term" else 1.0]:
-            settings = {**neutral, key: jnp.broadcast_to(jnp.asarray(setting, neutral[key].dtype), gate.lengths)}
-            changed = run(leaves, others, settings)
-            effect = {i: np.asarray(changed[i], np.float64) - expected[i] for i in claimed}
+        for setting in gate.settings:
+            words, enough = gate.words, 1.0
+            if kind == "epsilon":
+                # another epsilon moves the values behind it too, so that the gradient is only nearly the claimed one
+                words, enough = f"{words}, but about {setting:g}", 0.2 / tol
+                setting -= gate.right
+            settings = {**neutral, key: jnp.broadcast_to(jnp.asarray(setting, jnp.float64), gate.lengths)}
+            changed = run(leaves, others, list(settings.values()))
+            effect = {i: np.asarray(changed[i], np.float64) - np.asarray(right[i], np.float64) for i in claimed}
             for group in groups:
                 dot = sum(float((effect[i] * deviations[i]).sum()) for i in group)
                 norm = sum(float((effect[i] ** 2).sum()) for i in group)
@@ -298,14 +370,14 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
                 left = max(
                     np.linalg.norm(deviations[i] - amount * effect[i]) / np.linalg.norm(deviations[i]) for i in group
                 )
-                if left < best[group][1]:  # the first of several that fit equally well
-                    best[group] = say(kind, gate.words, amount), 0.5 * left
+                if left / enough < best[group][1]:  # the first of several that fit equally well
+                    best[group] = say(kind, words, amount), 0.5 * left / enough
     together = best[groups[0]][0]
     return {i: together or best[(i,)][0] for i in claimed}
 
 
 def truncations(length: int):
-    """Gates over time that cut the carry's gradient: at every step, or in chunks of K steps."""
+    """Gates over time that cut the carry's gradient: at every step, in chunks of K steps, or before the last K."""
     for k in range(1, length):
         yield (np.arange(length) % k != 0).astype(np.float64)
         yield (np.arange(length) > length - 1 - k).astype(np.float64)
