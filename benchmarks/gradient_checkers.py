@@ -249,7 +249,10 @@ def dropped_out(fault):
         dy = y / x.shape[0]
         dh = dy @ p["v"].T
         dw = x.T @ (dh / 0.5 if fault == "forgotten dropout mask" else dh * mask)
-        return {"w": dw if fault == "forgotten dropout mask" else dw / (1 if fault == "missing 1/keep" else 0.5), "v": h.T @ dy}
+        return {
+            "w": dw if fault == "forgotten dropout mask" else dw / (1 if fault == "missing 1/keep" else 0.5),
+            "v": h.T @ dy,
+        }
 
     return f, g
 
@@ -314,7 +317,15 @@ def families(rng, size: str, seed: int):
     f, g = dense_net(*acts[name])
     params = {"w": draw(rng, i, h, scale=i**-0.5), "b": draw(rng, h, scale=0.5), "v": draw(rng, h, o)}
     square = b if "sum" else b
-    yield f"dense {name}", f, g, params, (draw(rng, max(b, h) if size != "large" else 333, i), None), DENSE_FAULTS, square
+    yield (
+        f"dense {name}",
+        f,
+        g,
+        params,
+        (draw(rng, max(b, h) if size != "large" else 333, i), None),
+        DENSE_FAULTS,
+        square,
+    )
     del f, g
     x = draw(rng, b, i)
     f = normalisation("")[0]
@@ -411,7 +422,9 @@ def changes(f, params, args, wrong: Callable, right: Callable) -> frozenset[str]
 def faulty_cases() -> list[Case]:
     """Every family with every mistake, and with alterations of every kind, at three sizes in two precisions."""
     cases, kinds = [], list(ALTERED)
-    for k, (size, x64) in enumerate([("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]):
+    for k, (size, x64) in enumerate(
+        [("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]
+    ):
         for seed in range(2 if size != "large" else 1):
             rng = np.random.default_rng([k, seed])
             for n, (name, f, g, params, args, mistakes, _) in enumerate(families(rng, size, seed)):
@@ -424,7 +437,9 @@ def faulty_cases() -> list[Case]:
                     wrong = g(mistake)
                     leaves = changes(f, params, args, wrong, right)
                     if leaves:
-                        cases.append(Case(f"{mistake}: {at}", f, cast(params), cast(args), wrong, mistake, leaves, cause, x64))
+                        cases.append(
+                            Case(f"{mistake}: {at}", f, cast(params), cast(args), wrong, mistake, leaves, cause, x64)
+                        )
                 for j in range(5):
                     kind = kinds[(5 * (len(cases) + n) + 7 * j) % len(kinds)]
                     leaf = list(params)[(j + n) % len(params)]
@@ -435,7 +450,19 @@ def faulty_cases() -> list[Case]:
                     wrong = alter(jax.jit(right), leaf, kind, j)
                     leaves = changes(f, params, args, wrong, right)
                     if leaves:
-                        cases.append(Case(f"{kind} in {leaf}: {at}", f, cast(params), cast(args), wrong, kind, leaves, ALTERED[kind][1], x64))
+                        cases.append(
+                            Case(
+                                f"{kind} in {leaf}: {at}",
+                                f,
+                                cast(params),
+                                cast(args),
+                                wrong,
+                                kind,
+                                leaves,
+                                ALTERED[kind][1],
+                                x64,
+                            )
+                        )
     return cases
 
 
@@ -452,23 +479,52 @@ def to_dtype(dtype):
 def hard_functions(rng):
     """``name, f, params, args``: badly scaled, saturated, kinked, deep and flat functions."""
     x = draw(rng, 6, 4)
-    yield "badly scaled", lambda p, x: ((x @ p["small"]) ** 2).sum() * 1e12 + jnp.sin(p["big"] * 1e-6).sum(), {
-        "small": draw(rng, 4, scale=1e-6), "big": draw(rng, 3, scale=1e6)}, (x,)
-    yield "terms of 1e-6 and 1e6", lambda p, x: (p["a"] @ x.T).sum() + (p["b"] ** 2).sum(), {
-        "a": draw(rng, 4, scale=1e-6), "b": draw(rng, 4, scale=1e6)}, (x,)
-    yield "one tree, logs", lambda p, x: jnp.log(p["a"]).sum() + (jnp.log(p["b"]) * x[0]).sum(), {
-        "a": np.abs(draw(rng, 4, scale=1e-6)) + 1e-9, "b": np.abs(draw(rng, 4, scale=1e6)) + 1.0}, (x,)
+    yield (
+        "badly scaled",
+        lambda p, x: ((x @ p["small"]) ** 2).sum() * 1e12 + jnp.sin(p["big"] * 1e-6).sum(),
+        {"small": draw(rng, 4, scale=1e-6), "big": draw(rng, 3, scale=1e6)},
+        (x,),
+    )
+    yield (
+        "terms of 1e-6 and 1e6",
+        lambda p, x: (p["a"] @ x.T).sum() + (p["b"] ** 2).sum(),
+        {"a": draw(rng, 4, scale=1e-6), "b": draw(rng, 4, scale=1e6)},
+        (x,),
+    )
+    yield (
+        "one tree, logs",
+        lambda p, x: jnp.log(p["a"]).sum() + (jnp.log(p["b"]) * x[0]).sum(),
+        {"a": np.abs(draw(rng, 4, scale=1e-6)) + 1e-9, "b": np.abs(draw(rng, 4, scale=1e6)) + 1.0},
+        (x,),
+    )
     yield "saturated tanh", lambda p, x: jnp.tanh(x @ p["w"] * 12).sum(), {"w": 1 + np.abs(draw(rng, 4))}, (np.abs(x),)
     yield "saturated sigmoid", lambda p, x: jax.nn.sigmoid(x @ p["w"] * 9).mean(), {"w": draw(rng, 4)}, (x,)
-    yield "saturated softmax", lambda p, x: -jax.nn.log_softmax(x @ p["w"] * 30)[:, 0].mean(), {"w": draw(rng, 4, 3)}, (x,)
+    yield (
+        "saturated softmax",
+        lambda p, x: -jax.nn.log_softmax(x @ p["w"] * 30)[:, 0].mean(),
+        {"w": draw(rng, 4, 3)},
+        (x,),
+    )
     yield "relu", lambda p, x: (jax.nn.relu(x @ p["w"]) @ p["v"]).sum(), {"w": draw(rng, 4, 8), "v": draw(rng, 8)}, (x,)
-    yield "relu at zero", lambda p, x: (jax.nn.relu(x @ p["w"] + p["b"][None]) * 2.0).sum(), {
-        "w": np.zeros((4, 3)), "b": np.zeros(3)}, (x,)
-    yield "maximum, tied", lambda p, x: jnp.maximum(p["a"], p["b"]).sum() + (p["a"] * x[0]).sum(), {
-        "a": np.ones(4), "b": np.array([1.0, 2.0, 0.5, 1.0])}, (x,)
+    yield (
+        "relu at zero",
+        lambda p, x: (jax.nn.relu(x @ p["w"] + p["b"][None]) * 2.0).sum(),
+        {"w": np.zeros((4, 3)), "b": np.zeros(3)},
+        (x,),
+    )
+    yield (
+        "maximum, tied",
+        lambda p, x: jnp.maximum(p["a"], p["b"]).sum() + (p["a"] * x[0]).sum(),
+        {"a": np.ones(4), "b": np.array([1.0, 2.0, 0.5, 1.0])},
+        (x,),
+    )
     yield "abs at zero", lambda p, x: jnp.abs(p["a"] * x[0]).sum(), {"a": np.array([0.0, 1.0, -2.0, 0.0])}, (x,)
-    yield "max pooling, ties", lambda p, x: (p["a"].reshape(2, 3).max(1) * x[0, :2]).sum(), {
-        "a": np.array([1.0, 1.0, 0.0, 2.0, 3.0, 3.0])}, (x,)
+    yield (
+        "max pooling, ties",
+        lambda p, x: (p["a"].reshape(2, 3).max(1) * x[0, :2]).sum(),
+        {"a": np.array([1.0, 1.0, 0.0, 2.0, 3.0, 3.0])},
+        (x,),
+    )
 
     def deep(p, x):
         for w in p["w"]:
@@ -477,19 +533,44 @@ def hard_functions(rng):
 
     yield "deep chain", deep, {"w": draw(rng, 30, 4, 4, scale=0.6)}, (x,)
     yield "deep, vanishing", deep, {"w": draw(rng, 40, 4, 4, scale=0.05)}, (x,)
-    yield "bias before normalisation", lambda p, x: (normalised({"gamma": p["g"], "beta": p["b"]}, x + p["c"][None], x**2)), {
-        "g": draw(rng, 4), "b": draw(rng, 4), "c": draw(rng, 4)}, (x,)
+    yield (
+        "bias before normalisation",
+        lambda p, x: normalised({"gamma": p["g"], "beta": p["b"]}, x + p["c"][None], x**2),
+        {"g": draw(rng, 4), "b": draw(rng, 4), "c": draw(rng, 4)},
+        (x,),
+    )
     yield "unused leaf", lambda p, x: (x @ p["a"]).sum() ** 2, {"a": draw(rng, 4), "unused": draw(rng, 3)}, (x,)
     yield "at a minimum", lambda p, x: ((p["a"] - 1.0) ** 2).sum(), {"a": np.ones(4)}, (x,)
     yield "large values", lambda p, x: 1e8 + (x @ p["a"]).sum(), {"a": draw(rng, 4)}, (x,)
     yield "log-sum-exp", lambda p, x: jax.nn.logsumexp(x @ p["w"] * 50, axis=1).mean(), {"w": draw(rng, 4, 5)}, (x,)
     yield "norm", lambda p, x: jnp.sqrt(((x @ p["w"]) ** 2).sum()), {"w": draw(rng, 4, 5)}, (x,)
     yield "sort and cumsum", lambda p, x: (jnp.cumsum(jnp.sort(p["a"])) * x[0]).sum(), {"a": draw(rng, 4)}, (x,)
-    yield "while loop", lambda p, x: jax.lax.fori_loop(0, 3, lambda i, a: jnp.sin(a) * 1.5, p["a"]).sum(), {"a": draw(rng, 4)}, (x,)
-    yield "determinant", lambda p, x: jnp.linalg.slogdet(p["w"] @ p["w"].T + jnp.eye(4))[1], {"w": draw(rng, 4, 4)}, (x,)
+    yield (
+        "while loop",
+        lambda p, x: jax.lax.fori_loop(0, 3, lambda i, a: jnp.sin(a) * 1.5, p["a"]).sum(),
+        {"a": draw(rng, 4)},
+        (x,),
+    )
+    yield (
+        "determinant",
+        lambda p, x: jnp.linalg.slogdet(p["w"] @ p["w"].T + jnp.eye(4))[1],
+        {"w": draw(rng, 4, 4)},
+        (x,),
+    )
 
 
-UNARY = [jnp.tanh, jnp.sin, jax.nn.sigmoid, jax.nn.softplus, jax.nn.gelu, jax.nn.relu, jnp.exp, jnp.abs, jax.nn.silu, jnp.arctan]
+UNARY = [
+    jnp.tanh,
+    jnp.sin,
+    jax.nn.sigmoid,
+    jax.nn.softplus,
+    jax.nn.gelu,
+    jax.nn.relu,
+    jnp.exp,
+    jnp.abs,
+    jax.nn.silu,
+    jnp.arctan,
+]
 
 
 def random_function(rng):
@@ -510,7 +591,9 @@ def random_function(rng):
 def right_cases() -> list[Case]:
     """Hand-derived backwards without a mistake, hard functions, random functions."""
     cases = []
-    for k, (size, x64) in enumerate([("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]):
+    for k, (size, x64) in enumerate(
+        [("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]
+    ):
         for seed in range(6 if size != "large" else 2):
             rng = np.random.default_rng([100 + k, seed])
             for name, f, g, params, args, _, _ in families(rng, size, seed):
@@ -541,7 +624,9 @@ def with_rule(case: Case) -> Callable:
     def backward(residuals, d):
         params, args = residuals
         shapes = jax.eval_shape(lambda p: p, params)
-        grads = jax.pure_callback(lambda p, a: like(case.gradient(p, *a), p), shapes, params, args, vmap_method="sequential")
+        grads = jax.pure_callback(
+            lambda p, a: like(case.gradient(p, *a), p), shapes, params, args, vmap_method="sequential"
+        )
         return jax.tree.map(lambda g: d * g, grads), None
 
     f.defvjp(lambda params, args: (f(params, args), (params, args)), backward)

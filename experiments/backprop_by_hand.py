@@ -56,7 +56,7 @@ FAULTS = {  # the value whose gradient each makes wrong first, and what is wrong
 class Config:
     """Derive the backward of a character model by hand, audit it, and audit it again with one wrong line."""
 
-    fault: Literal["batch", "total", "tanh", "inverse", "bessel", "square", "mean", "table"] = "square"
+    fault: Literal["batch", "total", "tanh", "inverse", "bessel", "square", "mean", "table"] = "square"  # wrong line
     embedding: int = 8  # E
     hidden: int = 32  # H
     batch_size: int = 32  # B, in the audits and in the training

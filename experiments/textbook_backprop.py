@@ -149,7 +149,7 @@ CASES = {
     "linear, squared error": Case(linear, squared_error),
     "sigmoid, half squared error": Case(sigmoid, half_squared_error),
     "sigmoid, squared error": Case(sigmoid, squared_error),
-    "sigmoid, squared error, δ[L] = 2 (A − y) σ′": Case(sigmoid, squared_error, corrected_delta),
+    "sigmoid, squared error, δ[L] corrected": Case(sigmoid, squared_error, corrected_delta),
     "step in the hidden layers, slope 0": Case(sigmoid, binary_cross_entropy, hidden=step, hidden_slope=step_slope),
     "step in the hidden layers, slope σ′": Case(sigmoid, binary_cross_entropy, hidden=step),
 }
@@ -226,7 +226,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     table = Table(*factor, box=SIMPLE)
     for row in list(zip(*(value.ravel() for value in factor.values()), strict=True))[:4]:
         table.add_row(*(f"{value:.9f}" for value in row))
-    console.print(f"sigmoid, squared error: the gradient of z{len(params)}, its first entries of {y.size}", table)
+    console.print(
+        f"sigmoid, squared error: the gradient of z{len(params)}, its first entries of {y.size}. The texts' δ[L] lacks "
+        "the factor 2 σ′(z); with it the recursion passes (δ[L] corrected)",
+        table,
+    )
     sizes = ", ".join(f"{layer} {size:.2g}" for layer, size in largest.items())
     console.print(
         f"Through the step nothing comes back: the largest gradient in {sizes}. The audit passes that zero, since the "

@@ -68,7 +68,9 @@ def intermediate_gradients(f: Callable, params: PyTree, *args, has_aux: bool = F
     closed = jax.make_jaxpr(flat)(*arrays)
     if len(closed.out_avals) != 1 or closed.out_avals[0].shape != ():
         shapes = [aval.shape for aval in closed.out_avals]
-        raise ValueError(f"intermediate_gradients: the function returned shapes {shapes}; expected one scalar, the loss")
+        raise ValueError(
+            f"intermediate_gradients: the function returned shapes {shapes}; expected one scalar, the loss"
+        )
     taps = find_taps(closed)
     if not taps:
         raise ValueError("intermediate_gradients: nothing is tapped; write x = fnet.tap('name', x) in the function")
@@ -100,10 +102,11 @@ def find_taps(closed) -> list[Place]:
             continue
         shown = name.removeprefix(PREFIX)
         if place.in_while:
-            raise ValueError(f"tap {shown!r} stands inside a while loop, through which nothing is differentiated: use scan")
+            raise ValueError(
+                f"tap {shown!r} stands inside a while loop, through which nothing is differentiated: use scan"
+            )
         if shown in seen:
             raise ValueError(f"two intermediates are tapped as {shown!r}; give each its own name")
         seen.add(shown)
         taps.append(place)
     return taps
-

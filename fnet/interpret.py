@@ -56,9 +56,7 @@ def defined_in_jax(eqn: JaxprEqn) -> bool:
     return info is not None and str(Path(jax.__file__).parent) in (info.func_filename or "")
 
 
-def walk(
-    jaxpr: Jaxpr, site: Site = (), lengths=(), calls=(), in_while: bool = False
-) -> Iterator[Place]:
+def walk(jaxpr: Jaxpr, site: Site = (), lengths=(), calls=(), in_while: bool = False) -> Iterator[Place]:
     """Every equation of a program and of the programs within it, in order."""
     for i, eqn in enumerate(jaxpr.eqns):
         yield Place((*site, i), eqn, lengths, calls, in_while)
@@ -151,9 +149,7 @@ class _Run(NamedTuple):
             here = {**extras, **dict(zip(within, extra, strict=True))}
             begun = None if self.rule is None else self.rule(site, None, carry, here)
             carry = carry if begun is None else begun
-            outputs, mark = self.jaxpr(
-                body.jaxpr, body.consts, [*consts, *carry, *x], here, site, calls
-            )
+            outputs, mark = self.jaxpr(body.jaxpr, body.consts, [*consts, *carry, *x], here, site, calls)
             return outputs[:n_carry], (outputs[n_carry:], mark)
 
         if not self.unroll:

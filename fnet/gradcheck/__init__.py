@@ -1,10 +1,10 @@
 """The gradient audit: says which leaf of which layer is wrong, by how much, and whether it is a bug, a kink or rounding.
 
-    report = check_gradients(f, params, *args, gradient=by_hand)
-    report = check_layer(layer, x, key=key)
-    report = check_model(model, loss, batch, key=key)
-    print(report)
-    report.raise_if_wrong()
+report = check_gradients(f, params, *args, gradient=by_hand)
+report = check_layer(layer, x, key=key)
+report = check_model(model, loss, batch, key=key)
+print(report)
+report.raise_if_wrong()
 """
 
 from fnet.gradcheck.check import check_gradients

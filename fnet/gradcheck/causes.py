@@ -158,9 +158,26 @@ def permuted(c, e, axis, tol) -> bool:
 
 
 SMOOTH = frozenset(
-    "tanh logistic exp log log1p expm1 sin cos erf erfc erf_inv sqrt rsqrt cbrt square integer_pow".split()
+    [
+        "tanh",
+        "logistic",
+        "exp",
+        "log",
+        "log1p",
+        "expm1",
+        "sin",
+        "cos",
+        "erf",
+        "erfc",
+        "erf_inv",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "square",
+        "integer_pow",
+    ]
 )
-NOT_ONE = SMOOTH | frozenset("mul div max min select_n abs clamp pow atan2".split())
+NOT_ONE = SMOOTH | frozenset(["mul", "div", "max", "min", "select_n", "abs", "clamp", "pow", "atan2"])
 FORMULAS = {"tanh": lambda z: 1 - z * z, "logistic": lambda z: z * (1 - z)}  # of the output, fed with the input
 NEUTRAL_ONE = ("term", "carry")  # gates that are 1 in a right backward; the others are 0
 NEARBY = 4  # values of the same shape, computed just before, that may have been taken by mistake
@@ -225,7 +242,9 @@ def find_gates(closed, n_leaves: int) -> dict:
                     gates[(*site, "cotangent transposed", j)] = Gate(lengths, words)
                 if name == "add" and (eps := epsilon(eqn.invars[1 - j])):
                     trials = tuple(e for e in EPSILONS if not abs(e - eps) < 1e-3 * eps)
-                    gates[(*site, "epsilon", 1 - j)] = Gate(lengths, f"wrong epsilon: not {eps:g}{at}", None, trials, eps)
+                    gates[(*site, "epsilon", 1 - j)] = Gate(
+                        lengths, f"wrong epsilon: not {eps:g}{at}", None, trials, eps
+                    )
             if name in SMOOTH and out.shape == eqn.invars[0].aval.shape:
                 words = f"derivative of {shown} taken at its output a, not at its input z{at}"
                 gates[(*site, "at output", 0)] = Gate(lengths, words)

@@ -12,16 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.gradcheck.check import TIGHT, check_gradients, compare
+from fnet.gradcheck.check import check_gradients
+from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise, quick_jit
 from fnet.gradcheck.report import LeafCheck, Report
+from fnet.gradcheck.witnesses import TIGHT
 from fnet.gradients import backprop, join, loss_gradient, measure, split_floating
 from fnet.interpret import is_float
 from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, parameter_paths, watch
 
 
 def check_layer(
-    layer: Layer, x: PyTree, *, key: jax.Array, params: PyTree = None, state: PyTree = None, cost: bool = True, **options
+    layer: Layer,
+    x: PyTree,
+    *,
+    key: jax.Array,
+    params: PyTree = None,
+    state: PyTree = None,
+    cost: bool = True,
+    **options,
 ) -> Report:
     """Audit a layer's backward by hand: the gradients of its parameters and of its inputs, in train and in eval mode.
 
@@ -39,7 +48,9 @@ def check_layer(
         inputs, others = split_floating(x)
         tree = {"params": params, "inputs": inputs}
         with precise():
-            shapes = jax.eval_shape(outputs, to_float64(tree), to_float64(others), params, to_float64(state), run_key)[0]
+            shapes = jax.eval_shape(outputs, to_float64(tree), to_float64(others), params, to_float64(state), run_key)[
+                0
+            ]
             cotangent = random_like(shapes, seed=1)
 
         def value(tree, others, state, run_key, v, outputs=outputs):
@@ -50,9 +61,7 @@ def check_layer(
             dparams, dx = layer.backward(tree["params"], residuals, cast_like(v, y))
             return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
 
-        report = check_gradients(
-            value, tree, others, state, run_key, cotangent, gradient=by_hand, cost=cost, **options
-        )
+        report = check_gradients(value, tree, others, state, run_key, cotangent, gradient=by_hand, cost=cost, **options)
         reports.append(report._replace(leaves=tuple(r._replace(path=f"{mode}/{r.path}") for r in report.leaves)))
     return Report(
         tuple(leaf for report in reports for leaf in report.leaves),
@@ -95,7 +104,9 @@ def check_model(
             combinators.append(local)
             continue
         found = {row.path: row for row in local.check(**quick)}
-        leaves += [rows[path] if path in rows and whole_ok and row.verdict != "wrong" else row for path, row in found.items()]
+        leaves += [
+            rows[path] if path in rows and whole_ok and row.verdict != "wrong" else row for path, row in found.items()
+        ]
     if not whole_ok and all(leaf.verdict != "wrong" for leaf in leaves):
         # the layers are right one by one, so what composes them is not
         for local in combinators:
@@ -131,7 +142,7 @@ class Local(NamedTuple):
             fine = c is not None and c.shape == a.shape and a.size > 0
             if fine:
                 blank = compare(blank, c, a)
-            if not (a.size == 0 or fine and bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())):
+            if not (a.size == 0 or (fine and bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all()))):
                 report = check_gradients(self.value, self.tree, *self.args, gradient=self.by_hand, **options)
                 named = ((rename(self.path, leaf.path), leaf) for leaf in report.leaves)
                 return [leaf._replace(path=path, dtype=self.dtypes[path]) for path, leaf in named]

@@ -10,17 +10,54 @@ from fnet.interpret import CALLS, dependencies, evaluate, function_name, is_floa
 
 # operations that give one of their inputs' numbers, or an exact one: they do not round
 EXACT = frozenset(
-    "max min neg abs sign select_n reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice "
-    "dynamic_update_slice concatenate pad gather rev copy copy_p stop_gradient reduce_max reduce_min reduce_window_max "
-    "floor ceil round clamp sort iota name split real imag cummax cummin argmax argmin".split()
+    [
+        "max",
+        "min",
+        "neg",
+        "abs",
+        "sign",
+        "select_n",
+        "reshape",
+        "transpose",
+        "broadcast_in_dim",
+        "squeeze",
+        "expand_dims",
+        "slice",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "concatenate",
+        "pad",
+        "gather",
+        "rev",
+        "copy",
+        "copy_p",
+        "stop_gradient",
+        "reduce_max",
+        "reduce_min",
+        "reduce_window_max",
+        "floor",
+        "ceil",
+        "round",
+        "clamp",
+        "sort",
+        "iota",
+        "name",
+        "split",
+        "real",
+        "imag",
+        "cummax",
+        "cummin",
+        "argmax",
+        "argmin",
+    ]
 )
 STRUCTURE = (*CALLS, "scan", "while", "cond")  # the operations within are seen one by one
 
 
-def ties(closed, inputs, n_leaves: int, limit: int = 4) -> tuple[str, ...]:
+def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
     """The kinks that the point itself lies on: ``x = 0 at relu[2, 0] (model.py:7)``, up to ``limit`` places.
 
-    Equal counts what differs by no more than rounding. Only values that depend on the first ``n_leaves`` inputs count.
+    Equal counts what differs by no more than rounding. Only values that depend on the input number ``leaf`` count.
     """
     depends = set()
 
@@ -28,7 +65,7 @@ def ties(closed, inputs, n_leaves: int, limit: int = 4) -> tuple[str, ...]:
         if any(masks):
             depends.add(site)
 
-    dependencies(closed.jaxpr, [1 if i < n_leaves else 0 for i in range(len(inputs))], visit)
+    dependencies(closed.jaxpr, [int(i == leaf) for i in range(len(inputs))], visit)
     found: dict[str, None] = {}
 
     def observe(site, eqn, inputs, outputs, calls):
@@ -87,9 +124,7 @@ def count_equal(eqn, x, best) -> np.ndarray:
     for offset in np.ndindex(*params["window_dimensions"]):
         window = tuple(
             slice(o * d, o * d + s * (n - 1) + 1, s)
-            for o, d, s, n in zip(
-                offset, params["window_dilation"], params["window_strides"], best.shape, strict=True
-            )
+            for o, d, s, n in zip(offset, params["window_dilation"], params["window_strides"], best.shape, strict=True)
         )
         counts += padded[window] == np.asarray(best)
     return counts
@@ -110,7 +145,9 @@ def first_non_finite(closed, inputs) -> str:
                     where = location(eqn, calls)
                     called = f" in {function_name(eqn, calls)}" if calls else ""
                     value = float(np.asarray(out, np.float64)[tuple(index)])
-                    found.append(f"{value} from {eqn.primitive.name}{called}, index {index}" + (f" ({where})" if where else ""))
+                    found.append(
+                        f"{value} from {eqn.primitive.name}{called}, index {index}" + (f" ({where})" if where else "")
+                    )
         return None
 
     evaluate(closed, inputs, observe=observe, unroll=True)

@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import CUSTOM, body_of_call, defined_in_jax, dependencies, evaluate, is_array, is_float, location, walk
+from fnet.interpret import (
+    CUSTOM,
+    body_of_call,
+    defined_in_jax,
+    dependencies,
+    evaluate,
+    is_array,
+    is_float,
+    location,
+    walk,
+)
 from fnet.types import PyTree
 
 UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
@@ -137,8 +147,7 @@ class Traced(NamedTuple):
 def trace(problem: Problem) -> Traced:
     """Trace the function twice; ValueError where it does not return one floating scalar or needs values to be traced."""
     try:
-        first = jax.make_jaxpr(problem.value)(problem.leaves, problem.others)
-        second = jax.make_jaxpr(problem.value)(problem.leaves, problem.others)
+        first, second = (traced_anew(problem.value, problem) for _ in range(2))
     except UNTRACEABLE as error:
         raise ValueError(
             "check_gradients: the function decides in Python on the value of an array, or hands it to NumPy, so that jax "
@@ -157,7 +166,10 @@ def trace(problem: Problem) -> Traced:
     def visit(site, eqn, masks):
         if not any(masks) or body_of_call(eqn) is not None or eqn.primitive.name in ("scan", "while", "cond"):
             return
-        wide = any(mask and is_float(atom.aval) and atom.aval.dtype == np.float64 for atom, mask in zip(eqn.invars, masks, strict=True))
+        wide = any(
+            mask and is_float(atom.aval) and atom.aval.dtype == np.float64
+            for atom, mask in zip(eqn.invars, masks, strict=True)
+        )
         out = eqn.outvars[0].aval if eqn.outvars else None
         if wide and out is not None and is_float(out) and out.dtype != np.float64:
             casts[f"{out.dtype} at {location(eqn) or eqn.primitive.name}"] = None
@@ -171,6 +183,11 @@ def trace(problem: Problem) -> Traced:
     unused = frozenset(i for i in range(n) if not reached >> i & 1)
     custom = any(p.eqn.primitive.name in CUSTOM and not defined_in_jax(p.eqn) for p in walk(first.jaxpr))
     return Traced(first, same_program(first, second), unused, tuple(casts), custom, tuple(blocked))
+
+
+def traced_anew(f: Callable, problem: Problem):
+    """A function's program, without jax's cache of traces: a function of its own is a new one."""
+    return jax.make_jaxpr(lambda leaves, others: f(leaves, others))(problem.leaves, problem.others)
 
 
 def same_program(first, second) -> bool:
@@ -214,8 +231,7 @@ def claim(problem: Problem, gradient: Callable) -> Claim:
         return grads
 
     try:
-        closed = jax.make_jaxpr(flat)(problem.leaves, problem.others)
-        again = jax.make_jaxpr(flat)(problem.leaves, problem.others)
+        closed, again = (traced_anew(flat, problem) for _ in range(2))
     except UNTRACEABLE:
         first, second = (flat(problem.leaves, problem.others) for _ in range(2))
         return Claim(list(map(to_numpy, first)), list(complaints), None, same_values(first, second))
@@ -251,7 +267,13 @@ def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
         jax.tree_util.keystr(path, simple=True, separator="/") or "params": leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(claimed, is_leaf=keep)
     }
-    mine = dict(zip(problem.paths, [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, float) or is_float(leaf)], strict=True))
+    mine = dict(
+        zip(
+            problem.paths,
+            [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, float) or is_float(leaf)],
+            strict=True,
+        )
+    )
     every = {
         jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=keep)
@@ -273,7 +295,11 @@ def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
             complaint = f"wrong tree: also gradients for {extra[:6]}, which params does not have"
         elif other_tree:
             complaint = "wrong tree: its containers are not those of params (a tuple for a list, say)"
-        usable = leaf is not None and jnp.shape(leaf) == jnp.shape(mine[path]) and (isinstance(leaf, float | int) or is_float(leaf))
+        usable = (
+            leaf is not None
+            and jnp.shape(leaf) == jnp.shape(mine[path])
+            and (isinstance(leaf, float | int) or is_float(leaf))
+        )
         if leaf is not None and not complaint and not usable:
             complaint = f"wrong dtype: {jnp.result_type(leaf)}, the parameter has {jnp.result_type(mine[path])}"
         grads.append(jnp.asarray(leaf) if usable else None)

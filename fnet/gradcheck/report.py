@@ -50,9 +50,9 @@ class LeafCheck(NamedTuple):
 
     def describe(self) -> str:
         """The verdict in one line."""
-        at = f" at {list(self.worst)}: {self.claimed:.6g}, expected {self.expected:.6g}" if self.verdict == "wrong" else ""
-        if math.isnan(self.expected) and math.isnan(self.claimed):
-            at = ""
+        at = ""
+        if self.verdict == "wrong" and not math.isnan(self.expected):
+            at = f" at {list(self.worst)}: {self.claimed:.6g}, expected {self.expected:.6g}"
         return self.verdict + at + (f" ({self.cause})" if self.cause else "")
 
 
@@ -71,7 +71,11 @@ class Intermediate(NamedTuple):
 
     def describe(self) -> str:
         """The verdict in one line."""
-        at = f" at {list(self.worst)}: {self.claimed:.6g}, expected {self.expected:.6g}" if self.verdict == "wrong" else ""
+        at = (
+            f" at {list(self.worst)}: {self.claimed:.6g}, expected {self.expected:.6g}"
+            if self.verdict == "wrong"
+            else ""
+        )
         return self.agreement + at + (f" ({self.cause})" if self.cause else "")
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fnet.gradcheck.check import FAULT, gather, judge
+from fnet.gradcheck.judge import judge
 from fnet.gradcheck.problem import Claim, claim, precise, prepare, trace
 from fnet.gradcheck.report import columns
+from fnet.gradcheck.witnesses import FAULT, gather
 from fnet.types import PyTree
 
 

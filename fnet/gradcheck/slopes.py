@@ -148,7 +148,9 @@ def decisions(site, eqn, inputs, outputs, calls):
         return None
     mark = jnp.uint32(0)
     for k, bit in enumerate(bits):
-        mark = mark + (bit.reshape(-1).astype(jnp.uint32) * weights(bit.size)).sum(dtype=jnp.uint32) * jnp.uint32(2 * k + 1)
+        mark = mark + (bit.reshape(-1).astype(jnp.uint32) * weights(bit.size)).sum(dtype=jnp.uint32) * jnp.uint32(
+            2 * k + 1
+        )
     salt = jnp.uint32((hash(site) * 2654435761 + 97) % 2**32 | 1)
     return mark * salt
 

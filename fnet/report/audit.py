@@ -230,6 +230,7 @@ def plot_taylor(ax, curves: Sequence[Curve]) -> None:
     for order, dashes in ((1, "--"), (2, ":")):
         ax.plot(t, height * (t / end) ** order, dashes, color="0.35", linewidth=1.2, zorder=1, label=f"order {order}")
     ax.set(xlim=t, ylim=(low, high))
+    ax.minorticks_off()
     ax.grid(alpha=0.25)
     legend(ax, curves)
 

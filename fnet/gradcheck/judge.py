@@ -1,0 +1,374 @@
+"""The verdict on each leaf of a claimed gradient.
+
+agrees with autodiff entry by entry? ── yes ─▶ do the slopes agree? ─ yes ─▶ ok, or a kink
+        │ no                                                        └ no ──▶ wrong
+        └──▶ by rounding, as measured? ─ yes ─▶ ok or imprecise
+                     │ no
+                     └──▶ the slopes over the entries that differ decide: wrong, a kink, or autodiff that is not usable there
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fnet.gradcheck import causes, places
+from fnet.gradcheck.problem import Claim
+from fnet.gradcheck.report import LeafCheck
+from fnet.gradcheck.slopes import taylor
+from fnet.gradcheck.witnesses import (
+    FAULT,
+    PROBED,
+    ROUNDING,
+    TIGHT,
+    Witnesses,
+    contradicts,
+    contradicts_any,
+    magnitudes,
+    measured,
+    noise_of,
+    numeric_power,
+    random_directions,
+    single,
+)
+
+
+def judge_all(witnesses: Witnesses, claimed: Claim) -> list[LeafCheck]:
+    """A verdict for each leaf, and the likely causes of what is wrong."""
+    checks = [judge(witnesses, claimed, i) for i in range(len(witnesses.problem.paths))]
+    return add_causes(witnesses, claimed, checks)
+
+
+def judge(w: Witnesses, claimed: Claim, i: int) -> LeafCheck:
+    """The verdict of one leaf."""
+    problem, c, complaint = w.problem, claimed.grads[i], claimed.complaints[i]
+    p = np.asarray(problem.leaves[i])
+    blank = LeafCheck(
+        problem.paths[i], p.shape, str(problem.dtypes[i]), "wrong", np.inf, np.inf, (), np.nan, np.nan, np.inf
+    )
+    if not claimed.steady or not w.traced.steady:
+        who = "the gradient" if w.traced.steady else "the function"
+        return blank._replace(
+            cause=f"{who} changes between two calls with the same arguments: pass it a key, and no hidden state"
+        )
+    if c is None:
+        return blank._replace(cause=complaint)
+    if p.size == 0:
+        return blank._replace(verdict="ok", absolute=0.0, relative=0.0, ulps=0.0, power=0.0, evidence=("no entries",))
+    if not w.finite:
+        place = places.first_non_finite(w.traced.closed, [*problem.leaves, *problem.others])
+        return blank._replace(
+            verdict="unverified", cause=f"the function is not finite at this point: {place or 'inputs'}"
+        )
+    a = None if w.autodiff is None else w.autodiff[i]
+    expected = a if a is not None else measured(w, i, c)
+    check = compare(blank, c, expected)
+    line, slope = longest(w.lines[i], c)
+    if line is not None:
+        points, order = taylor(line, slope)
+        check = check._replace(taylor=points, order=order)
+    finding = Finding(c, a, expected, p)
+    verdict = with_autodiff(w, claimed, i, finding) if a is not None else without_autodiff(w, i, finding)
+    check = check._replace(**verdict)
+    if complaint:
+        check = check._replace(verdict="wrong", cause=complaint)
+    return check
+
+
+class Finding(NamedTuple):
+    """One leaf's arrays."""
+
+    claimed: np.ndarray
+    autodiff: np.ndarray | None
+    expected: np.ndarray
+    value: np.ndarray
+
+
+def compare(check: LeafCheck, c: np.ndarray, e: np.ndarray) -> LeafCheck:
+    """The errors of a claimed array against the expected one."""
+    known = np.isfinite(e)
+    scale = float(np.abs(e[known]).max(initial=0)) or float(np.abs(c[np.isfinite(c)]).max(initial=0)) or 1.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(c - e)
+    error = np.where(np.isfinite(c), np.where(known, error, 0.0), np.inf)
+    index = np.unravel_index(int(error.argmax()), c.shape) if c.size else ()
+    worst = tuple(int(k) for k in index)
+    absolute = float(error[index]) if known.any() or not np.isfinite(c).all() else np.nan
+    ulps = absolute / float(np.spacing(abs(e[index]))) if np.isfinite(e[index]) else np.inf
+    return check._replace(
+        absolute=absolute,
+        relative=absolute / scale,
+        worst=worst,
+        claimed=float(c[index]),
+        expected=float(e[index]),
+        ulps=ulps,
+        errors=blocks(error / scale),
+    )
+
+
+def blocks(error: np.ndarray, most: int = 64) -> np.ndarray:
+    """An array as a matrix of at most ``most`` by ``most``, each entry the largest of its block."""
+    matrix = error.reshape(error.shape[0], -1) if error.ndim > 1 else error.reshape(1, -1)
+    for axis in (0, 1):
+        if matrix.shape[axis] > most:
+            starts = np.unique(np.linspace(0, matrix.shape[axis], most, endpoint=False).astype(int))
+            matrix = np.maximum.reduceat(matrix, starts, axis=axis)
+    return matrix
+
+
+def longest(lines, c: np.ndarray):
+    """The line with the most smooth steps without a kink, for the Taylor remainder, and the claimed slope along it."""
+    usable = [(d, line) for d, line in lines if line.usable and not line.kinked]
+    if not usable or not np.isfinite(c).all():
+        return None, 0.0
+    d, line = max(usable, key=lambda pair: len(pair[1].steps))
+    return line, float((c * d).sum())
+
+
+def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
+    """The verdict of a leaf for which there is autodiff: entry by entry, then the slopes."""
+    c, a, p = leaf.claimed, leaf.autodiff, leaf.value
+    assert a is not None
+    evidence = [describe_lines(w.lines[i])]
+    scale = float(np.abs(a[np.isfinite(a)]).max(initial=0))
+    with np.errstate(invalid="ignore"):
+        differ = ~(np.abs(c - a) <= TIGHT * scale)
+    power = TIGHT
+    bad_lines = [(d, line) for d, line in w.lines[i] if contradicts(line, c, d)]
+    kinked = [line for _, line in w.lines[i] if line.kinked]
+    if not differ.any():
+        evidence.insert(0, f"agrees with autodiff to {digits(c, a, scale)}")
+        if bad_lines:
+            reason = "its slope is not the one measured, though autodiff gives the same"
+            blocked = w.traced.blocked
+            if blocked:
+                reason += f": stop_gradient at {', '.join(blocked[:3])}"
+            return {"verdict": "wrong", "cause": reason, "evidence": (*evidence, tell(bad_lines[0], c)), "power": power}
+        if kinked:
+            return on_kink(w, i, evidence, power)
+        return settle(w, i, evidence, power)
+    if not np.isfinite(c).all():
+        place = where_not_finite(w, claimed)
+        return {
+            "verdict": "wrong",
+            "cause": f"not finite: {place}" if place else "",
+            "evidence": tuple(evidence),
+            "power": power,
+        }
+
+    # is it rounding?
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(c - a)
+    clear = bad_lines and not contradicts_any(w.lines[i], a) and np.nanmax(difference) > 1e-2 * scale
+    if not clear and np.isfinite(a).all():
+        noise = noise_of(w, claimed, i)
+        if (difference <= ROUNDING * noise + TIGHT * scale).all() and not bad_lines:
+            size = float(noise.max()) / (scale or 1.0)
+            evidence.insert(0, f"agrees with autodiff up to rounding, measured to be {size:.0e} of the largest entry")
+            power = ROUNDING * size
+            if power <= FAULT:
+                return settle(w, i, evidence, power)
+            if scale <= ROUNDING * float(noise.max()):
+                return {"cause": "zero up to rounding", **settle(w, i, evidence, power)}
+            return {
+                **settle(w, i, evidence, power),
+                "verdict": "imprecise",
+                "cause": f"rounding of {size:.0e} in float64",
+            }
+        if difference.max() <= 0.5 * FAULT * scale and not bad_lines:
+            evidence.insert(0, f"agrees with autodiff to {digits(c, a, scale)}")
+            cause = f"agrees to {digits(c, a, scale)} only: a constant in float32?"
+            return {**settle(w, i, evidence, power), "verdict": "imprecise", "cause": cause}
+
+    # who is right where they differ: the slopes decide
+    entries = np.flatnonzero(differ)
+    order = np.argsort(-np.nan_to_num(difference.flat[entries], nan=np.inf))
+    probes = [single(p, k) for k in entries[order][:PROBED]]
+    if len(entries) > PROBED:
+        probes += [np.where(differ, d, 0.0) for d in random_directions(p, np.random.default_rng(len(entries)), 8)]
+    measured_lines, against = [], []
+    for d in [] if bad_lines else probes:
+        measured_lines.append((d, w.probe({i: d})))
+        if contradicts(measured_lines[-1][1], c, d):
+            against.append(measured_lines[-1])
+            break
+    decisive = [
+        (d, line)
+        for d, line in measured_lines
+        if line.usable and (line.kinked or not np.isfinite((a * d).sum()) or contradicts(line, a, d))
+    ]
+    if against or bad_lines or len(decisive) < max(1, min(len(probes), 4)):
+        shown = (against or bad_lines or measured_lines)[0]
+        cause = ""
+        if shown[1].kinked:
+            found = places.ties(w.traced.closed, [*w.problem.leaves, *w.problem.others], i)
+            cause = f"outside the one-sided slopes of the kink: {'; '.join(found)}" if found else ""
+        return {"verdict": "wrong", "cause": cause, "evidence": (*evidence, tell(shown, c)), "power": power}
+    evidence.insert(
+        0, f"{len(probes)} directions over the entries where autodiff differs agree with the measured slopes"
+    )
+    if any(line.kinked for _, line in measured_lines) or kinked:
+        return on_kink(w, i, evidence, power)
+    if len(decisive) < len(probes):
+        return {
+            "verdict": "unverified",
+            "cause": "autodiff differs where slopes cannot tell",
+            "evidence": tuple(evidence),
+            "power": np.inf,
+        }
+    return settle(w, i, evidence, power)
+
+
+def on_kink(w: Witnesses, i: int, evidence, power) -> dict:
+    """The verdict where one-sided slopes differ and the claim lies between: the kink, by its place, or a wrong one."""
+    found = places.ties(w.traced.closed, [*w.problem.leaves, *w.problem.others], i)
+    if found:
+        return {"verdict": "kink", "cause": "; ".join(found), "evidence": tuple(evidence), "power": power}
+    cause = "one-sided slopes differ, but no operation lies on a kink: a jump, or a kink inside a custom operation"
+    return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": power}
+
+
+def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
+    """Ok, unless a fault could have hidden: in a narrower type, or under the noise of the slopes."""
+    if w.traced.casts:
+        seen = numeric_power(w, i)
+        cause = (
+            f"casts to {'; '.join(w.traced.casts[:3])}; in that precision faults above {seen:.0e} would have been seen"
+        )
+        return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": max(power, seen)}
+    if i in w.traced.unused:
+        return {
+            "verdict": "ok",
+            "cause": "the function does not depend on this leaf",
+            "evidence": tuple(evidence),
+            "power": 0.0,
+        }
+    return {"verdict": "ok", "evidence": tuple(evidence), "power": power}
+
+
+def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
+    """The verdict of a leaf that only measured slopes can judge."""
+    c, p = leaf.claimed, leaf.value
+    evidence = [f"no autodiff: {w.why_not}", describe_lines(w.lines[i])]
+    if not np.isfinite(c).all():
+        return {"verdict": "wrong", "cause": "", "evidence": tuple(evidence), "power": np.inf}
+    power = numeric_power(w, i, c) if c.any() else np.inf
+    bad = [(d, line) for d, line in w.lines[i] if contradicts(line, c, d)]
+    if bad:
+        evidence.append(tell(bad[0], c))
+        known = np.isfinite(measured(w, i, c)).all()  # then its pattern says more
+        return {
+            "verdict": "wrong",
+            "cause": "" if known else narrow(w, i, c, p),
+            "evidence": tuple(evidence),
+            "power": power,
+        }
+    if any(line.kinked for _, line in w.lines[i]):
+        return on_kink(w, i, evidence, power)
+    if not any(line.usable for _, line in w.lines[i]):
+        return {
+            "verdict": "unverified",
+            "cause": "no step is smooth: slopes cannot be measured",
+            "evidence": tuple(evidence),
+            "power": np.inf,
+        }
+    verdict = settle(w, i, evidence, power)
+    if verdict["verdict"] == "ok" and power > FAULT and i not in w.traced.unused:
+        verdict |= {"verdict": "unverified", "cause": f"slopes alone see faults above {power:.0e}, not {FAULT:.0e}"}
+    return verdict
+
+
+def narrow(w: Witnesses, i: int, c: np.ndarray, p: np.ndarray) -> str:
+    """Where a gradient is wrong that only slopes can judge: halve the leaf along each axis while one half is right."""
+    ratios = [line.left / s for d, line in w.lines[i] if line.usable and (s := float((c * d).sum())) != 0]
+    if len(ratios) > 2 and np.ptp(ratios) <= 1e-5 * abs(np.mean(ratios)):
+        return causes.pattern(c, c * np.mean(ratios), None, w.problem.examples, 1e-4)
+    if not c.any():
+        return "zero: never receives a gradient"
+    full = np.random.default_rng(i).choice([-1.0, 1.0], p.shape) * magnitudes(p)[0]
+    words = []
+    for axis, name in enumerate(causes.axis_names(p.ndim)):
+        hit = np.arange(p.shape[axis])
+        while len(hit) > 1:
+            halves = [hit[: len(hit) // 2], hit[len(hit) // 2 :]]
+            wrong = []
+            for half in halves:
+                keep = np.isin(np.arange(p.shape[axis]), half)
+                d = full * np.expand_dims(keep, tuple(k for k in range(p.ndim) if k != axis))
+                if contradicts(w.probe({i: d}), c, d):
+                    wrong.append(half)
+            if len(wrong) != 1:
+                break
+            hit = wrong[0]
+        if len(hit) == 1:
+            words.append(f"{name} {hit[0]}")
+    return " and ".join(words) + " wrong" if words else ""
+
+
+def digits(c, a, scale) -> str:
+    """How many digits two arrays share, relative to a scale."""
+    error = float(np.abs(c - a).max(initial=0))
+    return "every bit" if error == 0 else f"{max(0, int(-np.log10(error / scale))) if scale else 0} digits"
+
+
+def describe_lines(lines) -> str:
+    """How many lines were measured, and how well."""
+    usable = [line for _, line in lines if line.usable]
+    if not usable:
+        return f"none of {len(lines)} lines could be measured: no smooth step"
+    return f"{len(usable)} of {len(lines)} lines measured, steps from {min(line.steps[0] for line in usable if line.steps):.0e}"
+
+
+def tell(pair, c: np.ndarray) -> str:
+    """A measured slope beside the claimed one."""
+    d, line = pair
+    with np.errstate(invalid="ignore"):
+        slope = float((c * d).sum())
+    if not line.usable:
+        return "no slope could be measured there"
+    measured = (
+        f"{line.left:.9g}"
+        if line.left == line.right
+        else f"{line.left:.9g} from the left, {line.right:.9g} from the right"
+    )
+    return f"along a line the claimed slope is {slope:.9g}, measured {measured} ± {line.error:.0e}"
+
+
+def where_not_finite(w: Witnesses, claimed: Claim) -> str:
+    """The operation of the claimed gradient that makes the first NaN or infinity."""
+    if claimed.closed is None:
+        return ""
+    place = places.first_non_finite(claimed.closed, [*w.problem.leaves, *w.problem.others])
+    hint = "; if it stands behind a `where`, choose the safe argument before the operation, not after"
+    return place + hint if place else ""
+
+
+def add_causes(w: Witnesses, claimed: Claim, checks: list[LeafCheck]) -> list[LeafCheck]:
+    """The likely cause of each wrong leaf that has none yet."""
+    expected = w.autodiff
+    tol = 1e-4 if w.traced.casts or expected is None else 1e-7
+    open_ones: dict[int, np.ndarray] = {}
+    for i, check in enumerate(checks):
+        c = claimed.grads[i]
+        if check.verdict != "wrong" or check.cause or c is None:
+            continue
+        e = expected[i] if expected is not None else measured(w, i, c)
+        if not np.isfinite(e).all():
+            continue
+        others = {} if expected is None else {w.problem.paths[j]: expected[j] for j in range(len(checks)) if j != i}
+        cause = causes.pattern(c, e, others, w.problem.examples, tol)
+        checks[i] = check._replace(cause=cause)
+        if expected is not None and np.isfinite(c).all() and (not cause or vague(cause)):
+            open_ones[i] = c
+    if open_ones and expected is not None:
+        inputs = w.problem.leaves, w.problem.others
+        found = causes.explain(w.traced.closed, *inputs, expected, open_ones, 1e-3 if w.traced.casts else 1e-5)
+        for i, words in found.items():
+            checks[i] = checks[i]._replace(cause=words or checks[i].cause or "no pattern recognised")
+    return checks
+
+
+def vague(cause: str) -> bool:
+    """Whether a cause only says where, so that the program may say why."""
+    return cause.endswith(" wrong") or cause.startswith("summed over the wrong axis (")

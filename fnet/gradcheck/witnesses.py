@@ -1,0 +1,132 @@
+"""The two witnesses of an audit: autodiff without custom rules, and slopes measured along lines; and how well they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fnet.gradcheck import places
+from fnet.gradcheck.problem import Claim, Problem, Traced, quick_jit, to_numpy, undecorated
+from fnet.gradcheck.slopes import Line, make_probe
+
+FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry
+TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is measured to be larger
+ROUNDING = 50  # times the measured rounding noise is still rounding
+EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
+SMALL = 64  # entries up to which every coordinate is probed where there is no autodiff
+PROBED = 64  # entries that differ from autodiff's which are probed one by one
+
+
+class Witnesses(NamedTuple):
+    """What the claimed gradients of one function are held against."""
+
+    problem: Problem
+    traced: Traced
+    autodiff: list[np.ndarray] | None  # without custom rules; None where jax cannot differentiate the function
+    why_not: str  # the reason
+    probe: Callable
+    lines: dict[int, list[tuple[np.ndarray, Line]]]  # directions over one leaf, and what was measured
+    finite: bool
+    derivative: Callable  # that autodiff, not compiled
+    noise: dict  # rounding of programs that was measured already
+
+
+def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = None) -> Witnesses:
+    """Autodiff without custom rules, and the lines along random directions over each leaf. Within `precise`.
+
+    ``same`` is a claim that is that very autodiff, so that it need not be compiled again.
+    """
+    derivative, why_not, grads = jax.grad(undecorated(traced.closed)), "", None
+    try:
+        arguments = problem.leaves, problem.others
+        grads = same.grads if same is not None else [to_numpy(g) for g in quick_jit(derivative)(*arguments)]
+    except (NotImplementedError, ValueError, TypeError) as error:
+        why_not = str(error).strip().splitlines()[0][:200]
+    probe = make_probe(traced.closed, problem.leaves, problem.others)
+    rng = np.random.default_rng(seed)
+    lines = {}
+    for i, leaf in enumerate(problem.leaves):
+        p = np.asarray(leaf, np.float64)
+        directions = random_directions(p, rng, 4 if grads is not None else 12)
+        if p.size <= (4 if grads is not None else SMALL):
+            directions += [single(p, k) for k in range(p.size)]
+        lines[i] = [(d, probe({i: d})) for d in directions] if p.size else []
+    finite = np.isfinite(probe({}).base)
+    return Witnesses(problem, traced, grads, why_not, probe, lines, bool(finite), derivative, {})
+
+
+def random_directions(p: np.ndarray, rng, count: int) -> list[np.ndarray]:
+    """Signs and Gaussians by turns, scaled by each value's own magnitude or by the leaf's."""
+    common, own = magnitudes(p)
+    found = []
+    for k in range(count):
+        draw = rng.choice([-1.0, 1.0], p.shape) if k % 2 == 0 else rng.standard_normal(p.shape)
+        found.append(draw * (common if k % 4 in (0, 3) else own))
+    return found
+
+
+def magnitudes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scale of a step: at least the leaf's root mean square; and each value's own, that where it is 0."""
+    size = np.abs(p)
+    mean = float(np.sqrt((p**2).mean())) if p.any() else 1.0
+    return np.maximum(size, max(mean, 1e-3)), np.where(size > 0, size, mean)
+
+
+def single(p: np.ndarray, k: int) -> np.ndarray:
+    """The direction of one entry."""
+    d = np.zeros(p.size)
+    d[k] = magnitudes(p)[0].flat[k]
+    return d.reshape(p.shape)
+
+
+def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray) -> bool:
+    """Whether the slope of a gradient lies outside the measured one-sided slopes, by more than any error."""
+    with np.errstate(invalid="ignore"):
+        slope, slack = float((gradient * d).sum()), 1e-12 * float(np.abs(gradient * d).sum())
+    return line.usable and line.excess(slope, slack) > EXCESS
+
+
+def contradicts_any(lines, gradient) -> bool:
+    return any(contradicts(line, gradient, d) for d, line in lines)
+
+
+def measured(w: Witnesses, i: int, c: np.ndarray) -> np.ndarray:
+    """The gradient by single coordinates where all were probed, NaN where not."""
+    e = np.full(c.shape, np.nan)
+    for d, line in w.lines[i]:
+        hit = np.flatnonzero(d)
+        if len(hit) == 1 and line.usable:
+            e.flat[hit[0]] = (line.left + line.right) / 2 / d.flat[hit[0]]
+    return e
+
+
+def noise_of(w: Witnesses, claimed: Claim, i: int) -> np.ndarray:
+    """The rounding of the claimed and of autodiff's entries, added; each program is measured once for all its leaves."""
+    inputs = [*w.problem.leaves, *w.problem.others]
+    total = np.zeros(w.problem.leaves[i].shape)
+    if w.autodiff is not None:
+        if "autodiff" not in w.noise:
+            program = jax.make_jaxpr(w.derivative)(w.problem.leaves, w.problem.others)
+            w.noise["autodiff"] = places.rounding(program, inputs)
+        total = total + w.noise["autodiff"][i]
+    if claimed.closed is not None:
+        if id(claimed.closed) not in w.noise:
+            w.noise[id(claimed.closed)] = places.rounding(claimed.closed, inputs, seed=1)
+        position = sum(g is not None for g in claimed.grads[:i])
+        total = total + w.noise[id(claimed.closed)][position]
+    return total
+
+
+def numeric_power(w: Witnesses, i: int, gradient: np.ndarray | None = None) -> float:
+    """The smallest fault in any one entry that the measured lines show, relative to the leaf's largest entry."""
+    visible = np.full(w.problem.leaves[i].shape, np.inf)
+    g = gradient if gradient is not None else w.autodiff[i] if w.autodiff is not None else None
+    for d, line in w.lines[i]:
+        if line.usable and not line.kinked:
+            with np.errstate(divide="ignore"):
+                visible = np.minimum(visible, EXCESS * line.error / np.abs(d))
+    scale = float(np.abs(g).max(initial=0)) if g is not None else 0.0
+    return float(visible.max(initial=0)) / scale if scale else np.inf
