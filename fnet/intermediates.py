@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ PREFIX = "fnet.tap:"
 
 
 def tap(name: str, value: PyTree) -> PyTree:
-    """``value`` itself, under a name: what `intermediate_gradients` and ``check_gradients(intermediates=...)`` look for.
+    """``value`` itself, under a name that `intermediate_gradients` and `fnet.check_gradients` know.
 
     The compiled program is the same with and without it. Of a pytree every floating leaf is named ``name/path``.
     Raises TypeError where the name is no text, ValueError where it is empty.
@@ -54,6 +55,22 @@ def intermediate_gradients(f: Callable, params: PyTree, *args, has_aux: bool = F
     >>> intermediate_gradients(f, jnp.array([1.0, 2.0]), 3.0)
     {'logits': Array([ 6., 12.], dtype=float32)}
     """
+    tapped = perturbed(f, params, *args, has_aux=has_aux)
+    grads = jax.grad(tapped.value)(tapped.zeros, tapped.arrays)
+    return dict(reversed(list(zip(tapped.names, grads, strict=True))))
+
+
+class Tapped(NamedTuple):
+    """A function of offsets that are added to its tapped values, in the order of the forward."""
+
+    names: tuple[str, ...]
+    value: Callable  # (offsets, arrays) -> scalar; the derivative by an offset is the tapped value's gradient
+    zeros: list[jax.Array]
+    arrays: list  # those among the leaves of params and args
+
+
+def perturbed(f: Callable, params: PyTree, *args, has_aux: bool = False) -> Tapped:
+    """``f(params, *args)`` with an offset for every tapped value; errors as `intermediate_gradients`."""
     leaves, tree = jax.tree.flatten((params, args))
     leaves = [jnp.asarray(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
     at = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -68,29 +85,25 @@ def intermediate_gradients(f: Callable, params: PyTree, *args, has_aux: bool = F
     closed = jax.make_jaxpr(flat)(*arrays)
     if len(closed.out_avals) != 1 or closed.out_avals[0].shape != ():
         shapes = [aval.shape for aval in closed.out_avals]
-        raise ValueError(
-            f"intermediate_gradients: the function returned shapes {shapes}; expected one scalar, the loss"
-        )
+        raise ValueError(f"intermediate_gradients: the function returned {shapes}; expected one scalar, the loss")
     taps = find_taps(closed)
     if not taps:
         raise ValueError("intermediate_gradients: nothing is tapped; write x = fnet.tap('name', x) in the function")
-    sites = {place.site: place.eqn.params["name"].removeprefix(PREFIX) for place in taps}
-    openings = {place.site[:k] for place in taps for k in range(1, len(place.site))}
-    zeros = {
-        place.site: jnp.zeros((*place.lengths, *place.eqn.outvars[0].aval.shape), place.eqn.outvars[0].aval.dtype)
-        for place in taps
-    }
+    sites = [place.site for place in taps]
+    openings = {site[:k] for site in sites for k in range(1, len(site))}
 
-    def value(offsets):
+    def value(offsets, arrays):
         def rule(site, eqn, inputs, extras):
-            # the derivative by an offset of the value is the value's gradient
-            return [inputs[0] + extras[site]] if site in sites else None
+            return [inputs[0] + extras[site]] if site in extras else None
 
         opened = lambda site, eqn: site in openings  # noqa: E731
-        return evaluate(closed, arrays, rule=rule, extras=offsets, opened=opened)[0][0]
+        extras = dict(zip(sites, offsets, strict=True))
+        return evaluate(closed, arrays, rule=rule, extras=extras, opened=opened)[0][0]
 
-    grads = jax.grad(value)(zeros)
-    return {sites[site]: grads[site] for site in reversed(list(sites))}
+    avals = [(place.lengths, place.eqn.outvars[0].aval) for place in taps]
+    zeros = [jnp.zeros((*lengths, *aval.shape), aval.dtype) for lengths, aval in avals]
+    names = tuple(place.eqn.params["name"].removeprefix(PREFIX) for place in taps)
+    return Tapped(names, value, zeros, arrays)
 
 
 def find_taps(closed) -> list[Place]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 Site = tuple[int, ...]
@@ -131,9 +132,7 @@ class _Run(NamedTuple):
             elif structured is not None and self.opened(site, eqn):
                 outputs, mark = structured(eqn, inputs, extras, site, calls)
             else:
-                with eqn.ctx.manager:
-                    outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-                outputs = list(outputs) if eqn.primitive.multiple_results else [outputs]
+                outputs = bind(eqn, inputs)
         seen = None if self.observe is None else self.observe(site, eqn, inputs, outputs, calls)
         return outputs, mark if seen is None else mark + seen
 
@@ -196,6 +195,14 @@ class _Run(NamedTuple):
         while bool(again(state)):
             state = step(state)
         return state
+
+
+def bind(eqn: JaxprEqn, inputs) -> list:
+    """An equation's outputs by its own primitive; where it is traced again, it keeps its place in the user's code."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def weights(n: int) -> jax.Array:

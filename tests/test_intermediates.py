@@ -109,7 +109,7 @@ def test_a_tap_leaves_no_trace_in_the_compiled_program():
     ("f", "error", "message"),
     [
         (lambda w, x: (x @ w).sum(), ValueError, "nothing is tapped"),
-        (lambda w, x: tap("z", x @ w), ValueError, r"shapes \[\(2, 2\)\]; expected one scalar"),
+        (lambda w, x: tap("z", x @ w), ValueError, r"returned \[\(2, 2\)\]; expected one scalar"),
         (lambda w, x: tap("z", tap("z", x @ w)).sum(), ValueError, "two intermediates are tapped as 'z'"),
         (
             lambda w, x: jax.lax.fori_loop(0, w.size // 6 + x.shape[0], lambda i, w: tap("z", w), w).sum(),
@@ -160,8 +160,29 @@ def test_the_first_wrong_line_of_the_backward_pass_is_named_and_what_follows_is_
         wrong_a.raise_if_wrong()
 
 
+def test_the_gradient_of_a_tap_that_is_zero_up_to_rounding_is_not_blamed():
+    def f(w, x):
+        z = tap("z", x @ w)
+        largest = tap("largest", z.max(1, keepdims=True))  # subtracting it changes nothing
+        return jnp.log(jnp.exp(z - largest).sum(1)).sum() + largest.sum()
+
+    report = compared({"largest": np.zeros((2, 1))}, f)
+    assert report.ok, str(report)
+    assert not compared({"largest": np.full((2, 1), 1e-7)}, f).ok
+
+
+def test_a_mistake_in_the_first_wrong_line_is_named_with_the_line_of_the_forward():
+    def half(w, x):
+        a = jnp.tanh(x @ w)
+        return {"a": 2 * a, "z": a}  # 2 a (1 - a²) without its derivative, and halved
+
+    report = compared(half)
+    assert report.intermediates[1].cause.startswith("missing derivative of tanh (test_intermediates.py:")
+    assert report.intermediates[1].cause.endswith("taken as 1, and a factor 0.5")
+
+
 def test_wrong_shapes_and_unknown_names_of_intermediates_are_refused():
     report = compared({"z": np.zeros((3, 2))})
     assert report.intermediates[0].cause == "wrong shape: (3, 2), expected (2, 2)" and not report.ok
-    with pytest.raises(ValueError, match=r"\['logits'\] are not tapped .* \['a', 'z'\]"):
+    with pytest.raises(ValueError, match=r"\['logits'\] are not tapped .* \['z', 'a'\]"):
         compared({"logits": np.zeros(2)})

@@ -1,7 +1,7 @@
 """The likely cause of a wrong gradient, in plain words.
 
 First the claimed array alone is compared with the expected one (`pattern`): a factor, a sign, a transpose, a row. What stays
-unexplained is put to the program itself (`make_explain`): each term's derivative is dropped, and each operation's is taken as 1, one
+unexplained is put to the program itself (`explain`): each term's derivative is dropped, and each operation's is taken as 1, one
 after another; the one whose gradient is the claimed one names the line of the forward.
 """
 
@@ -19,6 +19,7 @@ from jax.extend.core import Var
 
 from fnet.gradcheck.problem import quick_jit
 from fnet.interpret import (
+    bind,
     body_of_call,
     dependencies,
     evaluate,
@@ -84,7 +85,8 @@ def pattern(
     total = abs(c.sum() - e.sum()) <= tol * max(np.abs(e).sum(), np.abs(c).sum())
     if c.size > 1 and np.ptp(c) <= tol * np.abs(c).max():
         return "summed over the wrong axis: one value everywhere"
-    if total and abs(e.sum()) > 1e-6 * np.abs(e).sum():
+    flat = c.ndim == 1 or any(np.ptp(c, axis=k).max() <= tol * np.abs(c).max() for k in range(c.ndim) if c.shape[k] > 1)
+    if total and flat and abs(e.sum()) > 1e-6 * np.abs(e).sum():
         return "summed over the wrong axis (the total is right)"
     shift = c - e
     if c.size > 1 and np.ptp(shift) <= tol * np.abs(shift).max():
@@ -105,6 +107,8 @@ def proportion(c, e, examples, tol) -> str:
             return f"missing 1/B (factor {factor:.6g})"
         if n > 2 and near(abs(factor), 1 / n):
             return f"1/B too often (factor {factor:.6g} = 1/{n})"
+        if n > 2 and (near(factor, (n - 1) / n) or near(factor, n / (n - 1))):
+            return f"factor {factor:.6g}: B - 1 for B = {n}, or the other way round"
     return f"factor {factor:.6g}"
 
 
@@ -204,7 +208,7 @@ def find_gates(closed, n_leaves: int) -> dict:
     dependencies(closed.jaxpr, [i < n_leaves for i in range(len(closed.jaxpr.invars))], visit)
     places = [place for place in walk(closed.jaxpr) if not place.in_while]
     uses = Counter(atom for place in places for atom in place.eqn.invars if isinstance(atom, Var))
-    before: dict = {(): [(atom, "an argument") for atom in closed.jaxpr.invars]}  # by level: what is known so far
+    before: dict = {(): [(atom, "an argument") for atom in closed.jaxpr.invars[n_leaves:]]}  # by level: what is known so far
     gates: dict = {}
     for site, eqn, lengths, calls, _ in places:
         taken, name = depends.get(site, []), eqn.primitive.name
@@ -255,6 +259,8 @@ def find_gates(closed, n_leaves: int) -> dict:
             if name in FORMULAS:
                 words = f"derivative of {shown} by the formula in its output a, given its input z{at}"
                 gates[(*site, "formula", 0)] = Gate(lengths, words)
+        if name == "name":
+            continue  # a tap is the value that it names
         known += [(atom, f"{shown}{at}") for atom in eqn.outvars]
     return gates
 
@@ -313,12 +319,7 @@ def gated_gradient(closed, gates):
             if eqn is None:
                 return inputs
 
-            def run(*inputs):
-                with eqn.ctx.manager:
-                    out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-                return out if eqn.primitive.multiple_results else [out]
-
-            out, *rest = run(*inputs)
+            out, *rest = bind(eqn, inputs)
             for key in keys:
                 kind, j = key[-2], key[-1]
                 if kind in (*NEUTRAL_ONE, "epsilon"):
@@ -328,18 +329,18 @@ def gated_gradient(closed, gates):
                 pair = [step if k == j else stop(x) for k, x in enumerate(raw)]
                 if kind.startswith("residual"):
                     pair[1 - j] = stop(other) - pair[1 - j]
-                    out = out + g * run(*pair)[0]
+                    out = out + g * bind(eqn, pair)[0]
                 elif kind == "matrix transposed":
                     pair[1 - j] = pair[1 - j].T - pair[1 - j]
-                    out = out + g * run(*pair)[0]
+                    out = out + g * bind(eqn, pair)[0]
                 elif kind == "cotangent transposed":
-                    effect = run(*pair)[0]
+                    effect = bind(eqn, pair)[0]
                     out = out + g * (effect.T - effect)
                 else:
                     if kind == "at output" or kind.startswith("point"):
                         # chosen before the operation, which need not be defined at the wrong point
                         point = jnp.where(g != 0, stop(out if kind == "at output" else other), here)
-                        there = run(point + step)[0]
+                        (there,) = bind(eqn, [point + step])
                         step = there - stop(there)
                     elif kind == "itself":
                         step = stop(out) * step
@@ -381,18 +382,29 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
             changed = run(leaves, others, list(settings.values()))
             effect = {i: np.asarray(changed[i], np.float64) - np.asarray(right[i], np.float64) for i in claimed}
             for group in groups:
-                dot = sum(float((effect[i] * deviations[i]).sum()) for i in group)
-                norm = sum(float((effect[i] ** 2).sum()) for i in group)
-                if not norm > 0 or not np.isfinite(norm):
+                if kind == "term":  # the gradient is linear in this gate: how much of the term is missing?
+                    part, factor = fitted(effect, deviations, group), 1.0
+                    misses = {i: deviations[i] - part * effect[i] for i in group}
+                else:  # the gate and a common factor: (A - y) for 2 (A - y) σ'
+                    changed = {i: expected[i] + effect[i] for i in group}
+                    part, factor = 1.0, fitted(changed, claimed, group)
+                    factor = 1.0 if kind in ("carry", "epsilon") or abs(factor - 1) < 1e-4 else factor
+                    misses = {i: claimed[i] - factor * changed[i] for i in group}
+                if factor == 0 or not any(effect[i].any() for i in group):
                     continue
-                amount = dot / norm if kind == "term" else 1.0
-                left = max(
-                    np.linalg.norm(deviations[i] - amount * effect[i]) / np.linalg.norm(deviations[i]) for i in group
-                )
-                if left / enough < best[group][1]:  # the first of several that fit equally well
-                    best[group] = say(kind, words, amount), 0.5 * left / enough
+                left = max(np.linalg.norm(misses[i]) / np.linalg.norm(deviations[i]) for i in group)
+                left *= (1.0 if factor == 1.0 else 2.0) / enough  # without a factor, if that fits as well
+                if left < best[group][1]:  # the first of several that fit equally well
+                    best[group] = say(kind, words, part) + ("" if factor == 1.0 else f", and a factor {factor:.6g}"), 0.5 * left
     together = best[groups[0]][0]
     return {i: together or best[(i,)][0] for i in claimed}
+
+
+def fitted(a, b, group) -> float:
+    """The factor of the arrays ``a`` that comes closest to ``b``; 0 where there is none."""
+    norm = sum(float((a[i] ** 2).sum()) for i in group)
+    factor = sum(float((a[i] * b[i]).sum()) for i in group) / norm if 0 < norm < np.inf else 0.0
+    return factor if np.isfinite(factor) else 0.0
 
 
 def truncations(length: int):

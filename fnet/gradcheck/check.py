@@ -89,7 +89,7 @@ def check_gradients(
     costs = measure_costs(problem, engines, outer_x64) if cost else ()
     compared = ()
     if intermediates is not None:
-        compared = check_intermediates(f, params, args, intermediates, has_aux, problem, outer_x64)
+        compared = check_intermediates(f, problem, intermediates, has_aux, outer_x64)
     return Report(tuple(checks), compared, costs, remarks(witnesses, claimed), settings(seed))
 
 

@@ -237,6 +237,11 @@ def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
             f"casts to {'; '.join(w.traced.casts[:3])}; in that precision faults above {seen:.0e} would have been seen"
         )
         return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": max(power, seen)}
+    a = w.autodiff[i] if w.autodiff is not None else None
+    if a is not None and not a.any() and i not in w.traced.unused:
+        at = places.flat_operations(w.traced.closed, i)
+        cause = f"zero everywhere, so nothing is learned: it acts through {at}" if at else "zero at this point"
+        return {"verdict": "ok", "cause": cause, "evidence": tuple(evidence), "power": power}
     if i in w.traced.unused:
         return {
             "verdict": "ok",

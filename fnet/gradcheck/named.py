@@ -2,114 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.gradcheck import causes
-from fnet.gradcheck.judge import compare
-from fnet.gradcheck.problem import precise, quick_jit
+from fnet.gradcheck import causes, places
+from fnet.gradcheck.judge import compare, vague
+from fnet.gradcheck.problem import UNTRACEABLE, Problem, precise, quick_jit
 from fnet.gradcheck.report import Intermediate, LeafCheck
-from fnet.gradcheck.witnesses import TIGHT
-from fnet.intermediates import intermediate_gradients
+from fnet.gradcheck.witnesses import ROUNDING, TIGHT
+from fnet.intermediates import perturbed
 
 
-def check_intermediates(f, params, args, given, has_aux, problem, x64) -> tuple[Intermediate, ...]:
-    """The caller's gradients of tapped values against the true ones, in the order of the backward pass."""
+def check_intermediates(f: Callable, problem: Problem, given, has_aux: bool, x64: bool) -> tuple[Intermediate, ...]:
+    """The caller's gradients of tapped values against the true ones, in the order of the backward pass.
 
-    def true_and_given(dtype, x64):
-        with precise(x64):
-            leaves, others = problem.native(dtype)
-            p, a = problem.rebuild(leaves, others)
-            run = quick_jit(
-                lambda leaves, others: intermediate_gradients(f, *rejoin(problem, leaves, others), has_aux=has_aux)
-            )
-            names = list(intermediate_gradients_order(f, p, a, has_aux))
-            true = run(leaves, others)
-            mine = given(p, *a) if callable(given) else given
-            to64 = lambda tree: {k: np.asarray(v, np.float64) for k, v in tree.items()}  # noqa: E731
-            return {k: np.asarray(true[k], np.float64) for k in names}, to64(mine)
+    ``given`` maps names to arrays, or is a function of the arguments that returns such a dict and runs in float64.
+    Arrays may be rounded as much as the true gradients are at the caller's precision.
+    """
 
-    true, mine = true_and_given(jnp.float64, True)
-    unknown = [name for name in mine if name not in true]
+    def true_gradients(leaves, others):
+        p, a = problem.rebuild(leaves, others)
+        tapped = perturbed(f, p, *a, has_aux=has_aux)
+        grads = quick_jit(jax.grad(tapped.value))(tapped.zeros, tapped.arrays)
+        return tapped, [np.asarray(g, np.float64) for g in grads]
+
+    with precise():
+        tapped, true = true_gradients(problem.leaves, problem.others)
+        mine = run_given(given, problem) if callable(given) else given
+        eps = max([float(jnp.finfo(d).eps) for d in map(jnp.result_type, mine.values()) if is_floating(d)], default=0.0)
+        mine = {name: np.asarray(g, np.float64) for name, g in mine.items()}
+    unknown = [name for name in mine if name not in tapped.names]
     if unknown:
-        raise ValueError(f"intermediates: {unknown} are not tapped in the function; the taps are {list(true)}")
-    native, _ = true_and_given(None, x64)
+        raise ValueError(f"intermediates: {unknown} are not tapped in the function; the taps are {list(tapped.names)}")
+    native = true
+    if not callable(given):
+        with precise(x64):
+            native = true_gradients(*problem.native(None))[1]
+
+    noise: list = []
+
+    def rounding(k: int) -> np.ndarray:
+        """How far rounding moves a true gradient in float64, measured once for all."""
+        if not noise:
+            with precise():
+                program = jax.make_jaxpr(jax.grad(tapped.value))(tapped.zeros, tapped.arrays)
+                noise.extend(places.rounding(program, [*tapped.zeros, *tapped.arrays]))
+        return noise[k]
+
     rows, first = [], ""
-    dtypes = {np.asarray(v).dtype for v in (given.values() if isinstance(given, Mapping) else [])}
-    for name, t in true.items():
+    for k in reversed(range(len(tapped.names))):
+        name, e = tapped.names[k], true[k]
         if name not in mine:
             continue
-        c, n = mine[name], native[name]
-        if c.shape != t.shape:
-            row = Intermediate(
-                name,
-                t.shape,
-                "wrong",
-                "wrong",
-                np.inf,
-                (),
-                np.nan,
-                np.nan,
-                f"wrong shape: {c.shape}, expected {t.shape}",
-            )
-        else:
-            scale = float(np.abs(t).max(initial=0)) or 1.0
-            # given in the caller's precision: what rounding makes of the true value there is no fault
-            rounding = 0.0 if callable(given) else float(np.abs(n - t).max(initial=0)) / scale
-            reference = t
-            if rounding > 1e-2:  # random numbers that depend on the precision: compare at the caller's
-                reference, rounding = n, 0.0
-            blank = LeafCheck(name, t.shape, "", "", 0.0, 0.0, (), 0.0, 0.0, 0.0)
-            check = compare(blank, c, reference)
-            eps = max([float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)], default=2.0**-52)
-            fine = check.relative <= max(TIGHT, 20 * rounding, 200 * eps)
-            agreement = (
-                "exact"
-                if check.relative == 0 or np.array_equal(c, n)
-                else f"{max(0, int(-np.log10(check.relative)))} digits"
-            )
-            cause = (
-                ""
-                if fine
-                else causes.pattern(
-                    c, reference, {k: v for k, v in true.items() if k != name}, problem.examples, max(1e-7, 100 * eps)
-                )
-            )
-            if not fine and first:
-                cause = f"{cause}; " if cause else ""
-                cause += f"may follow from {first}"
-            row = Intermediate(
-                name,
-                t.shape,
-                "ok" if fine else "wrong",
-                agreement if fine else "wrong",
-                check.relative,
-                check.worst,
-                check.claimed,
-                check.expected,
-                cause,
-            )
-        rows.append(row)
-        first = first or (name if row.verdict != "ok" else "")
+        c, blank = mine[name], LeafCheck(name, e.shape, "", "", 0.0, 0.0, (), 0.0, 0.0, 0.0)
+        if c.shape != e.shape:
+            words = f"wrong shape: {c.shape}, expected {e.shape}"
+            rows.append(Intermediate(name, e.shape, "wrong", "wrong", np.inf, (), np.nan, np.nan, words))
+            first = first or name
+            continue
+        scale = float(np.abs(e).max(initial=0))
+        rounded = float(np.abs(native[k] - e).max(initial=0))
+        if rounded > 1e-2 * scale > 0:  # random numbers that depend on the precision: compare at the caller's
+            e, rounded = native[k], 0.0
+        row = compare(blank, c, e)
+        allowed = max(TIGHT, 200 * eps) * scale + 20 * rounded
+        fine = row.absolute <= allowed or bool((np.abs(c - e) <= ROUNDING * rounding(k) + allowed).all())
+        cause = "" if fine else cause_of(problem, tapped, true, k, c, e, max(1e-7, 100 * eps), bool(first))
+        if not fine and first:
+            cause = f"{cause}; may follow from {first}" if cause else f"may follow from {first}"
+        digits = int(-np.log10(row.relative)) if row.relative > 0 else 0
+        agreement = "exact" if np.array_equal(c, e) or np.array_equal(c, native[k]) else f"{max(0, digits)} digits"
+        if fine and row.absolute > allowed:
+            agreement = "zero up to rounding" if scale <= ROUNDING * rounding(k).max() else "up to rounding"
+        verdict = ("ok", agreement) if fine else ("wrong", "wrong")
+        rows.append(
+            Intermediate(name, e.shape, *verdict, row.relative, row.worst, row.claimed, row.expected, cause)
+        )
+        first = first or ("" if fine else name)
     return tuple(rows)
 
 
-def rejoin(problem, leaves, others):
-    p, a = problem.rebuild(leaves, others)
-    return (p, *a)
+def is_floating(dtype) -> bool:
+    """Whether a dtype is one of real floating numbers."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
-def intermediate_gradients_order(f, p, a, has_aux):
-    """The names in the order of the backward pass (a dict that leaves jit is sorted)."""
-    names: list[str] = []
+def run_given(given: Callable, problem: Problem) -> Mapping:
+    """The caller's function of the arguments, compiled if it can be traced."""
 
-    def record(leaves):
-        out = intermediate_gradients(f, p, *a, has_aux=has_aux)
-        names.extend(out)
-        return out
+    def flat(leaves, others):
+        p, a = problem.rebuild(leaves, others)
+        return given(p, *a)
 
-    jax.eval_shape(record, 0)
-    return names
+    try:
+        return quick_jit(flat)(problem.leaves, problem.others)
+    except UNTRACEABLE:
+        return flat(problem.leaves, problem.others)
+
+
+def cause_of(problem: Problem, tapped, true, k: int, c: np.ndarray, e: np.ndarray, tol: float, follows: bool) -> str:
+    """What an intermediate's claimed gradient is to the true one; the program is asked for the first wrong one only."""
+    others = {name: g for name, g in zip(tapped.names, true, strict=True) if name != tapped.names[k]}
+    cause = causes.pattern(c, e, others, problem.examples, tol)
+    if not follows and np.isfinite(c).all() and (not cause or vague(cause)):
+        with precise():
+            program = jax.make_jaxpr(tapped.value)(tapped.zeros, tapped.arrays)
+            found = causes.explain(program, tapped.zeros, tapped.arrays, true, {k: c}, 100 * tol)
+        cause = found[k] or cause
+    return cause.replace("swapped: holds the gradient of", "equals the gradient of")

@@ -84,6 +84,23 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
     return tuple(found)
 
 
+FLAT = frozenset("sign floor ceil round stop_gradient argmax argmin gt ge lt le eq ne is_finite".split())
+
+
+def flat_operations(closed, leaf: int) -> str:
+    """The operations without a slope (a comparison, a sign, a rounding) that the input number ``leaf`` passes through."""
+    found: dict[str, None] = {}
+
+    def visit(site, eqn, masks):
+        name = eqn.primitive.name
+        if any(masks) and (name in FLAT or (name == "convert_element_type" and not is_float(eqn.outvars[0].aval))):
+            where = location(eqn)
+            found.setdefault(f"{name} at {where}" if where else name)
+
+    dependencies(closed.jaxpr, [int(i == leaf) for i in range(len(closed.jaxpr.invars))], visit)
+    return ", ".join(list(found)[:3])
+
+
 def tie(name: str, eqn, inputs, outputs):
     """Where an operation lies on its kink (None if it has none), and how to say so."""
     x = np.asarray(inputs[0])
