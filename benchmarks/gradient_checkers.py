@@ -3,12 +3,12 @@
     make bench MODULE=benchmarks.gradient_checkers                       # the whole suite, about half an hour
     make bench MODULE=benchmarks.gradient_checkers ARGS="--every 10"     # every tenth case
 
-Faulty gradients come from hand-derived backwards with one mistake each (`FAMILIES`) and from right gradients that were
+Faulty gradients come from hand-derived backwards with one mistake each (`families`) and from right gradients that were
 altered (`ALTERED`), at sizes from 3 to 100,000 entries a leaf, in float32 and float64. Right gradients include badly
-scaled, saturated, kinked and deep functions and random ones. A peer says one thing, pass or fail, of the whole gradient.
+scaled, saturated, kinked and deep functions and random ones. A peer says of the whole gradient that it passes or fails.
 
-Printed: faults caught and false alarms of each checker; for fnet also whether it named the right leaf, the right layer of
-a model, and the likely cause; then every case that it missed.
+Printed: faults caught and false alarms of each checker; for fnet also whether it named the right leaf, the right layer
+of a model, and the likely cause; then every case that it missed.
 """
 
 from __future__ import annotations
@@ -316,7 +316,6 @@ def families(rng, size: str, seed: int):
     name = list(acts)[seed % 3]
     f, g = dense_net(*acts[name])
     params = {"w": draw(rng, i, h, scale=i**-0.5), "b": draw(rng, h, scale=0.5), "v": draw(rng, h, o)}
-    square = b if "sum" else b
     yield (
         f"dense {name}",
         f,
@@ -324,7 +323,7 @@ def families(rng, size: str, seed: int):
         params,
         (draw(rng, max(b, h) if size != "large" else 333, i), None),
         DENSE_FAULTS,
-        square,
+        None,
     )
     del f, g
     x = draw(rng, b, i)
@@ -652,7 +651,7 @@ def chex_check(case: Case, **options) -> bool:
 
 
 def torch_check(case: Case) -> bool:
-    """A port of `torch.autograd.gradcheck`: every entry by central differences, |a − n| ≤ 1e-5 + 1e-3 |n|, step 1e-6, float64.
+    """A port of `torch.autograd.gradcheck`: central differences, |a - n| ≤ 1e-5 + 1e-3 |n|, step 1e-6, float64.
 
     Up to 400 entries a leaf, drawn at random where there are more; gradcheck itself would take each.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def perturbed(f: Callable, params: PyTree, *args, has_aux: bool = False) -> Tapp
         extras = dict(zip(sites, offsets, strict=True))
         return evaluate(closed, arrays, rule=rule, extras=extras, opened=opened)[0][0]
 
-    avals = [(place.lengths, place.eqn.outvars[0].aval) for place in taps]
+    avals: list[Any] = [(place.lengths, place.eqn.outvars[0].aval) for place in taps]
     zeros = [jnp.zeros((*lengths, *aval.shape), aval.dtype) for lengths, aval in avals]
     names = tuple(place.eqn.params["name"].removeprefix(PREFIX) for place in taps)
     return Tapped(names, value, zeros, arrays)

@@ -83,10 +83,10 @@ def evaluate(
     - ``rule(site, eqn, inputs, extras)`` gives the outputs of an equation in the place of its own, or None; at the
       beginning of each step of a scan it is asked with ``eqn=None`` for the carry;
     - ``observe(site, eqn, inputs, outputs, calls)`` gives a uint32 scalar, a mark of what happened, or None;
-    - ``extras`` are arrays for the rule, by site; one that belongs in a scan has the steps along its first axis, and the
-      rule gets the step's;
-    - calls, scans and branches are entered where ``opened(site, eqn)`` holds, else bound as they stand; a custom rule that is
-      entered is forgotten. With ``unroll`` loops and branches run in Python, so that rule and observer see values.
+    - ``extras`` are arrays for the rule, by site; one that belongs in a scan has the steps along its first axis, and
+      the rule gets the step's;
+    - calls, scans and branches are entered where ``opened(site, eqn)`` holds, else bound as they stand; a custom rule
+      that is entered is forgotten. With ``unroll`` loops and branches run in Python: rule and observer see values.
     """
     run = _Run(rule, observe, opened, unroll)
     return run.jaxpr(closed.jaxpr, closed.consts, list(inputs), dict(extras or {}), (), ())

@@ -254,7 +254,7 @@ def watch(watcher: Watcher):
 
 
 def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
-    """The forward of the child ``name``: what every combinator calls, so that errors, scopes and `watch` know its path."""
+    """The forward of the child ``name``, as every combinator calls it: errors, scopes and `watch` know its path."""
     watched = _watch.get()
     if watched is None:
         with inside(name):

@@ -1,4 +1,4 @@
-"""The gradient audit: says which leaf of which layer is wrong, by how much, and whether it is a bug, a kink or rounding.
+"""The gradient audit: which leaf of which layer is wrong, by how much, and whether it is a bug, a kink or rounding.
 
 report = check_gradients(f, params, *args, gradient=by_hand)
 report = check_layer(layer, x, key=key)

@@ -1,8 +1,8 @@
 """The likely cause of a wrong gradient, in plain words.
 
-First the claimed array alone is compared with the expected one (`pattern`): a factor, a sign, a transpose, a row. What stays
-unexplained is put to the program itself (`explain`): each term's derivative is dropped, and each operation's is taken as 1, one
-after another; the one whose gradient is the claimed one names the line of the forward.
+First the claimed array alone is compared with the expected one (`pattern`): a factor, a sign, a transpose, a row. What
+stays unexplained is put to the program itself (`explain`): each term's derivative is dropped, each operation's is taken
+as 1 or at a wrong residual, one after another; the mistake whose gradient is the claimed one names the forward's line.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Gate(NamedTuple):
 
 
 def find_gates(closed, n_leaves: int) -> dict:
-    """The gates of a program by ``(*site, kind, operand)``, at operations that depend on the first ``n_leaves`` inputs."""
+    """The gates of a program by ``(*site, kind, operand)``, where it depends on its first ``n_leaves`` inputs."""
     depends: dict = {}
 
     def visit(site, eqn, masks):
@@ -208,7 +208,9 @@ def find_gates(closed, n_leaves: int) -> dict:
     dependencies(closed.jaxpr, [i < n_leaves for i in range(len(closed.jaxpr.invars))], visit)
     places = [place for place in walk(closed.jaxpr) if not place.in_while]
     uses = Counter(atom for place in places for atom in place.eqn.invars if isinstance(atom, Var))
-    before: dict = {(): [(atom, "an argument") for atom in closed.jaxpr.invars[n_leaves:]]}  # by level: what is known so far
+    before: dict = {
+        (): [(atom, "an argument") for atom in closed.jaxpr.invars[n_leaves:]]
+    }  # by level: what is known so far
     gates: dict = {}
     for site, eqn, lengths, calls, _ in places:
         taken, name = depends.get(site, []), eqn.primitive.name
@@ -225,9 +227,9 @@ def find_gates(closed, n_leaves: int) -> dict:
                     gates[(*site, "carry", j)] = Gate((*lengths, length), words, None, cuts)
         if any(taken) and name not in ("scan", "cond", "while") and body_of_call(eqn) is None:
             operands = [j for j, atom in enumerate(eqn.invars) if taken[j] and is_float(atom.aval)]
-            out = eqn.outvars[0].aval
+            out: Any = eqn.outvars[0].aval
             for j in operands:
-                atom = eqn.invars[j]
+                atom: Any = eqn.invars[j]
                 if len(operands) > 1 or uses[atom] > 1:
                     words = f"the term through operand {j} of {shown}{at}"
                     gates[(*site, "term", j)] = Gate(lengths, words, None, (0.0,))
@@ -249,7 +251,7 @@ def find_gates(closed, n_leaves: int) -> dict:
                     gates[(*site, "epsilon", 1 - j)] = Gate(
                         lengths, f"wrong epsilon: not {eps:g}{at}", None, trials, eps
                     )
-            if name in SMOOTH and out.shape == eqn.invars[0].aval.shape:
+            if name in SMOOTH and out.shape == aval_of(eqn.invars[0]).shape:
                 words = f"derivative of {shown} taken at its output a, not at its input z{at}"
                 gates[(*site, "at output", 0)] = Gate(lengths, words)
                 gates[(*site, "itself", 0)] = Gate(lengths, f"{shown} itself in the place of its derivative{at}")
@@ -276,6 +278,11 @@ def same_aval(a, b) -> bool:
     return is_float(a) and a.shape == b.shape and a.dtype == b.dtype and a.shape != ()
 
 
+def aval_of(atom) -> Any:
+    """The shape and dtype of a variable or a literal."""
+    return atom.aval
+
+
 def square(aval) -> bool:
     """Whether a value is a square matrix."""
     return aval.ndim == 2 and aval.shape[0] == aval.shape[1] > 1
@@ -288,7 +295,7 @@ def epsilon(atom) -> float:
 
 
 def gated_gradient(closed, gates):
-    """``(leaves, others, settings) -> grads``, compiled: the gradient with each derivative as its gate is set, in order.
+    """``(leaves, others, settings) -> grads``, compiled: the gradient with each gate set, in order.
 
     Each gate leaves the forward's value alone: ``x' = stop(x) + g (x - stop(x))``, and likewise for an output.
     """
@@ -325,7 +332,7 @@ def gated_gradient(closed, gates):
                 if kind in (*NEUTRAL_ONE, "epsilon"):
                     continue
                 g, here = settings[key].astype(out.dtype), stop(raw[j])
-                step, other = raw[j] - here, store.get(gates[key].other)
+                step, other = raw[j] - here, store.get(gates[key].other, here)
                 pair = [step if k == j else stop(x) for k, x in enumerate(raw)]
                 if kind.startswith("residual"):
                     pair[1 - j] = stop(other) - pair[1 - j]
@@ -392,10 +399,13 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
                     misses = {i: claimed[i] - factor * changed[i] for i in group}
                 if factor == 0 or not any(effect[i].any() for i in group):
                     continue
-                left = max(np.linalg.norm(misses[i]) / np.linalg.norm(deviations[i]) for i in group)
+                left = max(float(np.linalg.norm(misses[i]) / np.linalg.norm(deviations[i])) for i in group)
                 left *= (1.0 if factor == 1.0 else 2.0) / enough  # without a factor, if that fits as well
                 if left < best[group][1]:  # the first of several that fit equally well
-                    best[group] = say(kind, words, part) + ("" if factor == 1.0 else f", and a factor {factor:.6g}"), 0.5 * left
+                    best[group] = (
+                        say(kind, words, part) + ("" if factor == 1.0 else f", and a factor {factor:.6g}"),
+                        0.5 * left,
+                    )
     together = best[groups[0]][0]
     return {i: together or best[(i,)][0] for i in claimed}
 

@@ -34,24 +34,25 @@ def check_gradients(
     """Audit a gradient of ``f(params, *args)``, a scalar: by hand, or ``jax.grad(f)`` with its custom rules.
 
     ``gradient(params, *args)`` returns a tree like ``params``; it may be in NumPy. None audits ``jax.grad(f)``.
-    The function runs in float64 whatever the caller's settings, and the claimed gradient is compared with two witnesses:
-    autodiff of ``f`` without its custom rules (jax's own are kept), entry by entry; and slopes measured along random
-    lines over each leaf, with steps that cross no kink. Verdicts, per leaf:
+    Both run in float64 whatever the caller's settings, and the claimed gradient is held against two witnesses: autodiff
+    of ``f`` without its custom rules (jax's own are kept), entry by entry; and slopes measured along random lines over
+    each leaf, with steps that cross no kink. Verdicts, per leaf:
 
     - ``ok``: both agree, and a fault of 1e-6 of the leaf's largest entry would have been seen;
     - ``wrong``, with the likely cause, the worst entry and both its values;
-    - ``kink``: the point lies on a kink, named, and the claimed slope lies between the one-sided slopes in every direction;
-    - ``imprecise``: right up to rounding, which was measured and is larger than 1e-9, here or at the caller's precision;
+    - ``kink``: the point lies on a kink, named, and the claim lies between the one-sided slopes in every direction;
+    - ``imprecise``: right up to rounding, which was measured and is larger than 1e-9, or bad at the caller's precision;
     - ``unverified``: nothing contradicts the gradient, but a fault of 1e-6 could have hidden.
 
     ``intermediates`` maps names of `fnet.tap`s in ``f`` to the caller's gradients of them (or is a function of
-    ``(params, *args)`` that returns such a dict); each is compared, in the order of the backward pass. ``precisions`` are
-    the rungs of the ladder besides float64 and the parameters' own; ``cost=False`` leaves out the measurement of both
-    gradients' cost. ``seed`` draws the directions. With ``has_aux`` the function returns ``(scalar, aux)``.
+    ``(params, *args)`` that returns such a dict); each is compared, in the order of the backward pass. ``precisions``
+    are the rungs of the ladder besides float64 and the parameters' own; ``cost=False`` leaves out the measurement of
+    both gradients' cost. ``seed`` draws the directions. With ``has_aux`` the function returns ``(scalar, aux)``.
 
-    Raises ValueError where ``params`` has no floating leaf, where ``f`` does not return one floating scalar or cannot be
-    traced, and for unknown names of intermediates; TypeError for complex leaves.
+    Raises ValueError where ``params`` has no floating leaf, where ``f`` does not return one floating scalar or cannot
+    be traced, and for unknown names of intermediates; TypeError for complex leaves.
 
+    >>> import jax.numpy as jnp
     >>> def f(w, x):
     ...     return jnp.tanh(x @ w).sum()
     >>> def by_hand(w, x):

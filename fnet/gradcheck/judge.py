@@ -4,7 +4,7 @@ agrees with autodiff entry by entry? ── yes ─▶ do the slopes agree? ─ 
         │ no                                                        └ no ──▶ wrong
         └──▶ by rounding, as measured? ─ yes ─▶ ok or imprecise
                      │ no
-                     └──▶ the slopes over the entries that differ decide: wrong, a kink, or autodiff that is not usable there
+                     └──▶ the slopes over the entries that differ decide: wrong, a kink, or ok where autodiff fails
 """
 
 from __future__ import annotations
@@ -322,7 +322,8 @@ def describe_lines(lines) -> str:
     usable = [line for _, line in lines if line.usable]
     if not usable:
         return f"none of {len(lines)} lines could be measured: no smooth step"
-    return f"{len(usable)} of {len(lines)} lines measured, steps from {min(line.steps[0] for line in usable if line.steps):.0e}"
+    longest_step = min(line.steps[0] for line in usable)
+    return f"{len(usable)} of {len(lines)} lines measured, steps from {longest_step:.0e}"
 
 
 def tell(pair, c: np.ndarray) -> str:

@@ -77,10 +77,11 @@ def check_model(
 ) -> Report:
     """Audit a model's and its loss' backward by hand on a batch, in training mode: whole, then layer by layer.
 
-    Rows stand in model order: each layer's parameters and its inputs, then the loss' gradient by the model's outputs. Where
-    the whole gradient is wrong, each row is the verdict of its own layer with the true cotangent, and ``first_wrong``
-    names the first fault that the backward pass meets. Parameters are drawn by ``model.init`` from ``key`` if not given,
-    with a little noise, so that no bias is zero. Other options and errors are those of `check_gradients`.
+    Rows stand in model order: each layer's parameters and its inputs, then the loss' gradient by the model's outputs.
+    Where the whole gradient is wrong, each row is the verdict of its own layer with the true cotangent, and
+    ``first_wrong`` names the first fault that the backward pass meets. Parameters are drawn by ``model.init`` from
+    ``key`` if not given, with a little noise, so that no bias is zero. Other options and errors are those of
+    `check_gradients`.
     """
     x, params, state, run_key = ready(model, Batch(*batch).inputs, key, params, state)
     batch = Batch(x, *Batch(*batch)[1:])
@@ -137,7 +138,7 @@ class Local(NamedTuple):
         """A row per parameter and for the inputs; the full audit where hand and autodiff do not agree tightly."""
         checks = []
         for path, a in self.auto.items():
-            c = self.hand.get(path)
+            c: Any = self.hand.get(path)
             blank = LeafCheck(path, a.shape, self.dtypes[path], "ok", 0.0, 0.0, (), 0.0, 0.0, 0.0, power=TIGHT)
             fine = c is not None and c.shape == a.shape and a.size > 0
             if fine:
@@ -213,7 +214,7 @@ def each_layer(model, loss, params, state, batch, run_key) -> list[Local]:
             cotangents, (given, y) = differentiate(zeros, params, state, batch, run_key)
             results = []
             for call, arrays, v in zip(calls, given, cotangents, strict=True):
-                value, by_hand, tree, args = functions(call, *arrays, v)
+                value, by_hand, tree, args = functions(call, arrays, v)
                 results.append((by_hand(tree, *args), jax.grad(value)(tree, *args)))
             results.append((loss_by_hand({"outputs": y}, batch), jax.grad(loss_value)({"outputs": y}, batch)))
             return results, given, cotangents, y
@@ -232,16 +233,19 @@ def each_layer(model, loss, params, state, batch, run_key) -> list[Local]:
         for call, arrays, v, (hand, auto) in zip(calls, given, cotangents, results, strict=False):
             path = "/".join(call.path)
             combinator = any(len(c.path) > len(call.path) and c.path[: len(call.path)] == call.path for c in calls)
-            single = functions(call, *arrays, v)
-            found.append(Local(path, combinator, *single, flat(path, hand), flat(path, auto), dtypes))
-        hand, auto = (flat("loss", tree) for tree in results[-1])
-        found.append(Local("loss", False, loss_value, loss_by_hand, {"outputs": y}, (batch,), hand, auto, dtypes))
+            value, by_hand, tree, args = functions(call, arrays, v)
+            grads = flat(path, hand), flat(path, auto)
+            found.append(Local(path, combinator, value, by_hand, tree, args, *grads, dtypes))
+        hand, auto = results[-1]
+        tree, grads = {"outputs": y}, (flat("loss", hand), flat("loss", auto))
+        found.append(Local("loss", False, loss_value, loss_by_hand, tree, (batch,), *grads, dtypes))
         return found
 
 
-def functions(call: Call, params, state, x, key, cotangent):
-    """A layer alone as a function of its parameters and inputs, ``Σ v · y``, its gradient by hand, and the arguments."""
+def functions(call: Call, given: tuple, cotangent):
+    """A layer alone: ``Σ v · y`` as a function of its parameters and inputs, its gradient by hand, the arguments."""
     layer, train = call.layer, call.train
+    params, state, x, key = given
     inputs, others = split_floating(x)
 
     def value(tree, others, state, key, v):
@@ -250,7 +254,7 @@ def functions(call: Call, params, state, x, key, cotangent):
 
     def by_hand(tree, others, state, key, v):
         x = join(tree["inputs"], others)
-        y, _, residuals = layer.forward(tree["params"], state, x, key=key, train=train)
+        residuals = layer.forward(tree["params"], state, x, key=key, train=train)[2]
         dparams, dx = layer.backward(tree["params"], residuals, v)
         return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
 

@@ -78,9 +78,7 @@ def check_intermediates(f: Callable, problem: Problem, given, has_aux: bool, x64
         if fine and row.absolute > allowed:
             agreement = "zero up to rounding" if scale <= ROUNDING * rounding(k).max() else "up to rounding"
         verdict = ("ok", agreement) if fine else ("wrong", "wrong")
-        rows.append(
-            Intermediate(name, e.shape, *verdict, row.relative, row.worst, row.claimed, row.expected, cause)
-        )
+        rows.append(Intermediate(name, e.shape, *verdict, row.relative, row.worst, row.claimed, row.expected, cause))
         first = first or ("" if fine else name)
     return tuple(rows)
 

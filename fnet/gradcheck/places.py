@@ -1,4 +1,4 @@
-"""What a program does at a point, found by running it one operation after another: ties, non-finite values, rounding."""
+"""What a program does at a point, seen by running it operation by operation: ties, non-finite values, rounding."""
 
 from __future__ import annotations
 
@@ -84,11 +84,28 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
     return tuple(found)
 
 
-FLAT = frozenset("sign floor ceil round stop_gradient argmax argmin gt ge lt le eq ne is_finite".split())
+FLAT = frozenset(
+    [
+        "sign",
+        "floor",
+        "ceil",
+        "round",
+        "stop_gradient",
+        "argmax",
+        "argmin",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "eq",
+        "ne",
+        "is_finite",
+    ]
+)
 
 
 def flat_operations(closed, leaf: int) -> str:
-    """The operations without a slope (a comparison, a sign, a rounding) that the input number ``leaf`` passes through."""
+    """The operations without a slope (comparison, sign, rounding) that the input number ``leaf`` passes through."""
     found: dict[str, None] = {}
 
     def visit(site, eqn, masks):

@@ -1,4 +1,4 @@
-"""A function and its gradient made ready for the audit: float64, flat lists of leaves, traced, its structure checked."""
+"""A function and its gradient made ready for the audit: in float64, as flat lists of leaves, traced, compared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConvers
 
 
 def quick_jit(f: Callable) -> Callable:
-    """`jax.jit` for programs that run a few times: on CPU they compile three times as fast with XLA's optimisations off."""
+    """`jax.jit` for programs that run a few times: on CPU without the optimisations, most of its compile time."""
     off = {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
@@ -82,7 +82,7 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False) -> 
         if mine and floating:
             roles.append("leaf")
             paths.append(name)
-            dtypes.append(np.dtype(leaf.dtype) if is_array(leaf) else np.dtype(np.float64))
+            dtypes.append(np.dtype(np.float64) if isinstance(leaf, float) else np.dtype(leaf.dtype))
         else:
             roles.append("other" if is_array(leaf) else "static")
     if not paths:
@@ -145,13 +145,13 @@ class Traced(NamedTuple):
 
 
 def trace(problem: Problem) -> Traced:
-    """Trace the function twice; ValueError where it does not return one floating scalar or needs values to be traced."""
+    """Trace the function twice; ValueError where it does not return one floating scalar or cannot be traced."""
     try:
         first, second = (traced_anew(problem.value, problem) for _ in range(2))
     except UNTRACEABLE as error:
         raise ValueError(
-            "check_gradients: the function decides in Python on the value of an array, or hands it to NumPy, so that jax "
-            "cannot trace it: use jnp functions, jnp.where or jax.lax.cond"
+            "check_gradients: the function decides in Python on the value of an array, or hands it to NumPy, so that "
+            "jax cannot trace it: use jnp functions, jnp.where or jax.lax.cond"
         ) from error
     outputs = first.out_avals
     if len(outputs) != 1 or outputs[0].shape != () or not is_float(outputs[0]):
@@ -196,9 +196,9 @@ def same_program(first, second) -> bool:
     if texts[0] != texts[1] or len(first.consts) != len(second.consts):
         return False
     for a, b in zip(first.consts, second.consts, strict=True):
-        if is_array(a) and not jnp.issubdtype(a.dtype, jax.dtypes.extended):
-            if not np.array_equal(np.asarray(a), np.asarray(b), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)):
-                return False
+        numbers = is_array(a) and not jnp.issubdtype(a.dtype, jax.dtypes.extended)
+        if numbers and np.asarray(a).tobytes() != np.asarray(b).tobytes():
+            return False
     return True
 
 
@@ -248,7 +248,11 @@ def to_numpy(g):
 
 def same_values(first, second) -> bool:
     """Whether two runs gave the same numbers, up to the order of sums."""
-    pairs = [(to_numpy(a), to_numpy(b)) for a, b in zip(first, second, strict=True) if a is not None]
+    pairs = [
+        (np.asarray(a, np.float64), np.asarray(b, np.float64))
+        for a, b in zip(first, second, strict=True)
+        if a is not None
+    ]
     return all(np.allclose(a, b, rtol=1e-9, atol=1e-9 * largest(a), equal_nan=True) for a, b in pairs)
 
 
@@ -258,10 +262,10 @@ def largest(a: np.ndarray) -> float:
 
 
 def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
-    """The claimed gradient's leaves in the order of the parameters' floating leaves, and what is wrong with its tree."""
-    if jax.tree.structure(claimed) != problem.params_tree and isinstance(claimed, tuple) and len(claimed) == 2:
-        if jax.tree.structure(claimed[0]) == problem.params_tree:
-            claimed = claimed[0]  # (grads, aux), as jax.grad returns with has_aux
+    """The claimed gradient's leaves in the order of the parameters' floating ones, and what is wrong with its tree."""
+    pair = isinstance(claimed, tuple) and len(claimed) == 2 and jax.tree.structure(claimed) != problem.params_tree
+    if pair and jax.tree.structure(claimed[0]) == problem.params_tree:
+        claimed = claimed[0]  # (grads, aux), as jax.grad returns with has_aux
     keep = lambda leaf: leaf is None  # noqa: E731
     given = {
         jax.tree_util.keystr(path, simple=True, separator="/") or "params": leaf
@@ -316,8 +320,9 @@ def native_dtypes(problem: Problem, gradient: Callable) -> list[str]:
         p, a = problem.rebuild(leaves, others)
         grads, _ = align(problem, gradient(p, *a), p)
         for g, leaf in zip(grads, leaves, strict=True):
-            fine = g is None or g.dtype == leaf.dtype
-            found.append("" if fine else f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}")
+            found.append(
+                "" if g is None or g.dtype == leaf.dtype else f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}"
+            )
         return grads
 
     try:

@@ -105,7 +105,7 @@ class Report(NamedTuple):
 
     @property
     def first_wrong(self) -> str:
-        """The first fault that the backward pass meets: the last wrong row, or the first wrong intermediate; or empty."""
+        """The first fault that the backward pass meets: the first wrong intermediate, or the last wrong row."""
         for intermediate in self.intermediates:
             if intermediate.verdict != "ok":
                 return intermediate.name

@@ -1,14 +1,15 @@
 """Numerical differentiation along lines: steps that cross no kink, Richardson extrapolation, one-sided slopes.
 
-A line is ``t -> f(p + t d)`` at ``t = 0, ±2^-3, ±2^-5, …, ±2^-27``, evaluated in one compiled program. With the value comes a
-mark of every decision that was taken on the way (comparisons, maxima, signs, …): where the marks at 0 and at ±t agree, no
-kink lies between, and the function is smooth there. So a step is never chosen: the largest smooth ones are used, and the
-error is estimated from the extrapolation table and the rounding that the values themselves show.
+A line is ``t -> f(p + t d)`` at ``t = 0, ±2^-3, ±2^-5, …, ±2^-27``, evaluated in one compiled program. With the value
+comes a mark of every decision that was taken on the way (comparisons, maxima, signs, …): where the marks at 0 and at ±t
+agree, no kink lies between, and the function is smooth there. So a step is never chosen: the largest smooth ones are
+used, and the error is estimated from the extrapolation table and the rounding that the values themselves show.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ TS = np.concatenate([[0.0], LEVELS, -LEVELS])
 class Line(NamedTuple):
     """What was measured along one direction. Slopes are None where no step could be used."""
 
-    left: float | None
-    right: float | None  # equal unless there is a kink
+    left: Any
+    right: Any  # equal unless there is a kink
     error: float  # of either
     kinked: bool
     base: float  # f at t = 0
@@ -38,7 +39,7 @@ class Line(NamedTuple):
 
     def excess(self, claimed: float, slack: float = 0.0) -> float:
         """By how many times its error a claimed slope lies outside the one-sided slopes; 0 within."""
-        low, high = min(self.left, self.right), max(self.left, self.right)  # type: ignore[type-var]
+        low, high = min(self.left, self.right), max(self.left, self.right)
         outside = max(low - claimed, claimed - high, 0.0) if np.isfinite(claimed) else np.inf
         return outside / (self.error + slack + 1e-300)
 
@@ -132,7 +133,7 @@ def taylor(line: Line, slope: float) -> tuple[tuple[tuple[float, float], ...], f
         points.append((t, max(abs(up - line.base - t * slope), abs(down - line.base + t * slope))))
     orders = [
         np.log(r0 / r1) / np.log(t0 / t1)
-        for (t0, r0), (t1, r1) in zip(points, points[1:], strict=False)
+        for (t0, r0), (t1, r1) in itertools.pairwise(points)
         if r1 > 4 * noise and r0 > 0 and np.isfinite(r0)
     ]
     return tuple(points), (float(orders[-1]) if orders else None)

@@ -1,9 +1,9 @@
-"""The two witnesses of an audit: autodiff without custom rules, and slopes measured along lines; and how well they see."""
+"""The two witnesses of an audit, autodiff without custom rules and slopes along lines, and how well they see."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ class Witnesses(NamedTuple):
 
     problem: Problem
     traced: Traced
-    autodiff: list[np.ndarray] | None  # without custom rules; None where jax cannot differentiate the function
+    autodiff: list[Any] | None  # without custom rules; None where jax cannot differentiate the function
     why_not: str  # the reason
     probe: Callable
     lines: dict[int, list[tuple[np.ndarray, Line]]]  # directions over one leaf, and what was measured
@@ -90,6 +90,7 @@ def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray) -> bool:
 
 
 def contradicts_any(lines, gradient) -> bool:
+    """Whether one of the lines contradicts a gradient."""
     return any(contradicts(line, gradient, d) for d, line in lines)
 
 
@@ -104,7 +105,7 @@ def measured(w: Witnesses, i: int, c: np.ndarray) -> np.ndarray:
 
 
 def noise_of(w: Witnesses, claimed: Claim, i: int) -> np.ndarray:
-    """The rounding of the claimed and of autodiff's entries, added; each program is measured once for all its leaves."""
+    """The rounding of the claimed and of autodiff's entries, added; a program is measured once for all its leaves."""
     inputs = [*w.problem.leaves, *w.problem.others]
     total = np.zeros(w.problem.leaves[i].shape)
     if w.autodiff is not None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fnet.gradcheck.check import FAULT
 from fnet.gradcheck.report import FINE, LeafCheck, Report, show_rung
+from fnet.gradcheck.witnesses import FAULT
 from fnet.report.plots import new_figure
 
 COLOURS = {"ok": "#2e7d32", "kink": "#1565c0", "imprecise": "#8a5a00", "unverified": "#6a1b9a", "wrong": "#c62828"}

@@ -1,0 +1,270 @@
+"""Every layer, loss and model of fnet under the gradient audit: one table, one page.
+
+    python -m experiments.gradient_audit
+    python -m experiments.gradient_audit --only relu mlp      what begins with these names
+    python -m experiments.gradient_audit --fault tanh         what a catch looks like; --help lists the faults
+
+Layers are audited by `fnet.check_layer` (parameters and inputs, in train and in eval mode), losses by
+`fnet.check_gradients` with the outputs as the leaf, models by `fnet.check_model`: whole and layer by layer. A row's name
+begins with the public name that it is of. Inputs are Gaussian and lie on no kink, but for the row that says so.
+
+The page is ``index.html`` in the run's folder; each model has a page of its own beside it, with pictures. The command
+fails if any gradient is wrong or not verified.
+
+Legend: B examples, T steps in time, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from html import escape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape as as_text
+from rich.table import Table
+
+import fnet
+from experiments.common import new_run_folder
+from fnet import losses
+from fnet.gradcheck import Report
+from fnet.report.audit import COLOURS, PAGE_STYLE, Html, cell, pill
+from fnet.report.audit import table as html_table
+from fnet.types import stream
+
+B, T, F, K = 4, 3, 6, 5
+WORST_FIRST = ("wrong", "unverified", "imprecise", "kink", "ok")
+FAULTS = {  # activation: what its backward does wrong, and that backward
+    "relu": ("the gradient passes where x < 0, too", lambda y, dy: dy),
+    "sigmoid": ("y for y (1 − y)", lambda y, dy: dy * y),
+    "softmax": ("the sum over the classes is forgotten", lambda y, dy: dy * y),
+    "tanh": ("its derivative is taken at y, not at x", lambda y, dy: dy * (1 - jnp.tanh(y) ** 2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Audit every layer, loss and model of fnet."""
+
+    only: tuple[str, ...] = ()  # the audits whose names begin with one of these; none given: all
+    fault: Literal["relu", "sigmoid", "softmax", "tanh"] | None = None  # the activation whose backward is made wrong
+    batch_size: int = 32  # digits in the audit of 784-128-64-10
+    seed: int = 0  # of the inputs, the parameters and the choice of digits
+    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/gradient_audit/NAME
+    name: str | None = None  # None takes the time of day
+
+
+def constructors(fault: str | None) -> SimpleNamespace:
+    """The public functions of `fnet.layers`; the layer named by ``fault`` gets the wrong backward."""
+    found = SimpleNamespace(**{name: getattr(fnet.layers, name) for name in fnet.layers.__all__})
+    if fault is not None:
+        right, (_, backward) = getattr(fnet.layers, fault), FAULTS[fault]
+        setattr(found, fault, lambda: right()._replace(backward=lambda params, y, dy: ((), backward(y, dy))))
+    return found
+
+
+def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, np.ndarray]]:
+    """Every layer and its inputs."""
+    x, sequence, images = (rng.standard_normal(s).astype(np.float32) for s in ((B, F), (B, T, F), (B, T, T, 2)))
+    on_kink = x.copy()
+    on_kink[1, 2] = 0
+    return {
+        "dense": (make.dense(K), x),
+        "dense, without bias": (make.dense(K, bias=None), x),
+        "dense, along time": (make.dense(K), sequence),
+        "flatten": (make.flatten(), images),
+        "gelu": (make.gelu(), x),
+        "gelu, by tanh": (make.gelu(approximate=True), x),
+        "identity": (make.identity(), x),
+        "leaky_relu": (make.leaky_relu(), x),
+        "leaky_relu, slope 0.3": (make.leaky_relu(0.3), x),
+        "relu": (make.relu(), x),
+        "relu, one input is 0": (make.relu(), on_kink),
+        "sigmoid": (make.sigmoid(), x),
+        "softmax": (make.softmax(), x),
+        "softmax, along time": (make.softmax(), sequence),
+        "softplus": (make.softplus(), x),
+        "step": (make.step(), x),
+        "tanh": (make.tanh(), x),
+        "serial": (
+            make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),
+            images,
+        ),
+    }
+
+
+def loss_cases(rng) -> dict[str, tuple[fnet.Loss, np.ndarray, np.ndarray]]:
+    """Every loss with outputs and targets, of each kind that it takes."""
+    z = 2 * rng.standard_normal((B, K)).astype(np.float32)
+    y = rng.standard_normal((B, K)).astype(np.float32)
+    labels, classes = rng.integers(0, K, B), rng.dirichlet(np.ones(K), B).astype(np.float32)
+    zero_or_one = rng.integers(0, 2, (B, K))
+    smoothed = losses.smoothed_cross_entropy(0.1)
+    return {
+        "softmax_cross_entropy, labels": (losses.softmax_cross_entropy, z, labels),
+        "softmax_cross_entropy, probabilities": (losses.softmax_cross_entropy, z, classes),
+        "softmax_cross_entropy, labels along time": (
+            losses.softmax_cross_entropy,
+            rng.standard_normal((B, T, K)).astype(np.float32),
+            rng.integers(0, K, (B, T)),
+        ),
+        "smoothed_cross_entropy, labels": (smoothed, z, labels),
+        "smoothed_cross_entropy, probabilities": (smoothed, z, classes),
+        "binary_cross_entropy, 0 and 1": (losses.binary_cross_entropy, z, zero_or_one),
+        "binary_cross_entropy, bool": (losses.binary_cross_entropy, z, zero_or_one.astype(bool)),
+        "binary_cross_entropy, probabilities": (losses.binary_cross_entropy, z, classes),
+        "squared_error": (losses.squared_error, z, y),
+        "half_squared_error": (losses.half_squared_error, z, y),
+        "half_squared_error, one output": (losses.half_squared_error, z[:, 0], y[:, 0]),
+        "absolute_error": (losses.absolute_error, z, y),
+        "huber": (losses.huber(), z, y),
+        "huber, delta 0.5": (losses.huber(0.5), z, y),
+    }
+
+
+def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[fnet.Layer, fnet.Loss, Callable]]:
+    """Every model with its loss, and a function that returns the batch."""
+    x = rng.standard_normal((B, F)).astype(np.float32)
+    y, labels = rng.standard_normal((B, 3)).astype(np.float32), rng.integers(0, 3, B)
+    weights = np.array([1, 0.5, 0, 2], np.float32)
+
+    def digits():
+        data = fnet.data.mnist_5k()
+        return fnet.data.take(data, np.random.default_rng(config.seed).permutation(5000)[: config.batch_size])
+
+    return {
+        "mlp, 6-5-3": (
+            fnet.mlp(5, 3, activation=make.relu()),
+            fnet.softmax_cross_entropy,
+            lambda: fnet.Batch(x, labels, weights),
+        ),
+        "mlp, 6-5-3 with tanh and sigmoid": (
+            fnet.mlp(5, 3, activation=make.tanh(), output=make.sigmoid(), weights=fnet.initializers.glorot_uniform()),
+            losses.squared_error,
+            lambda: fnet.Batch(x, y),
+        ),
+        "mlp, 784-128-64-10 on digits": (
+            fnet.mlp(128, 64, 10, activation=make.relu()),
+            fnet.softmax_cross_entropy,
+            digits,
+        ),
+    }
+
+
+def audits(config: Config) -> dict[str, Callable[[], Report]]:
+    """Every audit by its name, not yet run."""
+    rng, make = np.random.default_rng(config.seed), constructors(config.fault)
+    quick = {"precisions": (), "cost": False}
+    found: dict[str, Callable[[], Report]] = {}
+    for name, (layer, x) in layer_cases(make, rng).items():
+        key = stream(jax.random.key(config.seed), name)
+        found[name] = partial(fnet.check_layer, layer, x, key=key, **quick)
+    for name, (loss, outputs, targets) in loss_cases(rng).items():
+
+        def total(outputs, targets, loss=loss):
+            return loss.value(outputs, targets).sum()
+
+        found[name] = partial(fnet.check_gradients, total, outputs, targets, gradient=loss.gradient, **quick)
+    for name, (model, loss, batch) in model_cases(make, rng, config).items():
+        key, options = stream(jax.random.key(config.seed), name), {} if "digits" in name else quick
+
+        def check(model=model, loss=loss, batch=batch, key=key, options=options):
+            return fnet.check_model(model, loss, batch(), key=key, **options)
+
+        found[name] = check
+    return found
+
+
+def verdict_and_cause(report: Report) -> tuple[str, str]:
+    """The worst verdict of a report's leaves, and the cause of the first fault, or else of the first such leaf."""
+    verdict = min((leaf.verdict for leaf in report.leaves), key=WORST_FIRST.index)
+    alike = [leaf for leaf in report.leaves if leaf.verdict == verdict]
+    leaf = next((leaf for leaf in alike if leaf.path == report.first_wrong), alike[0])
+    return verdict, f"{leaf.path}: {leaf.cause}" if leaf.cause or verdict == "wrong" else ""
+
+
+def index_page(reports: dict[str, Report], pages: dict[str, str]) -> str:
+    """One self-contained page: the table, and beneath it each report, folded. ``pages`` are files of single reports."""
+    rows, folded = [], []
+    for k, (name, report) in enumerate(reports.items()):
+        verdict, cause = verdict_and_cause(report)
+        error = max(leaf.relative for leaf in report.leaves)
+        link = Html(f'<a href="#audit-{k}">{escape(name)}</a>')
+        rows.append((link, len(report.leaves), f"{error:.1e}", pill(verdict, verdict), cause))
+        more = f' (<a href="{escape(pages[name])}">with pictures</a>)' if name in pages else ""
+        folded.append(
+            f'<details id="audit-{k}"{"" if report.ok else " open"}><summary>{cell(name)}: {verdict}{more}</summary>'
+            f"{report._repr_html_()}</details>\n"
+        )
+    overall = "ok" if all(report.ok for report in reports.values()) else "wrong"
+    head = ("audit", "leaves", "worst error", "verdict", "cause")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Gradient audit of fnet: {overall}</title><style>{PAGE_STYLE}</style></head>\n"
+        f"<body><main><h1>Gradient audit of fnet {pill(overall, overall)}</h1>\n"
+        f'<div class="fnet-audit">{html_table("Layers, losses, models", head, rows)}</div>\n'
+        f"<h2>Leaf by leaf</h2>\n{''.join(folded)}</main></body></html>\n"
+    )
+
+
+def run(config: Config, console: Console | None = None) -> dict:
+    """Run the audits, print the table and write the run folder; returns the reports and the names of what is not right."""
+    console = console or Console()
+    chosen = {name: audit for name, audit in audits(config).items() if name.startswith(config.only or "")}
+    if not chosen:
+        raise SystemExit(f"--only {' '.join(config.only)}: no audit begins so; there are {', '.join(audits(config))}")
+    folder = new_run_folder(config.run_dir, "gradient_audit", config.name)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+
+    reports = {}
+    with console.status("") as status:
+        for k, (name, audit) in enumerate(chosen.items(), 1):
+            status.update(f"{k} of {len(chosen)}: {name}")
+            reports[name] = audit()
+
+    table = Table("audit", "leaves", "worst error", "verdict", "cause", box=SIMPLE)
+    for name, report in reports.items():
+        verdict, cause = verdict_and_cause(report)
+        error = max(leaf.relative for leaf in report.leaves)
+        shown = f"[bold {COLOURS[verdict]}]{verdict}" if verdict != "ok" else verdict
+        table.add_row(as_text(name), str(len(report.leaves)), f"{error:.1e}", shown, as_text(cause))
+    console.print(table)
+    if config.fault:
+        console.print(f"the fault in {config.fault}: {FAULTS[config.fault][0]}", highlight=False)
+
+    pages = {}
+    for name in (name for name in reports if name.startswith("mlp")):
+        pages[name] = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) + ".html"
+        reports[name].to_html(folder / pages[name])
+        if "digits" in name:
+            console.print(f"{name}\n{as_text(str(reports[name]))}", highlight=False, soft_wrap=True)
+    (folder / "index.html").write_text(index_page(reports, pages), encoding="utf-8")
+    failed = [name for name, report in reports.items() if not report.ok]
+    leaves = sum(len(report.leaves) for report in reports.values())
+    console.print(
+        f"{len(reports)} audits, {leaves} leaves: {len(failed)} audits failed  {folder / 'index.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return {"reports": reports, "failed": failed, "folder": folder}
+
+
+def main(config: Config) -> None:
+    """`run`, and exit with an error if any gradient is wrong or not verified."""
+    if failed := run(config)["failed"]:
+        raise SystemExit(f"wrong or not verified: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
