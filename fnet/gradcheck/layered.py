@@ -138,12 +138,12 @@ class Local(NamedTuple):
         """A row per parameter and for the inputs; the full audit where hand and autodiff do not agree tightly."""
         checks = []
         for path, a in self.auto.items():
-            c: Any = self.hand.get(path)
+            c = self.hand.get(path)
             blank = LeafCheck(path, a.shape, self.dtypes[path], "ok", 0.0, 0.0, (), 0.0, 0.0, 0.0, power=TIGHT)
-            fine = c is not None and c.shape == a.shape and a.size > 0
-            if fine:
-                blank = compare(blank, c, a)
-            if not (a.size == 0 or (fine and bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all()))):
+            agrees = a.size == 0
+            if c is not None and c.shape == a.shape and a.size:
+                blank, agrees = compare(blank, c, a), bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())
+            if not agrees:
                 report = check_gradients(self.value, self.tree, *self.args, gradient=self.by_hand, **options)
                 named = ((rename(self.path, leaf.path), leaf) for leaf in report.leaves)
                 return [leaf._replace(path=path, dtype=self.dtypes[path]) for path, leaf in named]
@@ -153,7 +153,8 @@ class Local(NamedTuple):
 
 def rename(layer: str, path: str) -> str:
     """``dense_0/w`` for the parameter w of the layer, ``dense_0/inputs`` for its inputs."""
-    return "/".join(part for part in (layer, path.removeprefix("params").removeprefix("/")) if part)
+    inner = "" if path == "params" else path.removeprefix("params/")
+    return "/".join(part for part in (layer, inner) if part)
 
 
 def record(model: Layer, params, state, x, key, offsets=None) -> tuple[PyTree, list[tuple[Call, PyTree]]]:

@@ -1,0 +1,201 @@
+"""The audit of everything in fnet is complete and fails where it must; the page on the audit runs and prints what it says."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import pathlib
+import re
+from typing import get_args, get_type_hints
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import fnet
+from experiments import gradient_audit as audit
+from fnet.types import Layer, Loss
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "gradient-audit.md").read_text(encoding="utf-8")
+
+
+def printed(tmp_path, **options):
+    """What the experiment returns, and what it prints."""
+    text = io.StringIO()
+    config = audit.Config(run_dir=tmp_path, name="test", **options)
+    return audit.run(config, Console(file=text, width=200)), text.getvalue()
+
+
+# --- nothing is forgotten ----------------------------------------------------------------------------------------------
+
+
+def heads(names) -> set[str]:
+    """The public names that the rows' names begin with."""
+    return {name.split(",")[0] for name in names}
+
+
+def public(module, kind) -> set[str]:
+    """The public names of a module that are of a kind, or functions written there that return it."""
+
+    def made(value):
+        here = inspect.isfunction(value) and value.__module__ == module.__name__
+        return isinstance(value, kind) or (here and get_type_hints(value).get("return") is kind)
+
+    return {name for name, value in vars(module).items() if not name.startswith("_") and made(value)}
+
+
+@pytest.fixture(scope="module")
+def cases():
+    make, rng = audit.constructors(None), np.random.default_rng(0)
+    layers, losses = audit.layer_cases(make, rng), audit.loss_cases(rng)
+    return layers, losses, audit.model_cases(make, rng, audit.Config())
+
+
+def test_every_layer_loss_and_model_is_audited(cases):
+    layers, losses, models = cases
+    assert heads(layers) == set(fnet.layers.__all__)
+    assert heads(losses) == public(fnet.losses, Loss) >= {"softmax_cross_entropy", "huber"}
+    assert heads(models) == public(fnet.models, Layer) >= {"mlp"}
+    assert set(audit.audits(audit.Config())) == {*layers, *losses, *models}
+
+
+def test_each_row_is_of_what_it_is_named_after(cases):
+    layers, losses, models = cases
+    for name, (model, *_) in (layers | models).items():
+        assert model.name == name.split(",")[0]
+    for name, (loss, *_) in losses.items():
+        known = getattr(fnet.losses, name.split(",")[0])
+        assert known is loss or inspect.isfunction(known)
+
+
+def test_losses_meet_every_kind_of_target(cases):
+    kinds = {name: set() for name in heads(cases[1])}
+    for name, (_, _, targets) in cases[1].items():
+        kinds[name.split(",")[0]].add(targets.dtype.kind)
+    assert kinds.pop("softmax_cross_entropy") == kinds.pop("smoothed_cross_entropy") == {"i", "f"}
+    assert kinds.pop("binary_cross_entropy") == {"b", "i", "f"}
+    assert all(found == {"f"} for found in kinds.values())
+
+
+def test_only_one_row_lies_on_a_kink(cases):
+    zeros = {name: int((x == 0).sum()) for name, (_, x) in cases[0].items()}
+    assert zeros.pop("relu, one input is 0") == 1 and not any(zeros.values())
+    assert all((z != y).all() for _, z, y in cases[1].values() if z.shape == y.shape)
+
+
+# --- what a run says ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    only = ("dense, without", "relu", "step", "huber", "mlp, 784")
+    return printed(tmp_path_factory.mktemp("right"), only=only, batch_size=4)
+
+
+def test_right_gradients_pass_kinks_are_named_and_the_step_is_explained(right):
+    result, text = right
+    rows = {name: audit.verdict_and_cause(report) for name, report in result["reports"].items()}
+    assert result["failed"] == [] and "7 audits" in text and "0 audits failed" in text
+    kink = rows.pop("relu, one input is 0")
+    assert kink[0] == "kink" and "x = 0" in kink[1] and "[1, 2]" in kink[1]
+    assert {verdict for verdict, _ in rows.values()} == {"ok"}
+    assert "zero everywhere" in rows["step"][1]
+    assert not any(leaf.claimed or leaf.expected for leaf in result["reports"]["step"].leaves)
+
+
+def test_the_digits_model_gets_the_full_report(right):
+    report = right[0]["reports"]["mlp, 784-128-64-10 on digits"]
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    assert leaves["dense_0/w"].shape == (784, 128) and leaves["dense_2/b"].shape == (10,)
+    assert leaves["loss/outputs"].shape == (4, 10)
+    assert [rung.dtype for rung in leaves["dense_0/w"].ladder] == ["float32", "bfloat16", "float16"]
+    assert [cost.name for cost in report.costs] == ["claimed", "autodiff"]
+
+
+def test_the_pages_stand_alone(right):
+    folder = right[0]["folder"]
+    pages = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.html")}
+    assert len(pages) == 2 and str(folder / "index.html") in right[1]
+    for text in pages.values():
+        links = re.findall(r'(?:src|href)="([^"]*)"', text)
+        assert all(link.startswith(("data:", "#")) or link in pages for link in links)
+        assert "http" not in text and "<script" not in text
+    index = pages["index.html"]
+    assert index.count("<details id=") == 7 and index.count("with pictures") == 1
+    assert all(f"{name}: " in index for name in right[0]["reports"])
+
+
+@pytest.mark.parametrize("fault", audit.FAULTS)
+def test_every_fault_is_an_option_and_is_caught(fault, key):
+    assert fault in str(get_type_hints(audit.Config)["fault"])
+    x = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
+    layer = getattr(audit.constructors(fault), fault)()
+    report = fnet.check_layer(layer, x, key=key, precisions=(), cost=False)
+    assert {leaf.verdict for leaf in report.leaves} == {"wrong"}
+
+
+def test_the_options_are_the_faults():
+    options = itertools.chain.from_iterable(map(get_args, get_args(get_type_hints(audit.Config)["fault"])))
+    assert set(options) == audit.FAULTS.keys()
+
+
+def test_a_fault_fails_the_command_and_no_other_layer_is_blamed(tmp_path, capsys):
+    config = audit.Config(only=("mlp, 6-5-3 with", "identity"), fault="tanh", run_dir=tmp_path, name="test")
+    with pytest.raises(SystemExit, match="wrong or not verified: mlp, 6-5-3 with tanh and sigmoid$") as raised:
+        audit.main(config)
+    assert raised.value.code  # a text: exit status 1
+    text = capsys.readouterr().out
+    assert "tanh_0/inputs" in text and "1 audits failed" in text
+    page = (tmp_path / "gradient_audit" / "test" / "index.html").read_text(encoding="utf-8")
+    assert page.count('">1 wrong</span>') == 1 and page.count('">8 ok</span>') == 1
+
+
+def test_a_right_run_does_not_fail_the_command(tmp_path):
+    audit.main(audit.Config(only=("identity",), run_dir=tmp_path))
+
+
+def test_a_name_that_no_audit_has_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(SystemExit, match="no audit begins so; there are dense, "):
+        printed(tmp_path, only=("convolution",))
+    assert not list(tmp_path.iterdir())
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def comparable(text: str) -> list[str]:
+    """Lines without what differs from machine to machine: errors at the level of rounding, costs, widths of columns."""
+    text = re.sub(r"^(claimed|autodiff) .*", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"\d(\.\d)?e[+-]\d\d", "#", text)
+    return [" ".join(line.split()) for line in text.strip().splitlines()]
+
+
+def test_the_pages_code_runs_and_prints_what_stands_beneath_it(capsys):
+    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE, re.DOTALL)
+    assert len(re.findall("^```", PAGE, re.MULTILINE)) == 2 * len(blocks)
+    names: dict = {}
+    shown = ""
+    for language, block in blocks:
+        if language == "python":
+            assert not shown.strip(), f"printed, and not on the page: {shown}"
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                exec(compile(block, "mine.py", "exec"), names)
+            shown = capsys.readouterr().out
+        else:
+            assert comparable(shown) == comparable(block)
+            shown = ""
+    assert not shown
+
+
+def test_the_page_has_an_example_of_every_verdict():
+    outputs = "\n".join(re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL))
+    for verdict in fnet.gradcheck.report.VERDICTS:
+        assert f"| `{verdict}` |" in PAGE and re.search(rf"^{verdict}\b", outputs, re.MULTILINE)
+        assert f'verdict == "{verdict}"' in PAGE
+
+
+def test_the_audit_takes_five_lines():
+    start = PAGE.index("import numpy as np, fnet")
+    assert len(PAGE[start : PAGE.index("```", start)].strip().splitlines()) == 5
