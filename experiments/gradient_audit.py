@@ -5,8 +5,8 @@
     python -m experiments.gradient_audit --fault tanh         what a catch looks like; --help lists the faults
 
 Layers are audited by `fnet.check_layer` (parameters and inputs, in train and in eval mode), losses by
-`fnet.check_gradients` with the outputs as the leaf, models by `fnet.check_model`: whole and layer by layer. A row's name
-begins with the public name that it is of. Inputs are Gaussian and lie on no kink, but for the row that says so.
+`fnet.check_gradients` with the outputs as the leaf, models by `fnet.check_model`, whole and layer by layer. Each row's
+name begins with the public name that it is of. Inputs are Gaussian and lie on no kink, but for the row that says so.
 
 The page is ``index.html`` in the run's folder; each model has a page of its own beside it, with pictures. The command
 fails if any gradient is wrong or not verified.
@@ -219,7 +219,7 @@ def index_page(reports: dict[str, Report], pages: dict[str, str]) -> str:
 
 
 def run(config: Config, console: Console | None = None) -> dict:
-    """Run the audits, print the table and write the run folder; returns the reports and the names of what is not right."""
+    """Run the audits, print the table, write the run folder; returns the reports and the names of those that failed."""
     console = console or Console()
     chosen = {name: audit for name, audit in audits(config).items() if name.startswith(config.only or "")}
     if not chosen:
