@@ -100,6 +100,8 @@ def proportion(c, e, examples, tol) -> str:
     if factor == 0 or np.abs(c - factor * e).max() > tol * np.abs(c).max():
         return ""
     near = lambda a, b: abs(a - b) <= 1e-6 * abs(b)  # noqa: E731
+    if near(factor, 1):
+        return ""
     if near(factor, -1):
         return "sign"
     for n in sorted(examples):
@@ -368,10 +370,7 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
     the leaves is preferred to one for each.
     """
     gates = find_gates(closed, len(leaves))
-    neutral = {
-        key: (jnp.ones if key[-2] in NEUTRAL_ONE else jnp.zeros)(gate.lengths, jnp.float64)
-        for key, gate in gates.items()
-    }
+    neutral = {key: (jnp.ones if key[-2] in NEUTRAL_ONE else jnp.zeros)(gate.lengths) for key, gate in gates.items()}
     run = gated_gradient(closed, gates)
     right = run(leaves, others, list(neutral.values()))
     deviations = {i: c - expected[i] for i, c in claimed.items()}
@@ -385,7 +384,7 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
                 # another epsilon moves the values behind it too, so that the gradient is only nearly the claimed one
                 words, enough = f"{words}, but about {setting:g}", 0.2 / tol
                 setting -= gate.right
-            settings = {**neutral, key: jnp.broadcast_to(jnp.asarray(setting, jnp.float64), gate.lengths)}
+            settings = {**neutral, key: jnp.broadcast_to(jnp.asarray(setting, neutral[key].dtype), gate.lengths)}
             changed = run(leaves, others, list(settings.values()))
             effect = {i: np.asarray(changed[i], np.float64) - np.asarray(right[i], np.float64) for i in claimed}
             for group in groups:

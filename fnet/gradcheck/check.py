@@ -14,7 +14,7 @@ import jax
 from fnet.gradcheck.judge import judge_all
 from fnet.gradcheck.ladder import climb, measure_costs
 from fnet.gradcheck.named import check_intermediates
-from fnet.gradcheck.problem import Claim, claim, native_dtypes, precise, prepare, trace
+from fnet.gradcheck.problem import Claim, by_autodiff, by_caller, claim, native_dtypes, open_problem, precise
 from fnet.gradcheck.report import Report
 from fnet.gradcheck.witnesses import Witnesses, gather
 from fnet.types import PyTree
@@ -63,34 +63,35 @@ def check_gradients(
     >>> check_gradients(f, w, x, gradient=by_hand).leaves[0].verdict
     'wrong'
     """
+    for name, given in (("f", f), ("gradient", f if gradient is None else gradient)):
+        if not callable(given):
+            kind = type(given).__name__
+            raise TypeError(f"check_gradients: {name} is {kind}; expected a function of (params, *args)")
+    if isinstance(precisions, str):
+        raise TypeError(f"check_gradients: precisions = {precisions!r}; expected a tuple of names, ({precisions!r},)")
     outer_x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-    f_grad = jax.grad(f, has_aux=has_aux)
-    claimed_by = f_grad if gradient is None else gradient
-    if not callable(claimed_by):
-        raise TypeError(
-            f"check_gradients: gradient is {type(gradient).__name__}; expected a function of (params, *args)"
-        )
-    with precise():
-        problem = prepare(f, params, args, has_aux)
-        traced = trace(problem)
-        claimed = claim(problem, claimed_by)
-        same = gradient is None and not traced.custom and all(g is not None for g in claimed.grads)
+    problem, traced, x64 = open_problem(f, params, args, has_aux)
+    autodiff = by_autodiff(problem)
+    engine = autodiff if gradient is None else by_caller(problem, gradient)
+    with precise(x64):
+        claimed = claim(problem, engine)
+        same = gradient is None and not traced.custom
         witnesses = gather(problem, traced, seed, claimed if same else None)
         checks = judge_all(witnesses, claimed)
     with precise(outer_x64):
-        complaints = native_dtypes(problem, claimed_by)
+        complaints = native_dtypes(problem, engine)
     checks = [
         leaf._replace(verdict="wrong", cause=words) if words and leaf.verdict != "wrong" else leaf
         for leaf, words in zip(checks, complaints, strict=True)
     ]
-    engines = {"claimed": claimed_by} if gradient is not None else {}
+    engines = {"claimed": engine} if gradient is not None else {}
     if witnesses.autodiff is not None:
-        engines["autodiff"] = f_grad
+        engines["autodiff"] = autodiff
     checks = climb(problem, witnesses.autodiff or claimed.grads, engines, checks, precisions)
     costs = measure_costs(problem, engines, outer_x64) if cost else ()
     compared = ()
     if intermediates is not None:
-        compared = check_intermediates(f, problem, intermediates, has_aux, outer_x64)
+        compared = check_intermediates(f, problem, intermediates, has_aux, x64, outer_x64)
     return Report(tuple(checks), compared, costs, remarks(witnesses, claimed), settings(seed))
 
 

@@ -19,7 +19,7 @@ from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT
 from fnet.gradients import backprop, join, loss_gradient, measure, split_floating
 from fnet.interpret import is_float
-from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, parameter_paths, watch
+from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, watch
 
 
 def check_layer(
@@ -93,31 +93,35 @@ def check_model(
     def by_hand(params, state, batch, run_key):
         return backprop(model, loss)(params, state, batch, run_key)[0]
 
-    order = {path: i for i, path in enumerate(parameter_paths(model, batch.inputs))}
-    whole = check_gradients(objective, params, state, batch, run_key, gradient=by_hand, **options)
-    rows = {leaf.path: leaf for leaf in sorted(whole.leaves, key=lambda leaf: order[leaf.path])}
+    whole = Report(())
+    if any(is_float(leaf) for leaf in jax.tree.leaves(params)):
+        whole = check_gradients(objective, params, state, batch, run_key, gradient=by_hand, **options)
+    rows = {leaf.path: leaf for leaf in whole.leaves}
     whole_ok = all(leaf.verdict != "wrong" for leaf in rows.values())
     quick = {**options, "precisions": (), "cost": False, "intermediates": None}
     leaves: list[LeafCheck] = []
-    combinators: list[Local] = []
     for local in each_layer(model, loss, params, state, batch, run_key):
+        found = local.check(**quick)
         if local.combinator:
-            combinators.append(local)
+            # its children's parameters have rows already; its own, and what it makes wrong of right children, have not
+            seen = {row.path: row for row in leaves}
+            inner = [row for row in leaves if not local.path or row.path.startswith(local.path + "/")]
+            children_right = all(row.verdict != "wrong" for row in inner)
+            words = "its layers are right one by one: the backward of the composition is wrong"
+            for row in found:
+                own = row.path not in seen and row.path != rename(local.path, local.input_name)
+                if row.verdict == "wrong" and children_right and row.path in seen:
+                    leaves[leaves.index(seen[row.path])] = row._replace(cause=f"{words}; {row.cause}")
+                elif row.verdict == "wrong" and children_right:
+                    leaves.append(row._replace(cause=f"{words}; {row.cause}"))
+                elif own:
+                    leaves.append(rows[row.path] if row.path in rows and whole_ok else row)
             continue
-        found = {row.path: row for row in local.check(**quick)}
-        leaves += [
-            rows[path] if path in rows and whole_ok and row.verdict != "wrong" else row for path, row in found.items()
-        ]
-    if not whole_ok and all(leaf.verdict != "wrong" for leaf in leaves):
-        # the layers are right one by one, so what composes them is not
-        for local in combinators:
-            found = [row for row in local.check(**quick) if row.verdict == "wrong"]
-            if found:
-                words = "its layers are right one by one: the backward of the composition is wrong"
-                leaves = [*leaves, *(row._replace(cause=f"{words}; {row.cause}") for row in found)]
-                break
-        else:
-            leaves = [row for row in whole.leaves if row.verdict == "wrong"] + leaves
+        leaves += [rows[row.path] if row.path in rows and whole_ok and row.verdict != "wrong" else row for row in found]
+    named = {row.path for row in leaves}
+    leaves = [row for path, row in rows.items() if path not in named] + leaves
+    if not whole_ok and all(row.verdict != "wrong" for row in leaves):
+        leaves = [row for row in rows.values() if row.verdict == "wrong"] + leaves
     return whole._replace(leaves=tuple(leaves))
 
 
@@ -134,6 +138,11 @@ class Local(NamedTuple):
     auto: dict
     dtypes: dict  # path -> the dtype that the caller's precision gives it
 
+    @property
+    def input_name(self) -> str:
+        """What the row of the inputs is called, apart from a parameter of that name."""
+        return input_name(self.tree)
+
     def check(self, **options) -> list[LeafCheck]:
         """A row per parameter and for the inputs; the full audit where hand and autodiff do not agree tightly."""
         checks = []
@@ -145,10 +154,23 @@ class Local(NamedTuple):
                 blank, agrees = compare(blank, c, a), bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())
             if not agrees:
                 report = check_gradients(self.value, self.tree, *self.args, gradient=self.by_hand, **options)
-                named = ((rename(self.path, leaf.path), leaf) for leaf in report.leaves)
+                named = ((path_in_report(self.path, leaf.path, self.tree), leaf) for leaf in report.leaves)
                 return [leaf._replace(path=path, dtype=self.dtypes[path]) for path, leaf in named]
             checks.append(blank._replace(evidence=("alone, with the true cotangent, it agrees with autodiff",)))
         return checks
+
+
+def input_name(tree) -> str:
+    """``inputs``, or ``inputs (dx)`` in a layer that has a parameter called so."""
+    taken = isinstance(tree, dict) and isinstance(tree.get("params"), dict) and "inputs" in tree["params"]
+    return "inputs (dx)" if taken else "inputs"
+
+
+def path_in_report(layer: str, path: str, tree) -> str:
+    """``dense_0/w`` for the parameter w of the layer, ``dense_0/inputs`` for its inputs."""
+    if path == "inputs" or path.startswith("inputs/"):
+        return rename(layer, input_name(tree) + path.removeprefix("inputs"))
+    return rename(layer, path)
 
 
 def rename(layer: str, path: str) -> str:
@@ -184,7 +206,8 @@ def input_dtypes(model: Layer, params, state, x, key) -> dict[str, str]:
         y, calls = record(model, params, state, x, key)
         for call, _ in calls:
             tree = {"inputs": split_floating(call.x)[0], "params": call.params}
-            found.update({rename("/".join(call.path), name): str(leaf.dtype) for name, leaf in named_leaves(tree)})
+            path = "/".join(call.path)
+            found.update({path_in_report(path, name, tree): str(leaf.dtype) for name, leaf in named_leaves(tree)})
         found.update({rename("loss", name): str(leaf.dtype) for name, leaf in named_leaves({"outputs": y})})
         return y
 
@@ -264,7 +287,7 @@ def functions(call: Call, given: tuple, cotangent):
 
 def flat(path: str, tree) -> dict[str, np.ndarray]:
     """The leaves of a gradient tree by the paths that the report shows."""
-    return {rename(path, name): np.asarray(leaf) for name, leaf in named_leaves(tree)}
+    return {path_in_report(path, name, tree): np.asarray(leaf) for name, leaf in named_leaves(tree)}
 
 
 def split_like(dx, inputs):
@@ -293,6 +316,10 @@ def random_like(shapes, seed: int):
 
 def ready(layer: Layer, x, key, params, state):
     """``x``, parameters and state as arrays of the caller's precision, and the key of the run."""
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"expected an fnet.Layer, got {type(layer).__name__}: audit a plain function by check_gradients"
+        )
     init_key, run_key = jax.random.split(key)
     x = jax.tree.map(jnp.asarray, x)
     shapes = jax.eval_shape(lambda x: x, x)

@@ -143,6 +143,16 @@ def tie(name: str, eqn, inputs, outputs):
     if name in ("reduce_window_max", "reduce_window_min"):
         counts = count_equal(eqn, inputs[0], outputs[0])
         return counts > 1, "a tie"
+    if name == "top_k":
+        return (np.diff(np.sort(x, -1), axis=-1) == 0), "a tie"
+    if name in ("cummax", "cummin"):
+        axis = eqn.params["axis"]
+        before, rest = np.asarray(outputs[0]), np.asarray(x)
+        head, tail = [slice(None)] * x.ndim, [slice(None)] * x.ndim
+        head[axis], tail[axis] = slice(None, -1), slice(1, None)
+        if eqn.params.get("reverse"):
+            head, tail = tail, head
+        return before[tuple(head)] == rest[tuple(tail)], "a tie"
     if name == "sort":
         y = np.sort(x, axis=eqn.params["dimension"])
         return np.diff(y, axis=eqn.params["dimension"]) == 0, "a tie"

@@ -24,7 +24,7 @@ from fnet.interpret import (
 )
 from fnet.types import PyTree
 
-UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
 
 def quick_jit(f: Callable) -> Callable:
@@ -56,7 +56,8 @@ def precise(x64: bool = True):
 class Problem(NamedTuple):
     """``f(params, *args)`` as a function of two flat lists: the floating leaves of ``params``, and all other arrays."""
 
-    paths: tuple[str, ...]  # of the floating leaves
+    keys: tuple  # key paths of the floating leaves
+    paths: tuple[str, ...]  # the same, to be read
     dtypes: tuple[np.dtype, ...]  # that the caller gave them
     leaves: list[jax.Array]  # in float64
     others: list[jax.Array]  # floating ones in float64
@@ -64,28 +65,35 @@ class Problem(NamedTuple):
     rebuild: Callable  # (leaves, others) -> params, args
     value: Callable  # (leaves, others) -> scalar
     native: Callable  # dtype or None -> leaves, others in that dtype, or in their own
+    as_given: Callable  # (leaves, others) -> the same, in NumPy where the caller gave NumPy
     examples: frozenset[int]  # sizes of the first axes of the arguments
 
 
-def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False) -> Problem:
-    """Take ``params`` and ``args`` apart. To be called within `precise`; raises ValueError, TypeError on bad input."""
+def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dtype=jnp.float64) -> Problem:
+    """Take ``params`` and ``args`` apart, floating ones in ``dtype`` (None: in their own). Within `precise`.
+
+    Raises ValueError, TypeError on bad input.
+    """
     paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args))
-    roles, paths, dtypes = [], [], []
+    roles, keys, dtypes = [], [], []
     for path, leaf in paths_and_leaves:
-        name = jax.tree_util.keystr(path[1:], simple=True, separator="/") or "params"
         mine = path[0].idx == 0
+        name = name_of(path[1:]) if mine else f"argument {name_of(path[1:])}"
+        if isinstance(leaf, jax.core.Tracer):
+            raise ValueError(f"{name} is traced; the audit runs on the host: call it outside jit, vmap and grad")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{name}: got a ShapeDtypeStruct; a gradient is checked at a point, so give an array")
-        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        if mine and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(f"{name} is {leaf.dtype}; only real gradients are checked: split it into two real arrays")
         floating = isinstance(leaf, float) or is_float(leaf)
         if mine and floating:
             roles.append("leaf")
-            paths.append(name)
+            keys.append(path[1:])
             dtypes.append(np.dtype(np.float64) if isinstance(leaf, float) else np.dtype(leaf.dtype))
         else:
-            roles.append("other" if is_array(leaf) else "static")
-    if not paths:
+            numbers = is_array(leaf) and getattr(leaf.dtype, "kind", "V") not in "USO"
+            roles.append("other" if numbers else "static")
+    if not keys:
         raise ValueError("check_gradients: params has no floating leaf, so there is no gradient to check")
     values = [leaf for _, leaf in paths_and_leaves]
 
@@ -103,18 +111,29 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False) -> 
     def value(leaves, others):
         p, a = rebuild(leaves, others)
         out = f(p, *a)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(f"check_gradients: has_aux=True, but the function returned {type(out).__name__}, no pair")
         return out[0] if has_aux else out
+
+    def as_given(leaves, others):
+        def back(role, arrays):
+            chosen = [leaf for leaf, r in zip(values, roles, strict=True) if r == role]
+            return [np.array(x) if isinstance(leaf, np.ndarray) else x for leaf, x in zip(chosen, arrays, strict=True)]
+
+        return back("leaf", leaves), back("other", others)
 
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(args) if is_array(leaf) and leaf.ndim}
     return Problem(
-        tuple(paths),
+        tuple(keys),
+        tuple(map(name_of, keys)),
         tuple(dtypes),
-        arrays("leaf", jnp.float64),
-        arrays("other", jnp.float64),
+        arrays("leaf", dtype),
+        arrays("other", dtype),
         jax.tree.structure(params),
         rebuild,
         value,
         lambda dtype: (arrays("leaf", dtype), arrays("other", dtype)),
+        as_given,
         frozenset(sizes),
     )
 
@@ -140,6 +159,7 @@ class Traced(NamedTuple):
     steady: bool  # two traces gave the same program
     unused: frozenset[int]  # leaves that the result does not depend on
     casts: tuple[str, ...]  # narrowing of what depends on the parameters, with their places
+    eps: float  # of the narrowest type that takes part
     custom: bool  # a rule of the user's own takes part
     blocked: tuple[str, ...]  # places of stop_gradient on what depends on the parameters
 
@@ -147,7 +167,7 @@ class Traced(NamedTuple):
 def trace(problem: Problem) -> Traced:
     """Trace the function twice; ValueError where it does not return one floating scalar or cannot be traced."""
     try:
-        first, second = (traced_anew(problem.value, problem) for _ in range(2))
+        first, second = (traced_anew(problem.value, problem.leaves, problem.others) for _ in range(2))
     except UNTRACEABLE as error:
         raise ValueError(
             "check_gradients: the function decides in Python on the value of an array, or hands it to NumPy, so that "
@@ -160,7 +180,7 @@ def trace(problem: Problem) -> Traced:
             f"check_gradients: the function returned {shown}; expected one floating scalar, the loss "
             "(for (loss, aux) pass has_aux=True)"
         )
-    casts, blocked = {}, {}
+    casts, blocked, eps = {}, {}, [2.0**-52]
     n = len(problem.leaves)
 
     def visit(site, eqn, masks):
@@ -173,8 +193,10 @@ def trace(problem: Problem) -> Traced:
         out = eqn.outvars[0].aval if eqn.outvars else None
         if wide and out is not None and is_float(out) and out.dtype != np.float64:
             casts[f"{out.dtype} at {location(eqn) or eqn.primitive.name}"] = None
+            eps.append(float(jnp.finfo(out.dtype).eps))
         if eqn.primitive.name == "reduce_precision" and eqn.params["mantissa_bits"] < 52:
             casts[f"{eqn.params['mantissa_bits']} bits at {location(eqn)}"] = None
+            eps.append(2.0 ** -eqn.params["mantissa_bits"])
         if eqn.primitive.name == "stop_gradient":
             blocked[location(eqn)] = None
 
@@ -182,12 +204,34 @@ def trace(problem: Problem) -> Traced:
     (reached,) = dependencies(first.jaxpr, masks, visit)
     unused = frozenset(i for i in range(n) if not reached >> i & 1)
     custom = any(p.eqn.primitive.name in CUSTOM and not defined_in_jax(p.eqn) for p in walk(first.jaxpr))
-    return Traced(first, same_program(first, second), unused, tuple(casts), custom, tuple(blocked))
+    return Traced(first, same_program(first, second), unused, tuple(casts), max(eps), custom, tuple(blocked))
 
 
-def traced_anew(f: Callable, problem: Problem):
+def traced_anew(f: Callable, leaves, others):
     """A function's program, without jax's cache of traces: a function of its own is a new one."""
-    return jax.make_jaxpr(lambda leaves, others: f(leaves, others))(problem.leaves, problem.others)
+    return jax.make_jaxpr(lambda leaves, others: f(leaves, others))(leaves, others)
+
+
+def open_problem(f: Callable, params: PyTree, args: tuple, has_aux: bool) -> tuple[Problem, Traced, bool]:
+    """The function ready and traced, and whether in float64; else in the caller's precision, as some need."""
+    with precise():
+        problem = prepare(f, params, args, has_aux)
+        try:
+            return problem, trace(problem), True
+        except TypeError as error:
+            reason = error
+    with precise(False):
+        problem = prepare(f, params, args, has_aux, dtype=None)
+        try:
+            traced = trace(problem)
+        except TypeError:
+            raise reason from None
+    narrowest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in problem.leaves)
+    words = (
+        "float32: in float64 it does not run, perhaps for an array that it closes over (pass that as an argument, "
+        f"or make it inside): {str(reason).strip().splitlines()[0][:120]}"
+    )
+    return problem, traced._replace(casts=(words,), eps=max(narrowest, traced.eps, 2.0**-23)), False
 
 
 def same_program(first, second) -> bool:
@@ -216,29 +260,54 @@ class Claim(NamedTuple):
 
     grads: list
     complaints: list[str]  # "" where there is nothing to say; about the structure only
-    closed: Any  # its program, None if it runs in NumPy
+    closed: Any  # its program, None where it cannot be traced
     steady: bool
 
 
-def claim(problem: Problem, gradient: Callable) -> Claim:
+Engine = Callable[[list, list], tuple[list, list[str]]]  # (leaves, others) -> grads, complaints
+
+
+def by_autodiff(problem: Problem) -> Engine:
+    """`jax.grad` of the function, with its custom rules, by its floating leaves."""
+    return lambda leaves, others: (jax.grad(problem.value)(leaves, others), [""] * len(leaves))
+
+
+def by_caller(problem: Problem, gradient: Callable) -> Engine:
+    """The caller's gradient, its leaves in the order of the parameters' floating ones."""
+
+    def engine(leaves, others):
+        p, a = problem.rebuild(leaves, others)
+        return align(problem, gradient(p, *a), p)
+
+    return engine
+
+
+def claim(problem: Problem, engine: Engine) -> Claim:
     """Run the claimed gradient twice at the point, compiled if it can be traced, as it stands (NumPy) if not."""
     complaints: list[str] = []
 
-    def flat(leaves, others):
-        p, a = problem.rebuild(leaves, others)
-        grads, found = align(problem, gradient(p, *a), p)
-        complaints[:] = found
-        return grads
+    def grads(leaves, others):
+        found, complaints[:] = engine(leaves, others)
+        return found
 
     try:
-        closed, again = (traced_anew(flat, problem) for _ in range(2))
-    except UNTRACEABLE:
-        first, second = (flat(problem.leaves, problem.others) for _ in range(2))
+        closed, again = (traced_anew(grads, problem.leaves, problem.others) for _ in range(2))
+    except Exception:  # whatever a gradient in NumPy makes of a tracer; an error of its own comes again below
+        given = problem.as_given(problem.leaves, problem.others)
+        first, second = (grads(*given) for _ in range(2))
         return Claim(list(map(to_numpy, first)), list(complaints), None, same_values(first, second))
-    run = quick_jit(flat)
+    run = quick_jit(grads)
     first = run(problem.leaves, problem.others)
     steady = same_program(closed, again) and same_values(first, run(problem.leaves, problem.others))
     return Claim(list(map(to_numpy, first)), list(complaints), closed, steady)
+
+
+def run_once(problem: Problem, engine: Engine, leaves, others) -> list:
+    """One compiled run at other values, or one as it stands where it cannot be traced."""
+    try:
+        return quick_jit(lambda leaves, others: engine(leaves, others)[0])(leaves, others)
+    except Exception:  # as in claim
+        return engine(*problem.as_given(leaves, others))[0]
 
 
 def to_numpy(g):
@@ -266,67 +335,56 @@ def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
     pair = isinstance(claimed, tuple) and len(claimed) == 2 and jax.tree.structure(claimed) != problem.params_tree
     if pair and jax.tree.structure(claimed[0]) == problem.params_tree:
         claimed = claimed[0]  # (grads, aux), as jax.grad returns with has_aux
+
+    def by_path(tree):
+        return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None))
+
+    given, own = by_path(claimed), by_path(params)
+    extra = [name_of(path) for path in given if path not in own]
     keep = lambda leaf: leaf is None  # noqa: E731
-    given = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "params": leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(claimed, is_leaf=keep)
-    }
-    mine = dict(
-        zip(
-            problem.paths,
-            [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, float) or is_float(leaf)],
-            strict=True,
-        )
-    )
-    every = {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "params"
-        for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=keep)
-    }
-    extra = sorted(set(given) - every)
     other_tree = jax.tree.structure(claimed, is_leaf=keep) != jax.tree.structure(params, is_leaf=keep)
     grads, complaints = [], []
-    for path in problem.paths:
-        leaf, complaint = given.get(path), ""
+    for path in problem.keys:
+        leaf, mine, complaint = given.get(path), own[path], ""
+        usable = (isinstance(leaf, float) or is_float(leaf)) and jnp.shape(leaf) == jnp.shape(mine)
         if path not in given:
-            complaint = f"wrong tree: no gradient for this leaf (found {sorted(given)[:6]})"
+            complaint = f"wrong tree: no gradient for this leaf (found {[name_of(p) for p in given][:6]})"
         elif leaf is None:
             complaint = "wrong tree: None, so this leaf never receives a gradient"
         elif not isinstance(leaf, float | int) and not is_array(leaf):
             complaint = f"wrong tree: a {type(leaf).__name__} instead of an array"
-        elif jnp.shape(leaf) != jnp.shape(mine[path]):
-            complaint = f"wrong shape: {jnp.shape(leaf)}, the parameter has {jnp.shape(mine[path])}"
+        elif jnp.shape(leaf) != jnp.shape(mine):
+            complaint = f"wrong shape: {jnp.shape(leaf)}, the parameter has {jnp.shape(mine)}"
         elif extra:
             complaint = f"wrong tree: also gradients for {extra[:6]}, which params does not have"
         elif other_tree:
             complaint = "wrong tree: its containers are not those of params (a tuple for a list, say)"
-        usable = (
-            leaf is not None
-            and jnp.shape(leaf) == jnp.shape(mine[path])
-            and (isinstance(leaf, float | int) or is_float(leaf))
-        )
-        if leaf is not None and not complaint and not usable:
-            complaint = f"wrong dtype: {jnp.result_type(leaf)}, the parameter has {jnp.result_type(mine[path])}"
+        elif not usable:
+            complaint = f"wrong dtype: {jnp.result_type(leaf)}, the parameter has {jnp.result_type(mine)}"
         grads.append(jnp.asarray(leaf) if usable else None)
         complaints.append(complaint)
     return grads, complaints
 
 
-def native_dtypes(problem: Problem, gradient: Callable) -> list[str]:
+def name_of(path) -> str:
+    """A key path as the report shows it; ``params`` for a tree that is one leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
+def native_dtypes(problem: Problem, engine: Engine) -> list[str]:
     """For each leaf what is wrong with the dtype of its gradient at the caller's own precision; nothing is computed."""
     leaves, others = problem.native(None)
     found: list[str] = []
 
-    def flat(leaves, others):
-        p, a = problem.rebuild(leaves, others)
-        grads, _ = align(problem, gradient(p, *a), p)
+    def grads(leaves, others):
+        grads, _ = engine(leaves, others)
         for g, leaf in zip(grads, leaves, strict=True):
-            found.append(
-                "" if g is None or g.dtype == leaf.dtype else f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}"
-            )
+            differs = g is not None and g.dtype != leaf.dtype
+            found.append(f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}" if differs else "")
         return grads
 
     try:
-        jax.eval_shape(flat, leaves, others)
-    except UNTRACEABLE:  # a gradient in NumPy has dtypes of its own
+        jax.eval_shape(grads, leaves, others)
+    except Exception:  # a gradient in NumPy, which has dtypes of its own; a true error came before
         return [""] * len(leaves)
     return found

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from fnet.gradcheck.judge import judge
-from fnet.gradcheck.problem import Claim, claim, precise, prepare, trace
+from fnet.gradcheck.problem import Claim, by_autodiff, claim, open_problem, precise
 from fnet.gradcheck.report import columns
 from fnet.gradcheck.witnesses import FAULT, gather
 from fnet.types import PyTree
@@ -61,10 +60,9 @@ def self_test(f: Callable, params: PyTree, *args, has_aux: bool = False, seed: i
     >>> print(self_test(lambda w: (w**3).sum(), np.array([1.0, 2.0])))  # doctest: +ELLIPSIS
     fault ...
     """
-    with precise():
-        problem = prepare(f, params, args, has_aux)
-        traced = trace(problem)
-        right = claim(problem, jax.grad(f, has_aux=has_aux))
+    problem, traced, x64 = open_problem(f, params, args, has_aux)
+    with precise(x64):
+        right = claim(problem, by_autodiff(problem))
         witnesses = gather(problem, traced, seed, None if traced.custom else right)
         exact = right.grads if witnesses.autodiff is None else witnesses.autodiff
         blamed = []

@@ -29,23 +29,31 @@ class Line(NamedTuple):
     right: Any  # equal unless there is a kink
     error: float  # of either
     kinked: bool
+    rough: bool  # one-sided slopes that do not settle as the step shrinks
     base: float  # f at t = 0
     steps: tuple[float, ...]  # the smooth ones, largest first
     values: tuple[tuple[float, float], ...]  # f(t), f(-t) at each
 
     @property
+    def largest(self) -> float:
+        """The largest magnitude of the function at the smooth steps."""
+        return max((max(abs(up), abs(down)) for up, down in self.values), default=0.0)
+
+    @property
     def usable(self) -> bool:
         return self.left is not None
 
-    def excess(self, claimed: float, slack: float = 0.0) -> float:
-        """By how many times its error a claimed slope lies outside the one-sided slopes; 0 within."""
+    def outside(self, claimed: float) -> float:
+        """How far a claimed slope lies outside the one-sided slopes; 0 within."""
         low, high = min(self.left, self.right), max(self.left, self.right)
-        outside = max(low - claimed, claimed - high, 0.0) if np.isfinite(claimed) else np.inf
-        return outside / (self.error + slack + 1e-300)
+        return max(low - claimed, claimed - high, 0.0) if np.isfinite(claimed) else np.inf
 
 
-def make_probe(closed, leaves, others):
-    """``probe(directions) -> Line``; a direction is a dict of arrays by the leaf's position, zero elsewhere."""
+def make_probe(closed, leaves, others, eps: float = 2.0**-52):
+    """``probe(directions) -> Line``; a direction is a dict of arrays by the leaf's position, zero elsewhere.
+
+    ``eps`` is that of the narrowest type that takes part: the values are no better than that.
+    """
 
     def values(leaves, others, direction, ts):
         def at(t):
@@ -62,40 +70,51 @@ def make_probe(closed, leaves, others):
     def probe(direction: dict[int, np.ndarray]) -> Line:
         along = [jnp.asarray(direction[i]) if i in direction else zero for i, zero in enumerate(zeros)]
         f, marks = run(leaves, others, along, ts)
-        return read_line(np.asarray(f, np.float64), np.asarray(marks))
+        return read_line(np.asarray(f, np.float64), np.asarray(marks), eps)
 
     return probe
 
 
-def read_line(f: np.ndarray, marks: np.ndarray) -> Line:
+def read_line(f: np.ndarray, marks: np.ndarray, eps: float = 2.0**-52) -> Line:
     """The slopes at 0 of a line's values, from the steps on each side that cross no kink."""
     n = len(LEVELS)
     base, plus, minus = float(f[0]), f[1 : n + 1], f[n + 1 :]
     m0, m_plus, m_minus = marks[0], marks[1 : n + 1], marks[n + 1 :]
     right = smooth_run(m_plus, plus)
     left = smooth_run(m_minus, minus)
-    none = Line(None, None, np.inf, False, base, (), ())
+    none = Line(None, None, np.inf, False, False, base, (), ())
     if not np.isfinite(base) or left >= n - 1 or right >= n - 1:
         return none
     first = max(left, right)
     steps, up, down = LEVELS[first:], plus[first:], minus[first:]
     shown = tuple(map(float, steps)), tuple(zip(map(float, up), map(float, down), strict=True))
     # three points on each side in a row: what a parabola leaves is rounding
-    noise = 2.0**-52 * max(abs(base), np.abs(up).max(), np.abs(down).max())
+    noise = eps * max(abs(base), np.abs(up).max(), np.abs(down).max())
     for side in (plus, minus):
         for k in (n - 2, n - 3):
             if k >= first:
                 noise = max(noise, abs(side[k] - 4 * side[k + 1] + 3 * base) / 4)
-    if m_plus[-1] == m0 == m_minus[-1]:
-        slope, error = extrapolate((up - down) / (2 * steps), 16.0, noise / steps)
-        return Line(slope, slope, error, False, base, *shown)
-    a, a_error = extrapolate((plus[right:] - base) / LEVELS[right:], 4.0, 2 * noise / LEVELS[right:])
-    b, b_error = extrapolate((base - minus[left:]) / LEVELS[left:], 4.0, 2 * noise / LEVELS[left:])
+    ups, downs = (plus - base) / LEVELS, (base - minus) / LEVELS
+    if any(diverges(s, eps * max(abs(base), np.abs(up).max(), np.abs(down).max())) for s in (ups, downs)):
+        return none._replace(rough=True)
+    a, a_error = extrapolate(ups[right:], 4.0, 2 * noise / LEVELS[right:])
+    b, b_error = extrapolate(downs[left:], 4.0, 2 * noise / LEVELS[left:])
     error = max(a_error, b_error)
+    # an operation may have a kink that decisions do not show, so one-sided slopes are compared all the same
+    apart = abs(a - b) > max(100 * error, 1e-4 * max(abs(a), abs(b)))
+    if m_plus[-1] == m0 == m_minus[-1] and not apart:
+        slope, error = extrapolate((up - down) / (2 * steps), 16.0, noise / steps)
+        return Line(slope, slope, error, False, False, base, *shown)
     kinked = abs(a - b) > 10 * error
     if not kinked:
         a = b = (a + b) / 2
-    return Line(b, a, error, kinked, base, *shown)
+    return Line(b, a, error, kinked, False, base, *shown)
+
+
+def diverges(slopes: np.ndarray, noise: float) -> bool:
+    """Whether one-sided slopes grow as the step shrinks, by more than rounding: at a cusp or a jump."""
+    last = np.abs(slopes[-5:])
+    return bool((last[1:] > 1.5 * last[:-1]).all() and last[-1] * LEVELS[-1] > 1e4 * noise)
 
 
 def smooth_run(marks: np.ndarray, values: np.ndarray) -> int:
@@ -109,17 +128,21 @@ def extrapolate(estimates: np.ndarray, ratio: float, noise: np.ndarray) -> tuple
 
     The error is that of Ridders (the larger distance to the two entries that it came from) plus the rounding.
     """
-    best, least = float(estimates[-1]), float(noise[-1] * 4 + abs(estimates[-1] - estimates[-2]))
+    found = [(float(noise[-1] * 4 + abs(estimates[-1] - estimates[-2])), float(estimates[-1]), len(estimates) - 1)]
     row: list[float] = []
     for k, estimate in enumerate(estimates):
         new = [float(estimate)]
         for j, previous in enumerate(row):
             new.append(new[j] + (new[j] - previous) / (ratio ** (j + 1) - 1))
             error = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - previous)) + 3 * float(noise[k])
-            if error < least:
-                best, least = new[j + 1], error
+            found.append((error, new[j + 1], k))
         row = new
-    return best, least
+    # long steps may agree with each other and be wrong (a saturated function, a period): shorter ones must come closer
+    for error, value, k in sorted(found):
+        shorter = np.abs(estimates[k:] - value)
+        if (shorter <= 0.5 * shorter[0] + 5 * noise[k:] + 2 * error)[1:].all():
+            return value, error
+    return found[0][1], found[0][0]
 
 
 def taylor(line: Line, slope: float) -> tuple[tuple[tuple[float, float], ...], float | None]:
@@ -170,6 +193,11 @@ def choices(name: str, eqn, inputs, outputs) -> list[jax.Array]:
         return [(x > low).astype(jnp.int32) + (x < high)]
     if name in ("reduce_max", "reduce_min"):
         return [x == jnp.expand_dims(outputs[0], tuple(eqn.params["axes"]))]
+    if name in ("sqrt", "cbrt", "log") or (name == "pow" and is_float(inputs[1])):
+        return [(x == 0).astype(jnp.int32)]
+    if name in ("scatter-max", "scatter-min"):
+        _, back = jax.vjp(lambda x, u: eqn.primitive.bind(x, inputs[1], u, **eqn.params), x, inputs[2])
+        return [g != 0 for g in back(jnp.ones_like(outputs[0]))]
     if name in ("reduce_window_max", "reduce_window_min", "cummax", "cummin"):
         _, back = jax.vjp(lambda x: eqn.primitive.bind(x, **eqn.params), x)
         return [back(jnp.ones_like(outputs[0]))[0] != 0]

@@ -17,7 +17,7 @@ TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is 
 ROUNDING = 50  # times the measured rounding noise is still rounding
 EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
 SMALL = 64  # entries up to which every coordinate is probed where there is no autodiff
-PROBED = 64  # entries that differ from autodiff's which are probed one by one
+PROBES = 1024  # lines at most over the entries that differ from autodiff's
 
 
 class Witnesses(NamedTuple):
@@ -45,7 +45,7 @@ def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = Non
         grads = same.grads if same is not None else [to_numpy(g) for g in quick_jit(derivative)(*arguments)]
     except (NotImplementedError, ValueError, TypeError) as error:
         why_not = str(error).strip().splitlines()[0][:200]
-    probe = make_probe(traced.closed, problem.leaves, problem.others)
+    probe = make_probe(traced.closed, problem.leaves, problem.others, traced.eps)
     rng = np.random.default_rng(seed)
     lines = {}
     for i, leaf in enumerate(problem.leaves):
@@ -82,16 +82,58 @@ def single(p: np.ndarray, k: int) -> np.ndarray:
     return d.reshape(p.shape)
 
 
-def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray) -> bool:
-    """Whether the slope of a gradient lies outside the measured one-sided slopes, by more than any error."""
+def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray, share: float = 0.5 * FAULT) -> bool:
+    """Whether the slope of a gradient lies outside the measured one-sided slopes by more than errors, and by a fault.
+
+    A difference of ``share`` of the gradient's largest entry in each entry of the direction is none.
+    """
+    if not line.usable:
+        return False
     with np.errstate(invalid="ignore"):
-        slope, slack = float((gradient * d).sum()), 1e-12 * float(np.abs(gradient * d).sum())
-    return line.usable and line.excess(slope, slack) > EXCESS
+        slope, terms = float((gradient * d).sum()), np.abs(gradient * d)
+    finite = np.abs(gradient[np.isfinite(gradient)])
+    slack = share * float(finite.max(initial=0)) * float(np.linalg.norm(d)) + 1e-12 * float(terms.sum())
+    return line.outside(slope) > EXCESS * line.error + (slack if np.isfinite(slack) else 0.0)
 
 
 def contradicts_any(lines, gradient) -> bool:
     """Whether one of the lines contradicts a gradient."""
     return any(contradicts(line, gradient, d) for d, line in lines)
+
+
+class Resolved(NamedTuple):
+    """What lines over ever smaller parts of some entries say of a gradient."""
+
+    against: tuple | None  # a direction and its line that contradict it
+    kinked: bool
+    open: bool  # parts are left that could not be measured, or were too many
+    blind: bool  # parts where the slopes could not have told the gradient from autodiff's
+    probes: int
+
+
+def resolve(w: Witnesses, i: int, c: np.ndarray, entries: np.ndarray, a: np.ndarray | None = None) -> Resolved:
+    """Measure the slope over entries of one leaf; parts on a kink are halved, so that it hides nothing beside it."""
+    p = np.asarray(w.problem.leaves[i], np.float64)
+    common, rng = magnitudes(p)[0].ravel(), np.random.default_rng(len(entries))
+    parts, kinked, unmeasured, blind, probes = [entries], False, False, False, 0
+    while parts and probes < PROBES:
+        part = parts.pop()
+        d = np.zeros(p.size)
+        d[part] = rng.choice([-1.0, 1.0], len(part)) * common[part]
+        d = d.reshape(p.shape)
+        line = w.probe({i: d})
+        probes += 1
+        if contradicts(line, c, d):
+            return Resolved((d, line), kinked, unmeasured, blind, probes)
+        if not line.usable or (line.kinked and len(part) > 1):
+            if len(part) > 1:
+                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+            unmeasured |= len(part) == 1
+        elif line.kinked:
+            kinked = True
+        elif a is not None and np.isfinite((a * d).sum()) and not contradicts(line, a, d):
+            blind = True
+    return Resolved(None, kinked, unmeasured or bool(parts), blind, probes)
 
 
 def measured(w: Witnesses, i: int, c: np.ndarray) -> np.ndarray:
