@@ -282,8 +282,8 @@ def location(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:
 
 def function_name(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:
     """What a user calls an operation: the name of the innermost function of jax around it, else its own."""
-    names = [name_of_call(call) for call in calls]
-    return next((n for n in reversed(names) if not n.startswith(("_", "<"))), eqn.primitive.name)
+    names = [name_of_call(call).lstrip("_") for call in calls]
+    return next((n for n in reversed(names) if not n.startswith("<")), eqn.primitive.name)
 
 
 def is_float(x) -> bool:

@@ -176,11 +176,11 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
         at = kinks(w, i) if against[1].kinked else ""
         return wrong(f"outside the one-sided slopes of the kink: {at}" if at else "", against)
     assert found is not None
-    if found.blind or (found.open and not found.kinked):
+    if found.blind or (found.open and not found.kinked and np.isfinite(a[differ]).all()):
         return wrong()
     evidence.insert(0, f"{found.probes} lines over the entries where autodiff differs agree with the measured slopes")
     if found.open:
-        cause = f"autodiff differs in {differ.sum()} entries, too many or too rough to measure each"
+        cause = f"autodiff differs in {differ.sum()} entries, too many or too rough to measure: {kinks(w, i)}"
         return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": np.inf}
     if found.kinked:
         return on_kink(w, i, evidence, TIGHT)

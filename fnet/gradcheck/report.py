@@ -50,9 +50,9 @@ class LeafCheck(NamedTuple):
 
     def describe(self) -> str:
         """The verdict in one line."""
-        at = ""
-        if self.verdict == "wrong" and not math.isnan(self.expected):
-            at = f" at {list(self.worst)}: {self.claimed:.6g}, expected {self.expected:.6g}"
+        values = f"{self.claimed:.6g}", f"{self.expected:.6g}"
+        shown = self.verdict == "wrong" and values[0] != values[1] and not math.isnan(self.expected)
+        at = f" at {list(self.worst)}: {values[0]}, expected {values[1]}" if shown else ""
         return self.verdict + at + (f" ({self.cause})" if self.cause else "")
 
 
@@ -127,7 +127,7 @@ class Report(NamedTuple):
                     leaf.path,
                     str(leaf.shape),
                     leaf.dtype,
-                    f"{leaf.relative:.1e}",
+                    "" if math.isnan(leaf.relative) else f"{leaf.relative:.1e}",
                     f"{leaf.power:.0e}",
                     order,
                     leaf.describe(),
