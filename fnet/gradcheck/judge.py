@@ -24,11 +24,12 @@ from fnet.gradcheck.witnesses import (
     TIGHT,
     Witnesses,
     contradicts,
-    contradicts_any,
+    first_against,
     magnitudes,
     measured,
     noise_of,
     numeric_power,
+    pairs,
     resolve,
 )
 
@@ -63,7 +64,7 @@ def judge(w: Witnesses, claimed: Claim, i: int) -> LeafCheck:
     a = None if w.autodiff is None else w.autodiff[i]
     expected = a if a is not None else measured(w, i, c)
     check = compare(blank, c, expected)
-    line, slope = longest(w.lines[i], c)
+    line, slope = longest(w, i, c)
     if line is not None:
         points, order = taylor(line, slope)
         check = check._replace(taylor=points, order=order)
@@ -116,13 +117,13 @@ def blocks(error: np.ndarray, most: int = 64) -> np.ndarray:
     return matrix
 
 
-def longest(lines, c: np.ndarray):
+def longest(w: Witnesses, i: int, c: np.ndarray):
     """The line with the most smooth steps without a kink, for the Taylor remainder, and the claimed slope along it."""
-    usable = [(d, line) for d, line in lines if line.usable and not line.kinked]
-    if not usable or not np.isfinite(c).all():
-        return None, 0.0
-    d, line = max(usable, key=lambda pair: len(pair[1].steps))
-    return line, float((c * d).sum())
+    best, slope = None, 0.0
+    for d, line in pairs(w, i) if np.isfinite(c).all() else ():
+        if line.usable and not line.kinked and (best is None or len(line.steps) > len(best.steps)):
+            best, slope = line, float((c * d).sum())
+    return best, slope
 
 
 def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
@@ -134,7 +135,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
     with np.errstate(invalid="ignore"):
         difference = np.abs(c - a)
     differ = ~(difference <= TIGHT * scale)
-    bad = next((pair for pair in lines if contradicts(pair[1], c, pair[0])), None)
+    bad = first_against(w, i, c)
 
     def wrong(cause: str = "", pair=None) -> dict:
         said = (*evidence, tell(pair, c)) if pair is not None else tuple(evidence)
@@ -151,7 +152,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
         return settle(w, i, evidence, TIGHT)
 
     # is it rounding?
-    clear = bad is not None and not contradicts_any(lines, a) and np.nanmax(difference) > 1e-2 * scale
+    clear = bad is not None and first_against(w, i, a) is None and np.nanmax(difference) > 1e-2 * scale
     if not clear and np.isfinite(a).all() and bad is None:
         noise = noise_of(w, claimed, i)
         size, power = float(noise.max()) / (scale or 1.0), ROUNDING * float(noise.max()) / (scale or 1.0)
@@ -189,7 +190,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
 
 def zero_up_to_rounding(lines, size: float) -> dict:
     """A gradient that is all rounding: zero, if the slopes say so; else nothing is known of it."""
-    flat = all(line.usable and EXCESS * line.error <= 1e-6 * max(abs(line.base), line.largest) for _, line in lines)
+    flat = all(line.usable and EXCESS * line.error <= 1e-6 * max(abs(line.base), line.largest) for line in lines)
     if flat:
         return {"cause": "zero up to rounding"}
     return {"verdict": "unverified", "cause": f"rounding of {size:.0e} times the gradient itself: nothing can be said"}
@@ -221,10 +222,10 @@ def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
         return said("unverified", cause, max(power, seen))
     if i in w.traced.unused:
         return said("ok", "the function does not depend on this leaf", 0.0)
-    if any(line.rough for _, line in w.lines[i]):
+    if any(line.rough for line in w.lines[i]):
         cause = f"one-sided slopes do not settle: a cusp or a jump ({kinks(w, i) or 'place unknown'})"
         return said("unverified", cause)
-    if any(line.kinked for _, line in w.lines[i]):
+    if any(line.kinked for line in w.lines[i]):
         return on_kink(w, i, evidence, power)
     a = w.autodiff[i] if w.autodiff is not None else None
     if a is not None and not a.any():
@@ -241,8 +242,8 @@ def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
     if not np.isfinite(c).all():
         return {"verdict": "wrong", "cause": "", "evidence": tuple(evidence), "power": np.inf}
     power = numeric_power(w, i, c) if c.any() else np.inf
-    bad = next((pair for pair in w.lines[i] if contradicts(pair[1], c, pair[0], 0.05 * FAULT)), None)
-    if bad is None and any(line.kinked for _, line in w.lines[i]):
+    bad = first_against(w, i, c, 0.05 * FAULT)
+    if bad is None and any(line.kinked for line in w.lines[i]):
         found = resolve(w, i, c, np.arange(c.size))
         bad = found.against
         if bad is None and found.open:
@@ -253,7 +254,7 @@ def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
         known = np.isfinite(measured(w, i, c)).all()  # then its pattern says more
         cause = "" if known else narrow(w, i, c, p)
         return {"verdict": "wrong", "cause": cause, "evidence": tuple(evidence), "power": power}
-    if not any(line.usable or line.rough for _, line in w.lines[i]):
+    if not any(line.usable or line.rough for line in w.lines[i]):
         cause = "no step is smooth: slopes cannot be measured"
         return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": np.inf}
     verdict = settle(w, i, evidence, power)
@@ -264,7 +265,7 @@ def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
 
 def narrow(w: Witnesses, i: int, c: np.ndarray, p: np.ndarray) -> str:
     """Where a gradient is wrong that only slopes can judge: halve the leaf along each axis while one half is right."""
-    ratios = [line.left / s for d, line in w.lines[i] if line.usable and (s := float((c * d).sum())) != 0]
+    ratios = [line.left / s for d, line in pairs(w, i) if line.usable and (s := float((c * d).sum())) != 0]
     if len(ratios) > 2 and np.ptp(ratios) <= 1e-5 * abs(np.mean(ratios)):
         return causes.pattern(c, c * np.mean(ratios), None, w.problem.examples, 1e-4)
     if not c.any():
@@ -297,7 +298,7 @@ def digits(c, a, scale) -> str:
 
 def describe_lines(lines) -> str:
     """How many lines were measured, and how well."""
-    usable = [line for _, line in lines if line.usable]
+    usable = [line for line in lines if line.usable]
     if not usable:
         return f"none of {len(lines)} lines could be measured: no smooth step"
     longest_step = min(line.steps[0] for line in usable)

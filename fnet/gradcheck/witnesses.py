@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,8 @@ class Witnesses(NamedTuple):
     autodiff: list[Any] | None  # without custom rules; None where jax cannot differentiate the function
     why_not: str  # the reason
     probe: Callable
-    lines: dict[int, list[tuple[np.ndarray, Line]]]  # directions over one leaf, and what was measured
+    lines: list[list[Line]]  # what was measured over each leaf, along its `directions`
+    seed: int  # of the directions, which are drawn again where they are needed: each is as large as its leaf
     finite: bool
     derivative: Callable  # that autodiff, not compiled
     noise: dict  # rounding of programs that was measured already
@@ -46,26 +47,34 @@ def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = Non
     except (NotImplementedError, ValueError, TypeError) as error:
         why_not = str(error).strip().splitlines()[0][:200]
     probe = make_probe(traced.closed, problem.leaves, problem.others, traced.eps)
-    rng = np.random.default_rng(seed)
-    lines = {}
+    lines = []
     for i, leaf in enumerate(problem.leaves):
-        p = np.asarray(leaf, np.float64)
-        directions = random_directions(p, rng, 4 if grads is not None else 12)
-        if p.size <= (4 if grads is not None else SMALL):
-            directions += [single(p, k) for k in range(p.size)]
-        lines[i] = [(d, probe({i: d})) for d in directions] if p.size else []
+        drawn = directions(np.asarray(leaf, np.float64), [seed, i], grads is not None)
+        lines.append([probe({i: d}) for d in drawn])
     finite = np.isfinite(probe({}).base)
-    return Witnesses(problem, traced, grads, why_not, probe, lines, bool(finite), derivative, {})
+    return Witnesses(problem, traced, grads, why_not, probe, lines, seed, bool(finite), derivative, {})
 
 
-def random_directions(p: np.ndarray, rng, count: int) -> list[np.ndarray]:
-    """Signs and Gaussians by turns, scaled by each value's own magnitude or by the leaf's."""
-    common, own = magnitudes(p)
-    found = []
-    for k in range(count):
+def directions(p: np.ndarray, seed, autodiff: bool) -> Iterator[np.ndarray]:
+    """Signs and Gaussians by turns, scaled by each value's own magnitude or by the leaf's; then single entries.
+
+    With autodiff beside them four, and single entries of a leaf of up to four; else twelve, and of up to 64.
+    """
+    if not p.size:
+        return
+    rng, (common, own) = np.random.default_rng(seed), magnitudes(p)
+    for k in range(4 if autodiff else 12):
         draw = rng.choice([-1.0, 1.0], p.shape) if k % 2 == 0 else rng.standard_normal(p.shape)
-        found.append(draw * (common if k % 4 in (0, 3) else own))
-    return found
+        yield draw * (common if k % 4 in (0, 3) else own)
+    if p.size <= (4 if autodiff else SMALL):
+        for k in range(p.size):
+            yield single(p, k)
+
+
+def pairs(w: Witnesses, i: int) -> Iterator[tuple[np.ndarray, Line]]:
+    """The directions over one leaf, each with its line."""
+    drawn = directions(np.asarray(w.problem.leaves[i], np.float64), [w.seed, i], w.autodiff is not None)
+    yield from zip(drawn, w.lines[i], strict=True)
 
 
 def magnitudes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +105,9 @@ def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray, share: float = 
     return line.outside(slope) > EXCESS * line.error + (slack if np.isfinite(slack) else 0.0)
 
 
-def contradicts_any(lines, gradient) -> bool:
-    """Whether one of the lines contradicts a gradient."""
-    return any(contradicts(line, gradient, d) for d, line in lines)
+def first_against(w: Witnesses, i: int, gradient: np.ndarray, share: float = 0.5 * FAULT):
+    """The first direction and line over one leaf that contradict a gradient, None if none does."""
+    return next(((d, line) for d, line in pairs(w, i) if contradicts(line, gradient, d, share)), None)
 
 
 class Resolved(NamedTuple):
@@ -139,7 +148,7 @@ def resolve(w: Witnesses, i: int, c: np.ndarray, entries: np.ndarray, a: np.ndar
 def measured(w: Witnesses, i: int, c: np.ndarray) -> np.ndarray:
     """The gradient by single coordinates where all were probed, NaN where not."""
     e = np.full(c.shape, np.nan)
-    for d, line in w.lines[i]:
+    for d, line in pairs(w, i):
         hit = np.flatnonzero(d)
         if len(hit) == 1 and line.usable:
             e.flat[hit[0]] = (line.left + line.right) / 2 / d.flat[hit[0]]
@@ -167,7 +176,7 @@ def numeric_power(w: Witnesses, i: int, gradient: np.ndarray | None = None) -> f
     """The smallest fault in any one entry that the measured lines show, relative to the leaf's largest entry."""
     visible = np.full(w.problem.leaves[i].shape, np.inf)
     g = gradient if gradient is not None else w.autodiff[i] if w.autodiff is not None else None
-    for d, line in w.lines[i]:
+    for d, line in pairs(w, i):
         if line.usable and not line.kinked:
             with np.errstate(divide="ignore"):
                 visible = np.minimum(visible, EXCESS * line.error / np.abs(d))
