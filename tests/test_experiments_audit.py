@@ -36,7 +36,17 @@ def test_the_derivation_differentiates_nothing(function):
 # --- the character model by hand -------------------------------------------------------------------------------------
 
 BACKWARD = [
-    *("loss", "picked", "logs", "probabilities", "share", "total", "exponentials", "shifted"),  # cross-entropy
+    *(
+        "loss",
+        "picked",
+        "logs",
+        "probabilities",
+        "share",
+        "total",
+        "exponentials",
+        "shifted",
+        "largest",
+    ),  # cross-entropy
     *("logits", "hidden", "preactivation"),
     *("scaled", "normalised", "inverse", "deviation", "variance", "square", "difference", "mean"),  # normalisation
     *("affine", "product", "flat", "embedded"),
@@ -53,7 +63,8 @@ def test_every_gradient_by_hand_passes_in_the_order_of_the_backward(hand_run):
     report = hand_run[0]["right"]
     assert report.ok and report.first_wrong == ""
     assert [value.name for value in report.intermediates] == BACKWARD
-    assert max(value.relative for value in report.intermediates) < 1e-13
+    # the largest logit's is zero up to rounding, so that no digit of it can agree
+    assert max(value.relative for value in report.intermediates if value.name != "largest") < 1e-13
     assert {leaf.path for leaf in report.leaves} == {"table", "w1", "b1", "gain", "shift", "w2", "b2"}
 
 
