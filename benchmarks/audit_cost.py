@@ -80,9 +80,9 @@ def main() -> None:
         return
     compiling = [0.0]
 
-    def listen(event: str, seconds: float, **_):
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.rsplit("/", 1)[-1] in COMPILING:
-            compiling[0] += seconds
+            compiling[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     print(f"{'parameters':>12}{'seconds in all':>16}{'compiling':>12}{'the rest':>10}{'rest per million':>18}")

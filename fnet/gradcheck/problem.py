@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fnet.interpret import (
     CUSTOM,
@@ -79,7 +80,7 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
     for path, leaf in paths_and_leaves:
         mine = path[0].idx == 0
         name = name_of(path[1:]) if mine else f"argument {name_of(path[1:])}"
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise ValueError(f"{name} is traced; the audit runs on the host: call it outside jit, vmap and grad")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{name}: got a ShapeDtypeStruct; a gradient is checked at a point, so give an array")
@@ -89,9 +90,9 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
         if mine and floating:
             roles.append("leaf")
             keys.append(path[1:])
-            dtypes.append(np.dtype(np.float64) if isinstance(leaf, float) else np.dtype(leaf.dtype))
+            dtypes.append(np.dtype(getattr(leaf, "dtype", np.float64)))
         else:
-            numbers = is_array(leaf) and getattr(leaf.dtype, "kind", "V") not in "USO"
+            numbers = is_array(leaf) and getattr(getattr(leaf, "dtype", None), "kind", "V") not in "USO"
             roles.append("other" if numbers else "static")
     if not keys:
         raise ValueError("check_gradients: params has no floating leaf, so there is no gradient to check")
@@ -345,7 +346,8 @@ def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
     other_tree = jax.tree.structure(claimed, is_leaf=keep) != jax.tree.structure(params, is_leaf=keep)
     grads, complaints = [], []
     for path in problem.keys:
-        leaf, mine, complaint = given.get(path), own[path], ""
+        leaf: Any = given.get(path)
+        mine, complaint = own[path], ""
         usable = (isinstance(leaf, float) or is_float(leaf)) and jnp.shape(leaf) == jnp.shape(mine)
         if path not in given:
             complaint = f"wrong tree: no gradient for this leaf (found {[name_of(p) for p in given][:6]})"
@@ -379,8 +381,10 @@ def native_dtypes(problem: Problem, engine: Engine) -> list[str]:
     def grads(leaves, others):
         grads, _ = engine(leaves, others)
         for g, leaf in zip(grads, leaves, strict=True):
-            differs = g is not None and g.dtype != leaf.dtype
-            found.append(f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}" if differs else "")
+            if g is None or g.dtype == leaf.dtype:
+                found.append("")
+            else:
+                found.append(f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}")
         return grads
 
     try:
