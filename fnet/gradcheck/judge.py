@@ -9,8 +9,6 @@ agrees with autodiff entry by entry? ── yes ─▶ do the slopes agree? ─ 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from fnet.gradcheck import causes, places
@@ -68,21 +66,10 @@ def judge(w: Witnesses, claimed: Claim, i: int) -> LeafCheck:
     if line is not None:
         points, order = taylor(line, slope)
         check = check._replace(taylor=points, order=order)
-    finding = Finding(c, a, expected, p)
-    verdict = with_autodiff(w, claimed, i, finding) if a is not None else without_autodiff(w, i, finding)
-    check = check._replace(**verdict)
+    check = check._replace(**(with_autodiff(w, claimed, i, c, a) if a is not None else without_autodiff(w, i, c)))
     if complaint:
         check = check._replace(verdict="wrong", cause=complaint)
     return check
-
-
-class Finding(NamedTuple):
-    """One leaf's arrays."""
-
-    claimed: np.ndarray
-    autodiff: np.ndarray | None
-    expected: np.ndarray
-    value: np.ndarray
 
 
 def compare(check: LeafCheck, c: np.ndarray, e: np.ndarray) -> LeafCheck:
@@ -126,10 +113,8 @@ def longest(w: Witnesses, i: int, c: np.ndarray):
     return best, slope
 
 
-def with_autodiff(w: Witnesses, claimed: Claim, i: int, leaf: Finding) -> dict:
+def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.ndarray) -> dict:
     """The verdict of a leaf for which there is autodiff: entry by entry, then the slopes."""
-    c, a = leaf.claimed, leaf.autodiff
-    assert a is not None
     lines, evidence = w.lines[i], [describe_lines(w.lines[i])]
     scale = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     with np.errstate(invalid="ignore"):
@@ -235,9 +220,8 @@ def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
     return said("ok")
 
 
-def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
+def without_autodiff(w: Witnesses, i: int, c: np.ndarray) -> dict:
     """The verdict of a leaf that only measured slopes can judge."""
-    c, p = leaf.claimed, leaf.value
     evidence = [f"no autodiff: {w.why_not}", describe_lines(w.lines[i])]
     if not np.isfinite(c).all():
         return {"verdict": "wrong", "cause": "", "evidence": tuple(evidence), "power": np.inf}
@@ -252,7 +236,7 @@ def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
     if bad is not None:
         evidence.append(tell(bad, c))
         known = np.isfinite(measured(w, i, c)).all()  # then its pattern says more
-        cause = "" if known else narrow(w, i, c, p)
+        cause = "" if known else narrow(w, i, c)
         return {"verdict": "wrong", "cause": cause, "evidence": tuple(evidence), "power": power}
     if not any(line.usable or line.rough for line in w.lines[i]):
         cause = "no step is smooth: slopes cannot be measured"
@@ -263,13 +247,14 @@ def without_autodiff(w: Witnesses, i: int, leaf: Finding) -> dict:
     return verdict
 
 
-def narrow(w: Witnesses, i: int, c: np.ndarray, p: np.ndarray) -> str:
+def narrow(w: Witnesses, i: int, c: np.ndarray) -> str:
     """Where a gradient is wrong that only slopes can judge: halve the leaf along each axis while one half is right."""
     ratios = [line.left / s for d, line in pairs(w, i) if line.usable and (s := float((c * d).sum())) != 0]
     if len(ratios) > 2 and np.ptp(ratios) <= 1e-5 * abs(np.mean(ratios)):
         return causes.pattern(c, c * np.mean(ratios), None, w.problem.examples, 1e-4)
     if not c.any():
         return "zero: never receives a gradient"
+    p = np.asarray(w.problem.leaves[i], np.float64)
     full = np.random.default_rng(i).choice([-1.0, 1.0], p.shape) * magnitudes(p)[0]
     words = []
     for axis, name in enumerate(causes.axis_names(p.ndim)):

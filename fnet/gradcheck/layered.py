@@ -23,14 +23,7 @@ from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, watch
 
 
 def check_layer(
-    layer: Layer,
-    x: PyTree,
-    *,
-    key: jax.Array,
-    params: PyTree = None,
-    state: PyTree = None,
-    cost: bool = True,
-    **options,
+    layer: Layer, x: PyTree, *, key: jax.Array, params: PyTree = None, state: PyTree = None, **options
 ) -> Report:
     """Audit a layer's backward by hand: the gradients of its parameters and of its inputs, in train and in eval mode.
 
@@ -41,27 +34,14 @@ def check_layer(
     x, params, state, run_key = ready(layer, x, key, params, state)
     reports = []
     for mode in ("train", "eval"):
-
-        def outputs(tree, others, params, state, run_key, train=mode == "train"):
-            return layer.forward(tree["params"], state, join(tree["inputs"], others), key=run_key, train=train)
-
-        inputs, others = split_floating(x)
-        tree = {"params": params, "inputs": inputs}
+        call = Call((), layer, params, state, x, run_key, mode == "train")
         with precise():
-            shapes = jax.eval_shape(outputs, to_float64(tree), to_float64(others), params, to_float64(state), run_key)[
-                0
-            ]
-            cotangent = random_like(shapes, seed=1)
-
-        def value(tree, others, state, run_key, v, outputs=outputs):
-            return inner(outputs(tree, others, None, state, run_key)[0], v)
-
-        def by_hand(tree, others, state, run_key, v, outputs=outputs):
-            y, _, residuals = outputs(tree, others, None, state, run_key)
-            dparams, dx = layer.backward(tree["params"], residuals, cast_like(v, y))
-            return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
-
-        report = check_gradients(value, tree, others, state, run_key, cotangent, gradient=by_hand, cost=cost, **options)
+            y = jax.eval_shape(
+                lambda *a, c=call: c.layer.forward(*a, key=c.key, train=c.train)[0], *to_float64(call[2:5])
+            )
+            cotangent = random_like(split_floating(y)[0], seed=1)
+        value, by_hand, tree, args = functions(call, call[2:6], cotangent)
+        report = check_gradients(value, tree, *args, gradient=by_hand, **options)
         reports.append(report._replace(leaves=tuple(r._replace(path=f"{mode}/{r.path}") for r in report.leaves)))
     return Report(
         tuple(leaf for report in reports for leaf in report.leaves),
@@ -278,8 +258,8 @@ def functions(call: Call, given: tuple, cotangent):
 
     def by_hand(tree, others, state, key, v):
         x = join(tree["inputs"], others)
-        residuals = layer.forward(tree["params"], state, x, key=key, train=train)[2]
-        dparams, dx = layer.backward(tree["params"], residuals, v)
+        y, _, residuals = layer.forward(tree["params"], state, x, key=key, train=train)
+        dparams, dx = layer.backward(tree["params"], residuals, cast_like(v, split_floating(y)[0]))
         return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
 
     return value, by_hand, {"params": params, "inputs": inputs}, (others, state, key, cotangent)
