@@ -480,6 +480,16 @@ def test_a_leaf_that_the_function_ignores_is_said_to_be_so():
     )
 
 
+def test_an_input_that_a_gradient_ignores_is_named():
+    def gradient(p, x):  # as if all examples were the first one, which was looked at when it was written
+        g = by_hand(PARAMS, X[::-1] ** 2)
+        return {**jax.grad(net)(p, x), "b": jnp.asarray(g["b"]) * (p["b"] + 2.0)}
+
+    report = check(net, PARAMS, X, gradient=gradient)
+    assert verdicts(report) == {"b": "wrong", "q": "ok", "w": "ok"}
+    assert leaf_of(report, "b").cause == "ignores q, w, argument 0"
+
+
 def test_a_result_that_changes_between_two_calls_is_refused_with_the_remedy():
     rng = np.random.default_rng(0)
     report = check(lambda p: (p * rng.standard_normal()).sum(), np.ones(2))

@@ -9,6 +9,7 @@ agrees with autodiff entry by entry? ── yes ─▶ do the slopes agree? ─ 
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from fnet.gradcheck import causes, places
@@ -30,6 +31,7 @@ from fnet.gradcheck.witnesses import (
     pairs,
     resolve,
 )
+from fnet.interpret import dependencies
 
 
 def judge_all(witnesses: Witnesses, claimed: Claim) -> list[LeafCheck]:
@@ -339,8 +341,21 @@ def add_causes(w: Witnesses, claimed: Claim, checks: list[LeafCheck]) -> list[Le
         inputs = w.problem.leaves, w.problem.others
         found = causes.explain(w.traced.closed, *inputs, expected, open_ones, 1e-3 if w.traced.casts else 1e-5)
         for i, words in found.items():
-            checks[i] = checks[i]._replace(cause=words or checks[i].cause or "no pattern recognised")
+            cause = words or checks[i].cause or ignored(w, claimed, i) or "no pattern recognised"
+            checks[i] = checks[i]._replace(cause=cause)
     return checks
+
+
+def ignored(w: Witnesses, claimed: Claim, i: int) -> str:
+    """The inputs that autodiff's gradient of a leaf depends on and the claimed one does not."""
+    if claimed.closed is None:
+        return ""
+    program = jax.make_jaxpr(w.derivative)(w.problem.leaves, w.problem.others)
+    masks = [1 << k for k in range(len(w.problem.inputs))]
+    position = sum(g is not None for g in claimed.grads[:i])
+    missing = dependencies(program.jaxpr, masks)[i] & ~dependencies(claimed.closed.jaxpr, masks)[position]
+    names = [name for k, name in enumerate(w.problem.inputs) if missing >> k & 1]
+    return f"ignores {', '.join(names[:4])}" if names else ""
 
 
 def vague(cause: str) -> bool:

@@ -59,6 +59,7 @@ class Problem(NamedTuple):
 
     keys: tuple  # key paths of the floating leaves
     paths: tuple[str, ...]  # the same, to be read
+    inputs: tuple[str, ...]  # of the leaves and all other arrays
     dtypes: tuple[np.dtype, ...]  # that the caller gave them
     leaves: list[jax.Array]  # in float64
     others: list[jax.Array]  # floating ones in float64
@@ -76,7 +77,7 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
     Raises ValueError, TypeError on bad input.
     """
     paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path((params, args))
-    roles, keys, dtypes = [], [], []
+    roles, keys, dtypes, others_names = [], [], [], []
     for path, leaf in paths_and_leaves:
         mine = path[0].idx == 0
         name = name_of(path[1:]) if mine else f"argument {name_of(path[1:])}"
@@ -94,6 +95,7 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
         else:
             numbers = is_array(leaf) and getattr(getattr(leaf, "dtype", None), "kind", "V") not in "USO"
             roles.append("other" if numbers else "static")
+            others_names += [name] if numbers else []
     if not keys:
         raise ValueError("check_gradients: params has no floating leaf, so there is no gradient to check")
     values = [leaf for _, leaf in paths_and_leaves]
@@ -127,6 +129,7 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
     return Problem(
         tuple(keys),
         tuple(map(name_of, keys)),
+        (*map(name_of, keys), *others_names),
         tuple(dtypes),
         arrays("leaf", dtype),
         arrays("other", dtype),
