@@ -22,6 +22,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_par
 Site = tuple[int, ...]
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 CALLS = (*CUSTOM, "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+STRUCTURE = (*CALLS, "scan", "while", "cond")  # what `evaluate` enters: the operations within are seen one by one
 
 
 class Place(NamedTuple):
@@ -278,6 +279,12 @@ def location(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:
             if not any(part in frame.file_name for part in HIDDEN) and not frame.file_name.startswith("<frozen"):
                 return f"{Path(frame.file_name).name}:{frame.line_num}"
     return ""
+
+
+def placed(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:
+    """`location` as it stands behind a name, `` (file.py:line)``; empty if unknown."""
+    where = location(eqn, calls)
+    return f" ({where})" if where else ""
 
 
 def function_name(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:

@@ -78,6 +78,7 @@ FAULTS = {
     "one column": ("w", lambda g: put(g, (slice(None), 1), 0.0), "column 1 zero"),
     "transposed": ("q", lambda g: g.T, "transposed"),
     "rows permuted": ("w", lambda g: g[[0, 3, 2, 4, 1]], "permuted"),
+    "entries permuted": ("b", lambda g: g[[2, 0, 3, 1]], "entries permuted"),
     "shifted": ("w", lambda g: np.roll(g, 1, 0), "shifted by 1 along axis 0"),
     "reversed": ("b", lambda g: g[::-1], "reversed"),
     "constant": ("w", lambda g: g + 0.1, "a constant 0.1 is added"),

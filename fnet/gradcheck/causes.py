@@ -19,13 +19,13 @@ from jax.extend.core import Var
 
 from fnet.gradcheck.problem import quick_jit
 from fnet.interpret import (
+    STRUCTURE,
     bind,
-    body_of_call,
     dependencies,
     evaluate,
     function_name,
     is_float,
-    location,
+    placed,
     walk,
 )
 
@@ -79,7 +79,7 @@ def pattern(
                     return f"shifted by {k} along axis {axis} (padding or time off by {abs(k)})"
     for axis, name in enumerate(axis_names(c.ndim)):
         if c.shape[axis] > 1 and permuted(c, e, axis, tol):
-            return f"{name}s permuted"
+            return f"{plural(name)} permuted"
     if same(np.sort(c.ravel()), np.sort(e.ravel())):
         return "entries permuted"
     total = abs(c.sum() - e.sum()) <= tol * max(np.abs(e).sum(), np.abs(c).sum())
@@ -216,8 +216,7 @@ def find_gates(closed, n_leaves: int) -> dict:
     gates: dict = {}
     for site, eqn, lengths, calls, _ in places:
         taken, name = depends.get(site, []), eqn.primitive.name
-        where = location(eqn, calls)
-        at = f" ({where})" if where else ""
+        at = placed(eqn, calls)
         shown = function_name(eqn, calls) if name in ("max", "select_n") else name
         known = before.setdefault(site[:-1], [])
         if name == "scan" and any(taken):
@@ -227,7 +226,7 @@ def find_gates(closed, n_leaves: int) -> dict:
                     words = f"truncated through time (carry {j} of scan{at})"
                     cuts = tuple(truncations(length))
                     gates[(*site, "carry", j)] = Gate((*lengths, length), words, None, cuts)
-        if any(taken) and name not in ("scan", "cond", "while") and body_of_call(eqn) is None:
+        if any(taken) and name not in STRUCTURE:
             operands = [j for j, atom in enumerate(eqn.invars) if taken[j] and is_float(atom.aval)]
             out: Any = eqn.outvars[0].aval
             for j in operands:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from fnet.gradcheck import causes, places
-from fnet.gradcheck.problem import Claim
+from fnet.gradcheck.problem import Claim, largest
 from fnet.gradcheck.report import LeafCheck
 from fnet.gradcheck.slopes import taylor
 from fnet.gradcheck.witnesses import (
@@ -77,7 +77,7 @@ def judge(w: Witnesses, claimed: Claim, i: int) -> LeafCheck:
 def compare(check: LeafCheck, c: np.ndarray, e: np.ndarray) -> LeafCheck:
     """The errors of a claimed array against the expected one."""
     known = np.isfinite(e)
-    scale = float(np.abs(e[known]).max(initial=0)) or float(np.abs(c[np.isfinite(c)]).max(initial=0)) or 1.0
+    scale = largest(e) or largest(c) or 1.0
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(c - e)
     error = np.where(np.isfinite(c), np.where(known, error, 0.0), np.inf)
@@ -118,7 +118,7 @@ def longest(w: Witnesses, i: int, c: np.ndarray):
 def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.ndarray) -> dict:
     """The verdict of a leaf for which there is autodiff: entry by entry, then the slopes."""
     lines, evidence = w.lines[i], [describe_lines(w.lines[i])]
-    scale = float(np.abs(a[np.isfinite(a)]).max(initial=0))
+    scale = largest(a)
     with np.errstate(invalid="ignore"):
         difference = np.abs(c - a)
     differ = ~(difference <= TIGHT * scale)
@@ -352,8 +352,7 @@ def ignored(w: Witnesses, claimed: Claim, i: int) -> str:
         return ""
     program = jax.make_jaxpr(w.derivative)(w.problem.leaves, w.problem.others)
     masks = [1 << k for k in range(len(w.problem.inputs))]
-    position = sum(g is not None for g in claimed.grads[:i])
-    missing = dependencies(program.jaxpr, masks)[i] & ~dependencies(claimed.closed.jaxpr, masks)[position]
+    missing = dependencies(program.jaxpr, masks)[i] & ~dependencies(claimed.closed.jaxpr, masks)[claimed.output(i)]
     names = [name for k, name in enumerate(w.problem.inputs) if missing >> k & 1]
     return f"ignores {', '.join(names[:4])}" if names else ""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Engine, Problem, precise, run_once, to_numpy, traced_anew
+from fnet.gradcheck.problem import Engine, Problem, largest, precise, run_once, to_numpy, traced_anew
 from fnet.gradcheck.report import Cost, LeafCheck, Rung
 from fnet.gradcheck.witnesses import ROUNDING
 
@@ -32,7 +32,7 @@ def climb(problem: Problem, exact, engines: Mapping[str, Engine], checks, precis
             e, grads = exact[i], [grads[i] for grads in found]
             if e is None or not e.size or any(g is None for g in grads):
                 continue
-            scale = float(np.abs(e[np.isfinite(e)]).max(initial=0)) or 1.0
+            scale = largest(e) or 1.0
             with np.errstate(invalid="ignore"):
                 errors = [float(np.abs(g - e).max()) / scale for g in grads]
             ladder.append(Rung(dtype, errors[0], errors[-1] if "autodiff" in engines else np.nan))
@@ -57,7 +57,7 @@ def is_bad(rung: Rung) -> bool:
 
 def judge_rung(check: LeafCheck, rung: Rung, noise: np.ndarray | None, exact: np.ndarray) -> LeafCheck:
     """``imprecise`` where rounding, as measured, explains the error at the caller's own precision; else ``wrong``."""
-    scale = float(np.abs(exact[np.isfinite(exact)]).max(initial=0)) or 1.0
+    scale = largest(exact) or 1.0
     explained = 0.1 if noise is None else ROUNDING * float(np.nan_to_num(noise, nan=np.inf).max()) / scale
     expected = max(float(np.nan_to_num(rung.expected)), float(jnp.finfo(rung.dtype).eps))
     cause = f"in {rung.dtype} the error is {rung.error:.0e}; expected {expected:.0e}"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import CALLS, dependencies, evaluate, function_name, is_float, location
+from fnet.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, location, placed
 
 # operations that give one of their inputs' numbers, or an exact one: they do not round
 EXACT = frozenset(
@@ -51,7 +51,6 @@ EXACT = frozenset(
         "argmin",
     ]
 )
-STRUCTURE = (*CALLS, "scan", "while", "cond")  # the operations within are seen one by one
 
 
 def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
@@ -76,8 +75,7 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
         if mask is not None and bool(np.any(mask)):
             shown = function_name(eqn, calls)
             index = [int(k) for k in np.argwhere(np.asarray(mask))[0]]
-            where = location(eqn, calls)
-            found.setdefault(f"{what} at {shown}{index if index else ''}" + (f" ({where})" if where else ""))
+            found.setdefault(f"{what} at {shown}{index if index else ''}{placed(eqn, calls)}")
         return None
 
     evaluate(closed, inputs, observe=observe, unroll=True)
@@ -186,12 +184,9 @@ def first_non_finite(closed, inputs) -> str:
                 bad = ~np.isfinite(np.asarray(out, np.float64))
                 if bad.any():
                     index = [int(k) for k in np.argwhere(bad)[0]]
-                    where = location(eqn, calls)
                     called = f" in {function_name(eqn, calls)}" if calls else ""
                     value = float(np.asarray(out, np.float64)[tuple(index)])
-                    found.append(
-                        f"{value} from {eqn.primitive.name}{called}, index {index}" + (f" ({where})" if where else "")
-                    )
+                    found.append(f"{value} from {eqn.primitive.name}{called}, index {index}{placed(eqn, calls)}")
         return None
 
     evaluate(closed, inputs, observe=observe, unroll=True)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from fnet.interpret import (
     CUSTOM,
-    body_of_call,
+    STRUCTURE,
     defined_in_jax,
     dependencies,
     evaluate,
@@ -188,7 +188,7 @@ def trace(problem: Problem) -> Traced:
     n = len(problem.leaves)
 
     def visit(site, eqn, masks):
-        if not any(masks) or body_of_call(eqn) is not None or eqn.primitive.name in ("scan", "while", "cond"):
+        if not any(masks) or eqn.primitive.name in STRUCTURE:
             return
         wide = any(
             mask and is_float(atom.aval) and atom.aval.dtype == np.float64
@@ -266,6 +266,10 @@ class Claim(NamedTuple):
     complaints: list[str]  # "" where there is nothing to say; about the structure only
     closed: Any  # its program, None where it cannot be traced
     steady: bool
+
+    def output(self, i: int) -> int:
+        """Which output of the program is the gradient of leaf ``i``: missing leaves have none."""
+        return sum(g is not None for g in self.grads[:i])
 
 
 Engine = Callable[[list, list], tuple[list, list[str]]]  # (leaves, others) -> grads, complaints

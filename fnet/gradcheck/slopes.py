@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.gradcheck.problem import quick_jit
-from fnet.interpret import evaluate, is_float, weights
+from fnet.interpret import STRUCTURE, evaluate, is_float, weights
 
 LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
 TS = np.concatenate([[0.0], LEVELS, -LEVELS])
@@ -165,7 +165,7 @@ def taylor(line: Line, slope: float) -> tuple[tuple[tuple[float, float], ...], f
 def decisions(site, eqn, inputs, outputs, calls):
     """A number that changes when an operation on floats decides otherwise: a branch, a maximum, a sign, an index."""
     name = eqn.primitive.name
-    if name in ("jit", "pjit", "scan", "while", "cond") or not any(map(is_float, inputs)):
+    if name in STRUCTURE or not any(map(is_float, inputs)):
         return None
     bits = choices(name, eqn, inputs, outputs)
     if not bits:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Claim, Problem, Traced, quick_jit, to_numpy, undecorated
+from fnet.gradcheck.problem import Claim, Problem, Traced, largest, quick_jit, to_numpy, undecorated
 from fnet.gradcheck.slopes import Line, make_probe
 
 FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry
@@ -100,8 +100,7 @@ def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray, share: float = 
         return False
     with np.errstate(invalid="ignore"):
         slope, terms = float((gradient * d).sum()), np.abs(gradient * d)
-    finite = np.abs(gradient[np.isfinite(gradient)])
-    slack = share * float(finite.max(initial=0)) * float(np.linalg.norm(d)) + 1e-12 * float(terms.sum())
+    slack = share * largest(gradient) * float(np.linalg.norm(d)) + 1e-12 * float(terms.sum())
     return line.outside(slope) > EXCESS * line.error + (slack if np.isfinite(slack) else 0.0)
 
 
@@ -167,8 +166,7 @@ def noise_of(w: Witnesses, claimed: Claim, i: int) -> np.ndarray:
     if claimed.closed is not None:
         if id(claimed.closed) not in w.noise:
             w.noise[id(claimed.closed)] = places.rounding(claimed.closed, inputs, seed=1)
-        position = sum(g is not None for g in claimed.grads[:i])
-        total = total + w.noise[id(claimed.closed)][position]
+        total = total + w.noise[id(claimed.closed)][claimed.output(i)]
     return total
 
 
