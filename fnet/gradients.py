@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Batch, Layer, Loss, Mean, PyTree, weighted_mean
+from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, split_floating, weighted_mean
 
 Gradient = Callable[[PyTree, PyTree, Any, jax.Array], tuple[PyTree, PyTree, dict[str, Mean]]]
 
@@ -116,16 +116,3 @@ def scale(d: jax.Array, share: jax.Array) -> jax.Array:
     """``d`` times its example's share, where the share is not zero."""
     share = jnp.expand_dims(share.astype(d.dtype), tuple(range(share.ndim, d.ndim)))
     return jnp.where(share == 0, 0, d * share)
-
-
-def split_floating(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """Two trees like ``tree``: its floating leaves and its other leaves, each with None in the other's places."""
-    is_floating = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
-    first = jax.tree.map(lambda keep, leaf: leaf if keep else None, is_floating, tree)
-    second = jax.tree.map(lambda keep, leaf: None if keep else leaf, is_floating, tree)
-    return first, second
-
-
-def join(first: PyTree, second: PyTree) -> PyTree:
-    """The tree that `split_floating` took apart."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

@@ -342,26 +342,31 @@ def check_run(step, ts, data, epochs, batch_size, evaluate, validation, chunk_st
 
 
 def dry_run(name: str, function: Callable, ts: TrainState, data: Batch):
-    """Trace ``function(ts, batch)`` with the true labels at their extremes, so that losses can check them.
+    """Trace ``function(ts, batch)`` with the true labels and ids at their extremes, so that they can be checked.
 
-    All else is abstract, and nothing is computed.
+    These are the integers of a batch: losses look at the labels, embeddings at the ids. All else is abstract, and
+    nothing is computed.
     """
-    labels = [a for a in jax.tree.leaves(data.targets) if jnp.issubdtype(a.dtype, jnp.integer)]
-    flat = [np.asarray(a).reshape(len(a), -1) for a in labels]
+    leaves, structure = jax.tree.flatten(data)
+    whole = {i: np.asarray(a) for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.integer)}
+    flat = [a.reshape(len(a), -1) for a in whole.values() if a.size]
     rows = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
-    batch = jax.tree.map(lambda a: a[np.asarray(rows)], data)
-    known, batch = (batch.targets, batch._replace(targets=())) if labels else ((), batch)
+    known = {i: jnp.asarray(a[np.asarray(rows)]) for i, a in whole.items()}
+    others = [
+        None if i in known else jax.ShapeDtypeStruct((len(rows), *a.shape[1:]), a.dtype) for i, a in enumerate(leaves)
+    ]
 
-    def traced(ts, batch):
-        return function(ts, batch._replace(targets=known) if labels else batch)
+    def traced(ts, others):
+        batch = [known.get(i, other) for i, other in enumerate(others)]
+        return function(ts, jax.tree.unflatten(structure, batch))
 
+    where = f"{name}, examples {rows} (those with the least and the greatest label or id)"
     try:
-        return jax.eval_shape(traced, ts, batch)
-    except LayerError:
+        return jax.eval_shape(traced, ts, others)
+    except LayerError as error:
+        error.add_note(f"in {where}")
         raise
     except ValueError as error:
-        if labels:
-            raise DataError(
-                f"{name}, examples {rows} (those with the least and the greatest label): {error}"
-            ) from error
+        if known:
+            raise DataError(f"{where}: {error}") from error
         raise

@@ -175,6 +175,19 @@ def require(condition, message: str) -> None:
         raise ValueError(message)
 
 
+def split_floating(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Two trees like ``tree``: its floating leaves and its other leaves, each with None in the other's places."""
+    is_floating = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+    first = jax.tree.map(lambda keep, leaf: leaf if keep else None, is_floating, tree)
+    second = jax.tree.map(lambda keep, leaf: None if keep else leaf, is_floating, tree)
+    return first, second
+
+
+def join(first: PyTree, second: PyTree) -> PyTree:
+    """The tree that `split_floating` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of a tree with readable paths, such as ``dense_0/w``."""
     return [
@@ -251,6 +264,11 @@ def watch(watcher: Watcher):
         yield
     finally:
         _watch.reset(token)
+
+
+def watched() -> bool:
+    """Whether somebody watches: then no layer may run its children inside a scan or a checkpoint, which hide values."""
+    return _watch.get() is not None
 
 
 def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:

@@ -430,3 +430,16 @@ def test_run_steps_continues_where_the_state_stands():
     resumed, _ = run_steps(step, halfway, data, batch_size=8, count=4, last=True)
     chex.assert_trees_all_close(resumed.params, straight.params, rtol=1e-5)
     assert int(resumed.step) == 7
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_computed(key):
+    model = fnet.layers.serial(fnet.layers.embedding(10, 4), fnet.layers.dense(3))
+    ids = np.arange(40).reshape(8, 5) % 10
+    ids[6, 2] = 12
+    params, state = fnet.init(model, key, jnp.asarray(ids[:1]))
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), fnet.sgd(0.1))
+    start = fnet.init_train_state(params, fnet.sgd(0.1), key, state)
+    data = (ids, np.zeros((8, 5), np.int32))
+    with pytest.raises(fnet.LayerError, match="embedding_0: expected ids from 0 to 9, got 12") as error:
+        fnet.fit(step, start, data, epochs=1, batch_size=4)
+    assert error.value.__notes__ == ["in data, examples [0, 6] (those with the least and the greatest label or id)"]

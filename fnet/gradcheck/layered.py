@@ -17,9 +17,9 @@ from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise, quick_jit
 from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT
-from fnet.gradients import backprop, join, loss_gradient, measure, split_floating
+from fnet.gradients import backprop, loss_gradient, measure
 from fnet.interpret import is_float
-from fnet.types import Batch, Call, Layer, Loss, PyTree, named_leaves, watch
+from fnet.types import Batch, Call, Layer, Loss, PyTree, join, named_leaves, split_floating, watch
 
 
 def check_layer(
@@ -94,6 +94,8 @@ def check_model(
                     leaves[leaves.index(seen[row.path])] = row._replace(cause=f"{words}; {row.cause}")
                 elif row.verdict == "wrong" and children_right:
                     leaves.append(row._replace(cause=f"{words}; {row.cause}"))
+                elif own and row.verdict == "wrong":  # misled by its layers, as every gradient behind a wrong one is
+                    leaves.append(row._replace(verdict="unverified", cause="a layer within is wrong: mend that first"))
                 elif own:
                     leaves.append(rows[row.path] if row.path in rows and whole_ok else row)
             continue

@@ -1,12 +1,20 @@
-"""Layers out of layers. Each backward is the mirror of the forward above it."""
+"""Layers out of layers. Each backward is the mirror of the forward above it.
+
+Children are layers, or pairs ``(name, layer)``; a child's key is its parent's folded with its name.
+
+Legend: B batch, N repetitions.
+"""
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from fnet.types import Layer, LayerError, forward_child, inside, stream
+from fnet.types import Layer, LayerError, forward_child, inside, stateless, stream, watched
 
 
 def named_children(layers) -> list[tuple[str, Layer]]:
@@ -28,8 +36,7 @@ def named_children(layers) -> list[tuple[str, Layer]]:
 def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
     """One layer after another: the outputs of each are the inputs of the next.
 
-    Parameters, state and residuals are dicts by the children's names, and each child's key is its parent's folded with
-    its name. A child is a layer, or a pair ``(name, layer)``.
+    Parameters, state and residuals are dicts by the children's names.
 
     >>> from fnet.layers import dense, relu
     >>> params, _ = serial(dense(4), relu(), dense(2)).init(jax.random.key(0), jax.ShapeDtypeStruct((8, 3), "float32"))
@@ -65,6 +72,211 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
         return dparams, dy
 
     return Layer("serial", init, forward, backward)
+
+
+def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) -> Layer:
+    """``y = f(x) + x``, with ``f`` the ``layers`` one after another; or ``y = f(x) + shortcut(x)``.
+
+    The children stand as in `serial`, and the shortcut beside them under its name. Raises `LayerError` where the two
+    summands differ in shape or dtype. Source: He et al., arXiv:1512.03385.
+
+    >>> from fnet.layers import dense, relu
+    >>> block = residual(dense(8), relu(), dense(4))
+    >>> params, _ = block.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 4), "float32"))
+    >>> list(params)
+    ['dense_0', 'relu_0', 'dense_1']
+    """
+    branch = serial(*layers)
+    if shortcut is not None:
+        named_children([*layers, ("shortcut", shortcut)])  # the name is free
+
+    def split(tree):
+        if shortcut is None:
+            return tree, None
+        if not isinstance(tree, dict) or "shortcut" not in tree:
+            raise LayerError("no entry 'shortcut' in params or state: pass what the model's init returned")
+        return {name: child for name, child in tree.items() if name != "shortcut"}, tree["shortcut"]
+
+    def merge(tree, skip):
+        return tree if shortcut is None else {**tree, "shortcut": skip}
+
+    def init(key, x):
+        params, state = branch.init(key, x)
+        if shortcut is None:
+            return params, state
+        with inside("shortcut"):
+            skip_params, skip_state = shortcut.init(stream(key, "shortcut"), x)
+        return merge(params, skip_params), merge(state, skip_state)
+
+    def forward(params, state, x, *, key=None, train=False):
+        (params, skip_params), (state, skip_state) = split(params), split(state)
+        y, state, residuals = branch.forward(params, state, x, key=key, train=train)
+        skip, skip_residuals = x, None
+        if shortcut is not None:
+            skip_key = None if key is None else stream(key, "shortcut")
+            skip, skip_state, skip_residuals = forward_child(
+                "shortcut", shortcut, skip_params, skip_state, x, key=skip_key, train=train
+            )
+        if (y.shape, y.dtype) != (skip.shape, skip.dtype):
+            raise LayerError(
+                f"cannot add outputs {y.dtype}{list(y.shape)} to the shortcut's {skip.dtype}{list(skip.shape)}: "
+                "give a shortcut=layer that makes them alike"
+            )
+        return y + skip, merge(state, skip_state), merge(residuals, skip_residuals)
+
+    def backward(params, residuals, dy):  # y = f(x) + s(x): dy reaches both, and dx is the sum of what they return
+        (params, skip_params), (residuals, skip_residuals) = split(params), split(residuals)
+        dparams, dx = branch.backward(params, residuals, dy)
+        if shortcut is None:
+            return dparams, dx + dy
+        with inside("shortcut"):
+            dskip_params, dskip = shortcut.backward(skip_params, skip_residuals, dy)
+        return merge(dparams, dskip_params), dx + dskip
+
+    return Layer("residual", init, forward, backward)
+
+
+def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
+    """Every layer on the same inputs: ``y = (f_0(x), f_1(x), ...)``. `concatenate` after it makes one array of them."""
+    children = named_children(layers)
+
+    def init(key, x):
+        params, state = {}, {}
+        for name, layer in children:
+            with inside(name):
+                params[name], state[name] = layer.init(stream(key, name), x)
+        return params, state
+
+    def forward(params, state, x, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        outputs, new_state, residuals = [], {}, {}
+        for name, layer in children:
+            child_key = None if key is None else stream(key, name)
+            y, new_state[name], residuals[name] = forward_child(
+                name, layer, params[name], state[name], x, key=child_key, train=train
+            )
+            outputs.append(y)
+        return tuple(outputs), new_state, residuals
+
+    def backward(params, residuals, dy):  # x feeds every child: dx = Σ_i dx_i
+        dparams, parts = {}, []
+        for (name, layer), d in zip(children, dy, strict=True):
+            with inside(name):
+                dparams[name], dx = layer.backward(params[name], residuals[name], d)
+            parts.append(dx)
+        return dparams, jax.tree.map(lambda *d: sum(d[1:], d[0]), *parts)
+
+    return Layer("parallel", init, forward, backward)
+
+
+def concatenate(axis: int = -1) -> Layer:
+    """A tuple of arrays as one, joined along ``axis``; they are alike in all other axes and in dtype."""
+
+    def forward(params, x):
+        if not isinstance(x, tuple) or not x:
+            raise LayerError(f"expected a tuple of arrays, as parallel(...) returns one, got {type(x).__name__}")
+        shapes = [part.shape for part in x]
+        others = {tuple(np.delete(shape, axis)) if -len(shape) <= axis < len(shape) else None for shape in shapes}
+        if len(others) > 1 or None in others or len({part.dtype for part in x}) > 1:
+            given = ", ".join(f"{part.dtype}{list(part.shape)}" for part in x)
+            raise LayerError(f"cannot join {given} along axis {axis}: expected arrays alike in dtype and other axes")
+        # the residuals are empty arrays that carry the shapes
+        return jnp.concatenate(x, axis), [jnp.zeros((0, *shape)) for shape in shapes]
+
+    def backward(params, carriers, dy):  # each part of y is one of the inputs, and so is its gradient
+        ends = np.cumsum([carrier.shape[1:][axis] for carrier in carriers])
+        return (), tuple(jnp.split(dy, ends[:-1], axis))
+
+    return stateless("concatenate", lambda key, x: (), forward, backward)
+
+
+def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
+    """``count`` copies of a layer one after another, by `jax.lax.scan`: the program does not grow with the depth.
+
+    Parameters and state are the layer's own trees with a leading axis of ``count``; the copies have keys and parameters
+    of their own, those of a `serial` whose children are called ``"0"``, ``"1"`` and so on. ``unroll`` copies stand in
+    the loop's body (True: all), which compiles longer and may run faster. Raises `LayerError` where the layer's outputs
+    do not have the shape and the dtype of its inputs.
+
+    >>> from fnet.layers import dense
+    >>> params, _ = repeat(dense(4), 6).init(jax.random.key(0), jax.ShapeDtypeStruct((2, 4), "float32"))
+    >>> params["w"].shape
+    (6, 4, 4)
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"repeat: count = {count!r}; expected a whole number of at least 1")
+    names = [str(i) for i in range(count)]
+    folds = np.asarray([zlib.crc32(name.encode()) for name in names], np.uint32)  # stream(key, name), all at once
+
+    def keys(key):
+        return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, folds)
+
+    def init(key, x):
+        first = jax.eval_shape(lambda key: layer.init(key, x), key)
+        require_like(x, output_shape(layer, *first, x))
+        return jax.vmap(lambda key: layer.init(key, x))(keys(key))
+
+    def forward(params, state, x, *, key=None, train=False):
+        def one(x, child):
+            params, state, key = child
+            y, state, residuals = layer.forward(params, state, x, key=key, train=train)
+            require_like(x, y)
+            return y, (state, residuals)
+
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if leaf.shape[:1] != (count,):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise LayerError(f"expected {count} copies of {where} along its first axis, got shape {leaf.shape}")
+        if not watched():
+            y, (state, residuals) = jax.lax.scan(one, x, (params, state, keys(key)), unroll=unroll)
+            return y, state, residuals
+        pieces = []
+        for i, name in enumerate(names):  # one by one, so that each copy is seen where it stands
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
+            own_key = None if key is None else stream(key, name)
+            x, *piece = forward_child(name, layer, *own, x, key=own_key, train=train)
+            pieces.append(piece)
+        return x, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
+
+    def backward(params, residuals, dy):
+        def one(dy, child):
+            dparams, dx = layer.backward(*child, dy)
+            return dx, dparams
+
+        dx, dparams = jax.lax.scan(one, dy, (params, residuals), reverse=True, unroll=unroll)
+        return dparams, dx
+
+    return Layer("repeat", init, forward, backward)
+
+
+def require_like(x, y) -> None:
+    """Raise `LayerError` unless outputs ``y`` could be the layer's next inputs."""
+    before, after = (jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", tree) for tree in (x, y))
+    if before != after:
+        raise LayerError(f"expected outputs like the inputs {before}, to be repeated, got {after}")
+
+
+def remat(layer: Layer) -> Layer:
+    """The same layer, which keeps its inputs for the backward and nothing else, and computes the rest a second time.
+
+    Autodiff does likewise (`jax.checkpoint`). The saving shows inside `repeat`: in an unrolled model XLA on CPU may
+    find the two computations to be one and keep the values after all. Source: Chen et al., arXiv:1604.06174.
+    """
+
+    def forward(params, state, x, *, key=None, train=False):
+        def outputs(params, state, x, key):
+            return layer.forward(params, state, x, key=key, train=train)[:2]
+
+        y, new_state = (outputs if watched() else jax.checkpoint(outputs))(params, state, x, key)
+        return y, new_state, {"train" if train else "eval": (state, x, key)}
+
+    def backward(params, residuals, dy):
+        [(mode, (state, x, key))] = residuals.items()
+        _, _, again = layer.forward(params, state, x, key=key, train=mode == "train")
+        return layer.backward(params, again, dy)
+
+    return layer._replace(forward=forward, backward=backward)
 
 
 def require_children(what: str, tree, children) -> None:

@@ -1,6 +1,7 @@
 """Reports for people: tables (rich) and pictures (matplotlib), on the host, each library imported where it is used."""
 
+from fnet.report.model import summary
 from fnet.report.plots import plot_confusion, plot_curves
 from fnet.report.tables import difference_table, engine_table
 
-__all__ = ["difference_table", "engine_table", "plot_confusion", "plot_curves"]
+__all__ = ["difference_table", "engine_table", "plot_confusion", "plot_curves", "summary"]

@@ -1,0 +1,120 @@
+"""A layer in another guise: the wrapped layer keeps its name, and its parameters and state keep their paths."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fnet.types import Layer, PyTree, join, split_floating, wide
+
+
+def with_hand_backward(layer: Layer) -> Layer:
+    """The same layer, whose backward by hand is what `jax.grad` of its forward runs (`jax.custom_vjp`).
+
+    For a model of one's own that is differentiated by jax. The gradient by the state and by the returned state is zero.
+    Do not compare it with autodiff: that would run the same backward twice. `check_layer` removes the rule by itself.
+
+    >>> from fnet.layers import relu
+    >>> layer = with_hand_backward(relu()._replace(backward=lambda params, y, dy: ((), 7 * dy)))
+    >>> print(jax.grad(lambda x: layer.forward((), (), x)[0].sum())(jnp.ones(2)))
+    [7. 7.]
+    """
+
+    def forward(params, state, x, *, key=None, train=False):
+        floating, others = split_floating(x)
+
+        def plain(params, floating, given):
+            state, others, key = given
+            return layer.forward(params, state, join(floating, others), key=key, train=train)
+
+        def keep(params, floating, given):
+            results = plain(params, floating, given)
+            return results, (params, results[2])
+
+        def by_hand(kept, cotangents):
+            dy = jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, cotangents[0])
+            return *layer.backward(*kept, dy), None
+
+        run = jax.custom_vjp(plain)
+        run.defvjp(keep, by_hand)
+        return run(params, floating, (state, others, key))
+
+    return layer._replace(forward=forward)
+
+
+def freeze(layer: Layer) -> Layer:
+    """The same layer, whose parameters have the gradient zero; the gradient by its inputs is what it was.
+
+    The parameters stay where they are, so a frozen part is a matter of which model trains, not of which was saved.
+    Running statistics still move. An optimizer that decays weights or carries momentum from before moves parameters
+    without a gradient, too.
+    """
+
+    def forward(params, state, x, *, key=None, train=False):
+        return layer.forward(jax.lax.stop_gradient(params), state, x, key=key, train=train)
+
+    def backward(params, residuals, dy):  # the parameters count as constants
+        _, dx = layer.backward(params, residuals, dy)
+        return jax.tree.map(jnp.zeros_like, params), dx
+
+    return layer._replace(forward=forward, backward=backward)
+
+
+class Policy(NamedTuple):
+    """Which dtype does what in `mixed_precision`; the defaults are bfloat16 products on float32 parameters."""
+
+    parameters: DTypeLike = jnp.float32  # as they are kept and updated
+    compute: DTypeLike = jnp.bfloat16  # parameters, inputs and intermediates within the layer
+    state: DTypeLike = jnp.float32  # running statistics
+    outputs: DTypeLike = jnp.float32  # what leaves the layer, say to the loss
+
+    @property
+    def accumulation(self):
+        """What products and statistics are summed in: float32 at least, whatever the compute dtype."""
+        return wide(jnp.dtype(self.compute))
+
+
+def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
+    """The same layer computed in ``policy.compute``, with parameters, state and outputs in dtypes of their own.
+
+    Parameters and inputs are cast on the way in and their gradients on the way back, to the dtypes of what they belong
+    to. Small gradients underflow in float16 without a scaled loss; bfloat16 has float32's range.
+    Source: Micikevicius et al., arXiv:1710.03740.
+
+    Raises ValueError for a dtype that is not floating.
+    """
+    for name, dtype in policy._asdict().items():
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"mixed_precision: {name} = {dtype}; expected a floating dtype, such as bfloat16")
+
+    def init(key, x):
+        params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, policy.parameters), x))
+        return cast(params, policy.parameters), cast(state, policy.state)
+
+    def forward(params, state, x, *, key=None, train=False):
+        y, new_state, residuals = layer.forward(
+            cast(params, policy.compute), state, cast(x, policy.compute), key=key, train=train
+        )
+        # empty arrays carry the dtypes that the backward returns to
+        dtypes = jax.tree.map(lambda leaf: jnp.zeros(0, leaf.dtype), (split_floating(x)[0], split_floating(y)[0]))
+        return cast(y, policy.outputs), cast(new_state, policy.state), (residuals, dtypes)
+
+    def backward(params, residuals, dy):  # a cast is linear: its gradient is the cast back
+        residuals, (x_dtypes, y_dtypes) = residuals
+        dparams, dx = layer.backward(cast(params, policy.compute), residuals, cast_like(dy, y_dtypes))
+        return cast_like(dparams, params), cast_like(dx, x_dtypes)
+
+    return Layer(layer.name, init, forward, backward)
+
+
+def cast(tree: PyTree, dtype) -> Any:
+    """Floating leaves in ``dtype``, all others as they are."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> Any:
+    """Each leaf in the dtype of its counterpart."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)

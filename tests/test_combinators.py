@@ -1,0 +1,230 @@
+"""Residual, parallel, concatenate, repeat and remat: forward, backward, keys, memory, size of the program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet.gradcheck import check_layer, check_model
+from fnet.initializers import normal
+from fnet.layers import dense, gelu, relu, serial, tanh
+from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
+from fnet.types import Layer, LayerError, apply, stateless, stream
+from tests.oracles import assert_leaves_close, numerical_gradient
+
+X = np.random.default_rng(0).standard_normal((5, 4))
+
+
+def affine(p, x):
+    return x @ p["w"] + p["b"]
+
+
+LAYERS = {
+    "residual": (
+        residual(dense(6, bias=normal(1.0)), tanh(), dense(4, bias=normal(1.0))),
+        lambda p, x: x + affine(p["dense_1"], np.tanh(affine(p["dense_0"], x))),
+    ),
+    "residual with a shortcut": (
+        residual(dense(3, bias=normal(1.0)), tanh(), shortcut=dense(3, bias=normal(1.0))),
+        lambda p, x: np.tanh(affine(p["dense_0"], x)) + affine(p["shortcut"], x),
+    ),
+    "parallel, concatenated": (
+        serial(
+            parallel(dense(2, bias=normal(1.0)), ("wide", serial(dense(3, bias=normal(1.0)), tanh()))), concatenate()
+        ),
+        lambda p, x: np.concatenate(
+            [affine(p["parallel_0"]["dense_0"], x), np.tanh(affine(p["parallel_0"]["wide"]["dense_0"], x))], -1
+        ),
+    ),
+    "repeat": (
+        repeat(serial(dense(4, bias=normal(1.0)), tanh()), 3),
+        lambda p, x: [x := np.tanh(x @ p["dense_0"]["w"][i] + p["dense_0"]["b"][i]) for i in range(3)][-1],
+    ),
+    "remat": (
+        remat(serial(dense(3, bias=normal(1.0)), tanh())),
+        lambda p, x: np.tanh(affine(p["dense_0"], x)),
+    ),
+    "repeated remat of a residual block": (
+        repeat(remat(residual(dense(4, bias=normal(1.0)), tanh())), 2),
+        lambda p, x: [x := x + np.tanh(x @ p["dense_0"]["w"][i] + p["dense_0"]["b"][i]) for i in range(2)][-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_and_both_gradients_equal_numpy_in_float64(name, x64):
+    layer, oracle = LAYERS[name]
+    x = jnp.asarray(X)
+    params, state = fnet.init(layer, jax.random.key(1), x)
+    p = jax.tree.map(np.asarray, params)
+    y, _, residuals = layer.forward(params, state, x, key=None, train=True)
+    np.testing.assert_allclose(y, oracle(p, X), rtol=1e-12)
+    v = np.random.default_rng(2).standard_normal(y.shape)
+    by_hand = layer.backward(params, residuals, jnp.asarray(v))
+    auto = jax.grad(lambda p, x: (apply(layer, p, state, x) * v).sum(), argnums=(0, 1))(params, x)
+    assert_leaves_close(by_hand, auto, 1e-12)
+    np.testing.assert_allclose(by_hand[1], numerical_gradient(lambda x: (oracle(p, x) * v).sum(), X), rtol=1e-6)
+
+
+def test_the_audit_passes_all_of_them_at_once(key):
+    block = repeat(remat(residual(dense(4), tanh())), 2)
+    model = serial(block, parallel(dense(2), dense(3)), concatenate(), residual(dense(4), shortcut=dense(4)))
+    report = check_layer(model, X.astype(np.float32), key=key, precisions=(), cost=False)
+    assert {leaf.verdict for leaf in report.leaves} == {"ok"}, str(report)
+
+
+# --- repeat ----------------------------------------------------------------------------------------------------------
+
+
+def dropping() -> Layer:
+    """A layer whose outputs depend on its key, and which counts its calls in its state."""
+
+    def forward(params, state, x, *, key=None, train=False):
+        noise = jax.random.normal(key, x.shape, x.dtype) if train else jnp.zeros_like(x)
+        return x * params + noise, state + 1, x
+
+    def backward(params, x, dy):
+        return (x * dy).sum(), params * dy
+
+    init = lambda key, x: (jax.random.normal(key, (), x.dtype), jnp.zeros((), jnp.int32))  # noqa: E731
+    return Layer("dropping", init, forward, backward)
+
+
+@pytest.mark.parametrize("unroll", [1, 2, True])
+def test_repeat_is_a_serial_of_children_called_by_their_number(unroll, x64, key):
+    block, x = serial(dense(4), dropping()), jnp.asarray(X)
+    stacked = repeat(block, 3, unroll=unroll)
+    alone = serial(*((str(i), block) for i in range(3)))
+    params, state = stacked.init(key, x)
+    each_params, each_state = alone.init(key, x)
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trees[n] for n in "012"))  # noqa: E731
+    assert_leaves_close(params, stack(each_params), 0)
+    y, new_state, residuals = stacked.forward(params, state, x, key=key, train=True)
+    each_y, each_new_state, each_residuals = alone.forward(each_params, each_state, x, key=key, train=True)
+    np.testing.assert_allclose(y, each_y, rtol=1e-13)
+    assert_leaves_close(new_state, stack(each_new_state), 0)
+    assert new_state["dropping_0"].tolist() == [1, 1, 1]
+    dparams, dx = stacked.backward(params, residuals, jnp.ones_like(y))
+    each_dparams, each_dx = alone.backward(each_params, each_residuals, jnp.ones_like(y))
+    assert_leaves_close(dparams, stack(each_dparams), 1e-13)
+    np.testing.assert_allclose(dx, each_dx, rtol=1e-12)
+
+
+def block_of(depth, wrap=lambda layer: layer):
+    return repeat(wrap(residual(dense(64), gelu(), dense(16))), depth)
+
+
+def compiled_gradient(model, by_hand, examples=512):
+    x = jnp.ones((examples, 16))
+    params, state = fnet.init(model, jax.random.key(0), x)
+
+    def hand(params, x):
+        y, _, residuals = model.forward(params, state, x, train=True)
+        return model.backward(params, residuals, jnp.ones_like(y))
+
+    auto = jax.grad(lambda params, x: apply(model, params, state, x).sum(), argnums=(0, 1))
+    return jax.jit(hand if by_hand else auto).lower(params, x).compile()
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["backprop", "autodiff"])
+def test_the_program_of_a_repeat_does_not_grow_with_its_depth(by_hand):
+    sizes = [len(compiled_gradient(block_of(depth), by_hand).as_text().splitlines()) for depth in (2, 16, 64)]
+    assert max(sizes) <= 1.05 * min(sizes), sizes
+    unrolled = serial(*(residual(dense(64), gelu(), dense(16)) for _ in range(16)))
+    assert len(compiled_gradient(unrolled, by_hand).as_text().splitlines()) > 3 * sizes[1]
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["backprop", "autodiff"])
+def test_remat_within_repeat_keeps_the_inputs_of_each_block_and_no_more(by_hand):
+    depth, examples = 16, 512
+    plain, saving = (
+        compiled_gradient(block_of(depth, wrap), by_hand).memory_analysis().temp_size_in_bytes
+        for wrap in (lambda layer: layer, remat)
+    )
+    inputs = depth * examples * 16 * 4  # what a block's recomputation needs: its inputs
+    hidden = depth * examples * 64 * 4  # what gelu keeps: its own inputs
+    assert plain >= inputs + hidden
+    assert inputs <= saving <= 1.5 * inputs + 4 * examples * 64 * 4
+
+
+def test_remat_computes_in_the_mode_and_with_the_key_of_its_forward(key):
+    layer, plain, x = remat(dropping()), dropping(), jnp.asarray(X, jnp.float32)
+    params, state = layer.init(key, x)
+    scaled = Layer("scaled", plain.init, plain.forward, lambda params, x, dy: (jnp.zeros(()), dy * x))
+    chain, remembered = serial(plain, scaled), remat(serial(plain, scaled))
+    params, state = chain.init(key, x)
+    for train in (True, False):
+        kept = [c.forward(params, state, x, key=key, train=train)[2] for c in (chain, remembered)]
+        dx, dx_again = (c.backward(params, k, x)[1] for c, k in zip((chain, remembered), kept, strict=True))
+        np.testing.assert_allclose(dx, dx_again, rtol=1e-6)
+        assert set(kept[1]) == {"train" if train else "eval"}
+    assert layer.name == "dropping"
+
+
+def test_the_audit_names_the_faulty_layer_within_a_repeat(key):
+    faulty = tanh()._replace(backward=lambda params, y, dy: ((), dy * (1 - y)))
+    model = serial(repeat(serial(dense(4), faulty), 2), dense(3))
+    batch = (X.astype(np.float32), np.array([0, 1, 2, 0, 1]))
+    report = check_model(model, fnet.softmax_cross_entropy, batch, key=key, precisions=(), cost=False)
+    assert not report.ok
+    assert report.first_wrong == "repeat_0/1/tanh_0/inputs", str(report)
+    right = serial(repeat(serial(dense(4), tanh()), 2), dense(3))
+    assert check_model(right, fnet.softmax_cross_entropy, batch, key=key, precisions=(), cost=False).ok
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def raised(layer, shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    with pytest.raises(LayerError) as error:
+        jax.eval_shape(lambda x: fnet.apply(layer, *fnet.init(layer, jax.random.key(0), x), x), x)
+    return str(error.value)
+
+
+def test_summands_that_differ_are_refused_with_both_shapes():
+    message = raised(serial(("block", residual(dense(3)))), (2, 4))
+    assert message == (
+        "block: cannot add outputs float32[2, 3] to the shortcut's float32[2, 4]: "
+        "give a shortcut=layer that makes them alike"
+    )
+
+
+def test_a_layer_that_changes_the_shape_cannot_be_repeated():
+    message = raised(serial(repeat(dense(3), 2)), (2, 4))
+    assert message == ("repeat_0: expected outputs like the inputs float32[2, 4], to be repeated, got float32[2, 3]")
+    with pytest.raises(ValueError, match="repeat: count = 0; expected a whole number of at least 1"):
+        repeat(relu(), 0)
+
+
+def test_parameters_of_another_depth_are_refused(key):
+    params, state = repeat(dense(4), 3).init(key, jnp.ones((2, 4)))
+    with pytest.raises(LayerError, match=r"expected 2 copies of b along its first axis, got shape \(3, 4\)"):
+        apply(repeat(dense(4), 2), params, state, jnp.ones((2, 4)))
+
+
+def test_only_like_arrays_are_joined():
+    with pytest.raises(LayerError) as error:
+        apply(concatenate(), (), (), (jnp.ones((2, 4)), jnp.ones((3, 4))))
+    assert str(error.value) == (
+        "cannot join float32[2, 4], float32[3, 4] along axis -1: expected arrays alike in dtype and other axes"
+    )
+    with pytest.raises(LayerError, match="expected a tuple of arrays, as parallel"):
+        apply(concatenate(), (), (), jnp.ones((2, 4)))
+
+
+def test_a_child_may_not_take_the_shortcuts_name():
+    with pytest.raises(ValueError, match="2 children are called 'shortcut'"):
+        residual(("shortcut", relu()), shortcut=relu())
+
+
+def test_each_child_and_each_copy_has_a_key_of_its_own(key):
+    show = stateless("show", lambda key, x: jax.random.bits(key), lambda p, x: (x, ()), lambda p, r, dy: (p, dy))
+    params, _ = residual(show, show, shortcut=show).init(key, jnp.ones((1, 1)))
+    assert params["shortcut"] == jax.random.bits(stream(key, "shortcut"))
+    assert len({int(leaf) for leaf in jax.tree.leaves(params)}) == 3
+    copies, _ = repeat(show, 50).init(key, jnp.ones((1, 1)))
+    assert len(set(copies.tolist())) == 50
