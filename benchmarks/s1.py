@@ -211,16 +211,16 @@ def process(*arguments: str, **environment: str):
     return lambda: subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def show(title: str, seconds: dict[str, list[float]], baselines: tuple[str, ...]) -> None:
+def show(title: str, times_of: dict[str, list[float]], baselines: tuple[str, ...], unit: str = "seconds") -> None:
     """A table of medians, ranges, and ratios to the baselines: each a median over the rounds, with its range."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("", "seconds", "least", "most", *(f"× {name}" for name in baselines)):
+    for column in ("", unit, "least", "most", *(f"× {name}" for name in baselines)):
         table.add_column(column, justify="left" if not column else "right")
-    for name, times in seconds.items():
-        ratios = [[a / b for a, b in zip(times, seconds[base], strict=True)] for base in baselines]
+    for name, times in times_of.items():
+        ratios = [[a / b for a, b in zip(times, times_of[base], strict=True)] for base in baselines]
         cells = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios]
         table.add_row(name, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))), *cells)
     Console(width=max(100, Console().width)).print(table)

@@ -75,14 +75,28 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=wide(a.dtype)).astype(a.dtype)
 
 
-def flatten() -> Layer:
-    """``x (B, ...)`` to ``y (B, product of the rest)``."""
+def reshape(*shape: int) -> Layer:
+    """``x (B, ...)`` to ``y (B, *shape)``, the entries in the same order; one of ``shape`` may be -1, what remains.
+
+    >>> reshape(28, 28, 1).forward((), (), jnp.ones((2, 784)))[0].shape
+    (2, 28, 28, 1)
+    """
+    if any(size < -1 for size in shape) or shape.count(-1) > 1:
+        raise ValueError(f"reshape: shape = {shape}; expected sizes of at least 0, one of them -1 at most")
 
     def forward(params, x):
+        entries, known = math.prod(x.shape[1:]), math.prod(size for size in shape if size >= 0)
+        if entries != known and (-1 not in shape or known == 0 or entries % known):
+            raise LayerError(f"cannot give an example of {entries} entries, {x.shape[1:]}, the shape {shape}")
         # the residual is an empty array that carries the shape, so that nothing is kept
-        return x.reshape(x.shape[0], math.prod(x.shape[1:])), jnp.zeros((0, *x.shape), x.dtype)
+        return x.reshape(x.shape[0], *shape), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(params, shape_of_x, dy):  # y holds the entries of x in the same order, so dx holds those of dy
         return (), dy.reshape(shape_of_x.shape[1:])
 
-    return stateless("flatten", lambda key, x: (), forward, backward)
+    return stateless("reshape", lambda key, x: (), forward, backward)
+
+
+def flatten() -> Layer:
+    """``x (B, ...)`` to ``y (B, product of the rest)``."""
+    return reshape(-1)._replace(name="flatten")

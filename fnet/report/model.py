@@ -76,8 +76,8 @@ def summary(model: Layer, x: PyTree) -> Summary:
     calls: list[tuple[Call, PyTree]] = []
 
     def watcher(call, y):
-        arrays = abstract(call[2:6])
-        calls.append((Call(call.path, call.layer, *arrays, call.train), abstract(y)))
+        params, state, x, key = abstract(call[2:6])
+        calls.append((call._replace(params=params, state=state, x=x, key=key), abstract(y)))
         return y
 
     def traced(params, state, x, key):
@@ -129,8 +129,9 @@ def row_of(call: Call, y, counts: dict) -> Row:
 
 def without(row: Row, children: list[Row]) -> Row:
     """The row of a layer without what its children own and do."""
-    names = ("parameters", "bytes", "forward", "backward", "forward_compiler", "backward_compiler")
-    return row._replace(**{name: getattr(row, name) - sum(getattr(child, name) for child in children) for name in names})
+    names = Row._fields[4:]
+    own = {name: getattr(row, name) - sum(getattr(child, name) for child in children) for name in names}
+    return row._replace(**own)
 
 
 def count(function, args, counts: dict) -> tuple[int, float]:

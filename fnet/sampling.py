@@ -1,0 +1,82 @@
+"""Sampling from language models.
+
+Legend: B batch, P length of the prompt, N ids to add, T what the model is given, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fnet.types import Layer, PyTree, apply, require
+
+
+def generate(
+    model: Layer,
+    params: PyTree,
+    state: PyTree,
+    prompt: jax.Array,
+    count: int,
+    *,
+    key: jax.Array,
+    temperature=1.0,
+    top_k: int | None = None,
+    context: int | None = None,
+) -> jax.Array:
+    """``prompt (B, P)`` with ``count`` sampled ids after it, ``(B, P + count)``: a pure function of the key.
+
+    Each id is drawn from ``softmax(logits / temperature)`` among the ``top_k`` most likely (None: all; 1: always the
+    most likely, ties by chance). The n-th id of a sequence depends on the key and n alone, beside the ids before it.
+
+    With ``context`` the model maps ids ``(B, T)`` to logits ``(B, T, V)`` and is causal, as `fnet.models.gpt`; it is
+    given the last ``context`` ids each time. Without, it maps ``(ids, carry)`` to ``(logits, carry)``, as
+    `fnet.models.recurrent_lm`, and is given the prompt, then one id at a time.
+
+    Raises ValueError for a prompt that is not a batch of at least one integer each, a count or a context below 1, a
+    temperature that is not positive, and ``top_k`` out of 1 .. V.
+    """
+    if prompt.ndim != 2 or not prompt.shape[1] or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f"generate: the prompt is {prompt.dtype} of shape {prompt.shape}; expected integer ids (B, P) with P >= 1"
+        )
+    for name, number in {"count": count, "context": context}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"generate: {name} = {number}; expected at least 1")
+    require(temperature > 0, f"generate: temperature = {temperature}; expected above 0; for the likeliest id, top_k=1")
+    length = prompt.shape[1]
+
+    def draw(logits, n):  # logits (B, V) -> ids (B,)
+        if top_k is not None:
+            if not 1 <= top_k <= logits.shape[-1]:
+                raise ValueError(f"generate: top_k = {top_k}; expected 1 to {logits.shape[-1]}, the vocabulary")
+            least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        scaled = logits / jnp.asarray(temperature, logits.dtype)
+        return jax.random.categorical(jax.random.fold_in(key, n), scaled).astype(prompt.dtype)
+
+    def from_carry():
+        logits, carry = apply(model, params, state, (prompt, None))
+        first = draw(logits[:, -1], length)
+
+        def one(before, n):
+            ids, carry = before
+            logits, carry = apply(model, params, state, (ids[:, None], carry))
+            ids = draw(logits[:, -1], n)
+            return (ids, carry), ids
+
+        _, rest = jax.lax.scan(one, (first, carry), jnp.arange(length + 1, length + count))
+        return jnp.concatenate([prompt, first[:, None], rest.T], 1)
+
+    def from_context(size: int):
+        # ids that are not drawn yet stand behind those that are, where a causal model does not look
+        ids = jnp.zeros((prompt.shape[0], max(length + count, size)), prompt.dtype).at[:, :length].set(prompt)
+
+        def one(ids, n):
+            start = jnp.maximum(n - size, 0)
+            logits = apply(model, params, state, jax.lax.dynamic_slice_in_dim(ids, start, size, 1))
+            now = jax.lax.dynamic_index_in_dim(logits, n - 1 - start, 1, keepdims=False)
+            return jax.lax.dynamic_update_slice_in_dim(ids, draw(now, n)[:, None], n, 1), None
+
+        return jax.lax.scan(one, ids, jnp.arange(length, length + count))[0][:, : length + count]
+
+    return from_carry() if context is None else from_context(context)

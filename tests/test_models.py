@@ -1,0 +1,232 @@
+"""Models: published parameter counts, the audit of each, summaries, and sampling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet import models
+from fnet.layers import avg_pool, gru, lstm, sigmoid, tanh
+from fnet.report import summary
+from fnet.types import Layer, LayerError, apply
+
+LABELS = np.array([0, 2, 1])
+IDS = np.random.default_rng(0).integers(0, 11, (3, 7))
+
+
+def images(size, channels=1, examples=3):
+    return np.random.default_rng(1).standard_normal((examples, size, size, channels)).astype(np.float32)
+
+
+def specs(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+IMAGENET = specs(1, 224, 224, 3)
+# where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report. ViT-B/16 has
+# 86,567,656 with a class token and its position, which the mean over the patches replaces
+PUBLISHED = {
+    "lenet5": (models.lenet5(), specs(1, 28, 28, 1), 61_706),
+    "ResNet-18": (
+        models.resnet(1000, blocks=(2, 2, 2, 2), width=64, stem=models.imagenet_stem(64)), IMAGENET, 11_689_512,
+    ),
+    "ResNet-50": (
+        models.resnet(
+            1000, blocks=(3, 4, 6, 3), width=64, block=models.bottleneck_block, stem=models.imagenet_stem(64)
+        ),
+        IMAGENET,
+        25_557_032,
+    ),
+    "GPT-2": (
+        models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
+        specs(1, 8, dtype="int32"),
+        124_439_808,
+    ),
+    "ViT-B/16": (
+        models.vit(1000, patch=16, layers=12, features=768, heads=12, positions=196), IMAGENET, 86_567_656 - 2 * 768,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_number_of_parameters_is_the_published_one_and_nothing_is_allocated_for_it(name):
+    model, x, published = PUBLISHED[name]
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
+
+
+TOKENS = (IDS, (IDS + 1) % 11)
+SMALL = {
+    "lenet5": (models.lenet5(3), (images(28), LABELS)),
+    "lenet5 of 1998's kind": (models.lenet5(3, activation=tanh(), pool=avg_pool((2, 2))), (images(28), LABELS)),
+    "resnet": (models.resnet(3, blocks=(1, 2), width=2), (images(8), LABELS)),
+    "resnet of bottlenecks": (
+        models.resnet(3, blocks=(1, 1), width=2, block=models.bottleneck_block),
+        (images(8), LABELS),
+    ),
+    "vit": (models.vit(3, patch=4, layers=1, features=8, heads=2, positions=4), (images(8), LABELS)),
+    "recurrent_lm": (models.recurrent_lm(11, lstm(5), gru(6), features=6), TOKENS),
+    "gpt": (models.gpt(11, length=8, layers=2, features=8, heads=2), TOKENS),
+    "gpt, repeated": (models.gpt(11, length=8, layers=2, features=8, heads=2, repeated=True), TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_audit_finds_nothing_wrong_in_a_model(name, key):
+    model, batch = SMALL[name]
+    report = fnet.check_model(model, fnet.softmax_cross_entropy, batch, key=key, precisions=(), cost=False)
+    # relu and pooling have kinks, and of thousands of entries some may lie near one
+    assert {leaf.verdict for leaf in report.leaves} <= {"ok", "kink"}, str(report)
+    assert report.ok
+
+
+def test_an_autoencoder_goes_down_to_its_code_and_mirrors_back(key):
+    model = models.autoencoder(12, 6, 2, output=sigmoid())
+    params, state = fnet.init(model, key, jnp.ones((1, 12)))
+    widths = [params[part][f"dense_{i}"]["w"].shape for part in ("encoder", "decoder") for i in (0, 1)]
+    assert widths == [(12, 6), (6, 2), (2, 6), (6, 12)]
+    y = apply(model, params, state, jnp.ones((3, 12)))
+    assert y.shape == (3, 12) and ((y > 0) & (y < 1)).all()
+    with pytest.raises(ValueError, match="autoencoder: no widths given"):
+        models.autoencoder(12)
+
+
+def test_a_repeated_gpt_is_the_unrolled_one(key):
+    unrolled, repeated = SMALL["gpt"][0], SMALL["gpt, repeated"][0]
+    params, state = fnet.init(unrolled, key, IDS)
+    body = params["body"]
+    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), body["block_0"], body["block_1"])
+    stacked = {
+        "table": params["table"],
+        "body": {"positions": body["positions"], "blocks": blocks, "norm": body["norm"]},
+    }
+    _, stacked_state = jax.eval_shape(repeated.init, key, IDS)
+    y = apply(unrolled, params, state, IDS)
+    np.testing.assert_allclose(apply(repeated, stacked, stacked_state, IDS), y, rtol=0, atol=1e-6 * jnp.abs(y).max())
+
+
+def test_a_language_model_does_not_see_the_future(key):
+    for name in ("gpt", "recurrent_lm"):
+        model = SMALL[name][0]
+        params, state = fnet.init(model, key, IDS)
+        changed = IDS.copy()
+        changed[:, 4:] = (changed[:, 4:] + 1) % 11
+        before, after = (apply(model, params, state, ids) for ids in (IDS, changed))
+        assert (before[:, :4] == after[:, :4]).all() and (before[:, 4:] != after[:, 4:]).any()
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused_with_its_path(key):
+    model = SMALL["gpt"][0]
+    params, state = fnet.init(model, key, IDS)
+    with pytest.raises(LayerError, match=r"^body/positions: expected at most 8 positions, got 9"):
+        apply(model, params, state, jnp.zeros((1, 9), int))
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_of_an_mlp_counts_what_the_formulas_give():
+    table = summary(fnet.mlp(128, 64, 10), specs(32, 784))
+    assert [row.path for row in table.rows] == ["dense_0", "relu_0", "dense_1", "relu_1", "dense_2"]
+    first = table.rows[0]
+    assert (first.shape, first.dtype, first.parameters, first.bytes) == ("(32, 128)", "float32", 100_480, 401_920)
+    product = 2 * 32 * 784 * 128
+    assert first.forward == product + 32 * 128  # and the bias
+    assert first.backward == 2 * product + 32 * 128  # dw, dx and db
+    assert abs(first.forward_compiler - first.forward) <= 32 * 128
+    assert table.total.parameters == 109_386 == sum(row.parameters for row in table.rows)
+    assert table.total.forward == sum(row.forward for row in table.rows)
+    text = str(table).splitlines()
+    assert text[0].split() == ["path", "layer", "output", "dtype", "parameters", "bytes", "FLOPs", "by", "XLA",
+                               "backward", "by", "XLA"]  # fmt: skip
+    assert text[1].split()[:2] == ["dense_0", "dense"] and text[6].startswith("total")
+
+
+def test_a_summary_allocates_nothing_and_shows_who_owns_the_table():
+    model = models.gpt(10**6, length=10**6, layers=2, features=2**12, heads=4, repeated=True)
+    table = summary(model, specs(1, 64, dtype="int32"))
+    assert table.total.parameters > 8 * 10**9  # more than this machine holds
+    rows = {row.path: row for row in table.rows}
+    assert rows["gpt"].parameters == 10**6 * 2**12
+    assert sum(row.parameters for row in table.rows) == table.total.parameters
+    assert rows["body/blocks/1/mlp/wide"].shape == "(1, 64, 16384)"
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def counting() -> Layer:
+    """Ids to logits that make id + 1 (modulo 5) likely: a language model that is known."""
+    return Layer(
+        "counting",
+        lambda key, x: ((), ()),
+        lambda params, state, x, *, key=None, train=False: (3.0 * jax.nn.one_hot((x + 1) % 5, 5), state, ()),
+        lambda params, residuals, dy: ((), None),
+    )
+
+
+def sampled(prompt, count, model=None, **options):
+    options = {"key": jax.random.key(0), "context": 3, **options}
+    return fnet.generate(model or counting(), (), (), jnp.asarray(prompt), count, **options)
+
+
+def test_the_likeliest_ids_follow_the_model_from_every_prompt():
+    assert sampled([[3], [1]], 4, top_k=1).tolist() == [[3, 4, 0, 1, 2], [1, 2, 3, 4, 0]]
+    assert sampled([[9, 9, 9, 2]], 3, top_k=1).tolist() == [[9, 9, 9, 2, 3, 4, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_ids_are_drawn_from_the_tempered_distribution(temperature):
+    n = 4000
+    drawn = sampled(np.zeros((n, 1), int), 1, temperature=temperature)[:, 1]
+    p = np.exp(np.array([0.0, 3, 0, 0, 0]) / temperature)
+    p = p / p.sum()
+    counts = np.bincount(drawn, minlength=5)
+    assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all(), (counts, n * p)
+
+
+def test_top_k_leaves_out_what_is_less_likely():
+    ranked = Layer("ranked", lambda key, x: ((), ()),
+                   lambda params, state, x, *, key=None, train=False:
+                   (jnp.broadcast_to(jnp.arange(5.0), (*x.shape, 5)), state, ()), lambda *a: None)  # fmt: skip
+    drawn = sampled(np.zeros((500, 1), int), 1, model=ranked, top_k=2, temperature=10.0)[:, 1]
+    assert set(drawn.tolist()) == {3, 4}
+
+
+def test_sampling_is_a_function_of_the_key_whatever_the_count(key):
+    model = SMALL["recurrent_lm"][0]
+    params, state = fnet.init(model, key, IDS)
+
+    def run(count, seed):
+        return fnet.generate(model, params, state, jnp.asarray(IDS[:, :2]), count, key=jax.random.key(seed))
+
+    long = run(8, 0)
+    assert (long[:, :6] == run(4, 0)).all() and (long != run(8, 1)).any()
+    assert (long[:, :2] == IDS[:, :2]).all()
+
+
+def test_one_id_at_a_time_with_a_carry_draws_what_the_whole_sequence_would(key):
+    model = SMALL["recurrent_lm"][0]
+    params, state = fnet.init(model, key, IDS)
+    given = {"key": jax.random.key(3), "temperature": 0.7, "top_k": 4}
+    with_carry = fnet.generate(model, params, state, jnp.asarray(IDS[:, :2]), 6, **given)
+    whole = fnet.generate(model, params, state, jnp.asarray(IDS[:, :2]), 6, context=8, **given)
+    assert (with_carry == whole).all()
+
+
+def test_bad_arguments_of_generate_are_named():
+    with pytest.raises(ValueError, match=r"the prompt is float32 of shape \(1, 2\); expected integer ids"):
+        sampled(np.ones((1, 2), np.float32), 1)
+    with pytest.raises(ValueError, match=r"the prompt is int\d+ of shape \(1, 0\)"):
+        sampled(np.ones((1, 0), int), 1)
+    for options, words in (
+        ({"count": 0}, "count = 0; expected at least 1"),
+        ({"context": 0}, "context = 0; expected at least 1"),
+        ({"temperature": 0.0}, "temperature = 0.0; expected above 0; for the likeliest id, top_k=1"),
+        ({"top_k": 6}, "top_k = 6; expected 1 to 5, the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sampled([[0]], **{"count": 1, **options})
