@@ -1,0 +1,285 @@
+"""Embeddings of integer ids, and encodings of positions.
+
+Legend: B batch, T length, H heads, D features of a position or a head, V vocabulary; `...` any further axes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fnet.initializers import normal
+from fnet.layers.dense import product, rows
+from fnet.types import Layer, LayerError, forward_child, inside, stateless, stream, wide
+
+
+def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:
+    """``y = table[ids]`` with integer ``ids (B, ...)``, ``table (V, D)``, ``y (B, ..., D)``; D is ``features``.
+
+    Raises `LayerError` where ids are not integers and, if they are concrete, where one is not from 0 to V − 1. Traced
+    ids out of that range, negative ones too, give NaN and have no gradient: nothing is clamped or wrapped (flax wraps
+    negative ids). PyTorch's initial table is normal with standard deviation 1, flax' ``1/√D``, GPT-2's 0.02.
+
+    >>> layer = embedding(100, 4)
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16), "int32"))
+    >>> params["table"].shape, layer.forward(params, state, jnp.zeros((8, 16), int))[0].shape
+    ((100, 4), (8, 16, 4))
+    """
+    _require_sizes("embedding", vocabulary=vocabulary, features=features)
+
+    def init(key, ids):
+        require_ids(ids, vocabulary)
+        return {"table": weights(stream(key, "table"), (vocabulary, features), dtype)}
+
+    def forward(params, ids):
+        return lookup(params["table"], ids), ids
+
+    def backward(params, ids, dy):  # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i; ids have no gradient
+        return {"table": scatter(ids, dy, vocabulary).astype(params["table"].dtype)}, None
+
+    return stateless("embedding", init, forward, backward)
+
+
+def tied_embedding(
+    vocabulary: int, features: int, body: Layer, *, weights=normal(0.02), bias=None, dtype=jnp.float32
+) -> Layer:
+    """``logits = body(table[ids]) tableᵀ (+ b)``: one table ``(V, D)`` embeds the ids and reads the logits out.
+
+    ``ids (B, ...)`` to ``logits (B, ..., V)``; ``body`` maps ``(B, ..., D)`` to ``(B, ..., D)``. ``params`` are
+    ``{"table", "body"}``, and ``"b" (V,)`` with an initializer ``bias``. If the inputs are a tuple ``(ids, ...)``, the
+    rest goes to the body beside the vectors (a mask, a carry), and what the body returns beside its features comes out
+    beside the logits. Ids and errors as in `embedding`; `LayerError` also where the body does not return D features.
+
+    Source: Press and Wolf, arXiv:1608.05859; Inan et al., arXiv:1611.01462.
+
+    >>> from fnet.layers.dense import dense
+    >>> model = tied_embedding(100, 4, dense(4))
+    >>> params, state = model.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16), "int32"))
+    >>> model.forward(params, state, jnp.zeros((8, 16), int))[0].shape
+    (8, 16, 100)
+    """
+    _require_sizes("tied_embedding", vocabulary=vocabulary, features=features)
+
+    def init(key, x):
+        ids, rest = head_of(x)
+        require_ids(ids, vocabulary)
+        params = {"table": weights(stream(key, "table"), (vocabulary, features), dtype)}
+        vectors = jax.ShapeDtypeStruct((*ids.shape, features), dtype)
+        with inside("body"):
+            params["body"], state = body.init(stream(key, "body"), beside(vectors, rest))
+        if bias is not None:
+            params["b"] = bias(stream(key, "b"), (vocabulary,), dtype)
+        return params, {"body": state}
+
+    def forward(params, state, x, *, key=None, train=False):
+        ids, rest = head_of(x)
+        table = params["table"]
+        child_key = None if key is None else stream(key, "body")
+        out, body_state, residuals = forward_child(
+            "body", body, params["body"], state["body"], beside(lookup(table, ids), rest), key=child_key, train=train
+        )
+        h, others = head_of(out)
+        if h.shape != (*ids.shape, features) or h.dtype != table.dtype:
+            raise LayerError(
+                f"expected {table.dtype} {(*ids.shape, features)} of the body, as the table has, "
+                f"got {h.dtype} {h.shape}"
+            )
+        logits = product(rows(h), table.T)
+        if "b" in params:
+            logits = logits + params["b"][None]
+        y = beside(logits.reshape(*ids.shape, vocabulary), others)
+        return y, {"body": body_state}, {"ids": ids, "h": h, "body": residuals}
+
+    def backward(params, residuals, dy):
+        table, ids, h = params["table"], residuals["ids"], residuals["h"]
+        dlogits, dothers = head_of(dy)
+        d = rows(dlogits)
+        # logits = h tableᵀ + b:  dh = dlogits table,  db = Σ_rows dlogits,  and through the output dtable = dlogitsᵀ h
+        dh = product(d, table).reshape(h.shape)
+        from_output = jnp.matmul(d.T, rows(h), preferred_element_type=wide(h.dtype))
+        with inside("body"):
+            dbody, dx = body.backward(params["body"], residuals["body"], beside(dh, dothers))
+        dvectors, drest = head_of(dx)
+        # the table stands twice in the formula, so its gradient is the sum of both
+        from_input = scatter(ids, dvectors, vocabulary)
+        dparams = {"table": (from_input + from_output).astype(table.dtype), "body": dbody}
+        if "b" in params:
+            dparams["b"] = d.astype(wide(d.dtype)).sum(0).astype(params["b"].dtype)
+        return dparams, beside(None, drest)
+
+    return Layer("tied_embedding", init, forward, backward)
+
+
+def head_of(x):
+    """The first of a tuple, and the tuple of the rest; of anything else itself and None."""
+    return (x[0], x[1:]) if isinstance(x, tuple) else (x, None)
+
+
+def beside(first, rest):
+    """What `head_of` took apart."""
+    return first if rest is None else (first, *rest)
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """``table[ids]``; an id out of range is refused if it is concrete, and else its row is NaN and has no gradient."""
+    require_ids(ids, table.shape[0])
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def scatter(ids: jax.Array, dy: jax.Array, vocabulary: int) -> jax.Array:
+    """``(V, D)``: the rows of ``dy (B, ..., D)`` summed by id, in float32 at least; ids out of range are dropped.
+
+    On CPU this is many times faster than sorting first or a product with one-hot rows.
+    """
+    dtype = wide(dy.dtype)
+    sums = jnp.zeros((vocabulary, dy.shape[-1]), dtype).at[ids.reshape(-1)]
+    return sums.add(rows(dy).astype(dtype), mode="drop", wrap_negative_indices=False)
+
+
+def require_ids(ids, vocabulary: int) -> None:
+    """Raise `LayerError` unless ids are integers ``(B, ...)`` and, where they are concrete, below ``vocabulary``."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise LayerError(f"expected integer ids, got {ids.dtype}: convert them, say to int32")
+    if len(ids.shape) < 1:
+        raise LayerError("expected ids with a batch axis, got a scalar")
+    if isinstance(ids, Tracer | jax.ShapeDtypeStruct):
+        return
+    found = np.asarray(ids)
+    wrong = np.argwhere((found < 0) | (found >= vocabulary))
+    if len(wrong):
+        place = tuple(wrong[0].tolist())
+        raise LayerError(
+            f"expected ids from 0 to {vocabulary - 1}, got {found[place]} at position {place}, "
+            f"{len(wrong)} such of {found.size}: map what is unknown to an id of its own"
+        )
+
+
+def _require_sizes(name: str, **sizes: int) -> None:
+    for what, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: {what} = {size}; expected at least 1")
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def learned_positions(length: int, *, weights=normal(0.02)) -> Layer:
+    """``y_t = x_t + table_t`` with ``x (B, T, D)``, ``table (length, D)``, T at most ``length``.
+
+    Raises `LayerError` for a longer input, and where ``x`` is not floating ``(B, T, D)`` with the table's features.
+    Source: Gehring et al., arXiv:1705.03122; as in GPT-2.
+
+    >>> layer = learned_positions(16)
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16, 4), "float32"))
+    >>> layer.forward(params, state, jnp.zeros((8, 9, 4)))[0].shape
+    (8, 9, 4)
+    """
+    _require_sizes("learned_positions", length=length)
+
+    def check(x, features):
+        require_sequence(x)
+        if x.shape[1] > length:
+            raise LayerError(
+                f"expected at most {length} positions, got {x.shape[1]}: shorten it or give a longer table"
+            )
+        if x.shape[2] != features:
+            raise LayerError(f"expected {features} features, got {x.shape[2]}")
+
+    def init(key, x):
+        require_sequence(x)
+        check(x, x.shape[2])
+        return {"table": weights(stream(key, "table"), (length, x.shape[2]), x.dtype)}
+
+    def forward(params, x):
+        check(x, params["table"].shape[1])
+        return x + params["table"][None, : x.shape[1]].astype(x.dtype), ()
+
+    def backward(params, residuals, dy):  # dtable_t = Σ_B dy_t, and 0 beyond T;  dx = dy
+        table = params["table"]
+        dtable = jnp.zeros(table.shape, wide(dy.dtype)).at[: dy.shape[1]].set(dy.astype(wide(dy.dtype)).sum(0))
+        return {"table": dtable.astype(table.dtype)}, dy
+
+    return stateless("learned_positions", init, forward, backward)
+
+
+def sinusoidal_positions(base=10000.0) -> Layer:
+    """``y_t = x_t + p_t``, ``x (B, T, D)``: ``p_{t,2i} = sin(t / base^(2i/D))``, ``p_{t,2i+1} = cos(t / base^(2i/D))``.
+
+    No parameters, any length. Source: Vaswani et al., arXiv:1706.03762, 3.5.
+
+    >>> y, _, _ = sinusoidal_positions().forward((), (), jnp.zeros((1, 2, 4)))
+    >>> y[0].round(4).tolist()[0]
+    [0.0, 1.0, 0.0, 1.0]
+    """
+
+    def forward(params, x):
+        require_sequence(x)
+        _, length, features = x.shape
+        dtype = wide(x.dtype)
+        exponents = jnp.arange(0, features, 2, dtype=dtype) / -features
+        angles = jnp.arange(length, dtype=dtype)[:, None] * (jnp.asarray(base, dtype) ** exponents)[None]
+        waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)  # (T, ⌈D/2⌉, 2), read row by row
+        encoding = waves.reshape(length, -1)[:, :features]
+        return (x.astype(dtype) + encoding[None]).astype(x.dtype), ()
+
+    return stateless("sinusoidal_positions", lambda key, x: (), forward, lambda params, residuals, dy: ((), dy))
+
+
+def rotary_positions(base=10000.0) -> Layer:
+    """`rotate` by the positions 0 .. T − 1: ``x (B, T, H, D)`` to ``y`` alike; no parameters.
+
+    >>> rotary_positions().forward((), (), jnp.ones((1, 2, 1, 2)))[0].round(4)[0, :, 0].tolist()[0]
+    [1.0, 1.0]
+    """
+
+    def forward(params, x):
+        return rotate(x, jnp.arange(x.shape[1] if x.ndim > 1 else 0), base), ()
+
+    def backward(params, residuals, dy):  # y_t = R(t) x_t with a rotation R(t):  dx_t = R(t)ᵀ dy_t = R(−t) dy_t
+        return (), rotate(dy, -jnp.arange(dy.shape[1]), base)
+
+    return stateless("rotary_positions", lambda key, x: (), forward, backward)
+
+
+def rotate(x: jax.Array, positions: jax.Array, base=10000.0) -> jax.Array:
+    """Rotary encoding: pair i of each head's features, turned by the angle ``position · base^(-2i/D)``.
+
+    ``x (B, T, H, D)``, ``positions`` signed integers ``(T,)`` or ``(B, T)``, ``y`` like ``x``; D is even and pair i is
+    ``(x_i, x_{i + D/2})``. The inner product of two rotated vectors depends on the difference of their positions only.
+    It is linear in ``x`` and orthogonal, so its inverse and its backward is ``rotate(dy, -positions)``. Angles are
+    taken in float32 at least. Raises `LayerError` for an odd D and for positions that do not fit.
+
+    Source: Su et al., arXiv:2104.09864, whose pairs are neighbours ``(x_2i, x_{2i+1})``; the halves are GPT-NeoX' and
+    LLaMA's form, the same up to a permutation of the features.
+
+    >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> rotate(x, jnp.array([1])).round(4).ravel().tolist()
+    [0.5403000116348267, 0.8414999842643738]
+    """
+    if x.ndim != 4 or x.shape[-1] % 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(
+            "expected floating (batch, length, heads, features) with an even number of features, "
+            f"got {x.dtype} {x.shape}"
+        )
+    if not jnp.issubdtype(positions.dtype, jnp.signedinteger):
+        raise LayerError(f"expected positions that are signed integers, got {positions.dtype}")
+    if positions.shape not in (x.shape[1:2], x.shape[:2]):
+        raise LayerError(f"expected positions of shape {x.shape[1:2]} or {x.shape[:2]}, got {positions.shape}")
+    dtype = wide(x.dtype)
+    half = x.shape[-1] // 2
+    frequencies = jnp.asarray(base, dtype) ** (jnp.arange(half, dtype=dtype) / -half)
+    angles = positions.astype(dtype).reshape(-1, x.shape[1], 1, 1) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B or 1, T, 1, D/2)
+    a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    # (a, b) -> (a cos − b sin, b cos + a sin)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def require_sequence(x) -> None:
+    """Raise `LayerError` unless ``x`` is floating ``(B, T, D)``."""
+    if len(x.shape) != 3:
+        raise LayerError(f"expected (batch, length, features), got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(f"expected floating features, got {x.dtype}: embed the ids first")

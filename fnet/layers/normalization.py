@@ -1,0 +1,242 @@
+"""Normalization: features of mean 0 and variance 1, over the batch or within each example, then scaled and shifted.
+
+All are ``y = γ x̂ + β`` with ``x̂ = (x − μ) r`` and ``r = 1 / √(σ² + ε)``, and differ in what μ and σ² are taken over.
+Variances are means of squared deviations, never ``E[x²] − E[x]²``, which loses every digit where the mean is large.
+Statistics are in float32 at least; ``y`` has the dtype of ``x``.
+
+Legend: B batch, C features (channels), G groups; N examples and positions together; `...` any further axes;
+γ scale, β bias (parameters), μ mean, σ² variance, ε eps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fnet.initializers import constant, zeros
+from fnet.layers.dense import rows
+from fnet.types import Layer, LayerError, require, stateless, stream, wide
+
+
+def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant(1), bias=zeros()) -> Layer:
+    """Each feature normalised over the batch and all positions: ``x (B, ..., C)`` to ``y`` alike.
+
+    In training μ and σ² (biased) are the batch's own, and ``state = {"mean", "var"}``, in float32 at least, follows
+    them as ``decay · old + (1 − decay) · new``; in inference they are the state's. With ``variance="unbiased"`` the
+    state follows ``σ² · N / (N − 1)`` (0 if N is 1). ``decay`` and ``eps`` are numbers, possibly traced; ``scale`` and
+    ``bias`` are initializers, or None to leave the parameter out.
+
+    ``(x, mask)`` normalises a masked batch: ``mask`` is boolean over leading axes of ``x`` (``(B,)``, ``(B, T)``, ...).
+    Only what is True counts; elsewhere ``y`` and ``dx`` are 0. Where nothing counts, the state stays.
+
+    Raises `LayerError` where ``x`` has no batch axis, is not floating, does not have the features of the state, and for
+    a mask that does not fit. Source: Ioffe and Szegedy, arXiv:1502.03167 (which stores the unbiased variance).
+
+    - PyTorch: ``batch_norm(decay=0.9, variance="unbiased")``; its momentum 0.1 is the weight of the new; N = 1 is an
+      error there.
+    - Keras: ``batch_norm(eps=1e-3)``; its momentum 0.99 is ``decay``. flax: these defaults, but ``E[x²] − E[x]²``.
+
+    >>> layer = batch_norm()
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 1), "float32"))
+    >>> y, state, _ = layer.forward(params, state, jnp.array([[100.0], [104.0]]), train=True)
+    >>> y.round(3).tolist(), state["mean"].round(2).tolist()
+    ([[-1.0], [1.0]], [1.0199999809265137])
+    """
+    require((decay >= 0) & (decay <= 1), f"batch_norm: decay = {decay}; expected a number from 0 to 1")
+    require(eps >= 0, f"batch_norm: eps = {eps}; expected at least 0")
+    if variance not in ("biased", "unbiased"):
+        raise ValueError(f"batch_norm: variance = {variance!r}; expected 'biased' or 'unbiased'")
+
+    def init(key, x):
+        x = x[0] if isinstance(x, tuple) else x
+        shape, dtype = x.shape[-1:], wide(x.dtype)
+        state = {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
+        return affine_params(key, x, scale, bias), state
+
+    def forward(params, state, x, *, key=None, train=False):
+        x, mask = x if isinstance(x, tuple) else (x, None)
+        if not isinstance(state, dict) or set(state) != {"mean", "var"}:
+            raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
+        require_features(x, state["mean"].shape[0])
+        dtype = wide(x.dtype)
+        counted = None if mask is None else counted_rows(x, mask)
+        v = only(rows(x).astype(dtype), counted)  # (N, C)
+        if train:
+            count = jnp.asarray(v.shape[0] if counted is None else counted.sum(), dtype)
+            n = jnp.maximum(count, 1)
+            mean = v.sum(0) / n
+            centred = only(v - mean[None], counted)
+            var = (centred * centred).sum(0) / n
+            stored = var * (n / jnp.maximum(n - 1, 1)) if variance == "unbiased" else var
+            new_state = {
+                "mean": follow(state["mean"], mean, jnp.asarray(decay, dtype), count),
+                "var": follow(state["var"], stored, jnp.asarray(decay, dtype), count),
+            }
+        else:
+            n, new_state = None, state
+            mean, var = state["mean"].astype(dtype), state["var"].astype(dtype)
+            centred = only(v - mean[None], counted)
+        r = 1 / jnp.sqrt(var + jnp.asarray(eps, dtype))
+        normal = centred * r[None]
+        y = only(affine(params, normal), counted)
+        return y.astype(x.dtype).reshape(x.shape), new_state, (normal.astype(x.dtype), r, n, counted)
+
+    def backward(params, residuals, dy):
+        normal, r, n, counted = residuals  # n is None in inference
+        dtype, shape = dy.dtype, dy.shape
+        normal, dy = normal.astype(r.dtype), only(rows(dy).astype(r.dtype), counted)
+        # y = γ x̂ + β:  dβ = Σ dy,  dγ = Σ dy x̂.  x̂ = r (x − μ), and in training μ and r depend on x too:
+        # ∂x̂_i/∂x_j = r ([i = j] − 1/n − x̂_i x̂_j / n), so that dx = γ r (dy − dβ/n − x̂ dγ/n)
+        dscale, dbias = (dy * normal).sum(0), dy.sum(0)
+        dparams = cast_like({"scale": dscale, "bias": dbias}, params)
+        if n is not None:
+            dy = only(dy - (dbias / n)[None] - normal * (dscale / n)[None], counted)
+        gamma = params["scale"].astype(r.dtype) if "scale" in params else 1
+        dx = (dy * (gamma * r)[None]).astype(dtype).reshape(shape)
+        return dparams, dx if counted is None else (dx, None)
+
+    return Layer("batch_norm", init, forward, backward)
+
+
+def layer_norm(*, eps=1e-5, scale=constant(1), bias=zeros()) -> Layer:
+    """Each position's features normalised by their own mean and variance: ``x (B, ..., C)`` to ``y`` alike.
+
+    ``scale`` and ``bias`` ``(C,)`` are initializers, or None to leave the parameter out; ``eps`` may be traced. Raises
+    `LayerError` where ``x`` has no batch axis, is not floating or does not have the parameters' features.
+
+    Source: Ba et al., arXiv:1607.06450. PyTorch's ε is 1e-5 as well, flax' 1e-6.
+
+    >>> layer = layer_norm()
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 2), "float32"))
+    >>> layer.forward(params, state, jnp.array([[100.0, 104.0]]))[0].round(3).tolist()
+    [[-1.0, 1.0]]
+    """
+    return _within("layer_norm", over_features, True, eps, scale, bias)
+
+
+def rms_norm(*, eps=1e-6, scale=constant(1)) -> Layer:
+    """Each position's features divided by their root mean square: ``y = γ x / √(mean x² + ε)``, ``x (B, ..., C)``.
+
+    Arguments and errors as in `layer_norm`; nothing is subtracted and there is no bias. Source: Zhang and Sennrich,
+    arXiv:1910.07467. flax' ε is 1e-6 as well; PyTorch's default is the dtype's epsilon, 1.2e-7 in float32.
+
+    >>> layer = rms_norm()
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 2), "float32"))
+    >>> layer.forward(params, state, jnp.array([[1.0, 7.0]]))[0].round(3).tolist()
+    [[0.20000000298023224, 1.4000000953674316]]
+    """
+    return _within("rms_norm", over_features, False, eps, scale, None)
+
+
+def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Layer:
+    """Each example's features in ``groups`` of neighbours, each normalised over its features and all positions.
+
+    ``x (B, ..., C)`` to ``y`` alike; scale and bias ``(C,)``. One group normalises the whole example, C groups are
+    instance normalization. Arguments and errors as in `layer_norm`; `LayerError` also where C is no multiple of
+    ``groups``. Source: Wu and He, arXiv:1803.08494. PyTorch's ε is 1e-5 as well, flax' 1e-6.
+
+    >>> layer = group_norm(2)
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 4), "float32"))
+    >>> layer.forward(params, state, jnp.array([[1.0, 3.0, 10.0, 50.0]]))[0].round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    if groups < 1:
+        raise ValueError(f"group_norm: groups = {groups}; expected at least 1")
+
+    def mean(v):  # over positions first: XLA on CPU is slow where both reductions are one
+        if v.shape[-1] % groups:
+            raise LayerError(f"expected a multiple of {groups} features (groups = {groups}), got {v.shape[-1]}")
+        by_feature = v.mean(tuple(range(1, v.ndim - 1)), keepdims=True)  # (B, 1, ..., C)
+        by_group = by_feature.reshape(v.shape[0], groups, v.shape[-1] // groups).mean(-1)
+        return jnp.repeat(by_group, v.shape[-1] // groups, 1).reshape(by_feature.shape)
+
+    return _within("group_norm", mean, True, eps, scale, bias)
+
+
+def over_features(v):
+    """The mean of ``v (B, ..., C)`` at each position."""
+    return v.mean(-1, keepdims=True)
+
+
+def _within(name, mean, centre: bool, eps, scale, bias) -> Layer:
+    """``y = γ x̂ + β`` with statistics that ``mean`` takes within each example; none is subtracted unless ``centre``."""
+    require(eps >= 0, f"{name}: eps = {eps}; expected at least 0")
+
+    def forward(params, x):
+        require_features(x, next((leaf.shape[0] for leaf in params.values()), None))
+        dtype = wide(x.dtype)
+        v = x.astype(dtype)
+        if centre:
+            v = v - mean(v)
+        r = 1 / jnp.sqrt(mean(v * v) + jnp.asarray(eps, dtype))
+        normal = v * r
+        y = affine(params, rows(normal)).reshape(x.shape)
+        return y.astype(x.dtype), (normal.astype(x.dtype), r)
+
+    def backward(params, residuals, dy):
+        normal, r = residuals
+        normal, d = normal.astype(r.dtype), dy.astype(r.dtype)
+        # y = γ x̂ + β:  dβ = Σ dy,  dγ = Σ dy x̂,  dx̂ = γ dy
+        dscale, dbias = rows(d * normal).sum(0), rows(d).sum(0)
+        if "scale" in params:
+            d = (rows(d) * params["scale"][None].astype(d.dtype)).reshape(dy.shape)
+        # ∂x̂_i/∂x_j = r ([i = j] − 1/n − x̂_i x̂_j / n), the 1/n from the mean:  dx = r (dx̂ − mean dx̂ − x̂ mean(dx̂ x̂))
+        dx = r * (d - normal * mean(d * normal) - (mean(d) if centre else 0))
+        return cast_like({"scale": dscale, "bias": dbias}, params), dx.astype(dy.dtype)
+
+    return stateless(name, lambda key, x: affine_params(key, x, scale, bias), forward, backward)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def affine_params(key, x, scale, bias) -> dict[str, jax.Array]:
+    """``{"scale", "bias"}`` for inputs like ``x``, without those whose initializer is None."""
+    require_features(x)
+    drawn = {"scale": scale, "bias": bias}
+    return {name: f(stream(key, name), x.shape[-1:], x.dtype) for name, f in drawn.items() if f is not None}
+
+
+def affine(params, normal):
+    """``γ x̂ + β`` for ``x̂ (N, C)``, in its dtype."""
+    if "scale" in params:
+        normal = normal * params["scale"][None].astype(normal.dtype)
+    return normal + params["bias"][None].astype(normal.dtype) if "bias" in params else normal
+
+
+def cast_like(grads, params):
+    """The gradients of the parameters that there are, in their dtypes."""
+    return {name: grads[name].astype(leaf.dtype) for name, leaf in params.items()}
+
+
+def follow(old, new, decay, count):
+    """``decay · old + (1 − decay) · new`` in the dtype of ``old``, and ``old`` where nothing counts; no gradient."""
+    moved = (decay * old.astype(decay.dtype) + (1 - decay) * new).astype(old.dtype)
+    return jax.lax.stop_gradient(jnp.where(count > 0, moved, old))
+
+
+def only(v, counted):
+    """``v (N, C)``, and 0 in the rows that are not counted: by selection, so that NaN there stays there."""
+    return v if counted is None else jnp.where(counted, v, 0)
+
+
+def counted_rows(x, mask):
+    """A mask over leading axes of ``x (B, ..., C)`` as ``(N, 1)``."""
+    if mask.dtype != bool:
+        raise LayerError(f"expected a boolean mask, got {mask.dtype}: True is what counts")
+    if not 1 <= mask.ndim < x.ndim or mask.shape != x.shape[: mask.ndim]:
+        raise LayerError(f"expected a mask over leading axes of {x.shape[:-1]}, got shape {mask.shape}")
+    mask = mask.reshape(mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
+    return jnp.broadcast_to(mask, x.shape[:-1]).reshape(math.prod(x.shape[:-1]), 1)
+
+
+def require_features(x, features: int | None = None):
+    """Raise `LayerError` unless ``x`` is floating ``(B, ..., C)``, with C ``features`` if that is given."""
+    if len(x.shape) < 2:
+        raise LayerError(f"expected a batch axis and features, got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(f"expected floating features, got {x.dtype}: convert the inputs, say to float32")
+    if features not in (None, x.shape[-1]):
+        raise LayerError(f"expected {features} features, got {x.shape[-1]}")

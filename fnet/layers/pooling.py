@@ -1,0 +1,185 @@
+"""Pooling: the largest entry or the mean of each window, channel by channel. No layer has parameters.
+
+Legend: B batch, T time, H W height and width, S spatial axes (T, or H and W), C channels, K positions of a window,
+n, m sizes of an input's and an output's axis.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.layers.convolution import (
+    Padding,
+    Windows,
+    along,
+    channels_first,
+    channels_last,
+    fold,
+    over_inputs,
+    padded,
+    windows_of,
+)
+from fnet.types import Layer, LayerError, stateless, wide
+
+
+def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID") -> Layer:
+    """``y_o = max_k x_(o·stride + k − low)`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+
+    ``window`` is a tuple with one size for each spatial axis, ``stride`` the same or a whole number, by default the
+    window; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded never counts. The
+    whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A NaN passes.
+    Sizes and errors are those of `conv`; a window that lies in the padding alone is refused.
+
+    >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    >>> max_pool((2, 2)).forward((), (), x)[0].reshape(2, 2).tolist()
+    [[5.0, 7.0], [13.0, 15.0]]
+    """
+    windows = windows_of("max_pool", window, window if stride is None else stride, 1, padding, "window")
+
+    def forward(_, x):
+        over = over_true_inputs(windows, x)
+        entries, true = taps(channels_first(x), over, -jnp.inf), true_entries(over)
+        y, seen = entries[0], true[0]
+        first = jnp.zeros(y.shape, jnp.uint8 if len(entries) <= 256 else jnp.int32)  # the position that y comes from
+        for k, (entry, is_true) in enumerate(zip(entries[1:], true[1:], strict=True), 1):
+            keep = (y >= entry) | jnp.isnan(y)
+            if not (seen & is_true).all():  # of two −∞ the one that is not padding
+                keep = jnp.where(seen & is_true, keep, seen)
+            y, seen = jnp.where(keep, y, entry), seen | is_true
+            first = jnp.where(keep, first, jnp.asarray(k, first.dtype))
+        # beside the positions an empty array that carries the shape of x
+        return channels_last(y), (first, jnp.zeros((0, *x.shape), x.dtype))
+
+    def backward(_, residuals, dy):
+        # ∂y_o / ∂x_(os+k) = [k is the first position at which the window of o has its maximum]
+        first, empty = residuals
+        over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
+        positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
+        each = (None,) * len(over.kernel)
+        d = jnp.where(first[each] == jnp.asarray(positions, first.dtype), channels_first(dy)[each], 0)
+        return (), channels_last(fold(d, over))
+
+    return stateless("max_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
+
+
+def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID", count_padding: bool = False) -> Layer:
+    """``y_o = Σ_k x_(o·stride + k − low) / count_o`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+
+    ``count_o`` is the number of true entries in the window, as in Keras; with ``count_padding=True`` padded zeros count
+    too, so that it is the size of the window, as by default in PyTorch (``count_include_pad``). Sums are taken in
+    float32 at least. Other arguments and errors are those of `max_pool`.
+
+    >>> x = jnp.ones((1, 3, 1))
+    >>> avg_pool((2,), padding="SAME").forward((), (), x)[0].ravel().tolist()
+    [1.0, 1.0]
+    >>> avg_pool((2,), padding="SAME", count_padding=True).forward((), (), x)[0].ravel().tolist()
+    [1.0, 0.5]
+    """
+    windows = windows_of("avg_pool", window, window if stride is None else stride, 1, padding, "window")
+
+    def counts(over: Windows, dtype):
+        """How many entries each output is the mean of, ``(1, *m, 1)``."""
+        true = true_entries(over)
+        return jnp.asarray(np.full(true[0].shape, len(true)) if count_padding else np.sum(true, axis=0), dtype)
+
+    def forward(_, x):
+        over, dtype = over_true_inputs(windows, x), wide(x.dtype)
+        total = functools.reduce(jnp.add, (entry.astype(dtype) for entry in taps(channels_first(x), over, 0)))
+        return channels_last((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
+
+    def backward(_, empty, dy):  # ∂y_o / ∂x_(os+k) = 1 / count_o
+        over, dtype = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), wide(dy.dtype)
+        share = channels_first(dy).astype(dtype) / counts(over, dtype)
+        d = jnp.broadcast_to(share, (*over.kernel, *share.shape))
+        return (), channels_last(fold(d, over).astype(dy.dtype))
+
+    return stateless("avg_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
+
+
+def global_max_pool() -> Layer:
+    """``y (B, C)``, the largest entry of each channel of ``x (B, *S, C)``; ties and NaN as in `max_pool`."""
+
+    def forward(_, x):
+        entries = one_spatial_axis(x)
+        first = jnp.argmax(entries, 1, keepdims=True)
+        return jnp.where(places(entries) == first, entries, 0).sum(1), (first, jnp.zeros((0, *x.shape), x.dtype))
+
+    def backward(_, residuals, dy):  # ∂y / ∂x_s = [s is the first place of the maximum]
+        first, empty = residuals
+        shape = empty.shape[1:]
+        entries = jax.ShapeDtypeStruct((shape[0], math.prod(shape[1:-1]), shape[-1]), dy.dtype)
+        return (), jnp.where(places(entries) == first, dy[:, None], 0).reshape(shape)
+
+    return stateless("global_max_pool", lambda key, x: nothing(one_spatial_axis_of(x)), forward, backward)
+
+
+def global_avg_pool() -> Layer:
+    """``y (B, C)``, the mean of each channel of ``x (B, *S, C)``, summed in float32 at least."""
+
+    def forward(_, x):
+        y = one_spatial_axis(x).mean(1, dtype=wide(x.dtype)).astype(x.dtype)
+        return y, jnp.zeros((0, *x.shape), x.dtype)
+
+    def backward(_, empty, dy):  # ∂y / ∂x_s = 1 / number of places
+        shape = empty.shape[1:]
+        share = (dy.astype(wide(dy.dtype)) / math.prod(shape[1:-1])).astype(dy.dtype)
+        return (), jnp.broadcast_to(share.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1]), shape)
+
+    return stateless("global_avg_pool", lambda key, x: nothing(one_spatial_axis_of(x)), forward, backward)
+
+
+def over_true_inputs(windows: Windows, x) -> Windows:
+    """The windows that lie on ``x``, each with a true entry in it."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(f"expected floating inputs, got {x.dtype}: convert them, say to float32")
+    over = over_inputs(windows, x)
+    if not np.any(true_entries(over), axis=0).all():
+        raise LayerError(f"some windows of {over.kernel} see nothing but padding: pad less than {over.padding!r}")
+    return over
+
+
+def taps(x: jax.Array, over: Windows, fill) -> list[jax.Array]:
+    """For each position of a window, in row-major order, what the outputs see there: ``(C, *m, B)`` each."""
+    x = padded(x, over, fill)
+    return [x[place] for place in seen_places(over)]
+
+
+def seen_places(over: Windows) -> list[tuple[slice, ...]]:
+    """For each position of a window, in row-major order, the index of what the outputs see there."""
+    positions = itertools.product(*(range(k) for k in over.kernel))
+    return [(slice(None), *(along(over, axis, k) for axis, k in enumerate(p))) for p in positions]
+
+
+def true_entries(over: Windows) -> list[np.ndarray]:
+    """For each position of a window whether what an output sees there is an input, ``(1, *m, 1)`` each."""
+    edges = [(low, max(high, 0)) for low, high in zip(over.low, over.high, strict=True)]
+    inside = np.pad(np.ones((1, *over.inputs, 1), bool), ((0, 0), *edges, (0, 0)))
+    return [inside[place] for place in seen_places(over)]
+
+
+def one_spatial_axis_of(x) -> tuple[int, int, int]:
+    """The shape ``(B, S, C)`` of ``x (B, *S, C)``, all its places along one axis."""
+    if len(x.shape) < 3 or 0 in x.shape[1:-1]:
+        raise LayerError(f"expected a batch axis, places and channels, such as (B, H, W, C), got shape {x.shape}")
+    return x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
+
+
+def one_spatial_axis(x: jax.Array) -> jax.Array:
+    """``x (B, *S, C)`` as ``(B, S, C)``."""
+    return x.reshape(one_spatial_axis_of(x))
+
+
+def places(entries) -> jax.Array:
+    """The number of each place, ``(1, S, 1)``."""
+    return jnp.arange(entries.shape[1])[None, :, None]
+
+
+def nothing(_) -> tuple:
+    """No parameters."""
+    return ()

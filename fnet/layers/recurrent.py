@@ -1,0 +1,653 @@
+"""Recurrent layers: Elman's network, the gated recurrent unit and long short-term memory, over sequences or one step.
+
+    sequence layer    x -> y    or    (x, carry) -> (y, carry)    or    (x, carry, mask) -> (y, carry)
+    cell              (x, carry) -> (y, carry), one step with the same parameters
+
+A cell is written once: one step, the slopes of its gates, and one step back. A sequence layer is the scan of it. The
+inputs of all steps meet ``W_x`` in one product before the scan. The reversed scan computes only what depends on the
+step after, the gradients ``dz`` of what enters the gates; the gradient of each weight is one product outside it.
+
+Carries are ``h (B, H)``, for lstm ``LSTMCarry(h, c)``; None stands for zeros (then its gradient is None too).
+``mask (B, T)`` is True where a step counts; elsewhere the carry is held, ``y`` is 0, and what ``x`` holds there is
+never seen (as in PyTorch's packed sequences padded with zeros). The gates' weights stand side by side, ``(I, G H)``.
+
+Legend: B batch, T steps, I features in, H units, G gates; z what enters the gates; `...` any leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
+from fnet.layers.activation import tanh
+from fnet.layers.combinators import named_children, output_shape, require_children
+from fnet.layers.dense import product, rows
+from fnet.types import Layer, LayerError, PyTree, forward_child, inside, stateless, stream
+
+
+class LSTMCarry(NamedTuple):
+    """What an lstm hands to its next step: the output ``h (B, H)`` and the memory ``c (B, H)``."""
+
+    h: Any
+    c: Any
+
+
+class _Cell(NamedTuple):
+    """One step of a recurrent layer; ``carry`` is a tuple whose first entry is h.
+
+    - ``step(recurrent, z, carry) -> carry, kept`` with ``z = x W_x + b``.
+    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps.
+    - ``back(recurrent, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products.
+    - ``split(dz) -> dz_x, dz_h``: the parts of ``dz`` that belong to ``x W_x`` and to ``h W_h``.
+    - ``weights(kept, h, dz_h) -> drecurrent``, all steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
+    """
+
+    name: str
+    gates: int
+    step: Callable
+    slopes: Callable
+    back: Callable
+    split: Callable = lambda dz: (dz, dz)
+    weights: Callable | None = None
+    bias: Initializer | None = None  # of the recurrent product
+    parts: int = 1  # of the carry
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _rnn(activation: Layer) -> _Cell:
+    def step(recurrent, z, carry):
+        h, _, residuals = activation.forward((), (), z + product(carry[0], recurrent["w"]), key=None, train=False)
+        return (h,), None if residuals is h else residuals  # tanh, relu and sigmoid need only their output
+
+    def slopes(residuals, before, after):  # dz = dh · a'(z), and a backward of ones is a'
+        residuals = after[0] if residuals is None else residuals
+        return activation.backward((), residuals, jnp.ones_like(after[0]))[1], ()
+
+    def back(recurrent, slopes, others, dcarry):  # z = … + h W_h:  dh = dz W_hᵀ
+        dz = dcarry[0] * slopes
+        return (product(dz, recurrent["w"].T),), dz
+
+    return _Cell("rnn", 1, step, slopes, back)
+
+
+def _lstm() -> _Cell:
+    def step(recurrent, z, carry):
+        h, c = carry
+        z = z + product(h, recurrent["w"])
+        # σ(z) = ½ + ½ tanh(z/2): one tanh over all four gates is half the operations of a step
+        half = np.repeat([0.5, 0.5, 1.0, 0.5], h.shape[-1])[None]
+        scale, shift = jnp.asarray(half, z.dtype), jnp.asarray(1 - half, z.dtype)
+        gates = scale * jnp.tanh(scale * z) + shift
+        i, f, g, o = jnp.split(gates, 4, -1)
+        c = f * c + i * g
+        return (o * jnp.tanh(c), c), gates
+
+    def slopes(gates, before, after):
+        # σ' = σ (1 − σ), tanh' = 1 − tanh²:  ∂c/∂z_i = g i(1−i), ∂c/∂z_f = c₋ f(1−f), ∂c/∂z_g = i(1−g²);
+        # h = o t with t = tanh(c):  ∂h/∂z_o = t o(1−o), ∂h/∂c = o(1−t²);  ∂c/∂c₋ = f
+        i, f, g, o = jnp.split(gates, 4, -1)
+        t = jnp.tanh(after[1])
+        by_z = [g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
+        return jnp.concatenate(by_z, -1), (o * (1 - t * t), f)
+
+    def back(recurrent, slopes, others, dcarry):
+        (dh, dc), (h_by_c, f) = dcarry, others
+        dc = dc + dh * h_by_c
+        dz = jnp.concatenate([dc, dc, dc, dh], -1) * slopes
+        return (product(dz, recurrent["w"].T), dc * f), dz
+
+    return _Cell("lstm", 4, step, slopes, back, parts=2)
+
+
+def _gru_after(bias: Initializer | None) -> _Cell:
+    def step(recurrent, z, carry):
+        (h,), units = carry, carry[0].shape[-1]
+        a = product(h, recurrent["w"])
+        r, u = jnp.split(jax.nn.sigmoid(z[..., : 2 * units] + a[..., : 2 * units]), 2, -1)
+        q = a[..., 2 * units :]
+        if "b" in recurrent:
+            q = q + recurrent["b"][None]
+        n = jnp.tanh(z[..., 2 * units :] + r * q)
+        return ((1 - u) * n + u * h,), (r, u, n, q)
+
+    def slopes(kept, before, after):
+        # h = (1−u) n + u h₋, n = tanh(z_n + r q):  ∂h/∂z_n = (1−u)(1−n²) =: s, ∂h/∂q = s r, ∂h/∂z_r = s q r(1−r),
+        # ∂h/∂z_u = (h₋ − n) u(1−u), and directly ∂h/∂h₋ = u
+        r, u, n, q = kept
+        s = (1 - u) * (1 - n * n)
+        return jnp.concatenate([s * q * r * (1 - r), (before[0] - n) * u * (1 - u), s * r, s], -1), u
+
+    def back(recurrent, slopes, u, dcarry):
+        (dh,), units = dcarry, u.shape[-1]
+        dz = jnp.concatenate([dh, dh, dh, dh], -1) * slopes
+        return (dh * u + product(dz[..., : 3 * units], recurrent["w"].T),), dz
+
+    def split(dz):  # (r, u, q, n): the candidate's two products have gradients of their own
+        r, u, q, n = jnp.split(dz, 4, -1)
+        return jnp.concatenate([r, u, n], -1), jnp.concatenate([r, u, q], -1)
+
+    def weights(kept, h, dz_h):
+        drecurrent = {"w": product(h.T, dz_h)}
+        return drecurrent if bias is None else {**drecurrent, "b": dz_h[:, 2 * h.shape[1] :].sum(0)}
+
+    return _Cell("gru", 3, step, slopes, back, split, weights, bias)
+
+
+def _gru_before() -> _Cell:
+    def step(recurrent, z, carry):
+        (h,), w, units = carry, recurrent["w"], carry[0].shape[-1]
+        r, u = jnp.split(jax.nn.sigmoid(z[..., : 2 * units] + product(h, w[:, : 2 * units])), 2, -1)
+        n = jnp.tanh(z[..., 2 * units :] + product(r * h, w[:, 2 * units :]))
+        return ((1 - u) * n + u * h,), (r, u, n)
+
+    def slopes(kept, before, after):
+        # p = r h₋, n = tanh(z_n + p W_n):  ∂h/∂z_n = (1−u)(1−n²), ∂h/∂z_u = (h₋ − n) u(1−u), ∂p/∂z_r = h₋ r(1−r)
+        (r, u, n), h = kept, before[0]
+        return jnp.concatenate([h * r * (1 - r), (h - n) * u * (1 - u), (1 - u) * (1 - n * n)], -1), (r, u)
+
+    def back(recurrent, slopes, others, dcarry):
+        (dh,), w, (r, u) = dcarry, recurrent["w"], others
+        units = u.shape[-1]
+        dz_n = dh * slopes[..., 2 * units :]
+        dp = product(dz_n, w[:, 2 * units :].T)
+        dz_ru = jnp.concatenate([dp, dh], -1) * slopes[..., : 2 * units]
+        dh = dh * u + dp * r + product(dz_ru, w[:, : 2 * units].T)
+        return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
+
+    def weights(kept, h, dz_h):
+        r, two = rows(kept[0]), 2 * h.shape[1]
+        return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product((r * h).T, dz_h[:, two:])], 1)}
+
+    return _Cell("gru", 3, step, slopes, back, weights=weights)
+
+
+# --- layers of cells -------------------------------------------------------------------------------------------------
+
+
+def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, truncate: int | None, unroll: int):
+    _at_least_one(cell.name, units=units, truncate=1 if truncate is None else truncate, unroll=unroll)
+
+    def forward(params, given):
+        x, carry, mask = _inputs(cell, params, given, "(B, T, I)")  # x (B, T, I), carry of (B, H), mask (B, T)
+        x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
+        z = product(x_rows, params["input"]["w"]).reshape(*x.shape[1::-1], -1)  # (T, B, G H)
+
+        def step(before, now):
+            z, mask, cut = now
+            if cut is not None:
+                before = tuple(jnp.where(cut, lax.stop_gradient(part), part) for part in before)
+            after, kept = cell.step(params["recurrent"], _biased(params, z), before)
+            if mask is not None:
+                after = tuple(jnp.where(mask, new, old) for new, old in zip(after, before, strict=True))
+            return after, (after, kept)
+
+        last, (carries, kept) = lax.scan(step, carry, (z, masks, cuts), reverse=reverse, unroll=unroll)
+        y = carries[0].swapaxes(0, 1)
+        if mask is not None:
+            y = jnp.where(mask[:, :, None], y, 0)
+        return (y, _pack(last)) if isinstance(given, tuple) else y, (given, carries, kept)
+
+    def backward(params, residuals, dy):
+        # from the last step to the first: the gradient by the carry after step t gains dy_t, and cell.back gives dz_t
+        # and the gradient by the carry before, which is the carry after step t − 1
+        given, carries, kept = residuals
+        x, carry, mask = _inputs(cell, params, given, "(B, T, I)")
+        x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
+        before = tuple(_shift(part, first, reverse) for part, first in zip(carries, carry, strict=True))
+        slopes, others = cell.slopes(kept, before, carries)
+        dy, dlast = dy if isinstance(given, tuple) else (dy, None)
+        dlast = tuple(jnp.zeros_like(part) for part in carry) if dlast is None else _unpack(dlast)
+
+        def step(scanned, now):
+            # dz is written over the slopes that it came from: no second buffer is filled with zeros first
+            (dcarry, buffer), (t, dy, others, mask, cut) = scanned, now
+            dcarry = (dcarry[0] + dy, *dcarry[1:])
+            held = dcarry
+            if mask is not None:
+                dcarry = tuple(jnp.where(mask, part, 0) for part in dcarry)
+            at_t = lax.dynamic_index_in_dim(buffer, t, keepdims=False)
+            dcarry, dz = cell.back(params["recurrent"], at_t, others, dcarry)
+            if mask is not None:
+                dcarry = tuple(jnp.where(mask, new, old) for new, old in zip(dcarry, held, strict=True))
+            if cut is not None:
+                dcarry = tuple(jnp.where(cut, 0, part) for part in dcarry)
+            return (dcarry, lax.dynamic_update_index_in_dim(buffer, dz, t, 0)), None
+
+        dy = dy.swapaxes(0, 1) if mask is None else jnp.where(mask[:, :, None], dy, 0).swapaxes(0, 1)
+        steps = (jnp.arange(x.shape[1]), dy, others, masks, cuts)
+        (dcarry, dz), _ = lax.scan(step, (dlast, slopes), steps, reverse=not reverse, unroll=unroll)
+        dparams, dx = _weight_gradients(cell, params, x_rows, kept, before[0], dz)
+        dx = dx.reshape(*x.shape[1::-1], -1).swapaxes(0, 1)
+        return dparams, _like(given, dx, dcarry)
+
+    return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward)
+
+
+def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
+    name = f"{cell.name}_cell"
+    _at_least_one(name, units=units)
+
+    def forward(params, given):
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise LayerError(f"expected (x, carry), the carry None for zeros, got {_described(given)}")
+        x, before, _ = _inputs(cell, params, given, "(B, I)")
+        z = _biased(params, product(x, params["input"]["w"]))
+        after, kept = cell.step(params["recurrent"], z, before)
+        return (after[0], _pack(after)), (given, after, kept)
+
+    def backward(params, residuals, dy):
+        # y is the h of the carry after, so their gradients add
+        given, after, kept = residuals
+        x, before, _ = _inputs(cell, params, given, "(B, I)")
+        dh, dcarry = dy[0], _unpack(dy[1])
+        slopes, others = cell.slopes(kept, before, after)
+        dcarry, dz = cell.back(params["recurrent"], slopes, others, (dcarry[0] + dh, *dcarry[1:]))
+        dparams, dx = _weight_gradients(cell, params, x, kept, before[0], dz)
+        return dparams, _like(given, dx, dcarry)
+
+    return stateless(name, _init(cell, units, weights, recurrent, bias), forward, backward)
+
+
+def _init(cell, units, weights, recurrent, bias):
+    def gates(initializer, key, shape, dtype):  # each gate is a map of its own, so each is drawn by itself
+        drawn = jax.vmap(lambda key: initializer(key, shape, dtype))(jax.random.split(key, cell.gates))
+        return jnp.moveaxis(drawn, 0, 1).reshape(shape[0], cell.gates * shape[1])
+
+    def init(key, x):
+        x = x[0] if isinstance(x, tuple) else x
+        if len(x.shape) < 2:
+            raise LayerError(f"expected a batch axis and features, got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise LayerError(f"expected floating features, got {x.dtype}: convert or embed the inputs")
+        w_key, h_key = stream(stream(key, "input"), "w"), stream(stream(key, "recurrent"), "w")
+        params = {
+            "input": {"w": gates(weights, w_key, (x.shape[-1], units), x.dtype)},
+            "recurrent": {"w": gates(recurrent, h_key, (units, units), x.dtype)},
+        }
+        if cell.bias is not None:
+            params["recurrent"]["b"] = cell.bias(stream(stream(key, "recurrent"), "b"), (units,), x.dtype)
+        if bias is not None:
+            params["b"] = bias(stream(key, "b"), (cell.gates * units,), x.dtype)
+        return params
+
+    return init
+
+
+def _biased(params, z):  # (B, G H); within the scan, where XLA fuses it with the gates: before it, a pass of its own
+    return z + params["b"][None] if "b" in params else z
+
+
+def _weight_gradients(cell, params, x, kept, h, dz):
+    # z = x W_x + b + h W_h with all steps as rows:  dW_x = xᵀ dz,  dW_h = hᵀ dz,  db = Σ dz,  dx = dz W_xᵀ
+    h, (dz_x, dz_h), features = rows(h), cell.split(rows(dz)), x.shape[1]
+    if cell.weights is None:  # [dW_x; dW_h] = [x h]ᵀ dz, one product
+        dw = product(jnp.concatenate([x, h], 1).T, dz_x)
+        dparams = {"input": {"w": dw[:features]}, "recurrent": {"w": dw[features:]}}
+    else:
+        dparams = {"input": {"w": product(x.T, dz_x)}, "recurrent": cell.weights(kept, h, dz_h)}
+    if "b" in params:
+        dparams["b"] = dz_x.sum(0)
+    return dparams, product(dz_x, params["input"]["w"].T)
+
+
+def _inputs(cell: _Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
+    """``x``, the carry as a tuple and the mask (None without one), all checked."""
+    if isinstance(given, tuple) and not 1 < len(given) < 4:
+        raise LayerError(f"expected x, (x, carry) or (x, carry, mask), got {_described(given)}")
+    x, carry, mask, *_ = (*given, None) if isinstance(given, tuple) else (given, None, None)
+    _require_keys(params)
+    w, units = params["input"]["w"], params["recurrent"]["w"].shape[0]
+    if not hasattr(x, "shape") or x.ndim != shape.count(",") + 1 or x.shape[-1] != w.shape[0]:
+        raise LayerError(f"expected x {shape} with I = {w.shape[0]} features, got {_described(x)}")
+    if x.dtype != w.dtype:
+        raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != jnp.bool_):
+        raise LayerError(f"expected a boolean mask (B, T) = {x.shape[:2]}, got {_described(mask)}")
+    if carry is None:
+        return x, (jnp.zeros((x.shape[0], units), x.dtype),) * cell.parts, mask
+    form = "LSTMCarry(h, c), each" if cell.parts == 2 else "an array h"
+    expected = f"a carry, {form} {x.dtype}{[x.shape[0], units]}, or None for zeros"
+    if isinstance(carry, LSTMCarry) != (cell.parts == 2) or (cell.parts == 1 and isinstance(carry, tuple)):
+        raise LayerError(f"expected {expected}; got {_described(carry)}")
+    for part in _unpack(carry):
+        if getattr(part, "shape", None) != (x.shape[0], units) or part.dtype != x.dtype:
+            raise LayerError(f"expected {expected}; got {_described(carry)}")
+    return x, _unpack(carry), mask
+
+
+def _require_keys(params) -> None:
+    """Raise `LayerError` unless ``params`` has the tree that ``init`` returns."""
+    try:
+        _ = params["input"]["w"], params["recurrent"]["w"]
+    except (KeyError, TypeError, IndexError):
+        found = sorted(params) if isinstance(params, dict) else _described(params)
+        raise LayerError(
+            f"expected params with input/w and recurrent/w, got {found}: pass what init returned"
+        ) from None
+
+
+def _time_major(x, mask, truncate, reverse):
+    """``x`` as rows ``(T B, I)``, masked entries 0; the mask ``(T, B, 1)``; and where no gradient crosses, ``(T,)``."""
+    if mask is not None:
+        x, mask = jnp.where(mask[:, :, None], x, 0), mask.T[:, :, None]
+    cuts = None
+    if truncate is not None:
+        position = np.arange(x.shape[1])[:: -1 if reverse else 1]
+        cuts = jnp.asarray((position % truncate == 0) & (position > 0))
+    return rows(x.swapaxes(0, 1)), mask, cuts
+
+
+def _shift(after, first, reverse):
+    """What was before each step ``(T, B, H)``, of what was after each."""
+    return jnp.concatenate([after[1:], first[None]] if reverse else [first[None], after[:-1]])
+
+
+def _like(given, dx, dcarry):
+    """The gradient by the inputs, with the tree of the inputs and None where nothing flows."""
+    if not isinstance(given, tuple):
+        return dx
+    return (dx, None if given[1] is None else _pack(dcarry), *(None for _ in given[2:]))
+
+
+def _pack(parts):
+    return parts[0] if len(parts) == 1 else LSTMCarry(*parts)
+
+
+def _unpack(carry):
+    return tuple(carry) if isinstance(carry, LSTMCarry) else (carry,)
+
+
+def _described(tree):
+    return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else a, tree)
+
+
+def _at_least_one(name, **counts):
+    for what, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: {what} = {count}; expected at least 1")
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def rnn(
+    units: int,
+    activation: Layer = tanh(),
+    *,
+    weights=glorot_uniform(),
+    recurrent=orthogonal(),
+    bias=zeros(),
+    reverse: bool = False,
+    truncate: int | None = None,
+    unroll: int = 1,
+) -> Layer:
+    """Elman's network, ``h_t = a(x_t W_x + b + h_{t-1} W_h)``, ``y_t = h_t``; ``x (B, T, I)``, ``y (B, T, H)``.
+
+    ``activation`` is a layer without parameters that acts on each entry, such as ``tanh()`` or ``relu()``.
+
+    The options of all three sequence layers: ``weights`` (of the inputs), ``recurrent`` and ``bias`` are initializers,
+    the first two drawn for each gate by itself; ``bias=None`` leaves it out. ``reverse`` runs from the last step to the
+    first. ``truncate=k`` is truncated back-propagation through time: the forward is the same, and no gradient crosses
+    the carry after every k steps, counted from the first that is run (one that enters with the initial carry is not
+    cut). ``unroll`` is that of `jax.lax.scan`. Inputs, carries and masks are those of the module's docstring.
+    Raises ValueError for units, truncate or unroll below 1, `LayerError` for inputs that do not fit.
+
+    Parameters: ``input/w (I, H)``, ``recurrent/w (H, H)``, ``b (H,)``. Keras draws the same way and names them kernel
+    and recurrent_kernel; PyTorch stores the transposes, has two biases, which add, and draws all four between
+    ``±1/√H``. Source: Elman, Finding structure in time, 1990.
+
+    >>> layer = rnn(3)
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((32, 10, 4), "float32"))
+    >>> layer.forward(params, state, jnp.ones((32, 10, 4)))[0].shape
+    (32, 10, 3)
+    """
+    return _sequence(_rnn(activation), units, weights, recurrent, bias, reverse, truncate, unroll)
+
+
+def gru(
+    units: int,
+    *,
+    reset_after: bool = True,
+    weights=glorot_uniform(),
+    recurrent=orthogonal(),
+    bias=zeros(),
+    reverse: bool = False,
+    truncate: int | None = None,
+    unroll: int = 1,
+) -> Layer:
+    """The gated recurrent unit, ``h_t = (1 − u) ⊙ n + u ⊙ h_{t-1}``, with gates in the order r, u, n:
+
+        r, u = σ(x W_x + b + h_{t-1} W_h)                    reset and update
+        n = tanh(x W_n + b_n + r ⊙ (h_{t-1} U_n + c_n))      if ``reset_after``: PyTorch, cuDNN, Keras' default, flax
+        n = tanh(x W_n + b_n + (r ⊙ h_{t-1}) U_n)            if not: the paper's
+
+    Other options, inputs and errors are those of `rnn`. Parameters: ``input/w (I, 3 H)``, ``recurrent/w (H, 3 H)``,
+    ``b (3 H,)``, and with ``reset_after`` and a bias ``recurrent/b (H,)``, which is c_n: it stands inside the product
+    with r, so it is not the same as b_n. PyTorch (order r, z, n with z our u) and Keras have second biases for r and
+    u too, which only add to the first; Keras' order is z, r, h. Source: Cho et al., arXiv:1406.1078.
+
+    >>> params, _ = gru(3).init(jax.random.key(0), jax.ShapeDtypeStruct((32, 10, 4), "float32"))
+    >>> params["recurrent"]["w"].shape, params["recurrent"]["b"].shape
+    ((3, 9), (3,))
+    """
+    cell = _gru_after(bias) if reset_after else _gru_before()
+    return _sequence(cell, units, weights, recurrent, bias, reverse, truncate, unroll)
+
+
+def forget_bias(value=1.0) -> Initializer:
+    """For the ``b (4 H,)`` of `lstm`: ``value`` for the forget gate, 0 for the others.
+
+    A gate that starts open lets gradients through. Source: Jozefowicz et al., An empirical exploration of recurrent
+    network architectures, 2015.
+
+    >>> forget_bias()(jax.random.key(0), (8,), "float32").tolist()
+    [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    def init(key, shape, dtype):
+        is_forget = np.arange(shape[-1]) // (shape[-1] // 4) == 1
+        return jnp.where(jnp.asarray(is_forget), jnp.asarray(value, dtype), jnp.zeros(shape, dtype))
+
+    return init
+
+
+def lstm(
+    units: int,
+    *,
+    weights=glorot_uniform(),
+    recurrent=orthogonal(),
+    bias=forget_bias(),
+    reverse: bool = False,
+    truncate: int | None = None,
+    unroll: int = 1,
+) -> Layer:
+    """Long short-term memory with forget gates and no peepholes; gates in the order i, f, g, o, as PyTorch and Keras:
+
+        i, f, o = σ(x W_x + b + h_{t-1} W_h),   g = tanh(x W_x + b + h_{t-1} W_h)
+        c_t = f ⊙ c_{t-1} + i ⊙ g,   h_t = o ⊙ tanh(c_t),   y_t = h_t
+
+    The carry is ``LSTMCarry(h, c)``; other options, inputs and errors are those of `rnn`. Parameters:
+    ``input/w (I, 4 H)``, ``recurrent/w (H, 4 H)``, ``b (4 H,)``. The forget gate's bias starts at 1 (`forget_bias`), as
+    Keras' does; PyTorch draws all parameters between ``±1/√H``, with two biases, which add.
+    Source: Hochreiter and Schmidhuber, 1997; the forget gate, Gers et al., 2000.
+
+    >>> layer = lstm(3)
+    >>> x = jnp.ones((32, 10, 4))
+    >>> params, state = layer.init(jax.random.key(0), x)
+    >>> y, carry = layer.forward(params, state, (x, None))[0]
+    >>> y.shape, carry.c.shape, bool((y[:, -1] == carry.h).all())
+    ((32, 10, 3), (32, 3), True)
+    """
+    return _sequence(_lstm(), units, weights, recurrent, bias, reverse, truncate, unroll)
+
+
+def rnn_cell(units: int, activation: Layer = tanh(), *, weights=glorot_uniform(), recurrent=orthogonal(), bias=zeros()):
+    """One step of `rnn` with its parameters: ``(x (B, I), carry) -> (y (B, H), carry)``."""
+    return _single(_rnn(activation), units, weights, recurrent, bias)
+
+
+def gru_cell(units: int, *, reset_after=True, weights=glorot_uniform(), recurrent=orthogonal(), bias=zeros()) -> Layer:
+    """One step of `gru` with its parameters: ``(x (B, I), carry) -> (y (B, H), carry)``."""
+    return _single(_gru_after(bias) if reset_after else _gru_before(), units, weights, recurrent, bias)
+
+
+def lstm_cell(units: int, *, weights=glorot_uniform(), recurrent=orthogonal(), bias=forget_bias()) -> Layer:
+    """One step of `lstm` with its parameters: ``(x (B, I), carry) -> (y (B, H), carry)``.
+
+    >>> layer, x = lstm_cell(3), jnp.ones((32, 4))
+    >>> params, state = layer.init(jax.random.key(0), x)
+    >>> y, carry = layer.forward(params, state, (x, zero_carry(layer, params, state, x)))[0]
+    >>> y.shape
+    (32, 3)
+    """
+    return _single(_lstm(), units, weights, recurrent, bias)
+
+
+def zero_carry(layer: Layer, params, state, x) -> PyTree:
+    """The carry of zeros for a batch like ``x`` (arrays or shapes), of any layer ``(x, carry) -> (y, carry)``."""
+    _, carry = jax.eval_shape(lambda p, s, x: layer.forward(p, s, (x, None))[0], params, state, x)
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), carry)
+
+
+def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
+    """A sequence layer twice, once over the sequence and once over its mirror image, each with its own parameters.
+
+    ``merge`` is ``"concatenate"`` (``y (B, T, 2 H)``, as PyTorch) or ``"sum"``. ``layer`` runs from left to right;
+    children are ``forward`` and ``backward``; carries are the pair of theirs. With a mask the mirrored sequence begins
+    with its padding, where the carry is held, so that a ragged row is read from its own end.
+    Raises ValueError for another ``merge``. Source: Schuster and Paliwal, 1997.
+
+    >>> layer = bidirectional(gru(3))
+    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((32, 10, 4), "float32"))
+    >>> layer.forward(params, state, jnp.ones((32, 10, 4)))[0].shape
+    (32, 10, 6)
+    """
+    if merge not in ("concatenate", "sum"):
+        raise ValueError(f"bidirectional: merge = {merge!r}; expected 'concatenate' or 'sum'")
+    names = ("forward", "backward")
+    children = [(name, layer) for name in names]
+
+    def init(key, x):
+        made = {}
+        for name in names:
+            with inside(name):
+                made[name] = layer.init(stream(key, name), x[0] if isinstance(x, tuple) else x)
+        return {name: made[name][0] for name in names}, {name: made[name][1] for name in names}
+
+    def forward(params, state, given, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        x, carries, mask, form = _several(given, names)
+        ys, last, new_state, residuals = [], [], {}, {}
+        for name, carry in zip(names, carries, strict=True):
+            child_key = None if key is None else stream(key, name)
+            child_x = (_mirrored(name, x), carry, _mirrored(name, mask))
+            (y, carry), new_state[name], residuals[name] = forward_child(
+                name, layer, params[name], state[name], child_x, key=child_key, train=train
+            )
+            ys.append(_mirrored(name, y))
+            last.append(carry)
+        y = ys[0] + ys[1] if merge == "sum" else jnp.concatenate(ys, -1)
+        return (y if form is None else (y, tuple(last))), new_state, (form, residuals)
+
+    def backward(params, residuals, dy):
+        # each direction has its part of dy, or all of it if they were added; their gradients by x add
+        form, residuals = residuals
+        dy, dlast = (dy, None) if form is None else dy
+        dlast = (None,) * len(names) if dlast is None else dlast
+        dys = (dy, dy) if merge == "sum" else jnp.split(dy, 2, -1)
+        dparams, dxs, dcarries = {}, [], []
+        for name, dy, dcarry in zip(names, dys, dlast, strict=True):
+            with inside(name):
+                dy = _mirrored(name, dy)
+                dparams[name], (dx, dcarry, _) = layer.backward(params[name], residuals[name], (dy, dcarry))
+            dxs.append(_mirrored(name, dx))
+            dcarries.append(dcarry)
+        return dparams, _form(form, dxs[0] + dxs[1], dcarries)
+
+    return Layer("bidirectional", init, forward, backward)
+
+
+def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
+    """Recurrent layers one upon another: ``x -> y``, ``(x, carries) -> (y, carries)``, ``(x, carries, mask) -> …``.
+
+    ``carries`` is the tuple of the layers' own (each may be None for zeros); all see the same mask. Over plain arrays
+    it is `serial`, with whose names and keys it agrees. Of cells it is a cell: one step of the whole stack.
+
+    >>> layer, x = stacked(lstm(3), gru(5)), jnp.ones((32, 10, 4))
+    >>> params, state = layer.init(jax.random.key(0), x)
+    >>> y, (first, second) = layer.forward(params, state, (x, None))[0]
+    >>> y.shape, first.h.shape, second.shape
+    ((32, 10, 5), (32, 3), (32, 5))
+    """
+    children = named_children(layers)
+    names = [name for name, _ in children]
+
+    def init(key, x):
+        x = x[0] if isinstance(x, tuple) else x
+        params, state = {}, {}
+        for name, layer in children:
+            with inside(name):
+                params[name], state[name] = layer.init(stream(key, name), x)
+                x, _ = output_shape(layer, params[name], state[name], (x, None))
+        return params, state
+
+    def forward(params, state, given, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        x, carries, mask, form = _several(given, names)
+        last, new_state, residuals = [], {}, {}
+        for (name, layer), carry in zip(children, carries, strict=True):
+            child_key = None if key is None else stream(key, name)
+            child_x = (x, carry) if mask is None else (x, carry, mask)
+            (x, carry), new_state[name], residuals[name] = forward_child(
+                name, layer, params[name], state[name], child_x, key=child_key, train=train
+            )
+            last.append(carry)
+        return (x if form is None else (x, tuple(last))), new_state, (form, residuals)
+
+    def backward(params, residuals, dy):
+        form, residuals = residuals
+        dy, dlast = (dy, None) if form is None else dy
+        dlast = (None,) * len(names) if dlast is None else dlast
+        dparams, dcarries = {}, []
+        for (name, layer), dcarry in zip(reversed(children), reversed(dlast), strict=True):
+            with inside(name):
+                dparams[name], (dy, dcarry, *_) = layer.backward(params[name], residuals[name], (dy, dcarry))
+            dcarries.append(dcarry)
+        return dparams, _form(form, dy, dcarries[::-1])
+
+    return Layer("stacked", init, forward, backward)
+
+
+def _mirrored(name, a):
+    """``a (B, T, ...)`` from its last step to its first, for the child ``backward``."""
+    return a if name == "forward" or a is None else jnp.flip(a, 1)
+
+
+def _several(given, names):
+    """``x``, a carry for each name, the mask, and the form: what of ``given`` there was, without its arrays."""
+    if not isinstance(given, tuple):
+        return given, (None,) * len(names), None, None
+    if not 1 < len(given) < 4:
+        raise LayerError(f"expected x, (x, carries) or (x, carries, mask), got {_described(given)}")
+    x, carries, mask = (*given, None)[:3]
+    if carries is not None and (not isinstance(carries, tuple) or len(carries) != len(names)):
+        raise LayerError(f"expected a carry for each of {list(names)} or None for zeros, got {_described(carries)}")
+    form = ((), None if carries is None else (), *(() for _ in given[2:]))
+    return x, (None,) * len(names) if carries is None else carries, mask, form
+
+
+def _form(form, dx, dcarries):
+    """The gradient by inputs of this form."""
+    if form is None:
+        return dx
+    return (dx, None if form[1] is None else tuple(dcarries), *(None for _ in form[2:]))

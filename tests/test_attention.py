@@ -1,0 +1,548 @@
+"""Attention: plain and blockwise, forward and backward, masks, causality, grouped and rotary heads, memory, errors."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fnet.gradcheck import check_layer
+from fnet.initializers import normal
+from fnet.layers.attention import attention, dot_product_attention, dot_product_attention_backward
+from fnet.layers.embedding import rotate
+from fnet.types import LayerError, apply, init, parameter_paths
+from tests.oracles import assert_leaves_close, numerical_gradient
+
+# --- the formulas in NumPy -------------------------------------------------------------------------------------------
+
+
+def numpy_core(q, k, v, mask=None, causal=False, scale=None):
+    """One query after another, one head after another."""
+    (batch, queries, heads, size), (_, memory, kv_heads, _) = q.shape, k.shape
+    o = np.zeros(q.shape)
+    for b, t, h in np.ndindex(batch, queries, heads):
+        counts = np.ones(memory, bool) if mask is None else (mask[b] if mask.ndim == 2 else mask[b, t])
+        counts = counts & (np.arange(memory) <= t) if causal else counts
+        if counts.any():
+            keys, values = k[b, counts, h // (heads // kv_heads)], v[b, counts, h // (heads // kv_heads)]
+            s = keys @ q[b, t, h] * (size**-0.5 if scale is None else scale)
+            e = np.exp(s - s.max())
+            o[b, t, h] = e @ values / e.sum()
+    return o
+
+
+def numpy_rotate(x, base):
+    """Pairs of features as complex numbers, turned by ``exp(i t base^(-2j/D))``."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half))
+    z = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=None, scale=None):
+    query, memory = values[0], values[-1]
+    if len(values) == 1 and mask is not None and mask.ndim == 2:  # padding counts as 0
+        query = memory = query * mask[:, :, None]
+
+    def project(name, x, n):
+        y = x @ p[name]["w"] + p[name].get("b", 0)
+        return y.reshape(*x.shape[:2], n, y.shape[-1] // n)
+
+    kv_heads = kv_heads or heads
+    q, k, v = project("query", query, heads), project("key", memory, kv_heads), project("value", memory, kv_heads)
+    if rotary is not None:
+        q, k = numpy_rotate(q, rotary), numpy_rotate(k, rotary)
+    o = numpy_core(q, k, v, mask, causal, scale)
+    return o.reshape(*o.shape[:2], -1) @ p["out"]["w"] + p["out"].get("b", 0)
+
+
+# --- every form of the layer against them ----------------------------------------------------------------------------
+
+PADDING = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], bool)  # (2, 5)
+MEMORY_PADDING = np.array([[1, 0, 1], [1, 1, 0]], bool)  # (2, 3)
+PAIRS = np.random.default_rng(2).random((2, 5, 5)) < 0.6
+PAIRS[0, 3] = False  # one query that may attend to nothing
+
+# name: form of the inputs, mask, options
+LAYERS = {
+    "self": ("self", None, {"heads": 2}),
+    "causal": ("self", None, {"heads": 2, "causal": True}),
+    "padded": ("self", PADDING, {"heads": 2}),
+    "pairs, causal": ("self", PAIRS, {"heads": 2, "causal": True}),
+    "grouped, rotary, scaled": (
+        "self",
+        None,
+        {"heads": 4, "kv_heads": 2, "rotary": 50.0, "scale": 0.3, "head_features": 2},
+    ),
+    "cross": ("cross", None, {"heads": 2, "features": 6, "bias": None}),
+    "cross, padded, rotary": ("cross", MEMORY_PADDING, {"heads": 2, "head_features": 4, "rotary": 50.0}),
+    "multi-query": ("cross", MEMORY_PADDING, {"heads": 4, "kv_heads": 1}),
+    "blockwise": ("self", None, {"heads": 4, "kv_heads": 2, "causal": True, "block_size": 2}),
+    "blockwise, pairs": ("self", PAIRS, {"heads": 2, "block_size": 3}),
+    "blockwise cross, padded": ("cross", MEMORY_PADDING, {"heads": 2, "block_size": 2}),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(options):
+    options = {"bias": normal(1.0), **options}
+    return attention(options.pop("heads"), **options)
+
+
+@functools.cache
+def at_random(name):
+    """The layer in float64 with random parameters and inputs; outputs and gradients, by hand and by autodiff."""
+    form, mask, options = LAYERS[name]
+    layer = make(options)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        x = rng.standard_normal((2, 5, 4))
+        values = (x,) if form == "self" else (x, rng.standard_normal((2, 3, 6)))
+        x = jax.tree.map(jnp.asarray, (*values, mask) if mask is not None else values if len(values) > 1 else x)
+        params, state = jax.jit(lambda key: layer.init(key, x))(jax.random.key(7))
+
+        @jax.jit
+        def run(params, values, dy):
+            def join(values):
+                return (*values, x[-1]) if mask is not None else values if form == "cross" else values[0]
+
+            y, _, residuals = layer.forward(params, state, join(values))
+            dy = jnp.broadcast_to(dy, y.shape)
+            by_autodiff = jax.vjp(lambda p, values: apply(layer, p, state, join(values)), params, values)[1](dy)
+            return y, dy, layer.backward(params, residuals, dy), by_autodiff
+
+        # a cotangent whose entries all differ, whatever O is
+        dy = jnp.asarray(rng.standard_normal((2, 5, 1)))
+        y, dy, by_hand, by_autodiff = run(params, tuple(map(jnp.asarray, values)), dy)
+    oracle = functools.partial(
+        numpy_attention,
+        mask=mask,
+        **{name: options[name] for name in ("heads", "kv_heads", "causal", "rotary", "scale") if name in options},
+    )
+    params = jax.tree.map(np.asarray, params)
+    return oracle, params, values, np.asarray(y), np.asarray(dy), by_hand, by_autodiff
+
+
+@every_layer
+def test_forward_equals_the_formula_in_numpy(name):
+    oracle, params, values, y, *_ = at_random(name)
+    np.testing.assert_allclose(y, oracle(params, values), rtol=1e-12, atol=1e-13)
+
+
+@every_layer
+def test_backward_equals_finite_differences_of_the_numpy_formula(name):
+    oracle, params, values, _, dy, (dparams, dx), _ = at_random(name)
+    leaves, tree = jax.tree.flatten((params, values))
+
+    def total(index, leaf):
+        return (oracle(*jax.tree.unflatten(tree, [*leaves[:index], leaf, *leaves[index + 1 :]])) * dy).sum()
+
+    for i, claimed in enumerate(jax.tree.leaves((dparams, dx))):
+        expected = numerical_gradient(functools.partial(total, i), leaves[i])
+        np.testing.assert_allclose(claimed, expected, rtol=1e-7, atol=1e-7)
+
+
+@every_layer
+def test_backward_equals_autodiff_in_float64(name):
+    *_, by_hand, by_autodiff = at_random(name)
+    for hand, auto in zip(jax.tree.leaves(by_hand), jax.tree.leaves(by_autodiff), strict=True):
+        np.testing.assert_allclose(hand, auto, rtol=1e-11, atol=1e-13)  # entries are of order 1; the keys' bias has 0
+
+
+@pytest.mark.parametrize("name", ["pairs, causal", "grouped, rotary, scaled", "blockwise"])
+def test_the_audit_finds_every_gradient_right_in_both_modes(name, key):
+    _, mask, options = LAYERS[name]
+    x = jax.random.normal(key, (1, 3, 4))
+    x = x if mask is None else (x, jnp.asarray(mask[1:, :3, :3]))
+    report = check_layer(make(options), x, key=key, precisions=(), cost=False)
+    assert report.ok, report
+
+
+def test_the_full_audit_in_float32_finds_every_gradient_right(key):
+    report = check_layer(
+        attention(2, causal=True), jax.random.normal(key, (1, 3, 4)), key=key, precisions=("float32",), cost=False
+    )
+    assert report.ok, report
+
+
+# --- blockwise is plain ----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "block_size"))
+def core(q, k, v, do, mask=None, **options):
+    o, residuals = dot_product_attention(q, k, v, mask, **options)
+    return o, *dot_product_attention_backward(residuals, do, mask, **options)
+
+
+@pytest.mark.parametrize(
+    ("queries", "memory", "block", "causal", "mask"),
+    [
+        (7, 7, 3, True, "padding"),
+        (5, 9, 4, False, None),
+        (6, 3, 2, True, "pairs"),
+        (4, 6, 1, False, "pairs"),
+        (1, 7, 3, False, "pairs"),
+    ],
+)
+def test_blockwise_equals_plain_forward_and_backward(queries, memory, block, causal, mask, x64):
+    rng = np.random.default_rng(3)
+    q, do = jnp.asarray(rng.standard_normal((2, 2, queries, 4, 3)))
+    k, v = jnp.asarray(rng.standard_normal((2, 2, memory, 2, 3)))
+    shape = {None: None, "padding": (2, memory), "pairs": (2, queries, memory)}[mask]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 0.5)
+
+    options = {"mask": mask, "causal": causal}
+    plain, blockwise = (core(q, k, v, do, **options, block_size=size) for size in (None, block))
+    assert_leaves_close(blockwise, plain, 1e-14)
+    expected = numpy_core(
+        np.asarray(q), np.asarray(k), np.asarray(v), None if mask is None else np.asarray(mask), causal
+    )
+    np.testing.assert_allclose(plain[0], expected, rtol=1e-12, atol=1e-14)
+
+
+def temporary_bytes(length, block_size):
+    layer = attention(4, causal=True, block_size=block_size)
+    x = jax.ShapeDtypeStruct((1, length, 64), jnp.float32)
+    params, state = jax.eval_shape(lambda key: layer.init(key, x), jax.random.key(0))
+
+    def run(params, x, dy):
+        y, _, residuals = layer.forward(params, state, x)
+        return y, layer.backward(params, residuals, dy)
+
+    return jax.jit(run).lower(params, x, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_blockwise_memory_doubles_with_the_length_where_the_plain_forms_quadruples():
+    short, long = (temporary_bytes(length, 64) for length in (1024, 2048))
+    assert 1.8 < long / short < 2.1
+    plain_short, plain_long = (temporary_bytes(length, None) for length in (512, 1024))
+    assert 3.8 < plain_long / plain_short < 4.2
+    assert long < plain_long / 5  # at twice the length
+
+
+def test_blockwise_residuals_are_linear_in_the_length_and_plain_ones_are_the_probabilities():
+    def kept(length, block_size):
+        q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        return sum(
+            leaf.size
+            for leaf in jax.tree.leaves(
+                jax.eval_shape(lambda q: dot_product_attention(q, q, q, block_size=block_size)[1], q)
+            )
+        )
+
+    assert kept(256, 32) == 2 * kept(128, 32) == 256 * 2 * (4 * 8 + 1)
+    assert kept(256, None) == 256 * 2 * 3 * 8 + 2 * 256**2
+
+
+# --- what must not matter does not -----------------------------------------------------------------------------------
+
+forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwise"])
+
+
+def drawn(layer, x):
+    return init(layer, jax.random.key(0), x)[0]
+
+
+def forward_and_backward(layer, params, x, dy):
+    y, _, residuals = layer.forward(params, (), x)
+    return y, *layer.backward(params, residuals, dy)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def compiled(layer, params, x, dy):
+    return forward_and_backward(layer, params, x, dy)
+
+
+@forms
+def test_gradients_do_not_reach_the_future(block_size, key):
+    layer = attention(2, causal=True, block_size=block_size, rotary=100.0)
+    x = jax.random.normal(key, (1, 5, 4))
+    params = drawn(layer, x)
+    one_position = jnp.eye(5)[:, None, :, None] * jnp.ones((1, 1, 1, 4))  # (5, 1, T, O): dy at one position each
+    dx = jax.jit(jax.vmap(lambda dy: forward_and_backward(layer, params, x, dy)[2]))(one_position)
+    reached = np.abs(dx).max((1, 3)) > 0  # (position of dy, position of x)
+    np.testing.assert_array_equal(reached, np.tril(np.ones((5, 5), bool)))
+
+
+@forms
+@pytest.mark.parametrize("garbage", [1e30, np.nan])
+def test_masked_positions_have_no_effect_and_a_gradient_of_zero_whatever_they_hold(block_size, garbage, key):
+    layer = attention(2, block_size=block_size)
+    query, memory = jax.random.normal(key, (2, 2, 5, 4))
+    params = drawn(layer, (query, memory))
+    run = functools.partial(compiled, layer, params)
+    for mask in (jnp.asarray(PADDING), jnp.asarray(PADDING[:, None] & PAIRS)):
+        spoiled = jnp.where(PADDING[:, :, None], memory, garbage)
+        dy = jax.random.normal(key, query.shape)
+        y, dparams, (dquery, dmemory, dmask) = run((query, memory, mask), dy)
+        spoilt = run((query, spoiled, mask), dy)
+        jax.tree.map(np.testing.assert_array_equal, spoilt, (y, dparams, (dquery, dmemory, dmask)))
+        assert dmask is None and not dmemory[~PADDING].any() and dmemory[PADDING].all()
+    # self-attention with padding: neither as memory nor as a query
+    _, dparams, (dx, _) = run((jnp.where(PADDING[:, :, None], memory, garbage), jnp.asarray(PADDING)), dy)
+    assert not dx[~PADDING].any() and dx[PADDING].all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dparams))
+
+
+@forms
+def test_a_query_that_may_attend_to_nothing_gives_zero_and_no_gradient(block_size, key):
+    layer = attention(2, block_size=block_size, bias=normal(1.0))
+    x = jax.random.normal(key, (1, 3, 4))
+    params = drawn(layer, x)
+    mask = jnp.ones((1, 3, 3), bool).at[0, 1].set(False)
+    dy = jnp.zeros_like(x).at[0, 1].set(1.0)
+    y, dparams, (dquery, dmemory, _) = compiled(layer, params, (x, x, mask), dy)
+    np.testing.assert_array_equal(y[0, 1], params["out"]["b"])
+    by_autodiff = jax.jit(lambda p, x, dy: jax.vjp(lambda p, x: apply(layer, p, (), (x, x, mask)), p, x)[1](dy))(
+        params, x, dy
+    )
+    for tree in ((dparams, dquery, dmemory), by_autodiff):
+        leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        assert [name for name, leaf in leaves.items() if np.asarray(leaf).any()] == ["[0]['out']['b']"]
+    for row in compiled(layer, params, (x, x, mask & False), dy)[0][0]:
+        np.testing.assert_array_equal(row, params["out"]["b"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_positions_attention_is_equivariant_to_permutations_unless_causal(causal, key, x64):
+    layer = attention(2, causal=causal)
+    x, dy = jax.random.normal(key, (2, 2, 5, 4))
+    params = drawn(layer, x)
+    order = np.array([3, 0, 4, 1, 2])
+    run = functools.partial(compiled, layer, params)
+    y, dparams, dx = run(x, dy)
+    permuted = run(x[:, order], dy[:, order])
+    same = [
+        np.allclose(a, b, rtol=1e-12, atol=1e-13)
+        for a, b in zip(jax.tree.leaves(permuted), jax.tree.leaves((y[:, order], dparams, dx[:, order])), strict=True)
+    ]
+    assert all(same) != causal
+
+
+def test_rotary_scores_depend_on_the_distance_of_positions_alone(key, x64):
+    q, k = jax.random.normal(key, (2, 1, 4, 2, 6))
+    at = jnp.arange(4, dtype=jnp.int32)
+    scores = [jnp.einsum("bthd,bshd->bhts", rotate(q, at + n, 50.0), rotate(k, at + n, 50.0)) for n in (0, 9)]
+    np.testing.assert_allclose(*scores, rtol=1e-12, atol=1e-13)
+    # so in the layer: three positions of padding in front change nothing
+    layer = attention(2, rotary=50.0)
+    x = jax.random.normal(key, (1, 4, 8))
+    params = drawn(layer, x)
+    padded = jnp.pad(x, ((0, 0), (3, 0), (0, 0)), constant_values=5.0)
+    y = apply(layer, params, (), (padded, jnp.arange(7)[None] >= 3))
+    np.testing.assert_allclose(y[:, 3:], apply(layer, params, (), x), rtol=1e-12, atol=1e-13)
+    assert not np.allclose(apply(layer, params, (), x), apply(attention(2), params, (), x))
+
+
+@forms
+def test_grouped_queries_are_heads_whose_keys_and_values_are_repeated(block_size, key, x64):
+    grouped = attention(4, kv_heads=2, causal=True, block_size=block_size)
+    full = attention(4, causal=True, block_size=block_size)
+    x, dy = jax.random.normal(key, (2, 2, 5, 8))
+    params = drawn(grouped, x)
+
+    def repeated(leaf):  # (..., K D) -> (..., H D)
+        return jnp.repeat(leaf.reshape(*leaf.shape[:-1], 2, 2), 2, -2).reshape(*leaf.shape[:-1], 8)
+
+    def summed(leaf):
+        return leaf.reshape(*leaf.shape[:-1], 2, 2, 2).sum(-2).reshape(*leaf.shape[:-1], 4)
+
+    many = {name: jax.tree.map(repeated, leaf) if name in ("key", "value") else leaf for name, leaf in params.items()}
+    y, dparams, dx = compiled(full, many, x, dy)
+    dparams = {name: jax.tree.map(summed, d) if name in ("key", "value") else d for name, d in dparams.items()}
+    of_grouped = compiled(grouped, params, x, dy)
+    for a, b in zip(jax.tree.leaves(of_grouped), jax.tree.leaves((y, dparams, dx)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_self_attention_is_cross_attention_of_an_array_with_itself(key):
+    layer = attention(2)
+    x, dy = jax.random.normal(key, (2, 2, 5, 4))
+    params = drawn(layer, x)
+    y, dparams, dx = compiled(layer, params, x, dy)
+    y_cross, dparams_cross, (dquery, dmemory) = compiled(layer, params, (x, x), dy)
+    jax.tree.map(np.testing.assert_array_equal, (y, dparams, dx), (y_cross, dparams_cross, dquery + dmemory))
+    y_none, _, (*dx_none, nothing) = compiled(layer, params, (x, x, None), dy)
+    np.testing.assert_array_equal(y_none, y)
+    assert nothing is None and len(dx_none) == 2
+
+
+# --- precisions, transformations -------------------------------------------------------------------------------------
+
+
+@forms
+def test_scores_of_ten_thousand_neither_overflow_nor_lose_the_largest(block_size):
+    q = jnp.asarray([[[[100.0, 0.0]]] * 3])  # (1, 3, 1, 2)
+    k = jnp.asarray([[[[100.0, 0.0]], [[99.0, 0.0]], [[-100.0, 0.0]]]])
+    v = jnp.asarray([[[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0]]]])
+    o, *grads = core(q, k, v, jnp.ones_like(q), scale=1.0, block_size=block_size)
+    np.testing.assert_array_equal(o, np.broadcast_to(v[:, :1], o.shape))  # exp(-100) is 0 beside 1 in float32
+    assert all(np.isfinite(leaf).all() for leaf in grads)
+
+
+@forms
+def test_bfloat16_keeps_its_dtypes_and_differs_from_float64_by_its_rounding(block_size, key):
+    layer = attention(4, kv_heads=2, causal=True, block_size=block_size, rotary=100.0)
+    x, dy = jax.random.normal(key, (2, 2, 5, 16), jnp.bfloat16)
+    params = drawn(layer, x)
+    low = functools.partial(compiled, layer)(params, x, dy)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, low))} == {jnp.dtype(jnp.bfloat16)}
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (params, x, dy))
+        high = functools.partial(compiled, layer)(*exact)
+    assert_leaves_close(low, high, 8 * 2.0**-8)  # some eight roundings of 2^-9 on the way, with what they are added to
+
+
+@forms
+def test_vmap_and_scan_over_inputs_give_what_a_loop_gives_also_for_a_batch_of_one(block_size, key):
+    layer = attention(2, causal=True, block_size=block_size)
+    x, dy = jax.random.normal(key, (2, 3, 1, 5, 4))
+    mask = jax.random.uniform(key, (3, 1, 5)) < 0.7
+    params = drawn(layer, x[0])
+
+    def run(x, mask, dy):
+        return forward_and_backward(layer, params, (x, mask), dy)
+
+    once = jax.jit(run)
+    loop = [once(x[i], mask[i], dy[i]) for i in range(3)]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop)
+    for found in (
+        jax.jit(jax.vmap(run))(x, mask, dy),
+        jax.lax.scan(lambda carry, args: (carry, run(*args)), 0, (x, mask, dy))[1],
+    ):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_and_rotary_base_may_be_traced(key):
+    x = jax.random.normal(key, (1, 3, 4))
+    params = drawn(attention(2), x)
+    y = jax.jit(lambda scale, base: apply(attention(2, scale=scale, rotary=base), params, (), x))(0.5, 100.0)
+    np.testing.assert_allclose(y, apply(attention(2, scale=0.5, rotary=100.0), params, (), x), rtol=1e-5, atol=1e-6)
+
+
+# --- against PyTorch -------------------------------------------------------------------------------------------------
+
+
+@forms
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_and_gradients_are_those_of_torchs_multihead_attention(block_size, causal, x64):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(4)
+    theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    torch.nn.init.normal_(theirs.in_proj_bias)
+    w, b = theirs.in_proj_weight.detach().numpy(), theirs.in_proj_bias.detach().numpy()
+    names = ("query", "key", "value")
+    params = {name: {"w": w[8 * i : 8 * i + 8].T, "b": b[8 * i : 8 * i + 8]} for i, name in enumerate(names)}
+    params["out"] = {"w": theirs.out_proj.weight.detach().numpy().T, "b": theirs.out_proj.bias.detach().numpy()}
+    query, memory, dy = rng.standard_normal((3, 2, 5, 8))
+    tensors = [torch.tensor(a, requires_grad=True) for a in (query, memory)]
+    future = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1) if causal else None
+    # the first position of the memory stays, since a query that may attend to nothing gives NaN there
+    mask = PADDING | (np.arange(5) == 0)
+    y, _ = theirs(tensors[0], tensors[1], tensors[1], key_padding_mask=torch.tensor(~mask), attn_mask=future)
+    y.backward(torch.tensor(dy))
+
+    layer = attention(2, causal=causal, block_size=block_size)
+    x = jnp.asarray(query), jnp.asarray(memory), jnp.asarray(mask)
+    run = functools.partial(compiled, layer)
+    ours, dparams, (dquery, dmemory, _) = run(jax.tree.map(jnp.asarray, params), x, jnp.asarray(dy))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+    close(ours, y.detach().numpy())
+    for a, tensor in zip((dquery, dmemory), tensors, strict=True):
+        close(a, tensor.grad.numpy())
+    close(np.concatenate([dparams[name]["w"].T for name in names]), theirs.in_proj_weight.grad.numpy())
+    close(np.concatenate([dparams[name]["b"] for name in names]), theirs.in_proj_bias.grad.numpy())
+    close(dparams["out"]["w"].T, theirs.out_proj.weight.grad.numpy())
+    close(dparams["out"]["b"], theirs.out_proj.bias.grad.numpy())
+
+
+@forms
+def test_grouped_attention_itself_is_torchs_scaled_dot_product_attention(block_size, x64):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    q, do = rng.standard_normal((2, 2, 5, 4, 3))
+    k, v = rng.standard_normal((2, 2, 5, 2, 3))
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
+    o = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in tensors), is_causal=True, scale=0.7, enable_gqa=True
+    ).transpose(1, 2)
+    o.backward(torch.tensor(do))
+    options = {"causal": True, "scale": 0.7, "block_size": block_size}
+    ours, *grads = core(*map(jnp.asarray, (q, k, v, do)), **options)
+    np.testing.assert_allclose(ours, o.detach().numpy(), rtol=1e-11, atol=1e-13)
+    for a, tensor in zip(grads, tensors, strict=True):
+        np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-11, atol=1e-13)
+
+
+# --- parameters and errors -------------------------------------------------------------------------------------------
+
+
+def test_parameters_have_readable_paths_their_own_keys_and_the_dtype_of_the_inputs():
+    x = jax.ShapeDtypeStruct((1, 3, 8), jnp.bfloat16)
+    names = ("query", "key", "value", "out")
+    assert parameter_paths(attention(2), x) == [f"{name}/{leaf}" for name in names for leaf in ("w", "b")]
+    assert parameter_paths(attention(2, bias=None), x) == [f"{name}/w" for name in names]
+    params, state = attention(2).init(jax.random.key(0), x)
+    assert state == () and all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    drawn = [np.asarray(params[name]["w"], np.float32) for name in names]
+    assert len({w.tobytes() for w in drawn}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 0}, "heads = 0; expected at least 1"),
+        ({"heads": 2, "block_size": 0}, "block_size = 0; expected at least 1"),
+        ({"heads": 4, "kv_heads": 3}, "4 heads cannot share kv_heads = 3; it must divide heads"),
+        ({"heads": 3, "features": 8}, "3 heads do not divide features = 8; give head_features"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^attention: {message}"):
+        make(options)
+
+
+X, MEMORY = jnp.zeros((2, 5, 4)), jnp.zeros((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.zeros((2, 4)), r"expected a query of axes \(batch, length, features\), got shape \(2, 4\)"),
+        (jnp.zeros((2, 5, 4), jnp.int32), "expected a floating query, got int32: convert it"),
+        ((X, jnp.zeros((2, 5))), r"expected a memory of axes \(batch, length, features\), got shape \(2, 5\)"),
+        ((X, MEMORY, X), r"expected x, \(x, mask\), .* with a boolean mask, got float32, float32, float32"),
+        ((X, MEMORY[:1]), "expected query and memory of one batch and dtype, got 2 of float32 and 1 of float32"),
+        ((X, X > 0), r"expected a mask of shape \(2, 5\) or \(2, 5, 5\), got \(2, 5, 4\)"),
+        ((X, MEMORY, jnp.ones((2, 5), bool)), r"expected a mask of shape \(2, 3\) or \(2, 5, 3\), got \(2, 5\)"),
+        (jnp.zeros((2, 5, 6)), "query: expected 4 features, got 6"),
+        ((X, jnp.zeros((2, 3, 6))), "key: expected 4 features, got 6"),
+        (X.astype(jnp.bfloat16), "query: expected float32 features like its parameters, got bfloat16"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(x, message):
+    layer = attention(2)
+    params = drawn(layer, X)
+    with pytest.raises(LayerError, match=f"^{message}"):
+        apply(layer, params, (), x)
+
+
+def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
+    params = drawn(attention(2), X)
+    with pytest.raises(LayerError, match=r"expected params of query, key, value and out, got \['key'"):
+        apply(attention(2), {name: p for name, p in params.items() if name != "value"}, (), X)
+    with pytest.raises(LayerError, match="query: 3 heads do not divide the 4 columns of w"):
+        apply(attention(3), params, (), X)
+    with pytest.raises(LayerError, match="3 heads do not divide the query's 4 features: give head_features"):
+        attention(3).init(jax.random.key(0), X)
+    with pytest.raises(LayerError, match="rotary needs heads of an even number of features, got 1"):
+        attention(4, rotary=100.0).init(jax.random.key(0), X)
+    with pytest.raises(LayerError, match=r"where K divides H, got \(1, 2, 4, 3\), \(1, 2, 3, 3\)"):
+        dot_product_attention(jnp.zeros((1, 2, 4, 3)), jnp.zeros((1, 2, 3, 3)), jnp.zeros((1, 2, 3, 3)))
+    with pytest.raises(LayerError, match="expected a boolean mask, True = may be attended to, got int32"):
+        q = jnp.zeros((1, 2, 1, 3))
+        dot_product_attention(q, q, q, jnp.ones((1, 2), jnp.int32))
