@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnet.initializers import he_normal, zeros
 from fnet.layers.dense import product
@@ -179,7 +180,7 @@ def with_bias(y: jax.Array, params) -> jax.Array:
 
 def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
     """``db = Σ dy`` over all axes but the last, where there is a ``b``."""
-    return {**dparams, "b": dy.sum(tuple(range(dy.ndim - 1)))} if "b" in params else dparams
+    return {**dparams, "b": channels_first(dy).reshape(dy.shape[-1], -1).sum(1)} if "b" in params else dparams
 
 
 def swapped(w: jax.Array) -> jax.Array:
@@ -334,24 +335,33 @@ def patches(x: jax.Array, windows: Windows) -> jax.Array:
     return x
 
 
+def crop(total: jax.Array, windows: Windows) -> jax.Array:
+    """``(C, *span, B)`` without its padding, ``(C, *n, B)``."""
+    spatial = ((-low, -high, 0) for low, high in zip(windows.low, windows.high, strict=True))
+    return jax.lax.pad(total, jnp.zeros((), total.dtype), ((0, 0, 0), *spatial, (0, 0, 0)))
+
+
 def fold(d: jax.Array, windows: Windows) -> jax.Array:
     """The transpose of gathering: ``d (*kernel, C, *m, B)`` added up where it was taken from, ``(C, *n, B)``."""
     rank, zero = len(windows.kernel), jnp.zeros((), d.dtype)
     if windows.stride == windows.extent == windows.kernel:  # each input in one window at most: nothing to add up
         order = (rank, *itertools.chain(*((rank + 1 + axis, axis) for axis in range(rank))), 2 * rank + 1)
-        spatial = ((-low, -high, 0) for low, high in zip(windows.low, windows.high, strict=True))
-        whole = d.transpose(order).reshape(d.shape[rank], *windows.span, d.shape[-1])
-        return jax.lax.pad(whole, zero, ((0, 0, 0), *spatial, (0, 0, 0)))
+        return crop(d.transpose(order).reshape(d.shape[rank], *windows.span, d.shape[-1]), windows)
 
-    def placed(position):
-        low = [k * step - before for k, step, before in zip(position, windows.dilation, windows.low, strict=True)]
-        reach = [(m - 1) * s + 1 for m, s in zip(windows.outputs, windows.stride, strict=True)]
-        high = [n - before - r for n, before, r in zip(windows.inputs, low, reach, strict=True)]
-        spatial = zip(low, high, (s - 1 for s in windows.stride), strict=True)
-        return jax.lax.pad(d[position], zero, ((0, 0, 0), *spatial, (0, 0, 0)))
+    positions = np.indices(windows.kernel).reshape(rank, -1).T * np.asarray(windows.dilation)
+    spread = [(m - 1) * s + 1 for m, s in zip(windows.outputs, windows.stride, strict=True)]
+    inner = ((0, 0, 0), *((0, 0, step - 1) for step in windows.stride), (0, 0, 0))
 
-    positions = itertools.product(*(range(k) for k in windows.kernel))
-    return sum(map(placed, positions), start=placed(next(positions)))
+    def add(total, at):  # in a loop, since XLA would else compute the whole sum anew wherever it is read
+        part, start = at
+        start = (0, *start, 0)
+        sizes = (total.shape[0], *spread, total.shape[-1])
+        part = jax.lax.pad(part, zero, inner) + jax.lax.dynamic_slice(total, start, sizes)
+        return jax.lax.dynamic_update_slice(total, part, start), None
+
+    total = jnp.zeros((d.shape[rank], *windows.span, d.shape[-1]), d.dtype)
+    total, _ = jax.lax.scan(add, total, (d.reshape(-1, *d.shape[rank:]), positions))
+    return crop(total, windows)
 
 
 # --- the convolution and its two gradients, each in both forms -------------------------------------------------------
