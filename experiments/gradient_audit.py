@@ -38,9 +38,10 @@ import fnet
 from experiments.common import new_run_folder
 from fnet import losses
 from fnet.gradcheck import Report
+from fnet.layers.recurrent import LSTMCarry
 from fnet.report.audit import COLOURS, PAGE_STYLE, Html, cell, pill
 from fnet.report.audit import table as html_table
-from fnet.types import stream
+from fnet.types import PyTree, stream
 
 B, T, F, K = 4, 3, 6, 5
 WORST_FIRST = ("wrong", "unverified", "imprecise", "kink", "ok")
@@ -73,16 +74,27 @@ def constructors(fault: str | None) -> SimpleNamespace:
     return found
 
 
-def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, np.ndarray]]:
+def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTree]]:
     """Every layer and its inputs."""
-    x, sequence, images = (rng.standard_normal(s).astype(np.float32) for s in ((B, F), (B, T, F), (B, T, T, 2)))
+    x, sequence, images, pixels = (
+        rng.standard_normal(s).astype(np.float32) for s in ((B, F), (B, T, F), (B, T, T, 2), (2, 5, 5, 2))
+    )
     on_kink = x.copy()
     on_kink[1, 2] = 0
+    ids = rng.integers(0, K, (B, T))
+    ragged = np.arange(T)[None] < np.array([T, 1, 2, T])[:, None]
+    h, c = (rng.standard_normal((B, K)).astype(np.float32) for _ in "hc")
+    memory = rng.standard_normal((B, T + 1, 4)).astype(np.float32)
+    seen = np.arange(T + 1)[None] < np.array([1, T, 2, T + 1])[:, None]
+    block = make.residual(make.dense(F), make.tanh())
     return {
         "dense": (make.dense(K), x),
         "dense, without bias": (make.dense(K, bias=None), x),
         "dense, along time": (make.dense(K), sequence),
+        "dense, its backward as jax's rule": (make.with_hand_backward(make.dense(K)), x),
         "flatten": (make.flatten(), images),
+        "reshape": (make.reshape(T, -1), images),
+        # activations
         "gelu": (make.gelu(), x),
         "gelu, by tanh": (make.gelu(approximate=True), x),
         "identity": (make.identity(), x),
@@ -96,10 +108,61 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, np.nd
         "softplus": (make.softplus(), x),
         "step": (make.step(), x),
         "tanh": (make.tanh(), x),
+        # images
+        "conv": (make.conv(3, (3, 3)), pixels),
+        "conv, strided, valid": (make.conv(3, (2, 3), stride=2, padding="VALID"), pixels),
+        "conv, depthwise, dilated": (make.conv(4, (2, 2), groups=2, dilation=2), pixels),
+        "conv, by XLA": (make.conv(3, (3, 3), form="xla"), pixels),
+        "conv, causal along time": (make.conv(3, (2,), padding="CAUSAL"), sequence),
+        "conv_transpose": (make.conv_transpose(3, (3, 3), stride=2), pixels),
+        "max_pool": (make.max_pool((2, 2)), pixels),
+        "max_pool, overlapping": (make.max_pool((3, 3), stride=2, padding="SAME"), pixels),
+        "avg_pool": (make.avg_pool((2, 2), padding="SAME"), pixels),
+        "global_max_pool": (make.global_max_pool(), pixels),
+        "global_avg_pool": (make.global_avg_pool(), pixels),
+        # normalization and noise
+        "batch_norm": (make.batch_norm(), images),
+        "batch_norm, masked": (make.batch_norm(), (sequence, ragged)),
+        "layer_norm": (make.layer_norm(), sequence),
+        "rms_norm": (make.rms_norm(), sequence),
+        "group_norm": (make.group_norm(2), rng.standard_normal((2, T, T, 4)).astype(np.float32)),
+        "dropout": (make.dropout(0.4), x),
+        # sequences
+        "embedding": (make.embedding(K, F), ids),
+        "tied_embedding": (make.tied_embedding(K, F, make.dense(F)), ids),
+        "learned_positions": (make.learned_positions(T + 2), sequence),
+        "sinusoidal_positions": (make.sinusoidal_positions(), sequence),
+        "rotary_positions": (make.rotary_positions(), rng.standard_normal((B, T, 2, 4)).astype(np.float32)),
+        "rnn": (make.rnn(K), (sequence, h)),
+        "rnn, ragged, reversed": (make.rnn(K, reverse=True), (sequence, h, ragged)),
+        "gru": (make.gru(K), (sequence, h)),
+        "gru, reset before": (make.gru(K, reset_after=False), (sequence, h)),
+        "lstm": (make.lstm(K), (sequence, LSTMCarry(h, c))),
+        "lstm, ragged": (make.lstm(K), (sequence, LSTMCarry(h, c), ragged)),
+        "rnn_cell": (make.rnn_cell(K), (x, h)),
+        "gru_cell": (make.gru_cell(K), (x, h)),
+        "lstm_cell": (make.lstm_cell(K), (x, LSTMCarry(h, c))),
+        "bidirectional": (make.bidirectional(make.gru(K)), sequence),
+        "stacked": (make.stacked(make.gru(K), make.rnn(3)), sequence),
+        "attention": (make.attention(2, causal=True), sequence),
+        "attention, cross, padded, grouped": (make.attention(2, kv_heads=1), (sequence, memory, seen)),
+        "attention, rotary": (make.attention(1, rotary=10.0), sequence),
+        # layers of layers
         "serial": (
             make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),
             images,
         ),
+        "serial, computed again": (make.remat(make.serial(make.dense(K), make.tanh())), x),
+        "residual": (block, x),
+        "residual, with a shortcut": (make.residual(make.tanh(), make.dense(K), shortcut=make.dense(K)), x),
+        "parallel": (make.parallel(make.dense(K), make.tanh()), x),
+        "concatenate": (make.concatenate(), (x, rng.standard_normal((B, K)).astype(np.float32))),
+        "repeat": (make.repeat(block, 2), x),
+        # the blocks of models
+        "basic_block": (fnet.models.basic_block(3, project=True), pixels),
+        "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
+        "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
+        "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
     }
 
 
@@ -137,6 +200,7 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
     x = rng.standard_normal((B, F)).astype(np.float32)
     y, labels = rng.standard_normal((B, 3)).astype(np.float32), rng.integers(0, 3, B)
     weights = np.array([1, 0.5, 0, 2], np.float32)
+    photos, ids = rng.standard_normal((B, 28, 28, 1)).astype(np.float32), rng.integers(0, K, (B, T))
 
     def digits():
         data = fnet.data.mnist_5k()
@@ -152,6 +216,24 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
             fnet.mlp(5, 3, activation=make.tanh(), output=make.sigmoid(), weights=fnet.initializers.glorot_uniform()),
             losses.squared_error,
             lambda: fnet.Batch(x, y),
+        ),
+        **{
+            name: (model, fnet.softmax_cross_entropy, lambda batch=batch: fnet.Batch(*batch))
+            for name, (model, batch) in {
+                "lenet5": (fnet.models.lenet5(3), (photos, labels)),
+                "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
+                "vit": (
+                    fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
+                    (photos[:, :8, :8], labels),
+                ),
+                "recurrent_lm": (fnet.models.recurrent_lm(K, make.lstm(F), features=F), (ids, ids[::-1])),
+                "gpt": (fnet.models.gpt(K, length=T, layers=2, features=F, heads=2), (ids, ids[::-1])),
+            }.items()
+        },
+        "autoencoder": (
+            fnet.models.autoencoder(F, 4, 2, activation=make.tanh()),
+            losses.squared_error,
+            lambda: fnet.Batch(x, x),
         ),
         "mlp, 784-128-64-10 on digits": (
             fnet.mlp(128, 64, 10, activation=make.relu()),

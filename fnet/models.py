@@ -122,16 +122,18 @@ def imagenet_stem(width: int = 64) -> Layer:
     """A 7×7 convolution and a 3×3 max pooling, both of stride 2, for images of some 224×224."""
     pool = max_pool((3, 3), stride=2, padding=((1, 1), (1, 1)))
     first = conv(width, (7, 7), stride=2, padding=((3, 3), (3, 3)), bias=None)
-    return serial(first, batch_norm(), relu(), pool)
+    return serial(first, batch_norm(), relu(), pool)._replace(name="imagenet_stem")
 
 
 def basic_block(features: int, *, stride: int = 1, project: bool = False) -> Layer:
     """``relu(x + f(x))`` with ``f`` two 3×3 convolutions; with ``project`` a 1×1 convolution stands in the shortcut."""
     branch = [
-        *(conv3x3(features, stride), batch_norm(), relu()),
-        *(conv3x3(features, 1), batch_norm()),
+        *(_conv3x3(features, stride), batch_norm(), relu()),
+        *(_conv3x3(features, 1), batch_norm()),
     ]
-    return serial(residual(*branch, shortcut=projection(features, stride) if project else None), relu())
+    return serial(residual(*branch, shortcut=_projection(features, stride) if project else None), relu())._replace(
+        name="basic_block"
+    )
 
 
 def bottleneck_block(features: int, *, stride: int = 1, project: bool = False, expansion: int = 4) -> Layer:
@@ -142,18 +144,20 @@ def bottleneck_block(features: int, *, stride: int = 1, project: bool = False, e
     wide = expansion * features
     branch = [
         *(conv(features, (1, 1), bias=None), batch_norm(), relu()),
-        *(conv3x3(features, stride), batch_norm(), relu()),
+        *(_conv3x3(features, stride), batch_norm(), relu()),
         *(conv(wide, (1, 1), bias=None), batch_norm()),
     ]
-    return serial(residual(*branch, shortcut=projection(wide, stride) if project else None), relu())
+    return serial(residual(*branch, shortcut=_projection(wide, stride) if project else None), relu())._replace(
+        name="bottleneck_block"
+    )
 
 
-def conv3x3(features: int, stride: int) -> Layer:
+def _conv3x3(features: int, stride: int) -> Layer:
     """A 3×3 convolution without bias, one zero on every side."""
     return conv(features, (3, 3), stride=stride, padding=((1, 1), (1, 1)), bias=None)
 
 
-def projection(features: int, stride: int) -> Layer:
+def _projection(features: int, stride: int) -> Layer:
     """The shortcut where shapes change: a 1×1 convolution and its normalisation."""
     return serial(conv(features, (1, 1), stride=stride, padding="VALID", bias=None), batch_norm())
 
@@ -212,7 +216,7 @@ def transformer_block(
                 *drop,
             ),
         ),
-    )
+    )._replace(name="transformer_block")
 
 
 def gpt(

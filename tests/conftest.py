@@ -29,3 +29,31 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+DIFFERENTIATION = {
+    "grad",
+    "value_and_grad",
+    "vjp",
+    "jvp",
+    "linearize",
+    "linear_transpose",
+    "jacrev",
+    "jacfwd",
+    "hessian",
+}
+
+
+@pytest.fixture
+def no_autodiff(monkeypatch):
+    """Every way into jax's differentiation raises."""
+    from jax._src.interpreters import ad
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("differentiation was called")
+
+    for name in DIFFERENTIATION & set(dir(jax)):
+        monkeypatch.setattr(jax, name, refuse)
+    for name in ("vjp", "jvp", "linearize", "jvpfun", "linearize_jaxpr"):
+        if hasattr(ad, name):
+            monkeypatch.setattr(ad, name, refuse)

@@ -19,6 +19,7 @@ from fnet.initializers import normal, zeros
 from fnet.layers import dense, flatten, gelu, leaky_relu, relu, serial, softplus, step
 from fnet.models import mlp
 from fnet.types import Layer, LayerError, apply
+from tests.conftest import DIFFERENTIATION
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 vector_erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -265,19 +266,6 @@ def test_init_allocates_nothing_under_eval_shape_and_draws_biases_by_their_initi
 
 # --- the backward is by hand, and inference is only inference --------------------------------------------------------
 
-DIFFERENTIATION = {
-    "grad",
-    "value_and_grad",
-    "vjp",
-    "jvp",
-    "linearize",
-    "linear_transpose",
-    "jacrev",
-    "jacfwd",
-    "hessian",
-}
-
-
 MODULES = [*sorted(pathlib.Path(layers.__file__).parent.glob("*.py")), pathlib.Path(inspect.getfile(fnet.losses))]
 
 
@@ -287,21 +275,6 @@ def test_no_module_with_hand_backwards_names_a_differentiation_function(path):
     used = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {n.id for n in nodes if isinstance(n, ast.Name)}
     assert used
     assert not used & DIFFERENTIATION
-
-
-@pytest.fixture
-def no_autodiff(monkeypatch):
-    """Every way into jax's differentiation raises."""
-    from jax._src.interpreters import ad
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("differentiation was called")
-
-    for name in DIFFERENTIATION & set(dir(jax)):
-        monkeypatch.setattr(jax, name, refuse)
-    for name in ("vjp", "jvp", "linearize", "jvpfun", "linearize_jaxpr"):
-        if hasattr(ad, name):
-            monkeypatch.setattr(ad, name, refuse)
 
 
 @every_layer
