@@ -2,7 +2,7 @@
 
     python -m experiments.vanishing_gradients
     python -m experiments.vanishing_gradients --depths 2 5 10 20 50 --train-depth 50
-    python -m experiments.vanishing_gradients --length 100 --updates 1500
+    python -m experiments.vanishing_gradients --length 60 --recurrent-epochs 50
 
 Deep networks, on the 8x8 digits. A network of depth L is a dense layer, L − 1 blocks and a dense head; a block is an
 activation and a dense layer, so δ_l = ∂loss/∂z_l, the gradient by what enters the activation of layer l, goes from one
@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -53,19 +53,21 @@ from fnet.types import Layer, Mean, stateless, stream
 class Config:
     """Gradients in deep and in recurrent networks: vanishing, exploding, cured."""
 
-    depths: tuple[int, ...] = (2, 10, 50)  # hidden layers
+    depths: tuple[int, ...] = (2, 50)  # hidden layers
     train_depth: int = 20  # of the networks that train
     units: int = 32  # of every hidden layer
     small: float = 0.05  # standard deviations of the naive weights
     large: float = 0.5
-    epochs: int = 20
+    epochs: int = 10
+    test_size: int = 397  # of the 1,797 digits
     batch_size: int = 32
-    rates: tuple[float, ...] = (0.01, 0.1, 1.0)  # of gradient descent; the one of the lowest training loss is shown
+    rates: tuple[float, ...] = (0.01, 0.1)  # of gradient descent; the one of the lowest training loss is shown
     gains: tuple[float, ...] = (0.8, 1.0, 1.2)  # of the recurrent weights, before training
-    length: int = 60  # T of the adding problem
+    length: int = 20  # T of the adding problem
+    sequences: int = 1024  # to train on
     recurrent_units: int = 32
-    updates: int = 1500
-    recurrent_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    recurrent_epochs: int = 60
+    recurrent_rates: tuple[float, ...] = (0.001, 0.01, 0.03)
     limit: float = 1.0  # of the gradient's global norm
     seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the order of the examples
     run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/vanishing_gradients/NAME
@@ -110,7 +112,11 @@ def initializers(config: Config, activation: str) -> dict:
 
 def probe() -> Layer:
     """``y = x + p`` with p = 0, a parameter of the shape of x: its gradient is the gradient by x, ready to be read."""
-    return stateless("probe", lambda key, x: jnp.zeros(x.shape, x.dtype), lambda p, x: (x + p, ()), lambda p, _, dy: (dy, dy))
+
+    def init(key, x):
+        return jnp.zeros(x.shape, x.dtype)
+
+    return stateless("probe", init, lambda p, x: (x + p, ()), lambda p, residuals, dy: (dy, dy))
 
 
 def make_network(config: Config, structure: str, activation: str, depth: int, weights, probes: bool = False) -> Layer:
@@ -123,34 +129,393 @@ def make_network(config: Config, structure: str, activation: str, depth: int, we
     return serial(("first", serial(hidden, *probed)), ("blocks", blocks), *act, ("head", dense(10, weights=weights)))
 
 
-def chosen(index, options):
-    """The initializer at ``index``, which may be traced: one program serves several starts."""
-    return lambda key, shape, dtype: jax.lax.switch(index, [partial(draw, key, shape, dtype) for draw in options])
+def draw_starts(config: Config, structure: str, activation: str, depth: int, x, keys, probes=False):
+    """Parameters and state of every start and seed, ``(starts, seeds, ...)``; drawn by jax' own compiled pieces."""
+    drawn = []
+    for start in CURES[structure]:
+        weights = initializers(config, activation)[start]
+        model = make_network(config, structure, activation, depth, weights, probes)
+        drawn.append(jax.vmap(lambda key, model=model: model.init(key, x))(keys))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
 
 
-def start_norms(config: Config, structure: str, activation: str, depth: int, batch: fnet.Batch, keys):
-    """``|δ_l|`` and ``|∂loss/∂W_l|`` ``(starts, seeds, depth)`` at the start by hand, and autodiff's relative distance."""
-    options = list(initializers(config, activation).values())
+def norms(grads) -> dict[str, jax.Array]:
+    """``|∂loss/∂W_l|`` and, where there are probes, ``|δ_l|`` of each hidden layer, the first below: ``(L,)``."""
+    first, blocks = grads["first"], grads["blocks"]
+    leaves = {"weights": (first["dense_0"]["w"], blocks["block"]["dense_0"]["w"])}
+    if "probe" in first:
+        leaves["delta"] = first["probe"], blocks["probe"]
+    return {
+        name: jnp.sqrt(jnp.concatenate([(first**2).sum()[None], (rest**2).sum((1, 2))]))
+        for name, (first, rest) in leaves.items()
+    }
 
-    def member(index, key, batch):
-        model = make_network(config, structure, activation, depth, chosen(index, options), probes=True)
-        params, state = model.init(key, batch.inputs)
+
+def start_norms(config: Config, structure: str, activation: str, depth: int, batch: fnet.Batch, keys) -> dict:
+    """`norms` at the start, ``(starts, seeds, L)``, by hand; and ``apart``, autodiff's distance relative to them."""
+    model = make_network(config, structure, activation, depth, normal(0.0), probes=True)
+    params, state = draw_starts(config, structure, activation, depth, batch.inputs, keys, probes=True)
+
+    def member(params, state, key, batch):
+        loss = fnet.softmax_cross_entropy
         by_hand, by_autodiff = (
-            engine(model, fnet.softmax_cross_entropy)(params, state, batch, key)[0]
-            for engine in (fnet.backprop, fnet.autodiff)
+            engine(model, loss)(params, state, batch, key)[0] for engine in (fnet.backprop, fnet.autodiff)
         )
+        size, error = norms(by_hand), norms(jax.tree.map(jnp.subtract, by_hand, by_autodiff))
+        return {**size, "apart": jnp.maximum(*(error[name] / size[name] for name in size))}
 
-        def norms(grads):
-            first, blocks = grads["first"], grads["blocks"]
-            delta = jnp.concatenate([first["probe"][None], blocks["probe"]])  # (L, B, n)
-            weights = jnp.concatenate([jnp.sum(first["dense_0"]["w"]**2)[None], (blocks["block"]["dense_0"]["w"]**2).sum((1, 2))])
-            return jnp.sqrt((delta**2).sum((1, 2))), jnp.sqrt(weights)
+    by_seed = jax.vmap(member, in_axes=(0, 0, 0, None))
+    by_start = jax.vmap(by_seed, in_axes=(0, 0, None, None))
+    return jax.device_get(jax.jit(by_start)(params, state, keys, batch))
 
-        apart = jax.tree.map(jnp.subtract, by_hand, by_autodiff)
-        errors = [(jnp.where(b == 0, a, a / jnp.where(b == 0, 1, b))).max() for a, b in zip(norms(apart), norms(by_autodiff), strict=True)]
-        return *norms(by_hand), jnp.maximum(*errors)
 
-    names = list(initializers(config, activation))
-    indices = jnp.array([names.index(start) for start in CURES[structure]])
-    by_seed = jax.vmap(member, in_axes=(None, 0, None))
-    return jax.device_get(jax.jit(jax.vmap(by_seed, in_axes=(0, None, None)))(indices, keys, batch))
+def train_deep(config: Config, structure: str, activation: str, parts: dict) -> dict:
+    """Every start, seed and rate ``(starts, seeds, rates, ...)`` in one program: the loss of each epoch, the test
+    accuracy, and the weights' `norms` on the first batch at the end. ``parts`` hold each seed's split."""
+    model, loss = (
+        make_network(config, structure, activation, config.train_depth, normal(0.0)),
+        fnet.softmax_cross_entropy,
+    )
+    keys = jax.vmap(jax.random.key)(jnp.array(config.seeds))
+    batch = parts["train"].inputs[0, : config.batch_size]
+    params, state = draw_starts(config, structure, activation, config.train_depth, batch, keys)
+
+    def member(params, state, key, parts, rate):
+        optimizer, gradient = fnet.sgd(rate), fnet.backprop(model, loss)
+        ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+        step, data = fnet.make_step(gradient, optimizer), parts["train"]
+        ts, metrics, _ = fnet.train(step, ts, data, epochs=config.epochs, batch_size=config.batch_size)
+        grads, _, _ = gradient(ts.params, ts.state, jax.tree.map(lambda a: a[: config.batch_size], data), key)
+        tested = fnet.make_evaluate(model, loss, {"accuracy": accuracy})(ts.params, ts.state, parts["test"])
+        by_epoch = Mean(metrics["loss"].sum.sum(1), metrics["loss"].count.sum(1)).value
+        return {"loss": by_epoch, "accuracy": tested["accuracy"].value, "weights": norms(grads)["weights"]}
+
+    by_rate = jax.vmap(member, in_axes=(None, None, None, None, 0))
+    by_seed = jax.vmap(by_rate, in_axes=(0, 0, 0, 0, None))
+    by_start = jax.vmap(by_seed, in_axes=(0, 0, None, None, None))
+    return jax.device_get(jax.jit(by_start)(params, state, keys, parts, jnp.array(config.rates)))
+
+
+def best_rate(losses: np.ndarray) -> int:
+    """The index of the rate whose last loss, of ``(seeds, rates, E)``, has the lowest mean; one not finite is last."""
+    last = losses[..., -1].mean(0)
+    return int(np.argmin(np.where(np.isfinite(last), last, np.inf)))
+
+
+def load(config: Config) -> dict[str, fnet.Batch]:
+    """Training and test digits of each seed's split, stacked: inputs ``(seeds, N, 64)``."""
+    digits = fnet.data.sklearn_digits()
+    sizes = (len(digits.targets) - config.test_size, config.test_size)
+    splits = [fnet.split(digits, sizes, stream(jax.random.key(seed), "split")) for seed in config.seeds]
+    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*splits, strict=True)]
+    return dict(zip(("train", "test"), stacked, strict=True))
+
+
+# --- recurrent networks ----------------------------------------------------------------------------------------------
+
+
+def last() -> Layer:
+    """The last step of a sequence: ``x (B, T, n)`` to ``y (B, n)``."""
+
+    def backward(params, carrier, dy):  # y = x_T:  dx_T = dy, and 0 at every other step
+        return (), jnp.zeros(carrier.shape[1:], dy.dtype).at[:, -1].set(dy)
+
+    def forward(params, x):  # the residual is an empty array that carries the shape
+        return x[:, -1], jnp.zeros((0, *x.shape), x.dtype)
+
+    return stateless("last", lambda key, x: (), forward, backward)
+
+
+def scaled_identity(gain) -> Callable:
+    """The recurrent weights ``gain · 1``."""
+    return lambda key, shape, dtype: gain * jnp.eye(*shape, dtype=dtype)
+
+
+def make_recurrent(config: Config, gain=1.0) -> Layer:
+    """An Elman network with relu that begins as ``gain`` times the identity, and the sum read off its last step."""
+    hidden = rnn(config.recurrent_units, relu(), weights=normal(0.1), recurrent=scaled_identity(gain))
+    return serial(hidden, last(), dense(1, weights=glorot_normal()))
+
+
+def adding_problem(key, n: int, length: int) -> fnet.Batch:
+    """Sequences ``(n, T, 2)`` of numbers in 0..1 and marks, one in each half, and the sums ``(n, 1)`` of the marked."""
+    numbers = jax.random.uniform(stream(key, "numbers"), (n, length))
+    half = length // 2
+    places = [
+        jax.random.randint(stream(key, "first"), (n,), 0, half),
+        jax.random.randint(stream(key, "second"), (n,), half, length),
+    ]
+    marks = sum(jax.nn.one_hot(place, length) for place in places)
+    return fnet.Batch(jnp.stack([numbers, marks], -1), (numbers * marks).sum(1, keepdims=True))
+
+
+def clipped(gradient, limit):
+    """The gradient engine with gradients of a global norm above ``limit`` shortened to it; the norm is a metric."""
+
+    def shortened(params, state, batch, key):
+        grads, state, metrics = gradient(params, state, batch, key)
+        size = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1, limit / size), grads)
+        return grads, state, {**metrics, "gradient_norm": Mean(size, jnp.ones_like(size))}
+
+    return shortened
+
+
+def time_norms(config: Config, batch: fnet.Batch, key) -> dict[float, np.ndarray]:
+    """By gain: the norm ``(T,)`` of the loss' gradient by the inputs of each step, before any training, by hand."""
+    found = {}
+    for gain in config.gains:
+        model = make_recurrent(config, gain)
+        params, state = model.init(key, batch.inputs)
+        engine = fnet.backprop(model, fnet.losses.squared_error, inputs=True)
+        (_, dx), _, _ = jax.jit(engine)(params, state, batch, key)
+        found[gain] = np.sqrt((np.asarray(dx) ** 2).sum((0, 2)))
+    return found
+
+
+def train_recurrent(config: Config) -> dict:
+    """Every rate, limit (none, then the config's) and seed in one program: loss and gradient norm of each update."""
+    loss = fnet.losses.squared_error
+
+    def member(rate, limit, key):
+        model, data = make_recurrent(config), adding_problem(stream(key, "data"), config.sequences, config.length)
+        params, state = model.init(stream(key, "model"), data.inputs)
+        optimizer = fnet.sgd(rate)
+        ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+        step = fnet.make_step(clipped(fnet.backprop(model, loss), limit), optimizer)
+        _, metrics, _ = fnet.train(step, ts, data, epochs=config.recurrent_epochs, batch_size=config.batch_size)
+        return {name: metrics[name].value for name in ("loss", "gradient_norm")}  # (E, updates an epoch)
+
+    by_seed = jax.vmap(member, in_axes=(None, None, 0))
+    by_limit = jax.vmap(by_seed, in_axes=(None, 0, None))
+    by_rate = jax.vmap(by_limit, in_axes=(0, None, None))
+    keys = jax.vmap(jax.random.key)(jnp.array(config.seeds))
+    limits = jnp.array([jnp.inf, config.limit])
+    return jax.device_get(jax.jit(by_rate)(jnp.array(config.recurrent_rates), limits, keys))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def run(config: Config, console: Console | None = None) -> dict:
+    """Measure, train, print the tables, draw; returns what was measured."""
+    check(config)
+    console = console or Console()
+    folder = new_run_folder(config.run_dir, "vanishing_gradients", config.name)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    parts, keys = load(config), jax.vmap(jax.random.key)(jnp.array(config.seeds))
+    start, deep = {}, {}  # by (activation, method) and for the first also depth
+    for activation in ACTIVATIONS:
+        for structure, starts in CURES.items():
+            with console.status(f"{activation}, {structure}"):
+                for depth in config.depths:
+                    with jax.enable_x64(True):
+                        batch = fnet.Batch(*(a[0, : config.batch_size] for a in parts["train"][:2]))
+                        batch = batch._replace(inputs=batch.inputs.astype(float))
+                        measured = start_norms(config, structure, activation, depth, batch, keys)
+                    for i, name in enumerate(starts):
+                        one = {what: values[i] for what, values in measured.items()}
+                        start[activation, title(structure, name), depth] = one
+                trained = train_deep(config, structure, activation, parts)
+                for i, name in enumerate(starts):
+                    one = {what: values[i] for what, values in trained.items()}
+                    deep[activation, title(structure, name)] = {**one, "best": best_rate(one["loss"])}
+    with console.status("recurrent networks"):
+        key = jax.random.key(config.seeds[0])
+        by_time = time_norms(config, adding_problem(stream(key, "data"), config.batch_size, config.length), key)
+        recurrent = train_recurrent(config)
+
+    results = {"start": start, "deep": deep, "by_time": by_time, "recurrent": recurrent, "folder": folder}
+    report(config, results, console)
+    draw_deep(config, results, folder / "depth.png")
+    draw_recurrent(config, results, folder / "recurrent.png")
+    (folder / "results.json").write_text(json.dumps(summary(config, results), indent=2) + "\n")
+    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    return results
+
+
+def check(config: Config) -> None:
+    """Refuse depths and lengths that leave nothing to compare."""
+    if min(*config.depths, config.train_depth) < 2:
+        raise SystemExit(f"depths {config.depths} and {config.train_depth}: expected at least 2, to compare two layers")
+    if config.length < 2:
+        raise SystemExit(f"length = {config.length}: expected at least 2, one number to mark in each half")
+
+
+def factor(delta: np.ndarray) -> np.ndarray:
+    """By what |δ| is multiplied from a layer to the one below: (|δ_1| / |δ_L|)^(1 / (L − 1)), of ``(..., L)``."""
+    return (delta[..., 0] / delta[..., -1]) ** (1 / (delta.shape[-1] - 1))
+
+
+def ends(config: Config, recurrent: dict, limit: int) -> np.ndarray:
+    """The mean loss of the last epoch ``(rates, seeds)``; ``limit`` is 0 without clipping and 1 with it."""
+    return recurrent["loss"][:, limit, :, -1].mean(-1)
+
+
+def summary(config: Config, results: dict) -> dict:
+    """The numbers of the tables, for results.json; not a number is None."""
+
+    def spread(values):
+        return [float(v) if np.isfinite(v) else None for v in (np.mean(values), np.std(values))]
+
+    start = {
+        f"{activation}, {method}, depth {depth}": {
+            "factor": spread(factor(found["delta"])),
+            "first over last": spread(found["delta"][:, 0] / found["delta"][:, -1]),
+            "autodiff apart": float(found["apart"].max()),
+        }
+        for (activation, method, depth), found in results["start"].items()
+    }
+    deep = {
+        f"{activation}, {method}": {
+            "training loss": spread(found["loss"][:, found["best"], -1]),
+            "test accuracy": spread(found["accuracy"][:, found["best"]]),
+            "rate": config.rates[found["best"]],
+        }
+        for (activation, method), found in results["deep"].items()
+    }
+    recurrent = {
+        name: {
+            f"rate {rate:g}": {
+                "training loss": spread(ends(config, results["recurrent"], i)[j]),
+                "greatest norm": spread(results["recurrent"]["gradient_norm"][j, i].max((1, 2))),
+            }
+            for j, rate in enumerate(config.recurrent_rates)
+        }
+        for i, name in enumerate(("no clipping", "clipping"))
+    }
+    return {"start": start, "deep": deep, "recurrent": recurrent}
+
+
+def report(config: Config, results: dict, console: Console) -> None:
+    """The tables, and the numbers to reach beside those reached."""
+    start = results["start"]
+    depth, numbers = max(config.depths), summary(config, results)
+
+    def cell(values, form=".3f"):
+        mean, std = values
+        return "diverged" if mean is None else f"{mean:{form}} ± {std:{form}}"
+
+    rows = {
+        method: {a: cell(numbers["start"][f"{a}, {method}, depth {depth}"]["factor"]) for a in ACTIVATIONS}
+        for method in METHODS
+    }
+    console.print(engine_table(f"at the start: |δ| is multiplied by this at each layer down, depth {depth}", rows))
+    rows = {
+        f"{method}, depth {d}": {
+            a: f"{np.exp(np.log(ratio).mean()):.1e}"
+            for a in ACTIVATIONS
+            for ratio in [start[a, method, d]["delta"][:, 0] / start[a, method, d]["delta"][:, -1]]
+        }
+        for method in METHODS
+        for d in config.depths
+    }
+    console.print(engine_table("at the start: |δ₁| / |δ_L|, geometric mean of the seeds", rows))
+    rows = {
+        method: {
+            a: f"{cell(found['training loss'])}  rate {found['rate']:g}  {found['test accuracy'][0] or 0:.1%}"
+            for a in ACTIVATIONS
+            for found in [numbers["deep"][f"{a}, {method}"]]
+        }
+        for method in METHODS
+    }
+    console.print(
+        engine_table(
+            f"depth {config.train_depth}, {config.epochs} epochs: training loss (chance: {math.log(10):.3f}), its best "
+            "rate, test accuracy",
+            rows,
+        )
+    )
+    rows = {
+        f"{name}, {rate}": {what: cell(found[what], ".4g") for what in found}
+        for name, by_rate in numbers["recurrent"].items()
+        for rate, found in by_rate.items()
+    }
+    console.print(engine_table(f"adding problem, {config.length} numbers (the mean's loss: {1 / 6:.4f})", rows))
+    apart = max(found["apart"].max() for found in start.values())
+    expected = {config.small: "naive, small", config.large: "naive, large"}
+    theory = ", ".join(
+        f"{factor(start['relu', method, depth]['delta']).mean():.3f} (expected {s * math.sqrt(config.units / 2):.3f})"
+        for s, method in expected.items()
+    )
+    end = {
+        name: min(found["training loss"][0] or math.inf for found in by_rate.values())
+        for name, by_rate in numbers["recurrent"].items()
+    }
+    console.print(
+        f"backward by hand and autodiff, every layer of {len(start)} networks: at most {apart:.0e} apart "
+        f"(must be below 1e-9)\nfactor of relu with naive weights: {theory}\nadding problem at the best rate: "
+        f"{end['clipping']:.4f} with clipping (must be below 1/6), {end['no clipping']:.4f} without",
+        highlight=False,
+    )
+
+
+def draw_deep(config: Config, results: dict, path: Path) -> None:
+    """A column for each activation: |δ_l| at the start, the training loss, and |∂loss/∂W_l| after training."""
+    figure, axes = new_figure(3, rows=3, height=3.5, width=5.0)
+    depth = max(config.depths)
+    for column, activation in enumerate(ACTIVATIONS):
+        top, middle, bottom = axes[:, column]
+        for i, method in enumerate(METHODS):
+            delta = results["start"][activation, method, depth]["delta"]  # (seeds, L)
+            found = results["deep"][activation, method]
+            losses, weights = found["loss"][:, found["best"]].mean(0), found["weights"][:, found["best"]]
+            style = {"color": f"C{i}", "label": method, "linewidth": 1.6}
+            top.plot(np.arange(1, depth + 1), np.exp(np.log(delta).mean(0)), **style)
+            middle.plot(np.arange(1, config.epochs + 1), np.where(np.isfinite(losses), losses, np.nan), **style)
+            with np.errstate(all="ignore"):  # where a run diverged, or float32 ended, nothing is drawn
+                mean = np.exp(np.log(weights.astype(np.float64)).mean(0))
+            bottom.plot(
+                np.arange(1, config.train_depth + 1), np.where(np.isfinite(mean) & (mean > 0), mean, np.nan), **style
+            )
+        top.set(title=f"{activation}: |δ| at the start, depth {depth}", xlabel="layer", yscale="log")
+        middle.set(title=f"training loss, depth {config.train_depth}", xlabel="epoch", ylim=(0, 3))
+        middle.axhline(math.log(10), color="gray", linestyle=":", linewidth=1)
+        bottom.set(title="|∂loss/∂W| after training", xlabel="layer", yscale="log")
+        for ax in (top, bottom):
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, 1e-40), high)
+    for ax in axes.ravel():
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    figure.savefig(path, dpi=110)
+
+
+def draw_recurrent(config: Config, results: dict, path: Path) -> None:
+    """The gradient back through time at the start, and of all rates, with and without clipping, loss and norm."""
+    figure, (left, middle, right) = new_figure(3, height=4.2)
+    for gain, size in results["by_time"].items():
+        left.plot(np.arange(1, config.length + 1), size / size[-1], label=f"g = {gain:g}")
+    left.set(
+        xlabel="time step t", ylabel="|∂loss/∂x_t| over that of the last step", yscale="log", title="before training"
+    )
+    curves = results["recurrent"]
+    for j, rate in enumerate(config.recurrent_rates):
+        for i, (name, style) in enumerate({"no clipping": "--", "clipped": "-"}.items()):
+            loss = curves["loss"][j, i].mean(-1).T  # (E, seeds)
+            size = curves["gradient_norm"][j, i].max(-1).T
+            for ax, values in ((middle, loss), (right, size)):
+                with np.errstate(all="ignore"):
+                    values = np.exp(np.log(values.astype(np.float64)).mean(1))
+                values = np.where(np.isfinite(values), values, np.nan)
+                epochs = np.arange(1, len(values) + 1)
+                known = np.isfinite(values)
+                label = f"{name}, rate {rate:g}" + ("" if known.all() else ": diverged")
+                ax.plot(epochs, values, style, color=f"C{j}", label=label)
+                if not known.all() and known.any():
+                    ax.plot(epochs[known][-1], values[known][-1], "x", color=f"C{j}", markersize=8)
+    middle.axhline(1 / 6, color="gray", linestyle=":", linewidth=1)
+    right.axhline(config.limit, color="gray", linestyle=":", linewidth=1)
+    middle.set(xlabel="epoch", ylabel="training loss (dotted: the mean's)", yscale="log", title="adding problem")
+    right.set(
+        xlabel="epoch", ylabel="greatest norm (dotted: the limit)", yscale="log", title="gradient before clipping"
+    )
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
+    for ax in (left, middle):
+        ax.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Config))
