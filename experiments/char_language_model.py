@@ -210,15 +210,17 @@ def run(config: Config, console: Console | None = None) -> dict:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(ts.params))
 
     reached = np.array([r["bits"] for r in runs.values()])
-    rows = {f"{name}, counted": {"validation bits per character": f"{value:.3f}"} for name, value in bits.items()}
+    rows = {f"{name}, counted": {"validation": f"{value:.3f}"} for name, value in bits.items()}
     for seed, r in runs.items():
         rows[f"{config.model}, seed {seed}"] = {
-            "validation bits per character": f"{r['bits']:.3f}",
-            "last epoch of training": f"{r['training bits'][-1]:.3f}",
-            "characters a second": f"{r['characters a second']:.0f}",
-            "compile time": f"{r['compile seconds']:.1f} s",
+            "validation": f"{r['bits']:.3f}",
+            "last epoch": f"{r['training bits'][-1]:.3f}",
+            "characters/s": f"{r['characters a second']:.0f}",
+            "compiling": f"{r['compile seconds']:.1f} s",
         }
-    console.print(engine_table(f"{config.model} of {parameters} parameters by {config.engine}", rows))
+    console.print(
+        engine_table(f"bits per character: {config.model} of {parameters} parameters by {config.engine}", rows)
+    )
     console.print(sample, markup=False, highlight=False)
     spread = f" ± {reached.std(ddof=1):.3f}" if len(reached) > 1 else ""
     goal = "" if config.text else f"; to reach: at most {TARGET}: {'reached' if reached.mean() <= TARGET else 'missed'}"
@@ -252,6 +254,7 @@ def draw(bits: dict, runs: dict, config: Config, path: Path) -> None:
     if config.text is None:
         ax.axhline(TARGET, color="black", linestyle=":", linewidth=1, label="to reach")
     ax.set(xlabel="epoch", ylabel="bits per character", title=f"{config.model}, {config.engine}")
+    ax.get_xaxis().get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
     figure.savefig(path, dpi=120)

