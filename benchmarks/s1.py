@@ -199,6 +199,7 @@ def interleaved(runs: dict, repeats: int) -> dict[str, list[float]]:
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            time.sleep(0.3)  # torch's threads spin on for a while, which the next run would pay for
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)

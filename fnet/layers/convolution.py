@@ -180,7 +180,11 @@ def with_bias(y: jax.Array, params) -> jax.Array:
 
 def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
     """``db = Σ dy`` over all axes but the last, where there is a ``b``."""
-    return {**dparams, "b": channels_first(dy).reshape(dy.shape[-1], -1).sum(1)} if "b" in params else dparams
+    if "b" not in params:
+        return dparams
+    # as a product: of a sum XLA would make one over (B, *m, O), for which it would lay out dy a second time
+    flat = channels_first(dy).reshape(dy.shape[-1], -1)
+    return {**dparams, "b": product(flat, jnp.ones((flat.shape[1], 1), dy.dtype))[:, 0]}
 
 
 def swapped(w: jax.Array) -> jax.Array:
@@ -345,8 +349,11 @@ def fold(d: jax.Array, windows: Windows) -> jax.Array:
     """The transpose of gathering: ``d (*kernel, C, *m, B)`` added up where it was taken from, ``(C, *n, B)``."""
     rank, zero = len(windows.kernel), jnp.zeros((), d.dtype)
     if windows.stride == windows.extent == windows.kernel:  # each input in one window at most: nothing to add up
-        order = (rank, *itertools.chain(*((rank + 1 + axis, axis) for axis in range(rank))), 2 * rank + 1)
-        return crop(d.transpose(order).reshape(d.shape[rank], *windows.span, d.shape[-1]), windows)
+        for axis in reversed(range(rank)):  # (..., *kernel, C, *m, B): the kernel's last axis goes behind its m
+            parts = [jax.lax.index_in_dim(d, k, axis, keepdims=False) for k in range(windows.kernel[axis])]
+            d = jnp.stack(parts, 2 * axis + 2)
+            d = d.reshape(*d.shape[: 2 * axis + 1], windows.span[axis], *d.shape[2 * axis + 3 :])
+        return crop(d, windows)
 
     positions = np.indices(windows.kernel).reshape(rank, -1).T * np.asarray(windows.dilation)
     spread = [(m - 1) * s + 1 for m, s in zip(windows.outputs, windows.stride, strict=True)]
