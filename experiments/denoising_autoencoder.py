@@ -1,4 +1,4 @@
-"""Self-supervised learning: an encoder learnt from noisy digits without labels, probed with few (the source texts, S17).
+"""Self-supervised learning: an encoder learnt from noisy digits without labels, probed with few (the texts' S17).
 
     python -m experiments.denoising_autoencoder
     python -m experiments.denoising_autoencoder --mask 0.7 --epochs 60

@@ -463,7 +463,8 @@ def test_inputs_that_do_not_fit_are_refused():
         serial(lstm(H)).init(jax.random.key(0), jax.ShapeDtypeStruct((2, 3, 4), jnp.int32))
     stack = stacked(gru(H), gru(H))
     with pytest.raises(LayerError, match=r"expected a carry for each of \['gru_0', 'gru_1'\] or None for zeros"):
-        outputs(stack, *shapes(stack), (x, (h,)))
+        params, state = shapes(stack)
+        outputs(stack, params, state, (x, (h,)))
 
 
 def test_arguments_that_make_no_sense_are_refused():

@@ -214,7 +214,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
 
     def init(key, x):
         first = jax.eval_shape(lambda key: layer.init(key, x), key)
-        require_like(x, output_shape(layer, *first, x))
+        require_like(x, output_shape(layer, first[0], first[1], x))
         return jax.vmap(lambda key: layer.init(key, x))(keys(key))
 
     def forward(params, state, x, *, key=None, train=False):
@@ -233,15 +233,17 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
             return y, state, residuals
         pieces = []
         for i, name in enumerate(names):  # one by one, so that each copy is seen where it stands
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
+            own_params, own_state = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
             own_key = None if key is None else stream(key, name)
-            x, *piece = forward_child(name, layer, *own, x, key=own_key, train=train)
+            x, *piece = forward_child(name, layer, own_params, own_state, x, key=own_key, train=train)
             pieces.append(piece)
-        return x, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
+        state, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
+        return x, state, residuals
 
     def backward(params, residuals, dy):
         def one(dy, child):
-            dparams, dx = layer.backward(*child, dy)
+            params, residuals = child
+            dparams, dx = layer.backward(params, residuals, dy)
             return dx, dparams
 
         dx, dparams = jax.lax.scan(one, dy, (params, residuals), reverse=True, unroll=unroll)

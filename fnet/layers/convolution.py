@@ -12,7 +12,6 @@ G groups, O features out, K positions of the kernel, N = B · outputs; n, m size
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Sequence

@@ -36,7 +36,9 @@ def with_hand_backward(layer: Layer) -> Layer:
 
         def by_hand(kept, cotangents):
             dy = jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, cotangents[0])
-            return *layer.backward(*kept, dy), None
+            params, residuals = kept
+            dparams, dx = layer.backward(params, residuals, dy)
+            return dparams, dx, None
 
         run = jax.custom_vjp(plain)
         run.defvjp(keep, by_hand)
