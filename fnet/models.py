@@ -103,8 +103,8 @@ def resnet(
 
     >>> import jax
     >>> shapes = jax.eval_shape(resnet(10).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), "float32"))
-    >>> list(shapes[0])
-    ['stem', 'stage_0', 'stage_1', 'stage_2', 'pool', 'head']
+    >>> sorted(shapes[0])
+    ['head', 'pool', 'stage_0', 'stage_1', 'stage_2', 'stem']
     """
     block = basic_block if block is None else block
     stem = serial(conv(width, (3, 3), bias=None), batch_norm(), relu()) if stem is None else stem
