@@ -188,6 +188,11 @@ def join(first: PyTree, second: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
+def cast_like(tree: PyTree, like: PyTree) -> Any:
+    """Each leaf in the dtype of its counterpart."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
+
+
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves of a tree with readable paths, such as ``dense_0/w``."""
     return [
@@ -272,7 +277,11 @@ def watched() -> bool:
 
 
 def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
-    """The forward of the child ``name``, as every combinator calls it: errors, scopes and `watch` know its path."""
+    """The forward of the child ``name``, as every combinator calls it: errors, scopes and `watch` know its path.
+
+    ``key`` is the parent's: the child's own is folded from it by its name, as in ``init``.
+    """
+    key = None if key is None else stream(key, name)
     watched = _watch.get()
     if watched is None:
         with inside(name):

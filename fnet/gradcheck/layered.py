@@ -19,7 +19,7 @@ from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT
 from fnet.gradients import backprop, loss_gradient, measure
 from fnet.interpret import is_float
-from fnet.types import Batch, Call, Layer, Loss, PyTree, join, named_leaves, split_floating, watch
+from fnet.types import Batch, Call, Layer, Loss, PyTree, cast_like, join, named_leaves, split_floating, watch
 
 
 def check_layer(
@@ -283,11 +283,6 @@ def split_like(dx, inputs):
 def inner(y, v):
     """``Σ v · y`` over the floating leaves."""
     return sum((a * b.astype(a.dtype)).sum() for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(v), strict=True))
-
-
-def cast_like(v, y):
-    """A cotangent in the outputs' dtypes."""
-    return jax.tree.map(lambda v, y: v.astype(y.dtype), v, y)
 
 
 def random_like(shapes, seed: int):

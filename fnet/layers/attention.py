@@ -10,7 +10,6 @@ one, D features of a head, I features of the query, M of the memory, O out; c, b
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnet.initializers import glorot_uniform, zeros
-from fnet.layers.dense import product, rows
+from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
-from fnet.types import Layer, LayerError, stateless, stream, wide
+from fnet.types import Layer, LayerError, inside, stateless, stream, wide
 
 
 def attention(
@@ -198,26 +197,18 @@ def project(params, name: str, x: jax.Array, heads: int | None = None) -> jax.Ar
     """``x w + b`` by the parameters called ``name``, with the features cut into heads."""
     if name not in params:
         raise LayerError(f"expected params of query, key, value and out, got {sorted(params)}: pass what init returned")
-    w = params[name]["w"]
-    if x.shape[-1] != w.shape[0]:
-        raise LayerError(f"{name}: expected {w.shape[0]} features, got {x.shape[-1]}")
-    if x.dtype != w.dtype:
-        raise LayerError(f"{name}: expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
-    if heads is not None and w.shape[1] % heads:
-        raise LayerError(f"{name}: {heads} heads do not divide the {w.shape[1]} columns of w: pass what init returned")
-    y = product(rows(x), w)
-    if "b" in params[name]:
-        y = y + params[name]["b"][None]
-    return y.reshape(*x.shape[:-1], *((w.shape[1],) if heads is None else (heads, w.shape[1] // heads)))
+    with inside(name):
+        y, _ = affine(params[name], x)
+        if heads is None:
+            return y
+        if y.shape[-1] % heads:
+            raise LayerError(f"{heads} heads do not divide the {y.shape[-1]} columns of w: pass what init returned")
+    return y.reshape(*x.shape[:-1], heads, y.shape[-1] // heads)
 
 
 def project_backward(params, x: jax.Array, dy: jax.Array):
-    """As in `dense`: ``dw = xᵀ dy,  db = Σ_rows dy,  dx = dy wᵀ``."""
-    dy = dy.reshape(math.prod(x.shape[:-1]), params["w"].shape[1])
-    dparams = {"w": product(rows(x).T, dy)}
-    if "b" in params:
-        dparams["b"] = dy.sum(0)
-    return dparams, product(dy, params["w"].T).reshape(x.shape)
+    """The same backwards: the heads are laid side by side again."""
+    return affine_backward(params, x, dy.reshape(*x.shape[:-1], params["w"].shape[1]))
 
 
 # --- attention itself ------------------------------------------------------------------------------------------------

@@ -58,9 +58,8 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
         require_children("state", state, children)
         new_state, residuals = {}, {}
         for name, layer in children:
-            child_key = None if key is None else stream(key, name)
             x, new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], x, key=child_key, train=train
+                name, layer, params[name], state[name], x, key=key, train=train
             )
         return x, new_state, residuals
 
@@ -113,9 +112,8 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         y, state, residuals = branch.forward(params, state, x, key=key, train=train)
         skip, skip_residuals = x, None
         if shortcut is not None:
-            skip_key = None if key is None else stream(key, "shortcut")
             skip, skip_state, skip_residuals = forward_child(
-                "shortcut", shortcut, skip_params, skip_state, x, key=skip_key, train=train
+                "shortcut", shortcut, skip_params, skip_state, x, key=key, train=train
             )
         if (y.shape, y.dtype) != (skip.shape, skip.dtype):
             raise LayerError(
@@ -152,9 +150,8 @@ def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
         require_children("state", state, children)
         outputs, new_state, residuals = [], {}, {}
         for name, layer in children:
-            child_key = None if key is None else stream(key, name)
             y, new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], x, key=child_key, train=train
+                name, layer, params[name], state[name], x, key=key, train=train
             )
             outputs.append(y)
         return tuple(outputs), new_state, residuals
@@ -234,8 +231,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
         pieces = []
         for i, name in enumerate(names):  # one by one, so that each copy is seen where it stands
             own_params, own_state = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
-            own_key = None if key is None else stream(key, name)
-            x, *piece = forward_child(name, layer, own_params, own_state, x, key=own_key, train=train)
+            x, *piece = forward_child(name, layer, own_params, own_state, x, key=key, train=train)
             pieces.append(piece)
         state, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
         return x, state, residuals

@@ -41,28 +41,32 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
             params["b"] = bias(stream(key, "b"), (units,), x.dtype)
         return params
 
-    def forward(params, x):
-        w = params["w"]
-        if x.ndim < 2:
-            raise LayerError(f"expected a batch axis and {w.shape[0]} features, got shape {x.shape}")
-        if x.shape[-1] != w.shape[0]:
-            raise LayerError(f"expected {w.shape[0]} features, got {x.shape[-1]}")
-        if x.dtype != w.dtype:
-            raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
-        y = product(rows(x), w)
-        if "b" in params:
-            y = y + params["b"][None]
-        return y.reshape(*x.shape[:-1], w.shape[1]), x
+    return stateless("dense", init, affine, affine_backward)
 
-    def backward(params, x, dy):
-        # y = x w + b with examples as rows:  dw = xᵀ dy,  db = Σ_rows dy,  dx = dy wᵀ
-        w, dy_rows = params["w"], rows(dy)
-        dparams = {"w": product(rows(x).T, dy_rows)}
-        if "b" in params:
-            dparams["b"] = dy_rows.sum(0)
-        return dparams, product(dy_rows, w.T).reshape(x.shape)
 
-    return stateless("dense", init, forward, backward)
+def affine(params, x):
+    """``x w + b``, or ``x w``, and the residual ``x``."""
+    w = params["w"]
+    if x.ndim < 2:
+        raise LayerError(f"expected a batch axis and {w.shape[0]} features, got shape {x.shape}")
+    if x.shape[-1] != w.shape[0]:
+        raise LayerError(f"expected {w.shape[0]} features, got {x.shape[-1]}")
+    if x.dtype != w.dtype:
+        raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
+    y = product(rows(x), w)
+    if "b" in params:
+        y = y + params["b"][None]
+    return y.reshape(*x.shape[:-1], w.shape[1]), x
+
+
+def affine_backward(params, x, dy):
+    """The gradients by the parameters and by ``x``."""
+    # y = x w + b with examples as rows:  dw = xᵀ dy,  db = Σ_rows dy,  dx = dy wᵀ
+    w, dy_rows = params["w"], rows(dy)
+    dparams = {"w": product(rows(x).T, dy_rows)}
+    if "b" in params:
+        dparams["b"] = dy_rows.sum(0)
+    return dparams, product(dy_rows, w.T).reshape(x.shape)
 
 
 def rows(x: jax.Array) -> jax.Array:

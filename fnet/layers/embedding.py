@@ -76,9 +76,8 @@ def tied_embedding(
     def forward(params, state, x, *, key=None, train=False):
         ids, rest = head_of(x)
         table = params["table"]
-        child_key = None if key is None else stream(key, "body")
         out, body_state, residuals = forward_child(
-            "body", body, params["body"], state["body"], beside(lookup(table, ids), rest), key=child_key, train=train
+            "body", body, params["body"], state["body"], beside(lookup(table, ids), rest), key=key, train=train
         )
         h, others = head_of(out)
         if h.shape != (*ids.shape, features) or h.dtype != table.dtype:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fnet.initializers import constant, zeros
 from fnet.layers.dense import rows
-from fnet.types import Layer, LayerError, require, stateless, stream, wide
+from fnet.types import Layer, LayerError, cast_like, require, stateless, stream, wide
 
 
 def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant(1), bias=zeros()) -> Layer:
@@ -90,7 +90,7 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
         # y = γ x̂ + β:  dβ = Σ dy,  dγ = Σ dy x̂.  x̂ = r (x − μ), and in training μ and r depend on x too:
         # ∂x̂_i/∂x_j = r ([i = j] − 1/n − x̂_i x̂_j / n), so that dx = γ r (dy − dβ/n − x̂ dγ/n)
         dscale, dbias = (dy * normal).sum(0), dy.sum(0)
-        dparams = cast_like({"scale": dscale, "bias": dbias}, params)
+        dparams = parameters_gradient(params, dscale, dbias)
         if n is not None:
             dy = only(dy - (dbias / n)[None] - normal * (dscale / n)[None], counted)
         gamma = params["scale"].astype(r.dtype) if "scale" in params else 1
@@ -184,7 +184,7 @@ def _within(name, mean, centre: bool, eps, scale, bias) -> Layer:
             d = (rows(d) * params["scale"][None].astype(d.dtype)).reshape(dy.shape)
         # ∂x̂_i/∂x_j = r ([i = j] − 1/n − x̂_i x̂_j / n), the 1/n from the mean:  dx = r (dx̂ − mean dx̂ − x̂ mean(dx̂ x̂))
         dx = r * (d - normal * mean(d * normal) - (mean(d) if centre else 0))
-        return cast_like({"scale": dscale, "bias": dbias}, params), dx.astype(dy.dtype)
+        return parameters_gradient(params, dscale, dbias), dx.astype(dy.dtype)
 
     return stateless(name, lambda key, x: affine_params(key, x, scale, bias), forward, backward)
 
@@ -206,9 +206,10 @@ def affine(params, normal):
     return normal + params["bias"][None].astype(normal.dtype) if "bias" in params else normal
 
 
-def cast_like(grads, params):
+def parameters_gradient(params, dscale, dbias):
     """The gradients of the parameters that there are, in their dtypes."""
-    return {name: grads[name].astype(leaf.dtype) for name, leaf in params.items()}
+    grads = {"scale": dscale, "bias": dbias}
+    return cast_like({name: grads[name] for name in params}, params)
 
 
 def follow(old, new, decay, count):

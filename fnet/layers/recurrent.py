@@ -548,10 +548,9 @@ def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
         x, carries, mask, form = _several(given, names)
         ys, last, new_state, residuals = [], [], {}, {}
         for name, carry in zip(names, carries, strict=True):
-            child_key = None if key is None else stream(key, name)
             child_x = (_mirrored(name, x), carry, _mirrored(name, mask))
             (y, carry), new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], child_x, key=child_key, train=train
+                name, layer, params[name], state[name], child_x, key=key, train=train
             )
             ys.append(_mirrored(name, y))
             last.append(carry)
@@ -606,10 +605,9 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
         x, carries, mask, form = _several(given, names)
         last, new_state, residuals = [], {}, {}
         for (name, layer), carry in zip(children, carries, strict=True):
-            child_key = None if key is None else stream(key, name)
             child_x = (x, carry) if mask is None else (x, carry, mask)
             (x, carry), new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], child_x, key=child_key, train=train
+                name, layer, params[name], state[name], child_x, key=key, train=train
             )
             last.append(carry)
         return (x if form is None else (x, tuple(last))), new_state, (form, residuals)

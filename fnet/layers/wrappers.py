@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fnet.types import Layer, PyTree, join, split_floating, wide
+from fnet.types import Layer, PyTree, cast_like, join, split_floating, wide
 
 
 def with_hand_backward(layer: Layer) -> Layer:
@@ -115,8 +115,3 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
 def cast(tree: PyTree, dtype) -> Any:
     """Floating leaves in ``dtype``, all others as they are."""
     return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
-
-
-def cast_like(tree: PyTree, like: PyTree) -> Any:
-    """Each leaf in the dtype of its counterpart."""
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
