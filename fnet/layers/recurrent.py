@@ -43,7 +43,8 @@ class _Cell(NamedTuple):
 
     - ``step(recurrent, z, carry) -> carry, kept`` with ``z = x W_x + b``.
     - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps.
-    - ``back(recurrent, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products.
+    - ``back(transposed, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products;
+      ``transposed`` is ``W_hᵀ (G H, H)``, laid out once and not at every step.
     - ``split(dz) -> dz_x, dz_h``: the parts of ``dz`` that belong to ``x W_x`` and to ``h W_h``.
     - ``weights(kept, h, dz_h) -> drecurrent``, all steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
     """
@@ -71,9 +72,9 @@ def _rnn(activation: Layer) -> _Cell:
         residuals = after[0] if residuals is None else residuals
         return activation.backward((), residuals, jnp.ones_like(after[0]))[1], ()
 
-    def back(recurrent, slopes, others, dcarry):  # z = … + h W_h:  dh = dz W_hᵀ
+    def back(transposed, slopes, others, dcarry):  # z = … + h W_h:  dh = dz W_hᵀ
         dz = dcarry[0] * slopes
-        return (product(dz, recurrent["w"].T),), dz
+        return (product(dz, transposed),), dz
 
     return _Cell("rnn", 1, step, slopes, back)
 
@@ -98,11 +99,11 @@ def _lstm() -> _Cell:
         by_z = [g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
         return jnp.concatenate(by_z, -1), (o * (1 - t * t), f)
 
-    def back(recurrent, slopes, others, dcarry):
+    def back(transposed, slopes, others, dcarry):
         (dh, dc), (h_by_c, f) = dcarry, others
         dc = dc + dh * h_by_c
         dz = jnp.concatenate([dc, dc, dc, dh], -1) * slopes
-        return (product(dz, recurrent["w"].T), dc * f), dz
+        return (product(dz, transposed), dc * f), dz
 
     return _Cell("lstm", 4, step, slopes, back, parts=2)
 
@@ -125,10 +126,10 @@ def _gru_after(bias: Initializer | None) -> _Cell:
         s = (1 - u) * (1 - n * n)
         return jnp.concatenate([s * q * r * (1 - r), (before[0] - n) * u * (1 - u), s * r, s], -1), u
 
-    def back(recurrent, slopes, u, dcarry):
+    def back(transposed, slopes, u, dcarry):
         (dh,), units = dcarry, u.shape[-1]
         dz = jnp.concatenate([dh, dh, dh, dh], -1) * slopes
-        return (dh * u + product(dz[..., : 3 * units], recurrent["w"].T),), dz
+        return (dh * u + product(dz[..., : 3 * units], transposed),), dz
 
     def split(dz):  # (r, u, q, n): the candidate's two products have gradients of their own
         r, u, q, n = jnp.split(dz, 4, -1)
@@ -153,13 +154,13 @@ def _gru_before() -> _Cell:
         (r, u, n), h = kept, before[0]
         return jnp.concatenate([h * r * (1 - r), (h - n) * u * (1 - u), (1 - u) * (1 - n * n)], -1), (r, u)
 
-    def back(recurrent, slopes, others, dcarry):
-        (dh,), w, (r, u) = dcarry, recurrent["w"], others
+    def back(transposed, slopes, others, dcarry):
+        (dh,), (r, u) = dcarry, others
         units = u.shape[-1]
         dz_n = dh * slopes[..., 2 * units :]
-        dp = product(dz_n, w[:, 2 * units :].T)
+        dp = product(dz_n, transposed[2 * units :])
         dz_ru = jnp.concatenate([dp, dh], -1) * slopes[..., : 2 * units]
-        dh = dh * u + dp * r + product(dz_ru, w[:, : 2 * units].T)
+        dh = dh * u + dp * r + product(dz_ru, transposed[: 2 * units])
         return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
 
     def weights(kept, h, dz_h):
@@ -199,6 +200,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         # from the last step to the first: the gradient by the carry after step t gains dy_t, and cell.back gives dz_t
         # and the gradient by the carry before, which is the carry after step t − 1
         given, carries, kept = residuals
+        transposed = params["recurrent"]["w"].T
         x, carry, mask = _inputs(cell, params, given, "(B, T, I)")
         x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
         before = tuple(_shift(part, first, reverse) for part, first in zip(carries, carry, strict=True))
@@ -214,7 +216,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
             if mask is not None:
                 dcarry = tuple(jnp.where(mask, part, 0) for part in dcarry)
             at_t = lax.dynamic_index_in_dim(buffer, t, keepdims=False)
-            dcarry, dz = cell.back(params["recurrent"], at_t, others, dcarry)
+            dcarry, dz = cell.back(transposed, at_t, others, dcarry)
             if mask is not None:
                 dcarry = tuple(jnp.where(mask, new, old) for new, old in zip(dcarry, held, strict=True))
             if cut is not None:
@@ -249,7 +251,7 @@ def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
         x, before, _ = _inputs(cell, params, given, "(B, I)")
         dh, dcarry = dy[0], _unpack(dy[1])
         slopes, others = cell.slopes(kept, before, after)
-        dcarry, dz = cell.back(params["recurrent"], slopes, others, (dcarry[0] + dh, *dcarry[1:]))
+        dcarry, dz = cell.back(params["recurrent"]["w"].T, slopes, others, (dcarry[0] + dh, *dcarry[1:]))
         dparams, dx = _weight_gradients(cell, params, x, kept, before[0], dz)
         return dparams, _like(given, dx, dcarry)
 
