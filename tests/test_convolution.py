@@ -289,6 +289,7 @@ def test_one_image_alone_is_as_in_the_batch(x64):
 # --- torch -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch pads by a copy there
 def test_torch_computes_the_same():
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
