@@ -1,15 +1,15 @@
 """fnet trains neural networks as pure functions in JAX; the names stand in the order in which data flow."""
 
-from fnet import data, gradcheck, initializers, layers, losses, metrics, models, optimizers, schedules
+from fnet import data, gradcheck, initializers, layers, losses, metrics, models, optimizers, schedules, transforms
 from fnet.data import DataError, check_data, split
 from fnet.gradcheck import check_gradients, check_layer, check_model
-from fnet.gradients import autodiff, backprop, from_loss
+from fnet.gradients import accumulate, autodiff, backprop, from_loss
 from fnet.intermediates import intermediate_gradients, tap
 from fnet.layers import dense, flatten, serial
 from fnet.losses import softmax_cross_entropy
 from fnet.models import mlp
 from fnet.sampling import generate
-from fnet.optimizers import adam, momentum, rmsprop, set_hyper, sgd
+from fnet.optimizers import adam, adamw, chain, describe, groups, momentum, rmsprop, set_hyper, sgd
 from fnet.training import Event, History, fit, init_train_state, make_evaluate, make_step, train
 from fnet.types import (
     Batch,
@@ -20,6 +20,7 @@ from fnet.types import (
     Optimizer,
     Schedule,
     TrainState,
+    Transform,
     apply,
     init,
     parameter_paths,

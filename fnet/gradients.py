@@ -4,8 +4,10 @@
     backprop(model, loss)      the loss' gradient by hand, then the model's backward by hand
     from_loss(loss_fn)         jax.grad of any plain function of parameters and a batch
 
-All return ``gradient(params, state, batch, key) -> grads, state, metrics``. The objective is ``Σ w ℓ / Σ w`` over the
-batch; ``metrics`` maps names to `Mean`s of the same pass, among them ``loss``.
+All return ``gradient(params, state, batch, key, *, scale=None) -> grads, state, metrics``. The objective is
+``Σ w ℓ / Σ w`` over the batch; ``metrics`` maps names to `Mean`s of the same pass, among them ``loss``. With a
+``scale`` the gradients are those of ``scale`` times the objective, for `fnet.optimizers.dynamic_loss_scale`.
+`accumulate` turns one into another that goes through the batch in parts.
 
 Legend: B batch.
 """
@@ -13,14 +15,13 @@ Legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, split_floating, weighted_mean
+from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, split_floating, weighted_mean, wide
 
-Gradient = Callable[[PyTree, PyTree, Any, jax.Array], tuple[PyTree, PyTree, dict[str, Mean]]]
+Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
 
 
 def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False) -> Gradient:
@@ -30,7 +31,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
     ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
     """
 
-    def gradient(params, state, batch, key):
+    def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
         floating, others = split_floating(batch.inputs)
 
@@ -38,7 +39,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
             x = join(floating, others)
             outputs, new_state, _ = model.forward(params, state, x, key=key, train=True)
             measured = measure(loss, metrics, outputs, batch)
-            return measured["loss"].value, (new_state, measured)
+            return scaled(measured["loss"].value, scale), (new_state, measured)
 
         wanted = (0, 1) if inputs else 0
         grads, (new_state, measured) = jax.grad(objective, argnums=wanted, has_aux=True)(params, floating)
@@ -52,11 +53,11 @@ def backprop(
 ) -> Gradient:
     """The same gradients by the hand-derived backwards of the loss and of each layer; no autodiff takes part."""
 
-    def gradient(params, state, batch, key):
+    def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
         outputs, new_state, residuals = model.forward(params, state, batch.inputs, key=key, train=True)
         measured = measure(loss, metrics, outputs, batch)
-        dy = loss_gradient(loss, outputs, batch, measured["loss"].count)
+        dy = loss_gradient(loss, outputs, batch, measured["loss"].count, scale)
         dparams, dx = model.backward(params, residuals, dy)
         return ((dparams, dx) if inputs else dparams), new_state, measured
 
@@ -71,7 +72,7 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
     ``batch`` is whatever pytree of arrays the data are, with the examples along the first axis.
     """
 
-    def objective(params, state, batch, key):
+    def objective(params, state, batch, key, scale):
         if has_state:
             value, new_state, metrics = loss_fn(params, state, batch, key)
         else:
@@ -80,10 +81,10 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
             raise ValueError(
                 f"from_loss: the loss has shape {jnp.shape(value)}; expected a scalar, the mean over the batch"
             )
-        return value, (new_state, metrics)
+        return scaled(value, scale), (value, new_state, metrics)
 
-    def gradient(params, state, batch, key):
-        (value, (new_state, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(params, state, batch, key)
+    def gradient(params, state, batch, key, *, scale=None):
+        grads, (value, new_state, metrics) = jax.grad(objective, has_aux=True)(params, state, batch, key, scale)
         examples = jax.tree.leaves(batch)[0].shape[0]
         measured = {
             name: m if isinstance(m, Mean) else Mean(m * examples, jnp.asarray(examples, m.dtype))
@@ -92,6 +93,56 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
         return grads, new_state, measured
 
     return gradient
+
+
+def accumulate(gradient: Gradient, parts: int) -> Gradient:
+    """The same gradient over the batch in ``parts`` microbatches, one after another in a scan: less memory.
+
+    ``Σ Wᵢ gᵢ / Σ Wᵢ``, where ``Wᵢ`` is the sum of a part's weights, is the gradient of the whole batch, however the
+    weights are spread. Parts have ``⌈B / parts⌉`` examples, the last may have fewer; part i has the key ``fold_in(key,
+    i)``. Sums are in float32 at least. A layer that looks at its whole batch, such as `fnet.layers.batch_norm`, sees
+    parts, and its running statistics are updated by each. Raises ValueError for parts out of 1 .. B, and for an engine
+    that also returns the gradient by the inputs.
+    """
+    if parts < 1:
+        raise ValueError(f"accumulate: parts = {parts}; expected at least 1")
+
+    def accumulated(params, state, batch, key, *, scale=None):
+        n = jax.tree.leaves(batch)[0].shape[0]
+        if parts > n:
+            raise ValueError(f"accumulate: parts = {parts}; expected at most {n}, the examples of the batch")
+        size = -(-n // parts)
+        full = n // size
+
+        def one(state, index, batch):
+            grads, state, metrics = gradient(params, state, batch, jax.random.fold_in(key, index), scale=scale)
+            if jax.tree.structure(grads) != jax.tree.structure(params):
+                raise ValueError("accumulate: the engine's gradients are not a tree like the parameters'")
+            weight = metrics["loss"].count
+            weighted = jax.tree.map(lambda g: g.astype(wide(g.dtype)) * weight.astype(wide(g.dtype)), grads)
+            return state, (weighted, metrics)
+
+        def step(carry, given):
+            state, new = one(carry[0], *given)
+            return (state, jax.tree.map(jnp.add, carry[1], new)), None
+
+        cut = jax.tree.map(lambda a: a[: full * size].reshape(full, size, *a.shape[1:]), batch)
+        first = jax.tree.map(lambda a: a[0], cut)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: one(state, 0, first))[1])
+        (state, total), _ = jax.lax.scan(step, (state, zeros), (jnp.arange(full), cut))
+        if n % size:
+            state, new = one(state, full, jax.tree.map(lambda a: a[full * size :], batch))
+            total = jax.tree.map(jnp.add, total, new)
+        grads, metrics = total
+        share = Mean(jnp.ones_like(metrics["loss"].count), metrics["loss"].count).value
+        return jax.tree.map(lambda g, p: (g * share.astype(g.dtype)).astype(p.dtype), grads, params), state, metrics
+
+    return accumulated
+
+
+def scaled(value: jax.Array, scale) -> jax.Array:
+    """``scale · value``."""
+    return value if scale is None else value * jnp.asarray(scale, value.dtype)
 
 
 def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch: Batch) -> dict[str, Mean]:
@@ -103,10 +154,10 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
     return measured
 
 
-def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array) -> PyTree:
-    """The gradient by hand of ``Σ w ℓ / Σ w`` by the outputs; ``count`` is ``Σ w``."""
+def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array, factor=None) -> PyTree:
+    """The gradient by hand of ``factor · Σ w ℓ / Σ w`` by the outputs; ``count`` is ``Σ w``."""
     # each example's dy is its ℓ'(y) times w / Σ w
-    share = Mean(jnp.ones_like(count), count).value
+    share = scaled(Mean(jnp.ones_like(count), count).value, factor)
     if batch.weights is not None:
         share = share * batch.weights.astype(share.dtype)
     return jax.tree.map(lambda d: scale(d, share), loss.gradient(outputs, batch.targets))

@@ -9,7 +9,8 @@ an int, an array of counts or a tracer, and computes in the widest float in forc
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,147 @@ def warmup_cosine(
     return Schedule(_warmup_cosine, hyper)
 
 
+def step_decay(start: ArrayLike, factor: ArrayLike, every: ArrayLike) -> Schedule:
+    """``start · factor ** ⌊count / every⌋``: the rate falls by ``factor`` after every so many updates.
+
+    `exponential` with ``staircase``, under the name that torch's ``StepLR`` gives it.
+    """
+    check_numbers("step_decay", start=start)
+    check_numbers("step_decay", positive=True, factor=factor, every=every)
+    return Schedule(_staircase, {"start": start, "decay_rate": factor, "decay_steps": every})
+
+
+def piecewise(start: ArrayLike, factors: Mapping[int, ArrayLike]) -> Schedule:
+    """``start`` times all factors whose count has come: ``piecewise(0.1, {100: 0.5, 200: 0.1})``.
+
+    From count 100 on (inclusive) 0.05, from 200 on 0.005. torch's ``MultiStepLR`` with one factor, and optax's
+    `piecewise_constant_schedule`, whose factors act one count later.
+    """
+    check_numbers("piecewise", start=start)
+    for count, factor in factors.items():
+        if count < 1:
+            raise ValueError(f"piecewise: a factor from count {count} on; expected at least 1")
+        numbers: dict[str, Any] = {f"factors[{count}]": factor}
+        check_numbers("piecewise", **numbers)
+    hyper = {"start": start, **{f"from_{count}": factor for count, factor in sorted(factors.items())}}
+    counts = np.array(sorted(factors))
+
+    def fn(hyper, count):
+        hyper, count = _floats(hyper, count)
+        rate = jnp.broadcast_to(hyper["start"], count.shape)
+        for at in counts:
+            rate = rate * jnp.where(count >= at, hyper[f"from_{at}"], 1)
+        return rate
+
+    return Schedule(fn, hyper)
+
+
+def polynomial(start: ArrayLike, total_steps: ArrayLike, end: ArrayLike = 0.0, power: ArrayLike = 1.0) -> Schedule:
+    """``end + (start − end) · (1 − count / total_steps) ** power``, and ``end`` from ``total_steps`` on."""
+    check_numbers("polynomial", start=start, end=end)
+    check_numbers("polynomial", positive=True, total_steps=total_steps, power=power)
+    return Schedule(_polynomial, {"start": start, "total_steps": total_steps, "end": end, "power": power})
+
+
+def inverse_sqrt(peak: ArrayLike, warmup_steps: ArrayLike) -> Schedule:
+    """``peak · min((count + 1) / warmup_steps, √(warmup_steps / (count + 1)))``: a line up, then one over a root.
+
+    The first rate is ``peak / warmup_steps``. The transformer's rate (arXiv:1706.03762) is this with a peak of
+    ``1 / √(features · warmup_steps)``.
+    """
+    check_numbers("inverse_sqrt", peak=peak)
+    check_numbers("inverse_sqrt", positive=True, warmup_steps=warmup_steps)
+    return Schedule(_inverse_sqrt, {"peak": peak, "warmup_steps": warmup_steps})
+
+
+def one_cycle(
+    peak: ArrayLike,
+    total_steps: ArrayLike,
+    *,
+    rising: ArrayLike = 0.3,
+    start_divisor: ArrayLike = 25.0,
+    end_divisor: ArrayLike = 1e4,
+) -> Schedule:
+    """Half a cosine up to ``peak`` during the share ``rising`` of the run, half a cosine down to almost nothing.
+
+    From ``peak / start_divisor`` at count 0 to ``peak`` at ``rising · total_steps``, to ``peak / (start_divisor ·
+    end_divisor)`` at ``total_steps`` and from there on. torch's ``OneCycleLR`` has these numbers, ends one update
+    sooner, and cycles the momentum too. Source: Smith and Topin, arXiv:1708.07120.
+    """
+    check_numbers("one_cycle", peak=peak)
+    check_numbers("one_cycle", below=1, rising=rising)
+    divisors: dict[str, Any] = {"start_divisor": start_divisor, "end_divisor": end_divisor}
+    check_numbers("one_cycle", positive=True, total_steps=total_steps, **divisors)
+    return Schedule(_one_cycle, {"peak": peak, "total_steps": total_steps, "rising": rising, **divisors})
+
+
+def cosine_restarts(
+    start: ArrayLike, first_steps: ArrayLike, factor: ArrayLike = 1.0, end: ArrayLike = 0.0
+) -> Schedule:
+    """Half cosines from ``start`` to ``end`` one after another, each ``factor`` times as long as the one before.
+
+    The first takes ``first_steps`` updates; at its end the rate is ``start`` again. ``factor`` is at least 1.
+    Source: SGDR, arXiv:1608.03983. torch's ``CosineAnnealingWarmRestarts`` the same.
+    """
+    check_numbers("cosine_restarts", start=start, end=end)
+    check_numbers("cosine_restarts", positive=True, first_steps=first_steps)
+    check_numbers("cosine_restarts", factor=factor)
+    if _on_host(factor) and factor < 1:
+        raise ValueError(f"cosine_restarts: factor = {factor}; expected at least 1")
+    return Schedule(_restarts, {"start": start, "first_steps": first_steps, "factor": factor, "end": end})
+
+
+def join(schedules: Sequence[Schedule], counts: Sequence[int]) -> Schedule:
+    """One schedule after another: the second begins, at its count 0, at ``counts[0]``, the third at ``counts[1]``.
+
+    >>> schedule = join([constant(0.1), exponential(0.1, 0.5, 10)], [100])
+    >>> [round(float(schedule(count)), 4) for count in (0, 99, 100, 110)]
+    [0.1, 0.1, 0.1, 0.05]
+    """
+    _check_schedules("join", schedules)
+    if len(counts) != len(schedules) - 1 or list(counts) != sorted(set(counts)) or min(counts, default=1) < 1:
+        raise ValueError(
+            f"join: counts = {list(counts)} for {len(schedules)} schedules; expected {len(schedules) - 1} rising "
+            "counts of at least 1"
+        )
+    begins = [0, *counts]
+
+    def fn(hyper, count):
+        count = jnp.asarray(count)
+        rate = schedules[0].fn(hyper["0"], jnp.minimum(count, begins[1] if counts else count))
+        for i in range(1, len(schedules)):
+            after = count - begins[i]
+            rate = jnp.where(after >= 0, schedules[i].fn(hyper[str(i)], jnp.maximum(after, 0)), rate)
+        return rate
+
+    return Schedule(fn, {str(i): schedule.hyper for i, schedule in enumerate(schedules)})
+
+
+def in_units(schedule: Schedule, updates: ArrayLike) -> Schedule:
+    """``schedule`` whose counts are units of so many updates.
+
+    ``in_units(exponential(0.1, 0.5, decay_steps=10), steps_per_epoch)`` halves the rate every 10 epochs, smoothly;
+    ``in_units(cosine(0.1, total_steps=1.0), total)`` is given in fractions of the run.
+    """
+    _check_schedules("in_units", [schedule])
+    check_numbers("in_units", positive=True, updates=updates)
+
+    def fn(hyper, count):
+        return schedule.fn(hyper["schedule"], jnp.asarray(count, float) / hyper["updates"])
+
+    return Schedule(fn, {"schedule": schedule.hyper, "updates": updates})
+
+
+def _check_schedules(who: str, schedules: Sequence[Schedule]) -> None:
+    for i, schedule in enumerate(schedules):
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"{who}: schedule {i} is {schedule!r}; expected a Schedule: constant(rate) makes one of a number"
+            )
+    if not schedules:
+        raise ValueError(f"{who}: no schedules; expected at least one")
+
+
 def check_numbers(who: str, *, below: float = math.inf, positive: bool = False, **values) -> None:
     """Require that each value is a scalar and, if it is a number on the host, that ``0 <= value < below``.
 
@@ -131,6 +273,42 @@ def _warmup_cosine(hyper, count):
     rising = start + (peak - start) * count / _nonzero(warmup)
     falling = _half_cosine(peak, end, count - warmup, hyper["total_steps"] - warmup)
     return jnp.where(count < warmup, rising, falling)
+
+
+def _polynomial(hyper, count):
+    hyper, count = _floats(hyper, count)
+    left = 1 - jnp.clip(count / _nonzero(hyper["total_steps"]), 0, 1)
+    # where nothing is left a power below 1 has no finite gradient
+    share = jnp.where(left > 0, jnp.where(left > 0, left, 1) ** hyper["power"], 0)
+    return share * hyper["start"] + (1 - share) * hyper["end"]
+
+
+def _inverse_sqrt(hyper, count):
+    hyper, count = _floats(hyper, count)
+    ratio = (count + 1) / _nonzero(hyper["warmup_steps"])
+    return hyper["peak"] * jnp.where(ratio < 1, ratio, 1 / jnp.sqrt(ratio))
+
+
+def _one_cycle(hyper, count):
+    hyper, count = _floats(hyper, count)
+    up = hyper["rising"] * hyper["total_steps"]
+    peak, start = hyper["peak"], hyper["peak"] / hyper["start_divisor"]
+    rising = _half_cosine(start, peak, count, up)
+    falling = _half_cosine(peak, start / hyper["end_divisor"], count - up, hyper["total_steps"] - up)
+    return jnp.where(count < up, rising, falling)
+
+
+def _restarts(hyper, count):
+    hyper, count = _floats(hyper, count)
+    first, factor = hyper["first_steps"], hyper["factor"]
+    # cycle n begins at first (factorⁿ − 1) / (factor − 1), which is n · first for a factor of 1
+    grows = factor > 1
+    safe = jnp.where(grows, factor, 2)
+    done = count / _nonzero(first)
+    cycle = jnp.floor(jnp.where(grows, jnp.log1p(done * (safe - 1)) / jnp.log(safe), done) + 1e-6)
+    length = first * jnp.where(grows, safe**cycle, 1)
+    begin = first * jnp.where(grows, (safe**cycle - 1) / (safe - 1), cycle)
+    return _half_cosine(hyper["start"], hyper["end"], count - begin, length)
 
 
 def _half_cosine(start, end, count, steps):

@@ -46,7 +46,9 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(stream(ts.key, "noise"), ts.step)
-        grads, state, metrics = gradient(ts.params, ts.state, batch, key)
+        loss_scale = getattr(ts.opt_state, "loss_scale", None)  # that of fnet.optimizers.dynamic_loss_scale
+        scale = {} if loss_scale is None else {"scale": loss_scale}
+        grads, state, metrics = gradient(ts.params, ts.state, batch, key, **scale)
         params, opt_state = optimizer.update(grads, ts.opt_state, ts.params, value=metrics["loss"].value)
         watched = {name: monitor(grads) for name, monitor in (monitors or {}).items()}
         watched["learning_rate"] = opt_state.rate

@@ -89,11 +89,25 @@ class Optimizer(NamedTuple):
     - ``update(grads, opt_state, params, *, value=None) -> params, opt_state``
 
     ``opt_state`` is a NamedTuple with ``step`` (int32, updates applied so far), ``hyper`` (its numbers, as arrays),
-    ``rate`` (the learning rate just applied) and the moments.
+    ``rate`` (the learning rate just applied) and the moments. ``about(params)`` says for each path what the optimizer
+    does with it, in one line; only `fnet.optimizers.describe` reads it.
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[..., tuple[PyTree, Any]]
+    about: Callable[[PyTree], dict[str, str]] | None = None
+
+
+class Transform(NamedTuple):
+    """A pure function of gradients, for `fnet.optimizers.chain`.
+
+    - ``init(params) -> state``, a NamedTuple with ``hyper``, its numbers as arrays
+    - ``update(grads, state, params) -> grads, state``
+    """
+
+    name: str
+    init: Callable[[PyTree], Any]
+    update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
 
 
 class Schedule(NamedTuple):

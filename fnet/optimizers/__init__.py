@@ -1,0 +1,122 @@
+"""Optimizers: pure state transitions whose hyperparameters are data.
+
+    opt_state = optimizer.init(params)
+    params, opt_state = optimizer.update(grads, opt_state, params)
+
+``opt_state`` is a NamedTuple:
+
+- ``step``: int32, the updates applied so far; it stays at its largest value rather than wrap.
+- ``hyper``: the numbers, as arrays of the widest float in force. ``hyper.learning_rate`` is one array, or the dict of
+  a `Schedule`'s arrays. Changing one (`set_hyper`) never recompiles; `jax.vmap` over the state sweeps them.
+- ``rate``: the learning rate just applied; before the first update, the rate that it would apply.
+- then the moments, trees like ``params``; None where an option keeps none.
+
+A ``learning_rate`` or a ``weight_decay`` is a number, a traced number or a `Schedule`; update t (from 1) uses the
+schedule's count t − 1. Each leaf is computed in its own dtype, in float32 at least, and the result is cast back: a
+parameter never changes its dtype. Moments are kept in float32 at least unless ``moment_dtype`` says otherwise.
+Parameters in 16 bits lose the updates that are smaller than their rounding, whatever the optimizer (1 + 1e-3 is 1 in
+bfloat16), unless `master_weights` keeps them.
+
+Numbers out of range raise ValueError at construction (host values only: arrays and tracers are not read), a parameter
+that is not a float raises TypeError in ``init``, and gradients that do not fit the parameters ValueError in ``update``,
+by path. ``update`` takes ``value``, the loss, which only `reduce_on_plateau` uses.
+
+An optimizer of one's own is one screen: see `fnet.optimizers.common.elementwise`.
+"""
+
+from fnet.optimizers.adam import (
+    AdamaxState,
+    AdamState,
+    AmsgradState,
+    NadamState,
+    RadamState,
+    adam,
+    adamax,
+    adamw,
+    amsgrad,
+    nadam,
+    radam,
+)
+from fnet.optimizers.adaptive import (
+    AdadeltaState,
+    AdagradState,
+    RmspropState,
+    adadelta,
+    adagrad,
+    rmsprop,
+)
+from fnet.optimizers.common import elementwise, set_hyper
+from fnet.optimizers.compose import (
+    averaged,
+    averages,
+    chain,
+    describe,
+    dynamic_loss_scale,
+    frozen,
+    groups,
+    lookahead,
+    master_weights,
+    nonfinite,
+    reduce_on_plateau,
+    skip_nonfinite,
+)
+from fnet.optimizers.descent import LionState, MomentumState, SgdState, lion, momentum, sgd
+from fnet.optimizers.matrices import (
+    AdafactorState,
+    LambState,
+    MuonState,
+    adafactor,
+    lamb,
+    muon,
+    orthogonalize,
+)
+from fnet.types import Optimizer, Transform
+
+__all__ = [
+    "AdadeltaState",
+    "AdafactorState",
+    "AdagradState",
+    "AdamState",
+    "AdamaxState",
+    "AmsgradState",
+    "LambState",
+    "LionState",
+    "MomentumState",
+    "MuonState",
+    "NadamState",
+    "Optimizer",
+    "RadamState",
+    "RmspropState",
+    "SgdState",
+    "Transform",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "amsgrad",
+    "averaged",
+    "averages",
+    "chain",
+    "describe",
+    "dynamic_loss_scale",
+    "elementwise",
+    "frozen",
+    "groups",
+    "lamb",
+    "lion",
+    "lookahead",
+    "master_weights",
+    "momentum",
+    "muon",
+    "nadam",
+    "nonfinite",
+    "orthogonalize",
+    "radam",
+    "reduce_on_plateau",
+    "rmsprop",
+    "set_hyper",
+    "sgd",
+    "skip_nonfinite",
+]

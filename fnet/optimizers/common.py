@@ -1,0 +1,322 @@
+"""What every optimizer does: its state's first fields, a rule at each leaf, decoupled decay, and changing numbers.
+
+Legend: p parameter, g gradient, m and v moments, t the update from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from fnet.schedules import check_numbers
+from fnet.types import Optimizer, PyTree, Schedule, named_leaves, wide
+
+Mask = str | Sequence[str] | Callable[[str, Any], bool] | None
+
+
+def elementwise(
+    name: str,
+    state: Callable,
+    hyper: Any,
+    rule: Callable,
+    numbers: Callable,
+    moments: Mapping[str, ArrayLike | None],
+    *,
+    scalars: Mapping[str, Callable] = {},
+    moment_dtype: DTypeLike | None = None,
+    mask: Mask = None,
+    independent: bool = False,
+    inside: bool = False,
+    check: Callable[[PyTree], None] = lambda params: None,
+) -> Optimizer:
+    """The optimizer that computes ``rule(p, g, *moments, *numbers(hyper, rate, t)) -> p, *moments`` at each leaf.
+
+    ``state`` is its NamedTuple ``(step, hyper, rate, *moments, *scalars)``, ``hyper`` the NamedTuple of its numbers, of
+    which ``learning_rate`` and ``weight_decay`` may be Schedules. ``moments`` are the values that they start from, None
+    for one that is not kept. ``scalars`` start from 1 and become ``function(hyper, t, scalar)``; ``numbers`` takes them
+    too. Where ``hyper`` has a ``weight_decay`` λ that is not None, ``rate · λ · p`` is taken off as
+    well (λ · p if ``independent``) at the leaves of the ``mask``; p is the parameter before the update. With ``inside``
+    the rule takes λ, or 0 at other leaves, as its last number instead. ``check`` is a further check of the parameters.
+    """
+    rate_fn, learning_rate = split(name, learning_rate=hyper.learning_rate)
+    hyper, decay_fn = hyper._replace(learning_rate=learning_rate), None
+    if getattr(hyper, "weight_decay", None) is not None:
+        decay_fn, weight_decay = split(name, weight_decay=hyper.weight_decay)
+        hyper = hyper._replace(weight_decay=weight_decay)
+
+    def init(params):
+        check(params)
+        decaying(name, mask, params)
+        kept = (None if fill is None else moment(params, moment_dtype, fill) for fill in moments.values())
+        ones = (jnp.ones((), float) for _ in scalars)
+        return state(*start(name, params, rate_fn, hyper), *kept, *ones)
+
+    def update(grads, opt_state, params, *, value=None):
+        step, hyper, rate = advance(opt_state, rate_fn)
+        shrink = None
+        if decay_fn is not None:
+            shrink = number(decay_fn, hyper.weight_decay, opt_state.step)
+            shrink = shrink if independent or inside else rate * shrink
+        new = [change(hyper, step, getattr(opt_state, scalar)) for scalar, change in scalars.items()]
+        kept = {moment: getattr(opt_state, moment) for moment in moments}
+        decays, given = decaying(name, mask, params), numbers(hyper, rate, step, *new)
+        params, *kept = per_leaf(rule, given, params, grads, shrink=shrink, decays=decays, inside=inside, **kept)
+        return params, state(step, hyper, rate, *kept, *new)
+
+    return Optimizer(init, update, lambda params: about(name, hyper, params, mask, independent))
+
+
+def split(who: str, **named: Any) -> tuple[Callable, Any]:
+    """A number or a schedule as its function ``(hyper, count) -> value`` and its hyper."""
+    ((name, given),) = named.items()
+    if isinstance(given, Schedule):
+        return given.fn, given.hyper
+    if callable(given):
+        raise TypeError(f"{who}: {name} is a function; expected a number or a Schedule(fn, hyper)")
+    check_numbers(who, **named)
+    return (lambda number, count: number), given
+
+
+def check_variant(who: str, variant: str, names: Sequence[str]) -> None:
+    """Require one of the names."""
+    if variant not in names:
+        raise ValueError(f"{who}: variant = {variant!r}; expected one of {', '.join(names)}")
+
+
+def start(who: str, params: PyTree, rate_fn: Callable, hyper):
+    """Step 0, the numbers as arrays that nobody else holds (a state may be donated), and the first rate."""
+    check_floats(who, params)
+    hyper = jax.tree.map(lambda number: jnp.array(number, float), hyper)
+    step = jnp.asarray(0, jnp.int32)
+    return step, hyper, number(rate_fn, hyper.learning_rate, step)
+
+
+def check_floats(who: str, params: PyTree) -> None:
+    """Require that every parameter is a float."""
+    for path, leaf in named_leaves(params):
+        if not _is_float(leaf):
+            raise TypeError(
+                f"{who}: parameter {path or '()'} has dtype {_dtype(leaf)}; expected a float. "
+                "What is not trained belongs in the model's state"
+            )
+
+
+def count_on(step):
+    """The next int32 step; it stays at its largest value rather than wrap."""
+    return jnp.minimum(step, jnp.iinfo(jnp.int32).max - 1) + 1
+
+
+def advance(opt_state, rate_fn: Callable):
+    """The next step, the numbers and the rate of the update that leads to it."""
+    rate = number(rate_fn, opt_state.hyper.learning_rate, opt_state.step)
+    return count_on(opt_state.step), opt_state.hyper, rate.astype(opt_state.rate.dtype)
+
+
+def number(fn: Callable, hyper, count) -> jax.Array:
+    """What a schedule's function gives at this count."""
+    value = jnp.array(fn(hyper, count), float)
+    if value.shape != ():
+        raise ValueError(f"the schedule gave a rate of shape {value.shape}; expected one number")
+    return value
+
+
+def correction(decay, step):
+    """``1 − decayᵗ``; as written it cancels in float32: 5e-5 off for decay 0.9999 and t = 2, 4e-8 in this form."""
+    return -jnp.expm1(step.astype(decay.dtype) * jnp.log(decay))
+
+
+def moment(params: PyTree, dtype: DTypeLike | None = None, fill: ArrayLike = 0.0):
+    """A tree like ``params`` that is ``fill`` everywhere."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"moment_dtype = {dtype}; expected a float dtype")
+    return jax.tree.map(lambda p: jnp.full_like(p, fill, wide(jnp.result_type(p)) if dtype is None else dtype), params)
+
+
+def per_leaf(
+    rule: Callable,
+    numbers: Sequence[Any],
+    params: PyTree,
+    grads: PyTree,
+    *,
+    shrink=None,
+    decays: Sequence[bool] = (),
+    inside: bool = False,
+    **moments: PyTree,
+):
+    """``rule(p, g, *moments, *numbers) -> p, *moments`` at each leaf, computed wide; all keep their own dtypes.
+
+    Where ``shrink`` is given, ``shrink · p`` is taken off too at the leaves that ``decays`` marks, or the rule's last
+    number is ``shrink`` there and 0 elsewhere (``inside``).
+    """
+    check_like(params, "gradient", grads)
+    for name, tree in moments.items():
+        if tree is not None:
+            check_like(params, name, tree)
+    decays = decays or [False] * len(jax.tree.leaves(params))
+
+    def one(decays, p, g, *kept):
+        old = (jnp.asarray(p), *kept)
+        dtype = wide(*(x.dtype for x in old if x is not None))
+        p, g, *rest = jax.tree.map(lambda x: jnp.asarray(x, dtype), (p, g, *kept, *numbers))
+        taken = jnp.asarray(shrink if shrink is not None and decays else 0, dtype)
+        new_p, *new = rule(p, g, *rest, *([taken] if inside else []))
+        if shrink is not None and decays and not inside:
+            new_p = new_p - taken * p
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), (new_p, *new), old)
+
+    leaves, structure = jax.tree.flatten(params)
+    trees = (grads, *moments.values())
+    columns = ([None] * len(leaves) if tree is None else jax.tree.leaves(tree) for tree in trees)
+    rows = list(map(one, decays, leaves, *columns))
+    columns = zip(*rows, strict=True) if rows else [()] * len(trees)
+    updated = zip((params, *moments.values()), columns, strict=True)
+    return tuple(None if old is None else structure.unflatten(column) for old, column in updated)
+
+
+def _dtype(leaf):
+    return getattr(leaf, "dtype", type(leaf))
+
+
+def _is_float(leaf) -> bool:
+    return jnp.issubdtype(_dtype(leaf), jnp.floating)
+
+
+def check_like(params: PyTree, name: str, tree: PyTree) -> None:
+    """Require a tree of floats with the paths and shapes of ``params``."""
+    expected, given = ({path or "()": leaf for path, leaf in named_leaves(t)} for t in (params, tree))
+    missing = [path for path in expected if path not in given]
+    unexpected = [path for path in given if path not in expected]
+    if missing or unexpected:
+        missing, unexpected = (", ".join(paths) or "nothing" for paths in (missing, unexpected))
+        raise ValueError(f"{name} does not fit the parameters: missing {missing}; unexpected {unexpected}")
+    structure, wanted = jax.tree.structure(tree), jax.tree.structure(params)
+    if structure != wanted:
+        raise ValueError(f"{name} is a tree {structure}; expected the parameters' {wanted}")
+    for path, leaf in given.items():
+        if np.shape(leaf) != np.shape(expected[path]):
+            raise ValueError(f"{path}: {name} has shape {np.shape(leaf)}, parameter {np.shape(expected[path])}")
+        if not _is_float(leaf):
+            raise ValueError(f"{path}: {name} has dtype {_dtype(leaf)}; expected a float")
+
+
+# --- which leaves ----------------------------------------------------------------------------------------------------
+
+
+def decaying(who: str, mask: Mask, params: PyTree) -> list[bool]:
+    """For each leaf whether the mask takes it.
+
+    A mask is None (every leaf), path patterns such as ``"*/w"`` or ``("embedding/*", "*/w")``, where ``*`` stands for
+    anything, ``/`` too, or a function ``(path, leaf) -> bool``. Raises ValueError for a pattern that no path matches.
+    """
+    leaves = named_leaves(params)
+    if mask is None:
+        return [True] * len(leaves)
+    if callable(mask):
+        return [bool(mask(path, leaf)) for path, leaf in leaves]
+    patterns = (mask,) if isinstance(mask, str) else tuple(mask)
+    check_patterns(who, patterns, params)
+    return [any(fnmatchcase(path, pattern) for pattern in patterns) for path, _ in leaves]
+
+
+def check_patterns(who: str, patterns: Sequence[str], params: PyTree) -> None:
+    """Require that each pattern matches a path."""
+    paths = [path for path, _ in named_leaves(params)]
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(f"{who}: the pattern {pattern!r} matches no parameter; there are {', '.join(paths)}")
+
+
+def about(name: str, hyper, params: PyTree, mask: Mask = None, independent: bool = False) -> dict[str, str]:
+    """For each path the optimizer's name and numbers, as `fnet.optimizers.describe` shows them."""
+
+    def shown(number):
+        if isinstance(number, dict):
+            return "(" + ", ".join(f"{key} {shown(value)}" for key, value in number.items()) + ")"
+        return "traced" if isinstance(number, Tracer) else f"{float(number):.4g}"
+
+    numbers = {key: shown(value) for key, value in hyper._asdict().items() if value is not None}
+    decay = numbers.pop("weight_decay", None)
+    line = " ".join([name, *(f"{key}={value}" for key, value in numbers.items())])
+    decayed = "" if decay is None else f" weight_decay={decay}" + (" (independent of the rate)" if independent else "")
+    undecayed = "" if decay is None else " no decay"
+    marks = decaying(name, mask, params)
+    return {
+        path: line + (decayed if on else undecayed) for (path, _), on in zip(named_leaves(params), marks, strict=True)
+    }
+
+
+# --- changing hyperparameters ----------------------------------------------------------------------------------------
+
+
+def set_hyper(opt_state, **changes):
+    """The state with some of its numbers replaced, in their dtypes and shapes: what is compiled stays compiled.
+
+    A schedule's numbers are given as a dict that may leave some out: ``set_hyper(s, learning_rate={"peak": 0.1})``. In
+    a composed state a number is called by its name where only one has it, or by its path:
+    ``set_hyper(s, **{"*/b/learning_rate": 0.1})`` for the group of that pattern.
+    ``rate`` stays the rate last applied. Raises ValueError for an unknown or ambiguous name, with the list of names,
+    and for an optimizer's number out of range; TypeError for a number where a schedule has a dict and the reverse.
+
+    >>> from fnet.optimizers import adam
+    >>> opt_state = set_hyper(adam(1e-3).init({"w": jnp.zeros(2)}), learning_rate=0.5, b1=0.8)
+    >>> print(opt_state.hyper.learning_rate, opt_state.hyper.b1)
+    0.5 0.8
+    """
+    known = {}
+    _each_hyper(opt_state, (), lambda path, hyper: known.update({(*path, n): v for n, v in hyper.items()}) or hyper)
+    names = {"/".join(path): path for path in known}
+    for name, new in changes.items():
+        found = [full for full in names if full == name or full.endswith(f"/{name}")]
+        if name not in names and len(found) != 1:
+            problem = (
+                f"several hyperparameters are called {name!r}" if found else f"no hyperparameter is called {name!r}"
+            )
+            raise ValueError(f"set_hyper: {problem}; there are {', '.join(names)}")
+        *place, last = names[name if name in names else found[0]]
+
+        def change(path, hyper, place=tuple(place), last=last, new=new):
+            return {**hyper, last: _changed(last, hyper[last], new)} if path == place else hyper
+
+        opt_state = _each_hyper(opt_state, (), change)
+    return opt_state
+
+
+def _each_hyper(node, path: tuple[str, ...], change: Callable):
+    """The state with ``change(path, numbers) -> numbers`` in the place of each ``hyper`` in it."""
+    if isinstance(node, dict):
+        return {name: _each_hyper(child, (*path, name), change) for name, child in node.items()}
+    fields = {}
+    if getattr(node, "hyper", None) is not None and "hyper" in node._fields:
+        numbers = {name: old for name, old in node.hyper._asdict().items() if old is not None}
+        fields["hyper"] = node.hyper._replace(**change(path, numbers))
+    for name in ("transforms", "groups", "optimizer"):
+        if name in getattr(node, "_fields", ()):
+            fields[name] = _each_hyper(getattr(node, name), path, change)
+    return node._replace(**fields) if fields else node
+
+
+_BELOW_ONE = ("decay", "momentum", "b1", "b2", "rho")
+
+
+def _changed(name: str, old: Any, new: Any, *, scheduled: bool = False) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if key not in old:
+                raise ValueError(f"set_hyper: no number of {name} is called {key!r}; there are {', '.join(old)}")
+        changed = {key: _changed(f"{name}[{key!r}]", old[key], number, scheduled=True) for key, number in new.items()}
+        return old | changed
+    if isinstance(old, dict) or isinstance(new, dict):
+        raise TypeError(f"set_hyper: {name} = {new!r}; expected what stands in the state: {old}")
+    if np.shape(new) == () and not scheduled:
+        check_numbers("set_hyper", below=1 if name in _BELOW_ONE else math.inf, **{name: new})
+    if np.shape(new) not in ((), old.shape):
+        raise ValueError(f"set_hyper: {name} has shape {np.shape(new)}; expected one number or shape {old.shape}")
+    return jnp.broadcast_to(jnp.array(new, old.dtype), old.shape)

@@ -1,0 +1,599 @@
+"""Optimizers made of others: transforms before one, groups of parameters, and wrappers around a whole update.
+
+Each is again an `Optimizer`. A composed state holds the others' states; ``step``, ``hyper`` and ``rate`` are read
+through to the optimizer within, and `fnet.set_hyper` finds a number by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from fnet.optimizers.common import check_floats, check_like, check_patterns, count_on, moment
+from fnet.schedules import check_numbers
+from fnet.types import Optimizer, PyTree, Transform, named_leaves, wide
+
+# --- transforms before an optimizer ----------------------------------------------------------------------------------
+
+
+class ChainState(NamedTuple):
+    """State of a `chain`: that of each transform by name, and the optimizer's."""
+
+    transforms: dict[str, Any]
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def chain(*parts: Transform | Optimizer) -> Optimizer:
+    """The optimizer that comes last, on gradients that the transforms before it change one after another.
+
+    ``chain(clip_by_global_norm(1.0), l2_decay(0.01, "*/w"), adam(1e-3))``. The transforms' states stand under their
+    names, a second of one name as ``name_1``. Raises TypeError unless there are transforms and then one optimizer.
+
+    >>> from fnet.optimizers import sgd
+    >>> from fnet.transforms import clip_by_value
+    >>> optimizer = chain(clip_by_value(1.0), sgd(0.1))
+    >>> params, opt_state = optimizer.update(jnp.array([5.0, 0.5]), optimizer.init(jnp.zeros(2)), jnp.zeros(2))
+    >>> print(params, opt_state.transforms["clip_by_value"].hyper.limit)
+    [-0.1  -0.05] 1.0
+    """
+    transforms = [part for part in parts[:-1] if isinstance(part, Transform)]
+    if not parts or len(transforms) < len(parts) - 1 or not isinstance(parts[-1], Optimizer):
+        given = ", ".join(type(part).__name__ for part in parts) or "nothing"
+        raise TypeError(f"chain: got {given}; expected transforms and then one optimizer")
+    optimizer, names = parts[-1], []
+    for transform in transforms:
+        count = sum(name.rstrip("0123456789").rstrip("_") == transform.name for name in names)
+        names.append(f"{transform.name}_{count}" if count else transform.name)
+    named = dict(zip(names, transforms, strict=True))
+
+    def init(params):
+        return ChainState({name: t.init(params) for name, t in named.items()}, optimizer.init(params))
+
+    def update(grads, opt_state, params, *, value=None):
+        check_like(params, "gradient", grads)
+        states = {}
+        for name, transform in named.items():
+            grads, states[name] = transform.update(grads, opt_state.transforms[name], params)
+        params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        return params, ChainState(states, inner)
+
+    def about(params):
+        before = " → ".join(names)
+        return {path: f"{before} → {line}" if before else line for path, line in lines_of(optimizer, params).items()}
+
+    return Optimizer(init, update, about)
+
+
+# --- groups of parameters --------------------------------------------------------------------------------------------
+
+
+class GroupsState(NamedTuple):
+    """State of `groups`: ``step``, and the state of each group's optimizer by its pattern."""
+
+    step: jax.Array
+    groups: dict[str, Any]
+
+    @property
+    def rate(self) -> dict[str, Any]:
+        """The learning rate just applied, by pattern."""
+        return {pattern: state.rate for pattern, state in self.groups.items()}
+
+
+def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None) -> Optimizer:
+    """Another optimizer for each group of parameters: the first pattern that a leaf's path matches decides.
+
+    ``groups({"embedding_0/*": frozen(), "*/b": sgd(0.1)}, default=adamw(1e-3))``. In a pattern ``*`` stands for
+    anything, ``/`` too; the group of ``default`` is called ``default``. Each optimizer sees its leaves as a dict by
+    path, so a clipping by global norm within one is over its group. ``init`` raises ValueError for a pattern that
+    matches nothing, one whose leaves all belong to patterns before it, and leaves of no group when there is no default.
+    """
+    members = {**by_pattern, **({} if default is None else {"default": default})}
+    for pattern, member in members.items():
+        if not isinstance(member, Optimizer):
+            raise TypeError(f"groups: {pattern!r} has {type(member).__name__}; expected an Optimizer")
+
+    def owners(params) -> dict[str, str]:
+        """The pattern of each path."""
+        check_patterns("groups", [p for p in by_pattern], params)
+        found = {}
+        for path, _ in named_leaves(params):
+            matching = [pattern for pattern in by_pattern if fnmatchcase(path, pattern)]
+            if not matching and default is None:
+                raise ValueError(f"groups: {path} matches none of {', '.join(by_pattern)}, and there is no default")
+            found[path] = matching[0] if matching else "default"
+        for pattern in by_pattern:
+            if pattern not in found.values():
+                raise ValueError(f"groups: all that {pattern!r} matches belongs to patterns before it; order them anew")
+        return found
+
+    def parts(owner, tree):
+        """The leaves of a tree in groups, each a dict by path."""
+        made = {pattern: {} for pattern in members}
+        for path, leaf in named_leaves(tree):
+            made[owner[path]][path] = leaf
+        return made
+
+    def init(params):
+        check_floats("groups", params)
+        made = parts(owners(params), params)
+        states = {pattern: member.init(made[pattern]) for pattern, member in members.items()}
+        return GroupsState(_zero(), states)
+
+    def update(grads, opt_state, params, *, value=None):
+        check_like(params, "gradient", grads)
+        owner = owners(params)
+        grads_of, params_of = parts(owner, grads), parts(owner, params)
+        new, states = {}, {}
+        for pattern, member in members.items():
+            part, states[pattern] = member.update(
+                grads_of[pattern], opt_state.groups[pattern], params_of[pattern], value=value
+            )
+            new |= part
+        leaves = [new[path] for path, _ in named_leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves), GroupsState(count_on(opt_state.step), states)
+
+    def about(params):
+        owner = owners(params)
+        made = parts(owner, params)
+        lines = {pattern: lines_of(member, made[pattern]) for pattern, member in members.items()}
+        return {path: f"[{pattern}] {lines[pattern][path]}" for path, pattern in owner.items()}
+
+    return Optimizer(init, update, about)
+
+
+class FrozenState(NamedTuple):
+    """State of `frozen`."""
+
+    step: jax.Array
+    rate: jax.Array
+
+
+def frozen() -> Optimizer:
+    """Leaves parameters as they are; its rate is 0."""
+
+    def init(params):
+        return FrozenState(_zero(), jnp.zeros((), float))
+
+    def update(grads, opt_state, params, *, value=None):
+        return params, FrozenState(count_on(opt_state.step), opt_state.rate)
+
+    return Optimizer(init, update, lambda params: {path: "frozen" for path, _ in named_leaves(params)})
+
+
+def describe(optimizer: Optimizer, params: PyTree) -> str:
+    """Which leaf gets what: a line for each path with its shape, its optimizer and the numbers, decay or none.
+
+    ``params`` may be arrays or shapes. An optimizer of one's own is described by ``Optimizer.about``.
+
+    >>> from fnet.optimizers import adamw, sgd
+    >>> params = {"dense_0": {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}}
+    >>> print(describe(groups({"*/b": sgd(0.1)}, adamw(1e-3)), params))
+    dense_0/b  (3,)    [*/b] sgd learning_rate=0.1
+    dense_0/w  (4, 3)  [default] adamw learning_rate=0.001 b1=0.9 b2=0.999 eps=1e-08 eps_root=0 weight_decay=0.01
+    """
+    lines, shapes = lines_of(optimizer, params), {path: str(np.shape(leaf)) for path, leaf in named_leaves(params)}
+    if not lines:
+        return "no parameters"
+    widths = max(map(len, lines)), max(map(len, shapes.values()))
+    return "\n".join(f"{path:{widths[0]}}  {shapes[path]:{widths[1]}}  {line}" for path, line in lines.items())
+
+
+def lines_of(optimizer: Optimizer, params: PyTree) -> dict[str, str]:
+    """What ``optimizer.about`` says of each path."""
+    if optimizer.about is None:
+        return {path: "an optimizer without a description" for path, _ in named_leaves(params)}
+    return optimizer.about(params)
+
+
+# --- wrappers around an update ---------------------------------------------------------------------------------------
+
+
+class AveragedHyper(NamedTuple):
+    """Numbers of `averaged`; ``decay`` is None for the plain mean."""
+
+    decay: Any
+    start: Any
+    every: Any
+
+
+class AveragedState(NamedTuple):
+    """State of `averaged`: the mean of ``count`` parameters, and the optimizer's state."""
+
+    hyper: AveragedHyper
+    average: PyTree
+    count: jax.Array
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def averaged(
+    optimizer: Optimizer, decay: ArrayLike | None = 0.999, *, start: ArrayLike = 0, every: ArrayLike = 1
+) -> Optimizer:
+    """``optimizer``, beside which a mean of the parameters is kept; `averages` reads it from the state.
+
+    After the updates t > ``start`` of which t − start is a multiple of ``every``, the mean takes up the parameters.
+    With a ``decay`` it is the exponential moving average without bias, Σ decayⁿ⁻ⁱ pᵢ / Σ decayⁿ⁻ⁱ over the n taken up;
+    with None the plain mean: Polyak's from ``start``, or stochastic weight averaging (arXiv:1803.05407) with one a
+    cycle. The parameters that are trained do not change. Kept in float32 at least.
+    """
+    if decay is not None:
+        check_numbers("averaged", below=1, decay=decay)
+    check_numbers("averaged", start=start)
+    check_numbers("averaged", positive=True, every=every)
+
+    def init(params):
+        hyper = jax.tree.map(lambda n: jnp.array(n, float), AveragedHyper(decay, start, every))
+        return AveragedState(hyper, moment(params), _zero(), optimizer.init(params))
+
+    def update(grads, opt_state, params, *, value=None):
+        params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        hyper, after = opt_state.hyper, inner.step - opt_state.hyper.start.astype(jnp.int32)
+        take = (after > 0) & (after % hyper.every.astype(jnp.int32) == 0)
+        count = opt_state.count + take
+        n = jnp.maximum(count, 1).astype(hyper.start.dtype)
+        # the share of the newest in the mean: 1/n of n, and (1 − decay) / (1 − decayⁿ) of the moving average
+        share = 1 / n if hyper.decay is None else (1 - hyper.decay) / -jnp.expm1(n * jnp.log(hyper.decay))
+        share = jnp.where(take, share, 0)
+        average = jax.tree.map(
+            lambda a, p: a + share.astype(a.dtype) * (p.astype(a.dtype) - a), opt_state.average, params
+        )
+        return params, AveragedState(hyper, average, count, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "averaged"))
+
+
+def averages(opt_state, params: PyTree) -> PyTree:
+    """The averaged parameters in the dtypes of ``params``, from the state of an `averaged` optimizer within any other.
+
+    Where none has been taken up yet they are ``params``. Raises ValueError for a state without an average.
+    """
+    state = _find(opt_state, AveragedState)
+    if state is None:
+        raise ValueError(f"averages: no average in {type(opt_state).__name__}; expected the state of averaged(...)")
+    return jax.tree.map(lambda a, p: jnp.where(state.count > 0, a.astype(p.dtype), p), state.average, params)
+
+
+class LookaheadHyper(NamedTuple):
+    """Numbers of `lookahead`."""
+
+    every: Any
+    slow_rate: Any
+
+
+class LookaheadState(NamedTuple):
+    """State of `lookahead`: the slow parameters, and the optimizer's state."""
+
+    hyper: LookaheadHyper
+    slow: PyTree
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike = 0.5) -> Optimizer:
+    """Every so many updates the parameters go back part of the way: ``slow += slow_rate (p − slow)``, ``p = slow``.
+
+    The optimizer's moments stay as they are. Evaluate after a multiple of ``every`` updates, where p and slow agree.
+    Source: Zhang et al., arXiv:1907.08610.
+    """
+    check_numbers("lookahead", positive=True, every=every)
+    check_numbers("lookahead", slow_rate=slow_rate)
+
+    def init(params):
+        hyper = jax.tree.map(lambda n: jnp.array(n, float), LookaheadHyper(every, slow_rate))
+        slow = jax.tree.map(lambda p: jnp.array(p, wide(jnp.result_type(p))), params)
+        return LookaheadState(hyper, slow, optimizer.init(params))
+
+    def update(grads, opt_state, params, *, value=None):
+        params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        hyper = opt_state.hyper
+        now = inner.step % hyper.every.astype(jnp.int32) == 0
+        mixed = jax.tree.map(
+            lambda s, p: s + hyper.slow_rate.astype(s.dtype) * (p.astype(s.dtype) - s), opt_state.slow, params
+        )
+        slow = jax.tree.map(lambda new, old: jnp.where(now, new, old), mixed, opt_state.slow)
+        params = jax.tree.map(lambda s, p: jnp.where(now, s.astype(p.dtype), p), slow, params)
+        return params, LookaheadState(hyper, slow, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "lookahead"))
+
+
+class GuardedState(NamedTuple):
+    """State of `skip_nonfinite`: how many updates were left out, the last bad leaf (−1: none) and its update."""
+
+    skipped: jax.Array
+    leaf: jax.Array
+    at: jax.Array
+    stopped: jax.Array
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
+    """Leaves out each update whose gradients are not all finite: parameters, moments and step stay as they are.
+
+    With ``stop`` nothing is updated any more after the first such gradient. `nonfinite` says what was found, by name.
+    """
+
+    def init(params):
+        none = jnp.full((2,), -1, jnp.int32)
+        return GuardedState(_zero(), none[0], none[1], jnp.zeros((), bool), optimizer.init(params))
+
+    def update(grads, opt_state, params, *, value=None):
+        leaves = jax.tree.leaves(grads)
+        bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in leaves]) if leaves else jnp.zeros(1, bool)
+        any_bad, seen = bad.any(), opt_state.step + opt_state.skipped
+        skip = any_bad | opt_state.stopped
+        new = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        params, inner = jax.tree.map(lambda n, o: jnp.where(skip, o, n), new, (params, opt_state.optimizer))
+        first_bad = jnp.where(any_bad & ~opt_state.stopped, jnp.argmax(bad).astype(jnp.int32), opt_state.leaf)
+        at = jnp.where(any_bad & ~opt_state.stopped, seen, opt_state.at)
+        stopped = opt_state.stopped | (any_bad & stop)
+        return params, GuardedState(opt_state.skipped + skip, first_bad, at, stopped, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "skip_nonfinite"))
+
+
+def nonfinite(opt_state, params: PyTree) -> str | None:
+    """What `skip_nonfinite` found, on the host: the first bad leaf of the last bad gradients, or None."""
+    state = _find(opt_state, GuardedState)
+    if state is None:
+        raise ValueError(f"nonfinite: {type(opt_state).__name__} holds no state of skip_nonfinite(...)")
+    if int(state.leaf) < 0:
+        return None
+    path = named_leaves(params)[int(state.leaf)][0]
+    end = "; stopped there" if bool(state.stopped) else ""
+    return f"{path}: the gradient at count {int(state.at)} was not finite; {int(state.skipped)} updates left out{end}"
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+class MasterState(NamedTuple):
+    """State of `master_weights`: the parameters in their wide dtype, and the optimizer's state on them."""
+
+    master: PyTree
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def master_weights(optimizer: Optimizer) -> Optimizer:
+    """Updates a copy of the parameters in float32 at least and hands out that copy rounded to their dtypes.
+
+    So a parameter in 16 bits keeps updates smaller than its rounding. The parameters given to ``update`` are not read:
+    who changes them otherwise makes a new state. Source: Micikevicius et al., arXiv:1710.03740.
+    """
+
+    def init(params):
+        master = jax.tree.map(lambda p: jnp.array(p, wide(jnp.result_type(p))), params)
+        return MasterState(master, optimizer.init(master))
+
+    def update(grads, opt_state, params, *, value=None):
+        grads = jax.tree.map(lambda g, m: g.astype(m.dtype), grads, opt_state.master)
+        master, inner = optimizer.update(grads, opt_state.optimizer, opt_state.master, value=value)
+        return jax.tree.map(lambda m, p: m.astype(p.dtype), master, params), MasterState(master, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "master_weights"))
+
+
+class LossScaleHyper(NamedTuple):
+    """Numbers of `dynamic_loss_scale`."""
+
+    growth: Any
+    backoff: Any
+    interval: Any
+
+
+class LossScaleState(NamedTuple):
+    """State of `dynamic_loss_scale`: the scale of the next gradients, and the finite ones since it changed."""
+
+    hyper: LossScaleHyper
+    loss_scale: jax.Array
+    good: jax.Array
+    skipped: jax.Array
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def dynamic_loss_scale(
+    optimizer: Optimizer,
+    initial: ArrayLike = 2.0**15,
+    *,
+    growth: ArrayLike = 2.0,
+    backoff: ArrayLike = 0.5,
+    interval: ArrayLike = 2000,
+) -> Optimizer:
+    """Gradients in float16 kept above its smallest number: the loss is multiplied by a scale, its gradients divided.
+
+    `fnet.make_step` hands ``opt_state.loss_scale`` to the gradient engine. Gradients that overflow are left out and the
+    scale multiplied by ``backoff``, down to 1 at least; after ``interval`` finite ones it is multiplied by ``growth``.
+    It stands outermost: ``dynamic_loss_scale(chain(clip_by_global_norm(1.0), adam()))``, with `master_weights` within.
+    torch's ``GradScaler`` has the same numbers, from 2¹⁶. Source: Micikevicius et al., arXiv:1710.03740.
+    """
+    check_numbers("dynamic_loss_scale", positive=True, initial=initial, growth=growth, interval=interval)
+    check_numbers("dynamic_loss_scale", positive=True, below=1, backoff=backoff)
+
+    def init(params):
+        hyper = jax.tree.map(lambda n: jnp.array(n, float), LossScaleHyper(growth, backoff, interval))
+        return LossScaleState(hyper, jnp.array(initial, float), _zero(), _zero(), optimizer.init(params))
+
+    def update(grads, opt_state, params, *, value=None):
+        hyper, scale = opt_state.hyper, opt_state.loss_scale
+        grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / scale.astype(wide(g.dtype)), grads)
+        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)] or [jnp.asarray(True)]).all()
+        new = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        params, inner = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state.optimizer))
+        good = jnp.where(finite, opt_state.good + 1, 0)
+        grow = good >= hyper.interval.astype(jnp.int32)
+        largest = jnp.asarray(2.0**100, scale.dtype)
+        scale = jnp.where(finite, scale, jnp.maximum(scale * hyper.backoff, 1))
+        scale = jnp.where(grow, jnp.minimum(scale * hyper.growth, largest), scale)
+        skipped = opt_state.skipped + ~finite
+        return params, LossScaleState(hyper, scale, jnp.where(grow, 0, good), skipped, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "dynamic_loss_scale"))
+
+
+# --- plateau ---------------------------------------------------------------------------------------------------------
+
+
+class PlateauHyper(NamedTuple):
+    """Numbers of `reduce_on_plateau`."""
+
+    factor: Any
+    patience: Any
+    window: Any
+    least_change: Any
+    least_rate: Any
+
+
+class PlateauState(NamedTuple):
+    """State of `reduce_on_plateau`: the window's sum so far, the best mean, windows without a better one."""
+
+    hyper: PlateauHyper
+    total: jax.Array
+    best: jax.Array
+    waited: jax.Array
+    optimizer: Any
+
+    @property
+    def step(self) -> jax.Array:
+        """Updates applied so far."""
+        return self.optimizer.step
+
+    @property
+    def rate(self):
+        """The learning rate just applied."""
+        return self.optimizer.rate
+
+
+def reduce_on_plateau(
+    optimizer: Optimizer,
+    factor: ArrayLike = 0.1,
+    *,
+    window: ArrayLike,
+    patience: ArrayLike = 10,
+    least_change: ArrayLike = 1e-4,
+    least_rate: ArrayLike = 0.0,
+) -> Optimizer:
+    """Multiplies the learning rate by ``factor`` where the loss stops falling: a pure reducer of ``value``.
+
+    The losses handed to ``update`` are averaged over windows of ``window`` updates (an epoch, say). After ``patience``
+    windows in a row whose mean is not below ``best − least_change · |best|``, the rate is reduced, not below
+    ``least_rate``, and the waiting begins anew. ``optimizer`` is one with a number for its learning rate, which is data
+    in its state. torch's ``ReduceLROnPlateau`` waits one window more, and so does Keras'.
+    ``update`` raises ValueError without a ``value``, which `fnet.make_step` always gives.
+    """
+    check_numbers("reduce_on_plateau", positive=True, below=1, factor=factor)
+    check_numbers("reduce_on_plateau", positive=True, window=window, patience=patience)
+    check_numbers("reduce_on_plateau", least_change=least_change, least_rate=least_rate)
+
+    def init(params):
+        numbers = PlateauHyper(factor, patience, window, least_change, least_rate)
+        hyper = jax.tree.map(lambda n: jnp.array(n, float), numbers)
+        inner = optimizer.init(params)
+        rate = getattr(getattr(inner, "hyper", None), "learning_rate", None)
+        if not hasattr(rate, "shape"):
+            raise TypeError(
+                "reduce_on_plateau: expected an optimizer with a number for its learning_rate, no schedule and no "
+                "composed one: put reduce_on_plateau inside chain or groups"
+            )
+        return PlateauState(hyper, jnp.zeros((), float), jnp.full((), jnp.inf, float), _zero(), inner)
+
+    def update(grads, opt_state, params, *, value=None):
+        if value is None:
+            raise ValueError("reduce_on_plateau: value is None; expected the loss: update(..., value=loss)")
+        params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
+        hyper = opt_state.hyper
+        total = opt_state.total + jnp.asarray(value, opt_state.total.dtype)
+        ended = inner.step % hyper.window.astype(jnp.int32) == 0
+        mean = total / hyper.window
+        better = mean < opt_state.best - hyper.least_change * jnp.abs(
+            jnp.where(jnp.isinf(opt_state.best), 0, opt_state.best)
+        )
+        waited = jnp.where(better, 0, opt_state.waited + 1)
+        reduce = ended & (waited >= hyper.patience.astype(jnp.int32))
+        rate = inner.hyper.learning_rate
+        lower = jnp.minimum(rate, jnp.maximum(rate * hyper.factor, hyper.least_rate))
+        inner = inner._replace(hyper=inner.hyper._replace(learning_rate=jnp.where(reduce, lower, rate)))
+        waited = jnp.where(ended, jnp.where(reduce, 0, waited), opt_state.waited)
+        best = jnp.where(ended & better, mean, opt_state.best)
+        return params, PlateauState(hyper, jnp.where(ended, 0, total), best, waited, inner)
+
+    return Optimizer(init, update, lambda params: _before(optimizer, params, "reduce_on_plateau"))
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def _before(optimizer: Optimizer, params: PyTree, what: str) -> dict[str, str]:
+    return {path: f"{what}: {line}" for path, line in lines_of(optimizer, params).items()}
+
+
+def _find(node, kind):
+    """The state of this kind within a composed one, or None."""
+    if isinstance(node, kind):
+        return node
+    children = node.values() if isinstance(node, dict) else [getattr(node, n, None) for n in ("groups", "optimizer")]
+    return next((found for child in children if child is not None and (found := _find(child, kind)) is not None), None)

@@ -1,0 +1,237 @@
+"""Transforms: gradients to gradients, for `fnet.optimizers.chain`.
+
+    grads, state = transform.update(grads, transform.init(params), params)
+
+Their numbers are data in their states, as an optimizer's are. Norms are taken in float32 at least: a sum of squares in
+float16 overflows at 256. Gradients that are not finite pass as they are (a clipped NaN is a NaN, and an infinite norm
+makes the rest 0): `fnet.optimizers.skip_nonfinite` is what looks for them.
+
+Legend: g gradient of a leaf, p parameter, ‖·‖ the root of a sum of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fnet.optimizers.common import Mask, count_on, decaying
+from fnet.schedules import check_numbers
+from fnet.types import PyTree, Transform, wide
+
+
+class TransformState(NamedTuple):
+    """State of most transforms: their numbers alone."""
+
+    hyper: Any
+
+
+class NoiseState(NamedTuple):
+    """State of `gradient_noise`."""
+
+    hyper: Any
+    key: jax.Array
+    count: jax.Array
+
+
+class LimitHyper(NamedTuple):
+    """The number of the clippings."""
+
+    limit: Any
+
+
+class AdaptiveHyper(NamedTuple):
+    """Numbers of `adaptive_clip`."""
+
+    limit: Any
+    eps: Any
+
+
+class DecayHyper(NamedTuple):
+    """The number of `l2_decay`."""
+
+    l2: Any
+
+
+class NoiseHyper(NamedTuple):
+    """Numbers of `gradient_noise`."""
+
+    scale: Any
+    power: Any
+
+
+class NoHyper(NamedTuple):
+    """No numbers."""
+
+
+def clip_by_value(limit: ArrayLike) -> Transform:
+    """Each entry within ``±limit``. (torch's ``clip_grad_value_``, optax's ``clip``.)"""
+    check_numbers("clip_by_value", positive=True, limit=limit)
+    return _stateless("clip_by_value", LimitHyper(limit), _clip_values)
+
+
+def _clip_values(grads, params, hyper):
+    def clipped(g):
+        limit = hyper.limit.astype(g.dtype)
+        return jnp.clip(g, -limit, limit)
+
+    return jax.tree.map(clipped, grads)
+
+
+def clip_by_leaf_norm(limit: ArrayLike) -> Transform:
+    """Each leaf scaled down to ``‖g‖ ≤ limit``: ``g · min(1, limit / ‖g‖)``. (optax's ``clip_by_block_rms`` divides by
+    the root mean square instead; Keras' ``clipnorm`` is this.)"""
+    check_numbers("clip_by_leaf_norm", positive=True, limit=limit)
+    return _stateless("clip_by_leaf_norm", LimitHyper(limit), _clip_leaves)
+
+
+def _clip_leaves(grads, params, hyper):
+    return jax.tree.map(lambda g: _scaled(g, _within(hyper.limit, _norm(g))), grads)
+
+
+def clip_by_global_norm(limit: ArrayLike) -> Transform:
+    """All gradients scaled by one factor down to ``‖g‖ ≤ limit`` over all leaves: ``g · min(1, limit / ‖g‖)``.
+
+    As optax's; torch's ``clip_grad_norm_`` adds 1e-6 to the norm. Source: Pascanu et al., arXiv:1211.5063.
+
+    >>> transform = clip_by_global_norm(1.0)
+    >>> grads, _ = transform.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, transform.init(()), ())
+    >>> print(grads["a"].round(3), grads["b"].round(3))
+    [0.6] [0.8]
+    """
+    check_numbers("clip_by_global_norm", positive=True, limit=limit)
+    return _stateless("clip_by_global_norm", LimitHyper(limit), _clip_globally)
+
+
+def _clip_globally(grads, params, hyper):
+    leaves = jax.tree.leaves(grads)
+    dtype = wide(*(g.dtype for g in leaves))
+    norm = jnp.sqrt(sum((_squares(g).astype(dtype) for g in leaves), jnp.zeros((), dtype)))
+    factor = _within(hyper.limit, norm)
+    return jax.tree.map(lambda g: _scaled(g, factor), grads)
+
+
+def adaptive_clip(limit: ArrayLike = 0.01, eps: ArrayLike = 1e-3) -> Transform:
+    """Each unit's gradient scaled down to ``limit`` times the norm of its weights, at least ``eps``.
+
+    ``g · min(1, limit · max(‖p‖, eps) / ‖g‖)``, the norms over all axes but the last, which is a unit's (features out);
+    of a vector or a number each entry is a unit. Source: Brock et al., arXiv:2102.06171.
+    """
+    check_numbers("adaptive_clip", positive=True, limit=limit, eps=eps)
+    return _stateless("adaptive_clip", AdaptiveHyper(limit, eps), _clip_units)
+
+
+def _clip_units(grads, params, hyper):
+    def clipped(g, p):
+        dtype = wide(g.dtype, p.dtype)
+        of_g, of_p = (_unit_norm(a.astype(dtype)) for a in (g, p))
+        most = hyper.limit.astype(dtype) * jnp.maximum(of_p, hyper.eps.astype(dtype))
+        return _scaled(g, _within(most, of_g))
+
+    return jax.tree.map(clipped, grads, params)
+
+
+def l2_decay(l2: ArrayLike, mask: Mask = None) -> Transform:
+    """``g + l2 · p``: the gradient of ½ l2 ‖p‖² beside the loss', at the leaves of the ``mask``.
+
+    In an adaptive optimizer this is not decoupled weight decay, which is the optimizer's own ``weight_decay``. torch's
+    ``Adam(weight_decay=...)`` and ``SGD(weight_decay=...)`` are this. A mask is None (all), path patterns such as
+    ``"*/w"`` or a function ``(path, leaf) -> bool``.
+    """
+    check_numbers("l2_decay", l2=l2)
+
+    def update(grads, params, hyper):
+        leaves, structure = jax.tree.flatten(grads)
+        marks = decaying("l2_decay", mask, params)
+        pairs = zip(leaves, jax.tree.leaves(params), marks, strict=True)
+        return structure.unflatten(
+            [g + hyper.l2.astype(g.dtype) * p.astype(g.dtype) if on else g for g, p, on in pairs]
+        )
+
+    return _stateless("l2_decay", DecayHyper(l2), update, lambda params: decaying("l2_decay", mask, params))
+
+
+def centralize() -> Transform:
+    """``g − mean(g)`` over all axes but the last, for leaves of two axes and more: no unit's weights move along.
+
+    Source: Yong et al., arXiv:2004.01461.
+    """
+
+    def centred(g):
+        if g.ndim < 2:
+            return g
+        return (g - g.astype(wide(g.dtype)).mean(range(g.ndim - 1), keepdims=True)).astype(g.dtype)
+
+    return _stateless("centralize", NoHyper(), lambda grads, params, hyper: jax.tree.map(centred, grads))
+
+
+def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.55) -> Transform:
+    """``g + σ ε`` with ``σ² = scale² / (1 + count)^power`` and ε standard normal, drawn anew for each count and leaf.
+
+    ``key`` stands in the state, so that the same run has the same noise. In the paper η is ``scale²``, from 0.01, 0.3
+    and 1. Source: Neelakantan et al., arXiv:1511.06807.
+    """
+    check_numbers("gradient_noise", scale=scale, power=power)
+
+    def init(params):
+        return NoiseState(_arrays(NoiseHyper(scale, power)), jnp.copy(key), jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params):
+        hyper, leaves = state.hyper, jax.tree.leaves(grads)
+        sigma = hyper.scale * (1 + state.count.astype(hyper.scale.dtype)) ** (-hyper.power / 2)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.count), max(len(leaves), 1))
+        noisy = [
+            g + sigma.astype(g.dtype) * jax.random.normal(k, g.shape, g.dtype)
+            for g, k in zip(leaves, keys, strict=False)
+        ]
+        state = NoiseState(hyper, state.key, count_on(state.count))
+        return jax.tree.unflatten(jax.tree.structure(grads), noisy), state
+
+    return Transform("gradient_noise", init, update)
+
+
+def _stateless(name: str, hyper, function: Callable, check: Callable[[PyTree], Any] = lambda params: None) -> Transform:
+    """The transform ``function(grads, params, hyper) -> grads``."""
+
+    def init(params):
+        check(params)
+        return TransformState(_arrays(hyper))
+
+    def update(grads, state, params):
+        return function(grads, params, state.hyper), state
+
+    return Transform(name, init, update)
+
+
+def _arrays(hyper):
+    return jax.tree.map(lambda number: jnp.array(number, float), hyper)
+
+
+def _squares(g: jax.Array) -> jax.Array:
+    g = g.astype(wide(g.dtype))
+    return jnp.sum(g * g)
+
+
+def _norm(g: jax.Array) -> jax.Array:
+    return jnp.sqrt(_squares(g))
+
+
+def _unit_norm(a: jax.Array) -> jax.Array:
+    if a.ndim < 2:
+        return jnp.abs(a)
+    return jnp.sqrt(jnp.sum(a * a, range(a.ndim - 1), keepdims=True))
+
+
+def _within(limit: jax.Array, norm: jax.Array) -> jax.Array:
+    """``min(1, limit / norm)``, 1 for a norm of 0."""
+    limit = limit.astype(norm.dtype)
+    return jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
+
+
+def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
+    """``g · factor``, computed wide: a gradient in 16 bits times a factor that it cannot hold."""
+    dtype = wide(g.dtype)
+    return (g.astype(dtype) * factor.astype(dtype)).astype(g.dtype)
