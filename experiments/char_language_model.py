@@ -38,12 +38,12 @@ from rich.console import Console
 import fnet
 from experiments.common import new_run_folder
 from fnet.layers import lstm
-from fnet.metrics import gradient_norms
 from fnet.models import gpt, recurrent_lm
 from fnet.observers import jsonl, progress
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
 from fnet.schedules import warmup_cosine
+from fnet.transforms import clip_by_global_norm
 from fnet.types import stream
 
 ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
@@ -122,18 +122,6 @@ def make_model(config: Config, vocabulary: int) -> fnet.Layer:
     return gpt(vocabulary, length=config.length, layers=config.layers, features=config.features, heads=config.heads)
 
 
-def clipped(gradient, limit: float):
-    """The engine, with gradients longer than ``limit`` scaled down to it, all together."""
-
-    def clip(params, state, batch, key):
-        grads, state, metrics = gradient(params, state, batch, key)
-        norm = gradient_norms(grads)["all"]
-        factor = limit / jnp.maximum(norm, limit)
-        return jax.tree.map(lambda g: factor * g, grads), state, metrics
-
-    return clip
-
-
 def validation_bits(config: Config, model: fnet.Layer, params, state, ids: np.ndarray) -> float:
     """Bits per character of ``ids[1:]``, each counted once."""
     loss = fnet.softmax_cross_entropy
@@ -155,9 +143,9 @@ def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, ob
     if steps <= config.warmup_steps:
         raise SystemExit(f"warmup_steps = {config.warmup_steps}; expected less than {steps}, the steps of the run")
     rate = warmup_cosine(config.learning_rate, config.warmup_steps, steps)
-    optimizer = fnet.adam(rate, b2=0.99)
+    optimizer = fnet.chain(clip_by_global_norm(config.limit), fnet.adam(rate, b2=0.99))
     params, state = fnet.init(model, stream(key, "model"), data.inputs[:1])
-    step = fnet.make_step(clipped(ENGINES[config.engine](model, loss), config.limit), optimizer)
+    step = fnet.make_step(ENGINES[config.engine](model, loss), optimizer)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
     options = {"epochs": config.epochs, "batch_size": config.batch_size, "observers": observers}
     return fnet.fit(step, start, data, **options)

@@ -43,9 +43,10 @@ import fnet
 from experiments.common import new_run_folder
 from fnet.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
-from fnet.metrics import accuracy
+from fnet.metrics import accuracy, gradient_norms
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
+from fnet.transforms import clip_by_global_norm
 from fnet.types import Layer, Mean, stateless, stream
 
 
@@ -249,18 +250,6 @@ def adding_problem(key, n: int, length: int) -> fnet.Batch:
     return fnet.Batch(jnp.stack([numbers, marks], -1), (numbers * marks).sum(1, keepdims=True))
 
 
-def clipped(gradient, limit):
-    """The gradient engine with gradients of a global norm above ``limit`` shortened to it; the norm is a metric."""
-
-    def shortened(params, state, batch, key):
-        grads, state, metrics = gradient(params, state, batch, key)
-        size = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1, limit / size), grads)
-        return grads, state, {**metrics, "gradient_norm": Mean(size, jnp.ones_like(size))}
-
-    return shortened
-
-
 def time_norms(config: Config, batch: fnet.Batch, key) -> dict[float, np.ndarray]:
     """By gain: the norm ``(T,)`` of the loss' gradient by the inputs of each step, before any training, by hand."""
     found = {}
@@ -280,9 +269,10 @@ def train_recurrent(config: Config) -> dict:
     def member(rate, limit, key):
         model, data = make_recurrent(config), adding_problem(stream(key, "data"), config.sequences, config.length)
         params, state = model.init(stream(key, "model"), data.inputs)
-        optimizer = fnet.sgd(rate)
+        optimizer = fnet.chain(clip_by_global_norm(limit), fnet.sgd(rate))
         ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-        step = fnet.make_step(clipped(fnet.backprop(model, loss), limit), optimizer)
+        whole_norm = {"gradient_norm": lambda grads: gradient_norms(grads)["all"]}  # before it is clipped
+        step = fnet.make_step(fnet.backprop(model, loss), optimizer, whole_norm)
         _, metrics, _ = fnet.train(step, ts, data, epochs=config.recurrent_epochs, batch_size=config.batch_size)
         return {name: metrics[name].value for name in ("loss", "gradient_norm")}  # (E, updates an epoch)
 

@@ -86,10 +86,12 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
     def gradient(params, state, batch, key, *, scale=None):
         grads, (value, new_state, metrics) = jax.grad(objective, has_aux=True)(params, state, batch, key, scale)
         examples = jax.tree.leaves(batch)[0].shape[0]
-        measured = {
-            name: m if isinstance(m, Mean) else Mean(m * examples, jnp.asarray(examples, m.dtype))
-            for name, m in {"loss": value, **metrics}.items()
-        }
+
+        def mean(m):
+            m = m.astype(wide(m.dtype))  # a count in 16 bits would stall where batches are added up
+            return Mean(m * examples, jnp.asarray(examples, m.dtype))
+
+        measured = {name: m if isinstance(m, Mean) else mean(m) for name, m in {"loss": value, **metrics}.items()}
         return grads, new_state, measured
 
     return gradient

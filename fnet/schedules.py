@@ -92,8 +92,8 @@ def step_decay(start: ArrayLike, factor: ArrayLike, every: ArrayLike) -> Schedul
 def piecewise(start: ArrayLike, factors: Mapping[int, ArrayLike]) -> Schedule:
     """``start`` times all factors whose count has come: ``piecewise(0.1, {100: 0.5, 200: 0.1})``.
 
-    From count 100 on (inclusive) 0.05, from 200 on 0.005. torch's ``MultiStepLR`` with one factor, and optax's
-    `piecewise_constant_schedule`, whose factors act one count later.
+    From count 100 on (inclusive) 0.05, from 200 on 0.005. optax's `piecewise_constant_schedule` is this, and torch's
+    ``MultiStepLR`` with one factor for all counts.
     """
     check_numbers("piecewise", start=start)
     for count, factor in factors.items():
@@ -102,7 +102,7 @@ def piecewise(start: ArrayLike, factors: Mapping[int, ArrayLike]) -> Schedule:
         numbers: dict[str, Any] = {f"factors[{count}]": factor}
         check_numbers("piecewise", **numbers)
     hyper = {"start": start, **{f"from_{count}": factor for count, factor in sorted(factors.items())}}
-    counts = np.array(sorted(factors))
+    counts = [int(count) for count in sorted(factors)]
 
     def fn(hyper, count):
         hyper, count = _floats(hyper, count)

@@ -75,19 +75,6 @@ def test_the_best_rate_is_never_one_that_diverged():
     assert vanishing_gradients.best_rate(losses) == 2
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (5.0, 5.0), (100.0, 13.0), (math.inf, 13.0)])
-def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction(limit, expected):
-    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[12.0]])}  # norm 13
-
-    def engine(params, state, batch, key):
-        return grads, state, {}
-
-    clipped, _, metrics = vanishing_gradients.clipped(engine, jnp.asarray(limit))(None, (), None, None)
-    assert float(metrics["gradient_norm"].value) == pytest.approx(13)
-    for name, leaf in clipped.items():
-        np.testing.assert_allclose(leaf, np.asarray(grads[name]) * expected / 13, rtol=1e-6)
-
-
 def test_the_gradient_through_time_is_that_of_numpy():
     config = vanishing_gradients.Config(gains=(0.5, 1.5), recurrent_units=4, length=6)
     key = jax.random.key(3)

@@ -8,12 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.schedules import constant, cosine, exponential, warmup_cosine
+from fnet.schedules import (
+    constant,
+    cosine,
+    cosine_restarts,
+    exponential,
+    in_units,
+    inverse_sqrt,
+    join,
+    one_cycle,
+    piecewise,
+    polynomial,
+    step_decay,
+    warmup_cosine,
+)
 from fnet.types import Schedule
 
 
 def half_cosine(start, end, share):
     return end + (start - end) * (1 + np.cos(np.pi * np.clip(share, 0, 1))) / 2
+
+
+def restarts(n, first, factor):
+    """Half cosines from 0.4 to 0.1, cycle after cycle."""
+    begin, length = 0, first
+    while n >= begin + length:
+        begin, length = begin + length, length * factor
+    return half_cosine(0.4, 0.1, (n - begin) / length)
 
 
 # name, schedule, rate at an array of counts in float64
@@ -39,6 +60,41 @@ TABLE = [
         "warmup_cosine_fraction",
         warmup_cosine(0.4, 2.5, 40),
         lambda n: np.where(n < 2.5, 0.4 * n / 2.5, half_cosine(0.4, 0.0, (n - 2.5) / 37.5)),
+    ),
+    ("step_decay", step_decay(0.8, 0.5, 10), lambda n: 0.8 * 0.5 ** (n // 10)),
+    (
+        "piecewise",
+        piecewise(0.8, {30: 0.1, 3: 0.5}),
+        lambda n: np.select([n < 3, n < 30], [0.8, 0.4], 0.04),
+    ),
+    ("polynomial_line", polynomial(0.5, 40), lambda n: 0.5 * np.clip(1 - n / 40, 0, 1)),
+    ("polynomial", polynomial(0.5, 40, 0.1, 3), lambda n: 0.1 + 0.4 * np.clip(1 - n / 40, 0, 1) ** 3),
+    ("polynomial_root", polynomial(0.5, 40, 0.1, 0.5), lambda n: 0.1 + 0.4 * np.clip(1 - n / 40, 0, 1) ** 0.5),
+    ("inverse_sqrt", inverse_sqrt(0.4, 10), lambda n: 0.4 * np.minimum((n + 1) / 10, np.sqrt(10 / (n + 1)))),
+    (
+        "one_cycle",
+        one_cycle(0.4, 40),
+        lambda n: np.where(n < 12, half_cosine(0.4 / 25, 0.4, n / 12), half_cosine(0.4, 0.4 / 25 / 1e4, (n - 12) / 28)),
+    ),
+    (
+        "one_cycle_options",
+        one_cycle(0.4, 40, rising=0.5, start_divisor=4, end_divisor=2),
+        lambda n: np.where(n < 20, half_cosine(0.1, 0.4, n / 20), half_cosine(0.4, 0.05, (n - 20) / 20)),
+    ),
+    ("cosine_restarts", cosine_restarts(0.4, 12, end=0.1), np.vectorize(lambda n: restarts(n, 12, 1))),
+    ("cosine_restarts_2", cosine_restarts(0.4, 5, 2, end=0.1), np.vectorize(lambda n: restarts(n, 5, 2))),
+    ("cosine_restarts_3", cosine_restarts(0.4, 2, 3, end=0.1), np.vectorize(lambda n: restarts(n, 2, 3))),
+    (
+        "join",
+        join([constant(0.3), exponential(0.3, 0.5, 10), cosine(0.1, 20)], [10, 30]),
+        lambda n: np.select([n < 10, n < 30], [0.3, 0.3 * 0.5 ** ((n - 10) / 10)], half_cosine(0.1, 0, (n - 30) / 20)),
+    ),
+    ("in_units", in_units(exponential(0.8, 0.5, 2), 10), lambda n: 0.8 * 0.5 ** (n / 20)),
+    ("in_fractions", in_units(cosine(0.5, 1.0), 40), lambda n: half_cosine(0.5, 0, n / 40)),
+    (
+        "join_of_units",
+        in_units(join([polynomial(0.5, 3, 0.1), constant(0.1)], [3]), 10),
+        lambda n: 0.1 + 0.4 * np.clip(1 - n / 30, 0, 1),
     ),
 ]
 schedules = pytest.mark.parametrize("schedule, oracle", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
@@ -78,8 +134,25 @@ def test_the_gradient_of_the_rate_by_every_number_is_finite(schedule, oracle):
     assert all(np.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
 
 
+@pytest.mark.parametrize("factor", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("first", [1, 7, 10, 100])
+def test_cosine_restarts_begin_at_their_start_also_in_float32(factor, first):
+    schedule, ends, length = jax.jit(lambda n: cosine_restarts(0.4, first, factor)(n)), [0.0], float(first)
+    for _ in range(8):
+        ends.append(ends[-1] + length)
+        length *= factor
+    for begin in (int(end) for end in ends if end == int(end)):
+        assert schedule(begin) == pytest.approx(0.4, rel=1e-4), begin
+
+
 def test_at_the_largest_count_the_rate_is_the_end():
     last = 2**31 - 1
+    assert polynomial(0.4, 40, 0.05, 0.5)(last) == np.float32(0.05)
+    assert one_cycle(0.4, 40, start_divisor=4, end_divisor=2)(last) == np.float32(0.05)
+    assert step_decay(0.8, 0.5, 20)(last) == 0
+    assert inverse_sqrt(1.0, 2)(last) == pytest.approx(2**-15, rel=1e-6)
+    assert piecewise(0.4, {10: 0.5})(last) == np.float32(0.2)
+    assert join([constant(0.4), constant(0.2)], [10])(last) == np.float32(0.2)
     assert warmup_cosine(0.4, 10, 40, end=0.05)(last) == cosine(0.4, 40, end=0.05)(last) == np.float32(0.05)
     assert exponential(0.8, 0.5, 20)(last) == 0
 
@@ -175,8 +248,97 @@ def test_a_schedule_is_its_function_and_its_numbers():
         (warmup_cosine, (0.1, 0, 0), ValueError, "warmup_cosine: total_steps = 0; expected total_steps > 0"),
         (warmup_cosine, (0.1, 1, 9, -2), ValueError, "warmup_cosine: start = -2; expected 0 <= start"),
         (warmup_cosine, (0.1, 1, 9, 0, -2), ValueError, "warmup_cosine: end = -2; expected 0 <= end < inf"),
+        (step_decay, (0.1, 0.5, 0), ValueError, "step_decay: every = 0; expected 0 < every < inf"),
+        (step_decay, (0.1, 0, 5), ValueError, "step_decay: factor = 0; expected 0 < factor < inf"),
+        (piecewise, (0.1, {0: 0.5}), ValueError, "piecewise: a factor from count 0 on; expected at least 1"),
+        (piecewise, (0.1, {5: -1}), ValueError, "piecewise: factors[5] = -1; expected 0 <= factors[5] < inf"),
+        (polynomial, (0.1, 0), ValueError, "polynomial: total_steps = 0; expected 0 < total_steps < inf"),
+        (polynomial, (0.1, 5, 0, -1), ValueError, "polynomial: power = -1; expected 0 < power < inf"),
+        (inverse_sqrt, (0.1, 0), ValueError, "inverse_sqrt: warmup_steps = 0; expected 0 < warmup_steps < inf"),
+        (one_cycle, (0.1, 0), ValueError, "one_cycle: total_steps = 0; expected 0 < total_steps < inf"),
+        (cosine_restarts, (0.1, 5, 0.5), ValueError, "cosine_restarts: factor = 0.5; expected at least 1"),
+        (join, ([], []), ValueError, "join: no schedules; expected at least one"),
+        (join, ([constant(1), 0.1], [3]), TypeError, "join: schedule 1 is 0.1; expected a Schedule: constant(rate)"),
+        (join, ([constant(1)] * 3, [3]), ValueError, "join: counts = [3] for 3 schedules; expected 2 rising counts"),
+        (join, ([constant(1)] * 3, [5, 3]), ValueError, "join: counts = [5, 3] for 3 schedules; expected 2 rising"),
+        (join, ([constant(1)] * 2, [0]), ValueError, "join: counts = [0] for 2 schedules; expected 1 rising counts"),
+        (in_units, (0.1, 5), TypeError, "in_units: schedule 0 is 0.1; expected a Schedule"),
+        (in_units, (constant(1), 0), ValueError, "in_units: updates = 0; expected 0 < updates < inf"),
     ],
 )
 def test_a_number_out_of_range_is_named(build, numbers, error, message):
     with pytest.raises(error, match=re.escape(message)):
         build(*numbers)
+
+
+def test_a_share_out_of_range_is_named():
+    with pytest.raises(ValueError, match=re.escape("one_cycle: rising = 1; expected 0 <= rising < 1")):
+        one_cycle(0.1, 10, rising=1)
+
+
+def test_the_numbers_within_join_and_in_units_are_data():
+    schedule, traces = in_units(join([constant(0.1), polynomial(0.1, 4)], [2]), 5), []
+
+    @jax.jit
+    def rate(hyper, count):
+        traces.append(None)
+        return schedule.fn(hyper, count)
+
+    assert rate(schedule.hyper, 20) == pytest.approx(0.05)  # two of the line's four units
+    hyper = {"schedule": {"0": {"rate": 0.7}, "1": {**schedule.hyper["schedule"]["1"], "start": 0.8}}, "updates": 10}
+    assert rate(hyper, 20) == pytest.approx(0.8) and rate(hyper, 19) == pytest.approx(0.7)
+    assert len(traces) == 1
+
+
+# --- other libraries -------------------------------------------------------------------------------------------------
+
+OPTAX = {
+    "exponential": (exponential(0.8, 0.5, 20), lambda o: o.exponential_decay(0.8, 20, 0.5)),
+    "step_decay": (step_decay(0.8, 0.5, 20), lambda o: o.exponential_decay(0.8, 20, 0.5, staircase=True)),
+    "cosine": (cosine(0.5, 30, 0.1), lambda o: o.cosine_decay_schedule(0.5, 30, alpha=0.2)),
+    "warmup_cosine": (
+        warmup_cosine(0.4, 10, 40, 0.1, 0.05),
+        lambda o: o.warmup_cosine_decay_schedule(0.1, 0.4, 10, 40, 0.05),
+    ),
+    "polynomial": (polynomial(0.5, 40, 0.1, 3), lambda o: o.polynomial_schedule(0.5, 0.1, 3, 40)),
+    "piecewise": (piecewise(0.8, {3: 0.5, 30: 0.1}), lambda o: o.piecewise_constant_schedule(0.8, {3: 0.5, 30: 0.1})),
+    "join": (
+        join([constant(0.3), cosine(0.1, 20)], [10]),
+        lambda o: o.join_schedules([o.constant_schedule(0.3), o.cosine_decay_schedule(0.1, 20)], [10]),
+    ),
+    "one_cycle": (one_cycle(0.4, 40), lambda o: o.cosine_onecycle_schedule(40, 0.4)),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_rates_are_those_of_optax(name, x64):
+    ours, theirs = OPTAX[name][0], OPTAX[name][1](pytest.importorskip("optax"))
+    for count in range(50):
+        with jax.numpy_dtype_promotion("standard"):
+            expected = float(theirs(count))
+        assert float(ours(count)) == pytest.approx(expected, rel=1e-6, abs=1e-9), count
+
+
+TORCH = {
+    "step_decay": (step_decay(0.8, 0.5, 10), 0.8, "StepLR", (10, 0.5), 50),
+    "piecewise": (piecewise(0.8, {3: 0.5, 30: 0.5}), 0.8, "MultiStepLR", ([3, 30], 0.5), 50),
+    "exponential": (exponential(0.8, 0.9, 1), 0.8, "ExponentialLR", (0.9,), 50),
+    "polynomial": (polynomial(0.8, 40, 0.0, 2), 0.8, "PolynomialLR", (40, 2.0), 50),
+    "cosine": (cosine(0.8, 40, 0.1), 0.8, "CosineAnnealingLR", (40, 0.1), 41),  # theirs rises again
+    "cosine_restarts": (cosine_restarts(0.8, 5, 2, 0.1), 0.8, "CosineAnnealingWarmRestarts", (5, 2, 0.1), 50),
+    # theirs is over one update sooner: 41 of them are our 40, and ⌊⌋ does not act on 0.3 · 41 − 1 = 11.3
+    "one_cycle": (one_cycle(0.8, 40, rising=(0.3 * 41 - 1) / 40), 0.8, "OneCycleLR", (0.8, 41), 41),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_rates_are_those_of_torch(name, x64):
+    torch = pytest.importorskip("torch")
+    ours, start, theirs, options, count = TORCH[name]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=start, momentum=0.9)
+    scheduler = getattr(torch.optim.lr_scheduler, theirs)(optimizer, *options)
+    for n in range(count):
+        assert float(ours(n)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12), n
+        optimizer.step()
+        if n + 1 < count:
+            scheduler.step()

@@ -61,6 +61,7 @@ from fnet.optimizers.compose import (
     skip_nonfinite,
 )
 from fnet.optimizers.descent import LionState, MomentumState, SgdState, lion, momentum, sgd
+from fnet.optimizers.lbfgs import Minimum, minimize_lbfgs
 from fnet.optimizers.matrices import (
     AdafactorState,
     LambState,
@@ -81,6 +82,7 @@ __all__ = [
     "AmsgradState",
     "LambState",
     "LionState",
+    "Minimum",
     "MomentumState",
     "MuonState",
     "NadamState",
@@ -108,6 +110,7 @@ __all__ = [
     "lion",
     "lookahead",
     "master_weights",
+    "minimize_lbfgs",
     "momentum",
     "muon",
     "nadam",

@@ -296,18 +296,19 @@ def nadam(
     def momentum(hyper, t):
         if hyper.momentum_decay is None:
             return hyper.b1
-        return hyper.b1 * (1 - 0.5 * 0.96 ** (t.astype(hyper.b1.dtype) * hyper.momentum_decay))
+        return hyper.b1 * (1 - 0.5 * 0.96 ** (t * hyper.momentum_decay))
 
     def numbers(hyper, rate, t, product):
+        t = t.astype(rate.dtype)  # whose t + 1 does not wrap
         now, following = momentum(hyper, t), momentum(hyper, t + 1)
         root = jnp.sqrt(correction(hyper.b2, t))  # on the scalars, as in adam
         by_m = rate * root * following / (1 - product * following)
         by_g = rate * root * (1 - now) / (1 - product)
-        return by_m, by_g, hyper.b1, hyper.b2, hyper.eps * root
+        return by_m, by_g, hyper.b1, 1 - hyper.b1, hyper.b2, 1 - hyper.b2, hyper.eps * root
 
-    def rule(p, g, m, v, by_m, by_g, b1, b2, eps):
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g * g
+    def rule(p, g, m, v, by_m, by_g, b1, rest1, b2, rest2, eps):
+        m = b1 * m + rest1 * g
+        v = b2 * v + rest2 * g * g
         return p - (by_m * m + by_g * g) / (jnp.sqrt(v) + eps), m, v
 
     return elementwise(
@@ -317,7 +318,7 @@ def nadam(
         rule,
         numbers,
         {"mu": 0.0, "nu": 0.0},
-        scalars={"product": lambda hyper, t, product: product * momentum(hyper, t)},
+        scalars={"product": lambda hyper, t, product: product * momentum(hyper, t.astype(product.dtype))},
         moment_dtype=moment_dtype,
         mask=mask,
     )
@@ -382,14 +383,15 @@ def radam(
         safe = jnp.where(enough, length, 5)  # no root of a negative number in the branch that is not taken
         squared = (safe - 4) * (safe - 2) * limit / ((limit - 4) * (limit - 2) * safe)
         rate = rate / correction(hyper.b1, t)
-        adaptive = rate * jnp.sqrt(jnp.where(enough, squared, 1)) * jnp.sqrt(c2)
+        rate = jnp.where(enough, rate * jnp.sqrt(jnp.where(enough, squared, 1)) * jnp.sqrt(c2), rate)
         eps = hyper.eps * jnp.sqrt(c2) if variant == "standard" else hyper.eps
-        return enough, rate, adaptive, hyper.b1, b2, eps
+        return enough, rate, jnp.where(enough, eps, 1), hyper.b1, 1 - hyper.b1, b2, 1 - b2
 
-    def rule(p, g, m, v, enough, rate, adaptive, b1, b2, eps):
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g * g
-        return p - jnp.where(enough > 0, adaptive * m / (jnp.sqrt(v) + eps), rate * m), m, v
+    def rule(p, g, m, v, enough, rate, eps, b1, rest1, b2, rest2):
+        m = b1 * m + rest1 * g
+        v = b2 * v + rest2 * g * g
+        # no select here: XLA rounds around one in a scan otherwise than in a loop
+        return p - rate * m / (enough * jnp.sqrt(v) + eps), m, v
 
     moments = {"mu": 0.0, "nu": 0.0}
     return elementwise("radam", RadamState, hyper, rule, numbers, moments, moment_dtype=moment_dtype, mask=mask)

@@ -85,10 +85,10 @@ def split(who: str, **named: Any) -> tuple[Callable, Any]:
     return (lambda number, count: number), given
 
 
-def check_variant(who: str, variant: str, names: Sequence[str]) -> None:
+def check_variant(who: str, variant: str, names: Sequence[str], argument: str = "variant") -> None:
     """Require one of the names."""
     if variant not in names:
-        raise ValueError(f"{who}: variant = {variant!r}; expected one of {', '.join(names)}")
+        raise ValueError(f"{who}: {argument} = {variant!r}; expected one of {', '.join(names)}")
 
 
 def start(who: str, params: PyTree, rate_fn: Callable, hyper):
@@ -256,12 +256,12 @@ def about(name: str, hyper, params: PyTree, mask: Mask = None, independent: bool
 # --- changing hyperparameters ----------------------------------------------------------------------------------------
 
 
-def set_hyper(opt_state, **changes):
+def set_hyper(opt_state, **changes) -> Any:
     """The state with some of its numbers replaced, in their dtypes and shapes: what is compiled stays compiled.
 
     A schedule's numbers are given as a dict that may leave some out: ``set_hyper(s, learning_rate={"peak": 0.1})``. In
     a composed state a number is called by its name where only one has it, or by its path:
-    ``set_hyper(s, **{"*/b/learning_rate": 0.1})`` for the group of that pattern.
+    ``set_hyper(s, **{"*/b/learning_rate": 0.1})`` for the group of that pattern, ``"averaged/decay"`` for a wrapper's.
     ``rate`` stays the rate last applied. Raises ValueError for an unknown or ambiguous name, with the list of names,
     and for an optimizer's number out of range; TypeError for a number where a schedule has a dict and the reverse.
 
@@ -289,14 +289,16 @@ def set_hyper(opt_state, **changes):
     return opt_state
 
 
-def _each_hyper(node, path: tuple[str, ...], change: Callable):
+def _each_hyper(node, path: tuple[str, ...], change: Callable) -> Any:
     """The state with ``change(path, numbers) -> numbers`` in the place of each ``hyper`` in it."""
     if isinstance(node, dict):
         return {name: _each_hyper(child, (*path, name), change) for name, child in node.items()}
     fields = {}
     if getattr(node, "hyper", None) is not None and "hyper" in node._fields:
         numbers = {name: old for name, old in node.hyper._asdict().items() if old is not None}
-        fields["hyper"] = node.hyper._replace(**change(path, numbers))
+        # a wrapper's own stand under its name, so that averaged's decay is not the decay of the momentum within
+        own = (type(node).__name__.removesuffix("State").lower(),) if "optimizer" in node._fields else ()
+        fields["hyper"] = node.hyper._replace(**change((*path, *own), numbers))
     for name in ("transforms", "groups", "optimizer"):
         if name in getattr(node, "_fields", ()):
             fields[name] = _each_hyper(getattr(node, name), path, change)

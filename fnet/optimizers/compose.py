@@ -254,7 +254,7 @@ def averaged(
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
         hyper, after = opt_state.hyper, inner.step - opt_state.hyper.start.astype(jnp.int32)
         take = (after > 0) & (after % hyper.every.astype(jnp.int32) == 0)
-        count = opt_state.count + take
+        count = opt_state.count + take.astype(jnp.int32)
         n = jnp.maximum(count, 1).astype(hyper.start.dtype)
         # the share of the newest in the mean: 1/n of n, and (1 − decay) / (1 − decayⁿ) of the moving average
         share = 1 / n if hyper.decay is None else (1 - hyper.decay) / -jnp.expm1(n * jnp.log(hyper.decay))
@@ -371,7 +371,7 @@ def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
         first_bad = jnp.where(any_bad & ~opt_state.stopped, jnp.argmax(bad).astype(jnp.int32), opt_state.leaf)
         at = jnp.where(any_bad & ~opt_state.stopped, seen, opt_state.at)
         stopped = opt_state.stopped | (any_bad & stop)
-        return params, GuardedState(opt_state.skipped + skip, first_bad, at, stopped, inner)
+        return params, GuardedState(opt_state.skipped + skip.astype(jnp.int32), first_bad, at, stopped, inner)
 
     return Optimizer(init, update, lambda params: _before(optimizer, params, "skip_nonfinite"))
 
@@ -488,7 +488,7 @@ def dynamic_loss_scale(
         largest = jnp.asarray(2.0**100, scale.dtype)
         scale = jnp.where(finite, scale, jnp.maximum(scale * hyper.backoff, 1))
         scale = jnp.where(grow, jnp.minimum(scale * hyper.growth, largest), scale)
-        skipped = opt_state.skipped + ~finite
+        skipped = opt_state.skipped + (~finite).astype(jnp.int32)
         return params, LossScaleState(hyper, scale, jnp.where(grow, 0, good), skipped, inner)
 
     return Optimizer(init, update, lambda params: _before(optimizer, params, "dynamic_loss_scale"))

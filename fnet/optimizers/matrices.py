@@ -261,7 +261,7 @@ def muon(
     """
     check_numbers("muon", below=1, decay=decay)
     check_numbers("muon", positive=True, eps=eps)
-    check_variant("muon", scale, ("shape", "adam"))
+    check_variant("muon", scale, ("shape", "adam"), "scale")
     if iterations < 1:
         raise ValueError(f"muon: iterations = {iterations}; expected at least 1")
 
@@ -277,7 +277,7 @@ def muon(
     def rule(p, g, v, rate, decay, eps):
         v = decay * v + g
         rows, columns = p.shape[-2:]
-        factor = math.sqrt(max(1, columns / rows)) if scale == "shape" else 0.2 * math.sqrt(max(rows, columns))
+        factor = math.sqrt(max(1, columns / max(1, rows))) if scale == "shape" else 0.2 * math.sqrt(max(rows, columns))
         return p - rate * factor * orthogonalize(g + decay * v if nesterov else v, iterations, eps), v
 
     return elementwise(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fnet.rate_finder import RateCurve
+from fnet.types import Schedule
+
 
 def new_figure(columns: int = 1, height: float = 4.0, width: float = 5.0, rows: int = 1):
     """A figure that belongs to no window, and its axes: one, or an array of them."""
@@ -44,6 +47,33 @@ def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
         ax.set(xlabel="epoch", ylabel=name.removesuffix("/all").replace("_", " "), yscale=scale)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_schedules(schedules: Mapping[str, Schedule], steps: int, path: str | Path) -> None:
+    """The rates of schedules over the counts 0 .. ``steps``, a line each."""
+    counts = np.arange(steps + 1)
+    figure, ax = new_figure(width=7.0)
+    for title, schedule in schedules.items():
+        ax.plot(counts, np.asarray(schedule(counts)), label=title)
+    ax.set(xlabel="updates applied before", ylabel="learning rate", ylim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_rate_curve(curve: RateCurve, path: str | Path) -> None:
+    """The losses of `fnet.find_learning_rate` over the rates, smoothed and not, with the suggestion."""
+    figure, ax = new_figure(width=7.0)
+    ax.plot(curve.rates, curve.losses, color="C0", alpha=0.35, label="loss of a batch")
+    ax.plot(curve.rates, curve.smoothed, color="C0", label="smoothed")
+    if curve.suggestion is not None:
+        ax.axvline(curve.suggestion, color="C2", linestyle="--", label=f"suggestion {curve.suggestion:.2g}")
+    if curve.diverged_at is not None:
+        ax.axvline(curve.diverged_at, color="C3", linestyle=":", label=f"diverged at {curve.diverged_at:.2g}")
+    ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fnet.types import PyTree, named_leaves
+from fnet.types import PyTree, Schedule, named_leaves
 
 
 def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], order: Sequence[str]):
@@ -28,6 +28,18 @@ def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], ord
             a, b = np.asarray(first[path], np.float64), np.asarray(second[path], np.float64)
             cells.append(f"{np.abs(a - b).max() / (np.abs(a).max() or 1.0):.1e}")
         table.add_row(path, str(columns[0][0][path].shape), *cells)
+    return table
+
+
+def schedule_table(title: str, schedules: Mapping[str, Schedule], counts: Sequence[int]):
+    """A rich table of the rates of schedules: a row for each count of updates applied before, a column for each."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("count", *schedules):
+        table.add_column(name, justify="right")
+    for count in counts:
+        table.add_row(str(count), *(f"{float(schedule(count)):.6g}" for schedule in schedules.values()))
     return table
 
 

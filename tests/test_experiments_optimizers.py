@@ -1,0 +1,74 @@
+"""The experiments on optimizers: optimizer_paths and seeds_matter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments import optimizer_paths, seeds_matter
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    config = optimizer_paths.Config(
+        problems=("valley", "saddle"),
+        optimizers=("sgd", "adam"),
+        steps=50,
+        rates=5,
+        run_dir=tmp_path_factory.mktemp("r"),
+    )
+    return optimizer_paths.run(config)
+
+
+def test_gradient_descent_down_the_valley_is_the_closed_form(paths):
+    found = paths["results"]["valley"]["sgd"]
+    # p ← (1 − rate · (1, 100)) p
+    expected = np.array([10.0, 1.0]) * (1 - found["rate"] * np.array([1.0, 100.0])) ** np.arange(51)[:, None]
+    np.testing.assert_allclose(found["path"], expected, rtol=1e-10, atol=1e-12)
+    assert found["distance"] == pytest.approx(np.linalg.norm(expected[-1]))
+
+
+def test_known_minima_are_minima_and_lbfgs_finds_them(paths):
+    for title, problem in optimizer_paths.PROBLEMS.items():
+        for minimum in problem.minima:
+            value = float(problem.value(np.array(minimum)))
+            for offset in ((1e-2, 0), (-1e-2, 0), (0, 1e-2), (0, -1e-2)):
+                assert value < float(problem.value(np.add(minimum, offset))), (title, minimum)
+    assert all(r["L-BFGS"]["distance"] < 1e-6 for r in paths["results"].values())
+
+
+def test_distances_are_to_the_nearest_minimum_and_infinite_for_nan():
+    problem = optimizer_paths.PROBLEMS["saddle"]
+    found = optimizer_paths.distance(np.array([[0.0, 1.5], [0.3, -1.4], [np.nan, 0.0]]), problem)
+    np.testing.assert_allclose(found, [0.5, 0.5, np.inf])
+
+
+def test_paths_are_drawn_and_unknown_names_refused(paths):
+    assert (paths["folder"] / "paths.png").stat().st_size > 20000
+    with pytest.raises(ValueError, match="no optimizer 'adamm'; expected some of sgd"):
+        optimizer_paths.run(optimizer_paths.Config(optimizers=("adamm",)))
+
+
+def test_differences_are_students_seed_by_seed():
+    a = np.array([0.9, 0.92, 0.94, 0.9])
+    b = np.array([0.8, 0.83, 0.83, 0.8])
+    (row,) = seeds_matter.differences({"a": a, "b": b})
+    # differences 0.10, 0.09, 0.11, 0.10: mean 0.1, s = √(2e-4/3), t(0.975, 3) = 3.182446
+    assert row["mean"] == pytest.approx(0.1)
+    assert row["half"] == pytest.approx(3.182446 * math.sqrt(2e-4 / 3) / 2, rel=1e-6)
+    assert row["real"]
+    (same,) = seeds_matter.differences({"a": a, "b": a + np.array([1, -1, 1, -1]) * 0.01})
+    assert not same["real"]
+
+
+def test_every_seed_has_its_result_and_the_picture_is_drawn(tmp_path):
+    config = seeds_matter.Config(optimizers=("sgd", "adam"), seeds=3, tuning_seeds=1, epochs=1, run_dir=tmp_path)
+    found = seeds_matter.run(config)
+    assert {len(a) for a in found["accuracies"].values()} == {3}
+    assert all(0.1 < a.mean() <= 1 for a in found["accuracies"].values())
+    assert all(rate in config.rates for rate in found["rates"].values())
+    assert (found["folder"] / "spread.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="seeds = 1; expected at least 2"):
+        seeds_matter.run(seeds_matter.Config(seeds=1))
