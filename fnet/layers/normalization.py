@@ -68,7 +68,9 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
         return affine_params(key, x, scale, bias), state
 
     def forward(params, state, x, *, key=None, train=False):
-        x, mask = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        mask = None
+        if isinstance(x, tuple) and len(x) == 2:
+            x, mask = x
         if not isinstance(state, dict) or set(state) != {"mean", "var"}:
             raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
         require_features(x, state["mean"].shape[0])
