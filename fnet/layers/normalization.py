@@ -11,6 +11,7 @@ Legend: B batch, C features (channels), G groups; N examples and positions toget
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,8 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
         return affine_params(key, x, scale, bias), state
 
     def forward(params, state, x, *, key=None, train=False):
-        mask = None
-        if isinstance(x, tuple) and len(x) == 2:
-            x, mask = x
+        pair: Any = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        x, mask = pair
         if not isinstance(state, dict) or set(state) != {"mean", "var"}:
             raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
         require_features(x, state["mean"].shape[0])
