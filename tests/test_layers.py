@@ -374,7 +374,7 @@ def test_sizes_that_are_not_whole_numbers_are_refused(build):
 @pytest.mark.parametrize("layer", [layers.lstm(4), layers.attention(1)], ids=lambda layer: layer.name)
 def test_sequences_without_a_step_are_refused(layer, key):
     params, state = layer.init(key, jax.ShapeDtypeStruct((2, 3, 2), "float32"))
-    with pytest.raises(LayerError, match=r"expected .*(at least one step|length >= 1).*\(2, 0, 2\)"):
+    with pytest.raises(LayerError, match=r"expected .*at least one step.*\(2, 0, 2\)"):
         layer.forward(params, state, jnp.ones((2, 0, 2)))
 
 

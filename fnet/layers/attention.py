@@ -146,8 +146,10 @@ def inputs(x):
         )
     query, memory = parts[0], parts[-1]
     for name, part in (("query", query), ("memory", memory)):
-        if len(part.shape) != 3 or not part.shape[1]:
-            raise LayerError(f"expected a {name} of axes (batch, length >= 1, features), got shape {part.shape}")
+        if len(part.shape) != 3:
+            raise LayerError(f"expected a {name} of axes (batch, length, features), got shape {part.shape}")
+        if not part.shape[1]:
+            raise LayerError(f"expected a {name} of at least one step, got shape {part.shape}")
         if not jnp.issubdtype(part.dtype, jnp.floating):
             raise LayerError(f"expected a floating {name}, got {part.dtype}: convert it, say to float32")
     if (query.shape[0], query.dtype) != (memory.shape[0], memory.dtype):
