@@ -10,13 +10,14 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test test-slow lint bench clean
 .NOTPARALLEL:
 .SECONDARY:
 
 help:
 	@echo "make train   train the digit classifier"
-	@echo "make test    run all tests"
+	@echo "make test    run all tests but the slow ones"
+	@echo "make test-slow   run the slow ones"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make clean   remove the environments and caches"
@@ -26,6 +27,9 @@ train: .venv/.installed-experiments
 
 test: .venv/.installed-test
 	.venv/bin/python -m pytest -n 2 $(ARGS)
+
+test-slow: .venv/.installed-test
+	.venv/bin/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: .venv/.installed-lint .venv/.installed-test
 	.venv/bin/python -m ruff check .

@@ -28,7 +28,8 @@ from fnet.layers import (
     stacked,
     tied_embedding,
 )
-from fnet.types import Layer
+from fnet.layers.combinators import output_shape
+from fnet.types import Layer, LayerError, require_counts, stateless
 
 
 def mlp(*units: int, activation: Layer = relu(), output: Layer | None = None, weights=he_normal()) -> Layer:
@@ -106,6 +107,7 @@ def resnet(
     >>> sorted(shapes[0])
     ['head', 'pool', 'stage_0', 'stage_1', 'stage_2', 'stem']
     """
+    require_counts("resnet", width=width, **{f"blocks[{i}]": count for i, count in enumerate(blocks)})
     block = basic_block if block is None else block
     stem = serial(conv(width, (3, 3), bias=None), batch_norm(), relu()) if stem is None else stem
     stages = []
@@ -170,7 +172,12 @@ def vit(
     ``patch`` is the side of a patch, which divides H and W; ``positions`` the number of patches. The mean over the
     patches stands in the place of the class token. Source: Dosovitskiy et al., arXiv:2010.11929.
     """
-    cut = serial(("project", conv(features, (patch, patch), stride=patch, padding="VALID")), reshape(-1, features))
+    require_counts("vit", patch=patch, layers=layers)
+    cut = serial(
+        ("grid", whole_patches(patch)),
+        ("project", conv(features, (patch, patch), stride=patch, padding="VALID")),
+        reshape(-1, features),
+    )
     blocks = [
         (f"block_{i}", transformer_block(features, heads, causal=False, dropout_rate=dropout_rate))
         for i in range(layers)
@@ -183,6 +190,17 @@ def vit(
         ("pool", global_avg_pool()),
         ("head", dense(classes)),
     )._replace(name="vit")
+
+
+def whole_patches(patch: int) -> Layer:
+    """Images as they are, refused unless both sides are multiples of ``patch``."""
+
+    def forward(params, x):
+        if len(x.shape) != 4 or x.shape[1] % patch or x.shape[2] % patch:
+            raise LayerError(f"expected images (B, H, W, C) with sides that {patch} divides, got shape {x.shape}")
+        return x, ()
+
+    return stateless("whole_patches", lambda key, x: forward((), x)[1], forward, lambda params, residuals, dy: ((), dy))
 
 
 # --- language --------------------------------------------------------------------------------------------------------
@@ -265,4 +283,13 @@ def recurrent_lm(vocabulary: int, *layers: Layer, features: int) -> Layer:
     >>> logits.shape, carry[1].h.shape
     ((2, 8, 100), (2, 16))
     """
-    return tied_embedding(vocabulary, features, stacked(*layers))._replace(name="recurrent_lm")
+    body = stacked(*layers)
+
+    def init(key, x):
+        params, state = body.init(key, x)
+        y = output_shape(body, params, state, x if isinstance(x, tuple) else (x, None))[0]
+        if y.shape[-1] != features:
+            raise LayerError(f"expected a last layer of {features} units, as the table has features, got {y.shape[-1]}")
+        return params, state
+
+    return tied_embedding(vocabulary, features, body._replace(init=init))._replace(name="recurrent_lm")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from fnet.types import Layer, PyTree, apply, require
+from fnet.types import Layer, PyTree, apply, require, require_counts, wide
 
 
 def generate(
@@ -25,33 +27,50 @@ def generate(
 ) -> jax.Array:
     """``prompt (B, P)`` with ``count`` sampled ids after it, ``(B, P + count)``: a pure function of the key.
 
-    Each id is drawn from ``softmax(logits / temperature)`` among the ``top_k`` most likely (None: all; 1: always the
-    most likely, ties by chance). The n-th id of a sequence depends on the key and n alone, beside the ids before it.
+    Each id is drawn from ``softmax(logits / temperature)``, in float32 at least, among the ``top_k`` most likely (None:
+    all; 1: always the most likely, ties by chance). The n-th id depends on the key, on n, on the sequence's place
+    in the batch and on the ids before it, and on nothing else.
 
     With ``context`` the model maps ids ``(B, T)`` to logits ``(B, T, V)`` and is causal, as `fnet.models.gpt`; it is
     given the last ``context`` ids each time. Without, it maps ``(ids, carry)`` to ``(logits, carry)``, as
     `fnet.models.recurrent_lm`, and is given the prompt, then one id at a time.
 
-    Raises ValueError for a prompt that is not a batch of at least one integer each, a count or a context below 1, a
-    temperature that is not positive, and ``top_k`` out of 1 .. V.
+    Raises ValueError for a prompt that is not a batch of at least one integer each, one whose dtype cannot hold every
+    id, ids out of 0 .. V − 1 (if they are concrete), a count or a context below 1, a temperature that is not positive,
+    and ``top_k`` out of 1 .. V.
     """
+    prompt = jnp.asarray(prompt)
     if prompt.ndim != 2 or not prompt.shape[1] or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"generate: the prompt is {prompt.dtype} of shape {prompt.shape}; expected integer ids (B, P) with P >= 1"
         )
-    for name, number in {"count": count, "context": context}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"generate: {name} = {number}; expected at least 1")
+    require_counts("generate", count=count, context=context, top_k=top_k)
     require(temperature > 0, f"generate: temperature = {temperature}; expected above 0; for the likeliest id, top_k=1")
     length = prompt.shape[1]
+    one_id = prompt[:, :1]
+    shape = jax.eval_shape(lambda ids: apply(model, params, state, ids if context else (ids, None)), one_id)
+    vocabulary = (shape if context else shape[0]).shape[-1]
+    if top_k is not None and top_k > vocabulary:
+        raise ValueError(f"generate: top_k = {top_k}; expected 1 to {vocabulary}, the vocabulary")
+    if jnp.iinfo(prompt.dtype).max < vocabulary - 1:
+        raise ValueError(
+            f"generate: the prompt is {prompt.dtype}, which cannot hold ids up to {vocabulary - 1}: widen it"
+        )
+    if not isinstance(prompt, Tracer):
+        wrong = np.argwhere((np.asarray(prompt) < 0) | (np.asarray(prompt) >= vocabulary))
+        if len(wrong):
+            place = tuple(wrong[0].tolist())
+            raise ValueError(f"generate: the prompt has id {prompt[place]} at {place}; expected 0 to {vocabulary - 1}")
 
     def draw(logits, n):  # logits (B, V) -> ids (B,)
+        dtype = wide(logits.dtype)
+        logits = logits.astype(dtype)
         if top_k is not None:
-            if not 1 <= top_k <= logits.shape[-1]:
-                raise ValueError(f"generate: top_k = {top_k}; expected 1 to {logits.shape[-1]}, the vocabulary")
             least = jax.lax.top_k(logits, top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        scaled = logits / jnp.asarray(temperature, logits.dtype)
+        # below the largest, so that a low temperature leaves the likeliest at 0 and sends the others to −∞
+        below = logits - logits.max(-1, keepdims=True)
+        scaled = below / jnp.maximum(jnp.asarray(temperature, dtype), jnp.finfo(dtype).tiny)
         return jax.random.categorical(jax.random.fold_in(key, n), scaled).astype(prompt.dtype)
 
     def from_carry():

@@ -134,13 +134,20 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def stateless(name: str, init, forward, backward) -> Layer:
-    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``; no state."""
+def stateless(name: str, init, forward, backward, *, several: bool = False) -> Layer:
+    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``; no state.
+
+    ``x`` is one array, or with ``several`` whatever the functions take.
+    """
 
     def full_init(key, x):
+        if not several:
+            require_array(x)
         return init(key, x), ()
 
     def full_forward(params, state, x, *, key=None, train=False):
+        if not several:
+            require_array(x)
         y, residuals = forward(params, x)
         return y, state, residuals
 
@@ -187,6 +194,40 @@ def require(condition, message: str) -> None:
     """Raise ValueError with ``message`` unless ``condition`` holds; one on traced numbers is not checked."""
     if not isinstance(condition, Tracer) and not condition:
         raise ValueError(message)
+
+
+def require_counts(who: str, **counts) -> None:
+    """Raise ValueError unless each is None or a whole number of at least 1."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int | np.integer) or isinstance(count, bool)):
+            raise ValueError(f"{who}: {name} = {count!r}; expected a whole number of at least 1")
+        if count is not None and count < 1:
+            raise ValueError(f"{who}: {name} = {count}; expected at least 1")
+
+
+def require_array(x) -> None:
+    """Raise `LayerError` unless ``x`` is one array (or a shape)."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        parts = [f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else repr(a)[:40] for a in jax.tree.leaves(x)]
+        raise LayerError(
+            f"expected one array, got a {type(x).__name__} of {', '.join(parts) or 'nothing'}: take its parts apart "
+            "before this layer (a mask, a carry or a memory goes to the layer that reads it)"
+        )
+
+
+def require_params(params, **shapes: tuple) -> None:
+    """Raise `LayerError` unless ``params`` is a dict of these names and shapes, in which None stands for any size."""
+
+    def fits(name, shape):
+        sizes = getattr(params[name], "shape", None)
+        return sizes is not None and len(sizes) == len(shape) and all(map(lambda w, s: w in (None, s), shape, sizes))
+
+    named = isinstance(params, dict) and set(params) == set(shapes)
+    if not named or not all(fits(name, shape) for name, shape in shapes.items()):
+        wanted = ", ".join(f"{name} {shape}".replace("None", "any") for name, shape in shapes.items())
+        leaves = params.items() if isinstance(params, dict) else ()
+        given = ", ".join(f"{name} {getattr(leaf, 'shape', leaf)}" for name, leaf in leaves) or repr(params)[:80]
+        raise LayerError(f"expected params {wanted or 'of no leaf'}, got {given}: pass what init returned")
 
 
 def split_floating(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -546,3 +546,33 @@ def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
     with pytest.raises(LayerError, match="expected a boolean mask, True = may be attended to, got int32"):
         q = jnp.zeros((1, 2, 1, 3))
         dot_product_attention(q, q, q, jnp.ones((1, 2), jnp.int32))
+
+
+def test_a_query_that_is_hidden_and_sees_nothing_may_hold_nan(key):
+    # position 3 is hidden from all and its own row of the mask is empty
+    layer = attention(2)
+    x = jax.random.normal(key, (1, 4, 6)).at[0, 3].set(jnp.nan)
+    mask = jnp.ones((1, 4, 4), bool).at[:, :, 3].set(False).at[:, 3].set(False)
+    params, state = layer.init(key, (x, mask))
+    y, _, residuals = layer.forward(params, state, (x, mask))
+    dparams, (dx, _) = layer.backward(params, residuals, jnp.ones_like(y))
+    assert jnp.isfinite(y).all()
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((dparams, dx)))
+    assert (dx[0, 3] == 0).all()
+    clean = x.at[0, 3].set(7.0)
+    again, _, residuals = layer.forward(params, state, (clean, mask))
+    assert_leaves_close(dparams, layer.backward(params, residuals, jnp.ones_like(y))[0], 0)
+    assert_leaves_close(y, again, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotary": True}, "rotary = True; expected the base"),
+        ({"block_size": 2.5}, "block_size = 2.5; expected a whole number of at least 1"),
+        ({"kv_heads": 0}, "kv_heads = 0; expected at least 1"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(2, **options)

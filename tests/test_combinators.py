@@ -132,7 +132,7 @@ def compiled_gradient(model, by_hand, examples=512):
 @pytest.mark.parametrize("by_hand", [True, False], ids=["backprop", "autodiff"])
 def test_the_program_of_a_repeat_does_not_grow_with_its_depth(by_hand):
     sizes = [len(compiled_gradient(block_of(depth), by_hand).as_text().splitlines()) for depth in (2, 16, 64)]
-    assert max(sizes) <= 1.05 * min(sizes), sizes
+    assert max(sizes) < 1.25 * min(sizes), sizes  # 32 times the depth; XLA's choices move it by some lines
     unrolled = serial(*(residual(dense(64), gelu(), dense(16)) for _ in range(16)))
     assert len(compiled_gradient(unrolled, by_hand).as_text().splitlines()) > 3 * sizes[1]
 
@@ -228,3 +228,17 @@ def test_each_child_and_each_copy_has_a_key_of_its_own(key):
     assert len({int(leaf) for leaf in jax.tree.leaves(params)}) == 3
     copies, _ = repeat(show, 50).init(key, jnp.ones((1, 1)))
     assert len(set(copies.tolist())) == 50
+
+
+def test_a_repeated_layer_without_leaves_runs_as_often_as_said(key):
+    double = stateless("double", lambda key, x: (), lambda p, x: (2 * x, ()), lambda p, r, dy: ((), 2 * dy))
+    layer = repeat(double, 3)
+    y, _, residuals = layer.forward((), (), jnp.ones(2))
+    assert y.tolist() == [8, 8] and layer.backward((), residuals, y)[1].tolist() == [64, 64]
+    with pytest.raises(LayerError, match="expected a key in training"):
+        repeat(fnet.layers.dropout(0.5), 2).forward((), (), jnp.ones(2), train=True)
+
+
+def test_parallel_wants_a_layer():
+    with pytest.raises(ValueError, match="parallel: no layers; expected at least one"):
+        parallel()

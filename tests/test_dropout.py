@@ -178,3 +178,21 @@ def test_integer_inputs_and_axes_that_are_not_there_are_refused(key):
         train(dropout(0.5), jnp.zeros((2, 3), jnp.int32), key)
     with pytest.raises(LayerError, match=r"expected the shared axes \(1, 2\) among 2, got inputs of shape \(2, 3\)"):
         train(dropout(0.5, shared_axes=(1, 2)), jnp.zeros((2, 3)), key)
+
+
+def test_a_traced_rate_of_1_drops_everything_with_gradient_0_by_both_engines(key):
+    def run(rate, x):
+        y, _, residuals = dropout(rate).forward((), (), x, key=key, train=True)
+        return y, dropout(rate).backward((), residuals, jnp.ones_like(y))[1]
+
+    x = jnp.ones(8)
+    by_autodiff = jax.jit(jax.grad(lambda x, rate: run(rate, x)[0].sum()))(x, 1.0)
+    y, by_hand = jax.jit(run)(1.0, x)
+    assert (y == 0).all() and (by_hand == 0).all() and (by_autodiff == 0).all()
+
+
+def test_options_that_are_no_numbers_are_refused():
+    with pytest.raises(TypeError, match="dropout: rate = 'a'; expected a number"):
+        dropout("a")
+    with pytest.raises(TypeError, match="shared_axes = 1; expected a tuple"):
+        dropout(0.5, shared_axes=1)

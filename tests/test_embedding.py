@@ -404,3 +404,18 @@ def test_constructors_and_init_refuse_what_cannot_be():
             make()
     with pytest.raises(LayerError, match="learned_positions_0: expected at most 3 positions, got 4"):
         serial(learned_positions(3)).init(jax.random.key(0), jnp.zeros((2, 4, 5)))
+
+
+def test_traced_ids_of_64_bits_do_not_wrap(x64):
+    layer = embedding(5, 2)
+    params = {"table": jnp.ones((5, 2), jnp.float32)}
+    ids = jnp.asarray([2**32 + 1, 1, -(2**32) + 1])
+    y, residuals = jax.jit(lambda ids: layer.forward(params, (), ids)[::2])(ids)
+    assert np.isnan(y[0]).all() and (y[1] == 1).all() and np.isnan(y[2]).all()
+    dtable = jax.jit(lambda ids: layer.backward(params, ids, jnp.ones((3, 2), jnp.float32))[0]["table"])(residuals)
+    assert dtable.tolist() == [[0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]
+
+
+def test_a_table_of_another_vocabulary_is_refused():
+    with pytest.raises(LayerError, match=r"expected params table \(3, 2\), got table \(9, 2\)"):
+        embedding(3, 2).forward({"table": jnp.ones((9, 2))}, (), jnp.zeros((1,), int))

@@ -319,3 +319,74 @@ def test_compiled_operations_carry_the_layers_path():
     params, state = model.init(jax.random.key(0), jnp.zeros((1, 3)))
     text = jax.jit(lambda p, x: apply(model, p, state, x)).lower(params, jnp.ones((2, 3))).compile().as_text()
     assert "block/dense_0" in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "params"),
+    [
+        (dense(3), {"w": jnp.ones((5, 3))}),
+        (dense(3), {"w": jnp.ones((5, 9)), "b": jnp.ones(9)}),
+        (dense(3), {"w": jnp.ones((5, 3)), "b": jnp.ones(1)}),
+        (dense(3), {"b": jnp.ones(3)}),
+        (dense(3), ()),
+        (layers.layer_norm(), {"gamma": jnp.ones(5), "beta": jnp.ones(5)}),
+        (layers.layer_norm(), {}),
+        (layers.group_norm(5), {"scale": jnp.ones(5)}),
+        (layers.conv(3, (3,)), {"w": jnp.ones((2, 5, 3)), "b": jnp.ones(3)}),
+        (layers.gru(3), {"input": {"w": jnp.ones((5, 12))}, "recurrent": {"w": jnp.ones((3, 12))}, "b": jnp.ones(12)}),
+        (layers.lstm(3), {"input": {"w": jnp.ones((5, 12))}, "recurrent": {"w": jnp.ones((3, 12))}}),
+    ],
+    ids=range(11),
+)
+def test_parameters_of_another_tree_or_shape_are_refused_by_path(layer, params):
+    model = serial(("first", layer))
+    x = jnp.ones((2, 4, 5))
+    with pytest.raises(LayerError, match=r"^first: expected params .*, got .*: pass what init returned"):
+        model.forward({"first": params}, {"first": ()}, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [dense(2), relu(), layers.layer_norm(), layers.batch_norm(), layers.dropout(0.5), layers.residual(dense(5))],
+    ids=lambda layer: layer.name,
+)
+def test_a_tuple_where_one_array_belongs_is_named_by_path(layer, key):
+    model = serial(("first", layer))
+    x = jnp.ones((2, 4, 5))
+    params, state = model.init(key, x)
+    with pytest.raises(
+        LayerError, match=r"^first.*: expected one array, got a tuple of float32\[2, 4, 5\], bool\[2, 4\]"
+    ):
+        model.forward(params, state, (x, jnp.ones((2, 4), bool), None), key=key)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [dense, lambda n: layers.conv(n, (3,)), layers.attention, layers.lstm, layers.group_norm, layers.learned_positions],
+    ids=["dense", "conv", "attention", "lstm", "group_norm", "learned_positions"],
+)
+def test_sizes_that_are_not_whole_numbers_are_refused(build):
+    for wrong in (2.5, "3", True):
+        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+            build(wrong)
+
+
+@pytest.mark.parametrize("layer", [layers.lstm(4), layers.attention(1)], ids=lambda layer: layer.name)
+def test_sequences_without_a_step_are_refused(layer, key):
+    params, state = layer.init(key, jax.ShapeDtypeStruct((2, 3, 2), "float32"))
+    with pytest.raises(LayerError, match=r"expected .*at least one step.*\(2, 0, 2\)"):
+        layer.forward(params, state, jnp.ones((2, 0, 2)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [flatten(), layers.lstm(4), layers.gru(4), layers.rnn(4), layers.attention(1)],
+    ids=lambda layer: layer.name,
+)
+def test_empty_batches_pass(layer, key):
+    shape = (0, 3, 2)
+    params, state = layer.init(key, jax.ShapeDtypeStruct(shape, "float32"))
+    y, _, residuals = layer.forward(params, state, jnp.ones(shape))
+    dparams, dx = layer.backward(params, residuals, y)
+    assert dx.shape == shape and y.shape[0] == shape[0]
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(dparams))

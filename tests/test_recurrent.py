@@ -11,7 +11,7 @@ import pytest
 
 from fnet.gradcheck import check_layer
 from fnet.initializers import normal
-from fnet.layers import dense, relu, serial, softplus
+from fnet.layers import dense, relu, serial, softmax, softplus
 from fnet.layers.recurrent import (
     LSTMCarry,
     bidirectional,
@@ -546,3 +546,8 @@ def test_pytorch_agrees_in_both_directions_over_packed_sequences(name, x64):
     for direction, carry in enumerate(last):
         for ours, theirs in zip(parts_of(carry), tlast, strict=True):
             np.testing.assert_allclose(ours, theirs[direction].detach().numpy(), rtol=1e-11, atol=1e-12)
+
+
+def test_an_activation_that_mixes_entries_is_refused():
+    with pytest.raises(ValueError, match="rnn: activation softmax mixes entries"):
+        rnn(3, softmax())

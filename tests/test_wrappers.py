@@ -173,3 +173,16 @@ def test_errors_keep_their_path_through_the_wrappers(key):
         apply(model, params, state, jnp.ones((2, 5)))
     with pytest.raises(ValueError, match=r"mixed_precision: compute = .*int8.*; expected a floating dtype"):
         mixed_precision(relu(), Policy(compute=jnp.int8))
+
+
+def test_an_island_of_float32_in_a_bfloat16_model_hands_on_bfloat16(key):
+    inner = mixed_precision(tanh(), Policy(compute=jnp.float32))
+    model = mixed_precision(serial(dense(4), ("island", inner), dense(2)))
+    x = jnp.ones((3, 5))
+    params, state = model.init(key, x)
+    y, _, residuals = model.forward(params, state, x)
+    dparams, dx = model.backward(params, residuals, y)
+    assert y.dtype == dx.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(dparams)} == {jnp.dtype("float32")}
+    program = str(jax.make_jaxpr(lambda x: model.forward(params, state, x)[0])(x))
+    assert "f32[3,4] = tanh" in program

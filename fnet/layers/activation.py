@@ -99,7 +99,8 @@ def gelu(approximate: bool = False) -> Layer:
     """``y = x Φ(x)`` with the normal distribution function Φ; its tanh form if ``approximate``.
 
     Exact: ``Φ(x) = erfc(-x/√2)/2``. Approximate: ``½ (1 + tanh(√(2/π) (x + 0.044715 x³)))``. Source: Hendrycks and
-    Gimpel, arXiv:1606.08415. PyTorch's default is the exact form, JAX' and Keras 2's the other: name it.
+    Gimpel, arXiv:1606.08415. The default of PyTorch and Keras 2 is the exact form, that of JAX and of Keras 3's
+    ``keras.ops`` the other: name it.
     """
     cubic, scale = 0.044715, math.sqrt(2 / math.pi)
 

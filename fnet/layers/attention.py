@@ -19,7 +19,7 @@ from jax import lax
 from fnet.initializers import glorot_uniform, zeros
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
-from fnet.types import Layer, LayerError, inside, stateless, stream, wide
+from fnet.types import Layer, LayerError, inside, require_array, require_counts, stateless, stream, wide
 
 
 def attention(
@@ -45,7 +45,9 @@ def attention(
 
     A mask is boolean, True = may be attended to: ``(B, S)`` for the memory's padding, or ``(B, T, S)`` for each pair.
     With ``causal`` position t attends to positions ``s <= t`` alone, besides. What may not be attended to has gradients
-    of exactly 0, whatever it holds. A query that may attend to nothing is given 0, before the output's projection.
+    of exactly 0. What a mask hides from every query has no effect at all, whatever it holds; NaN or infinity at a
+    position that some query may attend to reaches the others too, as 0 · NaN. A query that may attend to nothing is
+    given 0, before the output's projection.
 
     - ``features``: O, that of the query by default. ``head_features``: D, ``O / heads`` by default.
     - ``kv_heads``: K, ``heads`` by default; fewer are shared by G heads in a row (grouped queries, 1 is multi-query).
@@ -58,7 +60,7 @@ def attention(
 
     Sources: Vaswani et al., arXiv:1706.03762; grouped queries, Ainslie et al., arXiv:2305.13245; blocks,
     `dot_product_attention`. PyTorch's masks for ``nn.MultiheadAttention`` say True = left out, and a query that may
-    attend to nothing gives NaN there. flax' parameters have an axis per head.
+    attend to nothing gives NaN in inference there. flax' parameters have an axis per head.
 
     >>> layer = attention(4, kv_heads=2, causal=True, bias=None)
     >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16, 32), "float32"))
@@ -69,9 +71,9 @@ def attention(
     """
     kv_heads = heads if kv_heads is None else kv_heads
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
-    for name, value in {**given, "block_size": block_size}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"attention: {name} = {value}; expected at least 1")
+    require_counts("attention", **given, block_size=block_size)
+    if isinstance(rotary, bool):
+        raise ValueError(f"attention: rotary = {rotary}; expected the base, such as 10000.0, or None")
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} heads cannot share kv_heads = {kv_heads}; it must divide heads")
     if features is not None and head_features is None and features % heads:
@@ -124,7 +126,7 @@ def attention(
         dparams["value"], by_value = project_backward(params["value"], memory, dv)
         return dparams, clean_backward(x, dquery, by_key + by_value)
 
-    return stateless("attention", init, forward, backward)
+    return stateless("attention", init, forward, backward, several=True)
 
 
 # --- the inputs and the projections of the layer ---------------------------------------------------------------------
@@ -133,6 +135,9 @@ def attention(
 def inputs(x):
     """``query, memory, mask`` of any form of the inputs, checked; in self-attention query and memory are one array."""
     parts = list(x) if isinstance(x, tuple) else [x]
+    for part in parts:
+        if part is not None:
+            require_array(part)
     mask = parts.pop() if has_mask(x) else None
     if len(parts) not in (1, 2):
         dtypes = ", ".join(str(part.dtype) for part in parts)
@@ -143,6 +148,8 @@ def inputs(x):
     for name, part in (("query", query), ("memory", memory)):
         if len(part.shape) != 3:
             raise LayerError(f"expected a {name} of axes (batch, length, features), got shape {part.shape}")
+        if not part.shape[1]:
+            raise LayerError(f"expected a {name} of at least one step, got shape {part.shape}")
         if not jnp.issubdtype(part.dtype, jnp.floating):
             raise LayerError(f"expected a floating {name}, got {part.dtype}: convert it, say to float32")
     if (query.shape[0], query.dtype) != (memory.shape[0], memory.dtype):
@@ -169,12 +176,19 @@ def seen(mask) -> jax.Array:
     return (mask if mask.ndim == 2 else mask.any(1))[:, :, None]
 
 
+def asking(x, mask):
+    """The queries ``(B, T, 1)`` that count: all (None), but for those that may attend to nothing or are padding."""
+    if mask.ndim == 3:
+        return mask.any(2)[:, :, None]
+    return seen(mask) if is_self(x) else None
+
+
 def clean(x):
     """`inputs` with 0 wherever no query may look, so that whatever stands there has no effect, not even NaN."""
     query, memory, mask = inputs(x)
     if mask is not None:
-        memory = jnp.where(seen(mask), memory, 0)
-        query = memory if is_self(x) and mask.ndim == 2 else query
+        memory, asks = jnp.where(seen(mask), memory, 0), asking(x, mask)
+        query = query if asks is None else jnp.where(asks, query, 0)
     return query, memory, mask
 
 
@@ -182,8 +196,8 @@ def clean_backward(x, dquery, dmemory):
     """The gradients in the form of the inputs."""
     mask = inputs(x)[2]
     if mask is not None:
-        dmemory = jnp.where(seen(mask), dmemory, 0)
-        dquery = jnp.where(seen(mask), dquery, 0) if is_self(x) and mask.ndim == 2 else dquery
+        dmemory, asks = jnp.where(seen(mask), dmemory, 0), asking(x, mask)
+        dquery = dquery if asks is None else jnp.where(asks, dquery, 0)
     dx = (dquery + dmemory,) if is_self(x) else (dquery, dmemory)
     return (*dx, *([None] if has_mask(x) else [])) if isinstance(x, tuple) else dx[0]
 
@@ -398,8 +412,9 @@ def blocks(x: jax.Array, size: int, groups: int = 1) -> jax.Array:
 def unblocked(x: jax.Array, length: int, heads: int) -> jax.Array:
     """``(n, B, K, G size, D)`` back to ``(B, T, K G, D)``."""
     n, batch, kv_heads, several, features = x.shape
-    x = x.reshape(n, batch, heads, several * kv_heads // heads, features).transpose(1, 0, 3, 2, 4)
-    return x.reshape(batch, -1, heads, features)[:, :length]
+    size = several * kv_heads // heads
+    x = x.reshape(n, batch, heads, size, features).transpose(1, 0, 3, 2, 4)
+    return x.reshape(batch, n * size, heads, features)[:, :length]
 
 
 def allowed(mask, causal: bool, i, j, c: int, b: int, groups: int):

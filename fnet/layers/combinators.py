@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.types import Layer, LayerError, forward_child, inside, stateless, stream, watched
+from fnet.types import Layer, LayerError, forward_child, inside, require_array, stateless, stream, watched
 
 
 def named_children(layers) -> list[tuple[str, Layer]]:
@@ -108,6 +108,7 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         return merge(params, skip_params), merge(state, skip_state)
 
     def forward(params, state, x, *, key=None, train=False):
+        require_array(x)
         (params, skip_params), (state, skip_state) = split(params), split(state)
         y, state, residuals = branch.forward(params, state, x, key=key, train=train)
         skip, skip_residuals = x, None
@@ -137,6 +138,8 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
 def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
     """Every layer on the same inputs: ``y = (f_0(x), f_1(x), ...)``. `concatenate` after it makes one array of them."""
     children = named_children(layers)
+    if not children:
+        raise ValueError("parallel: no layers; expected at least one")
 
     def init(key, x):
         params, state = {}, {}
@@ -185,7 +188,7 @@ def concatenate(axis: int = -1) -> Layer:
         ends = np.cumsum([carrier.shape[1:][axis] for carrier in carriers])
         return (), tuple(jnp.split(dy, ends[:-1], axis))
 
-    return stateless("concatenate", lambda key, x: (), forward, backward)
+    return stateless("concatenate", lambda key, x: (), forward, backward, several=True)
 
 
 def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
@@ -226,7 +229,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise LayerError(f"expected {count} copies of {where} along its first axis, got shape {leaf.shape}")
         if not watched():
-            y, (state, residuals) = jax.lax.scan(one, x, (params, state, keys(key)), unroll=unroll)
+            y, (state, residuals) = jax.lax.scan(one, x, (params, state, keys(key)), length=count, unroll=unroll)
             return y, state, residuals
         pieces = []
         for i, name in enumerate(names):  # one by one, so that each copy is seen where it stands
@@ -242,7 +245,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
             dparams, dx = layer.backward(params, residuals, dy)
             return dx, dparams
 
-        dx, dparams = jax.lax.scan(one, dy, (params, residuals), reverse=True, unroll=unroll)
+        dx, dparams = jax.lax.scan(one, dy, (params, residuals), length=count, reverse=True, unroll=unroll)
         return dparams, dx
 
     return Layer("repeat", init, forward, backward)

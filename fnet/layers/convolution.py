@@ -23,7 +23,7 @@ import numpy as np
 
 from fnet.initializers import he_normal, zeros
 from fnet.layers.dense import product
-from fnet.types import Layer, LayerError, stateless, stream, wide
+from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
 
 Padding = str | Sequence[tuple[int, int]]
 Form = Literal["patches", "xla"] | None
@@ -72,7 +72,9 @@ def conv(
     """
     windows = windows_of("conv", kernel_size, stride, dilation, padding)
     check_counts("conv", features, form)
-    if groups < 1 or features % groups:
+    shapes = shapes_of(windows, features, bias)
+    require_counts("conv", groups=groups)
+    if features % groups:
         raise ValueError(f"conv: groups = {groups} with features = {features}; expected a divisor of the features")
 
     def init(key, x):
@@ -83,6 +85,7 @@ def conv(
 
     def forward(params, x):
         over = over_inputs(windows, x)
+        require_params(params, **shapes)
         check_inputs(x, params["w"], channels=params["w"].shape[-2] * groups)
         return with_bias(convolution(x, params["w"], over, groups, chosen(form)), params), x
 
@@ -128,6 +131,7 @@ def conv_transpose(
     """
     windows = windows_of("conv_transpose", kernel_size, stride, dilation, padding)
     check_counts("conv_transpose", features, form)
+    shapes = shapes_of(windows, features, bias)
 
     def init(key, x):
         over_outputs(windows, x)
@@ -135,6 +139,7 @@ def conv_transpose(
 
     def forward(params, x):
         over = over_outputs(windows, x)
+        require_params(params, **shapes)
         check_inputs(x, params["w"], channels=params["w"].shape[-2])
         return with_bias(input_gradient(swapped(params["w"]), x, over, 1, chosen(form)), params), x
 
@@ -150,8 +155,7 @@ def conv_transpose(
 
 def check_counts(what: str, features: int, form: Form) -> None:
     """The static arguments that both layers share."""
-    if features < 1:
-        raise ValueError(f"{what}: features = {features}; expected at least 1")
+    require_counts(what, features=features)
     if form not in (None, "patches", "xla"):
         raise ValueError(f"{what}: form = {form!r}; expected 'patches', 'xla' or None for the platform's")
 
@@ -162,6 +166,12 @@ def parameters(key, x, shape, weights, bias) -> dict:
         raise LayerError(f"expected floating inputs, got {x.dtype}: convert them, say to float32")
     params = {"w": weights(stream(key, "w"), shape, x.dtype)}
     return params if bias is None else {**params, "b": bias(stream(key, "b"), shape[-1:], x.dtype)}
+
+
+def shapes_of(windows: Windows, features: int, bias) -> dict[str, tuple]:
+    """The shapes of `parameters`, None for the channels."""
+    shapes: dict[str, tuple] = {"w": (*windows.kernel, None, features)}
+    return shapes if bias is None else {**shapes, "b": (features,)}
 
 
 def check_inputs(x, w, channels: int) -> None:

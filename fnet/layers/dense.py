@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.initializers import he_normal, zeros
-from fnet.types import Layer, LayerError, stateless, stream, wide
+from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
 
 
 def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
@@ -28,8 +28,8 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
     >>> jax.tree.map(lambda leaf: leaf.shape, params)
     {'b': (3,), 'w': (4, 3)}
     """
-    if units < 1:
-        raise ValueError(f"dense: units = {units}; expected at least 1")
+    require_counts("dense", units=units)
+    shapes = {"w": (None, units)} if bias is None else {"w": (None, units), "b": (units,)}
 
     def init(key, x):
         if len(x.shape) < 2:
@@ -41,7 +41,11 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
             params["b"] = bias(stream(key, "b"), (units,), x.dtype)
         return params
 
-    return stateless("dense", init, affine, affine_backward)
+    def forward(params, x):
+        require_params(params, **shapes)
+        return affine(params, x)
+
+    return stateless("dense", init, forward, affine_backward)
 
 
 def affine(params, x):
@@ -85,15 +89,16 @@ def reshape(*shape: int) -> Layer:
     >>> reshape(28, 28, 1).forward((), (), jnp.ones((2, 784)))[0].shape
     (2, 28, 28, 1)
     """
-    if any(size < -1 for size in shape) or shape.count(-1) > 1:
-        raise ValueError(f"reshape: shape = {shape}; expected sizes of at least 0, one of them -1 at most")
+    if any(not isinstance(size, int) or size < -1 for size in shape) or shape.count(-1) > 1:
+        raise ValueError(f"reshape: shape = {shape}; expected whole sizes of at least 0, one of them -1 at most")
 
     def forward(params, x):
         entries, known = math.prod(x.shape[1:]), math.prod(size for size in shape if size >= 0)
         if entries != known and (-1 not in shape or known == 0 or entries % known):
             raise LayerError(f"cannot give an example of {entries} entries, {x.shape[1:]}, the shape {shape}")
         # the residual is an empty array that carries the shape, so that nothing is kept
-        return x.reshape(x.shape[0], *shape), jnp.zeros((0, *x.shape), x.dtype)
+        sizes = (entries // max(known, 1) if size == -1 else size for size in shape)  # told, since B may be 0
+        return x.reshape(x.shape[0], *sizes), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(params, shape_of_x, dy):  # y holds the entries of x in the same order, so dx holds those of dy
         return (), dy.reshape(shape_of_x.shape[1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Layer, LayerError, require, wide
+from fnet.types import Layer, LayerError, require, require_array, wide
 
 
 def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:
@@ -27,13 +27,20 @@ def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:
     >>> dropout(0.5).forward((), (), x, key=jax.random.key(0), train=True)[0].tolist()
     [[0.0, 0.0, 2.0, 2.0, 0.0, 2.0, 2.0, 0.0]]
     """
+    if not hasattr(rate, "dtype") and not isinstance(rate, int | float):
+        raise TypeError(f"dropout: rate = {rate!r}; expected a number, 0 <= rate < 1")
     require((rate >= 0) & (rate < 1), f"dropout: rate = {rate}; expected 0 <= rate < 1")
+    if not isinstance(shared_axes, tuple):
+        raise TypeError(f"dropout: shared_axes = {shared_axes!r}; expected a tuple of axes, such as (1, 2)")
 
     def scaled(x, mask):
         dtype = wide(x.dtype)
-        return jnp.where(mask, x.astype(dtype) / jnp.asarray(1 - rate, dtype), 0).astype(x.dtype)
+        share = jnp.asarray(1 - rate, dtype)
+        # nothing is divided by 0 at a traced rate of 1, which drops everything
+        return jnp.where(mask, x.astype(dtype) / jnp.where(share > 0, share, 1), 0).astype(x.dtype)
 
     def forward(params, state, x, *, key=None, train=False):
+        require_array(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise LayerError(f"expected floating inputs, got {x.dtype}: drop after the embedding, or convert them")
         if not all(-x.ndim <= axis < x.ndim for axis in shared_axes):

@@ -12,7 +12,18 @@ from jax.core import Tracer
 
 from fnet.initializers import normal
 from fnet.layers.dense import product, rows
-from fnet.types import Layer, LayerError, forward_child, inside, stateless, stream, wide
+from fnet.types import (
+    Layer,
+    LayerError,
+    forward_child,
+    inside,
+    require_array,
+    require_counts,
+    require_params,
+    stateless,
+    stream,
+    wide,
+)
 
 
 def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:
@@ -27,13 +38,14 @@ def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp
     >>> params["table"].shape, layer.forward(params, state, jnp.zeros((8, 16), int))[0].shape
     ((100, 4), (8, 16, 4))
     """
-    _require_sizes("embedding", vocabulary=vocabulary, features=features)
+    require_counts("embedding", vocabulary=vocabulary, features=features)
 
     def init(key, ids):
         require_ids(ids, vocabulary)
         return {"table": weights(stream(key, "table"), (vocabulary, features), dtype)}
 
     def forward(params, ids):
+        require_params(params, table=(vocabulary, features))
         return lookup(params["table"], ids), ids
 
     def backward(params, ids, dy):  # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i; ids have no gradient
@@ -60,7 +72,7 @@ def tied_embedding(
     >>> model.forward(params, state, jnp.zeros((8, 16), int))[0].shape
     (8, 16, 100)
     """
-    _require_sizes("tied_embedding", vocabulary=vocabulary, features=features)
+    require_counts("tied_embedding", vocabulary=vocabulary, features=features)
 
     def init(key, x):
         ids, rest = head_of(x)
@@ -75,6 +87,8 @@ def tied_embedding(
 
     def forward(params, state, x, *, key=None, train=False):
         ids, rest = head_of(x)
+        if not isinstance(params, dict) or getattr(params.get("table"), "shape", None) != (vocabulary, features):
+            raise LayerError(f"expected params with a table {(vocabulary, features)}: pass what init returned")
         table = params["table"]
         out, body_state, residuals = forward_child(
             "body", body, params["body"], state["body"], beside(lookup(table, ids), rest), key=key, train=train
@@ -124,6 +138,7 @@ def beside(first, rest):
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """``table[ids]``; an id out of range is refused if it is concrete, and else its row is NaN and has no gradient."""
     require_ids(ids, table.shape[0])
+    ids = within_int32(ids, table.shape[0])
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
@@ -133,12 +148,20 @@ def scatter(ids: jax.Array, dy: jax.Array, vocabulary: int) -> jax.Array:
     On CPU this is many times faster than sorting first or a product with one-hot rows.
     """
     dtype = wide(dy.dtype)
-    sums = jnp.zeros((vocabulary, dy.shape[-1]), dtype).at[ids.reshape(-1)]
+    sums = jnp.zeros((vocabulary, dy.shape[-1]), dtype).at[within_int32(ids, vocabulary).reshape(-1)]
     return sums.add(rows(dy).astype(dtype), mode="drop", wrap_negative_indices=False)
+
+
+def within_int32(ids: jax.Array, vocabulary: int) -> jax.Array:
+    """Ids of 64 bits as int32, those out of range as V, which jax would wrap into the range."""
+    if ids.dtype.itemsize < 8:
+        return ids
+    return jnp.where((ids >= 0) & (ids < vocabulary), ids, vocabulary).astype(jnp.int32)
 
 
 def require_ids(ids, vocabulary: int) -> None:
     """Raise `LayerError` unless ids are integers ``(B, ...)`` and, where they are concrete, below ``vocabulary``."""
+    require_array(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise LayerError(f"expected integer ids, got {ids.dtype}: convert them, say to int32")
     if len(ids.shape) < 1:
@@ -155,12 +178,6 @@ def require_ids(ids, vocabulary: int) -> None:
         )
 
 
-def _require_sizes(name: str, **sizes: int) -> None:
-    for what, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: {what} = {size}; expected at least 1")
-
-
 # --- positions -------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +192,7 @@ def learned_positions(length: int, *, weights=normal(0.02)) -> Layer:
     >>> layer.forward(params, state, jnp.zeros((8, 9, 4)))[0].shape
     (8, 9, 4)
     """
-    _require_sizes("learned_positions", length=length)
+    require_counts("learned_positions", length=length)
 
     def check(x, features):
         require_sequence(x)

@@ -11,13 +11,25 @@ Legend: B batch, C features (channels), G groups; N examples and positions toget
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnet.initializers import constant, zeros
 from fnet.layers.dense import rows
-from fnet.types import Layer, LayerError, cast_like, require, stateless, stream, wide
+from fnet.types import (
+    Layer,
+    LayerError,
+    cast_like,
+    require,
+    require_array,
+    require_counts,
+    require_params,
+    stateless,
+    stream,
+    wide,
+)
 
 
 def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant(1), bias=zeros()) -> Layer:
@@ -51,15 +63,18 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
 
     def init(key, x):
         x = x[0] if isinstance(x, tuple) else x
+        require_features(x)
         shape, dtype = x.shape[-1:], wide(x.dtype)
         state = {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
         return affine_params(key, x, scale, bias), state
 
     def forward(params, state, x, *, key=None, train=False):
-        x, mask = x if isinstance(x, tuple) else (x, None)
+        pair: Any = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        x, mask = pair
         if not isinstance(state, dict) or set(state) != {"mean", "var"}:
             raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
         require_features(x, state["mean"].shape[0])
+        require_params(params, **affine_shapes(x, scale, bias))
         dtype = wide(x.dtype)
         counted = None if mask is None else counted_rows(x, mask)
         v = only(rows(x).astype(dtype), counted)  # (N, C)
@@ -142,17 +157,18 @@ def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Lay
     >>> layer.forward(params, state, jnp.array([[1.0, 3.0, 10.0, 50.0]]))[0].round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
-    if groups < 1:
-        raise ValueError(f"group_norm: groups = {groups}; expected at least 1")
+    require_counts("group_norm", groups=groups)
+
+    def check(x):
+        if x.shape[-1] % groups:
+            raise LayerError(f"expected a multiple of {groups} features (groups = {groups}), got {x.shape[-1]}")
 
     def mean(v):  # over positions first: XLA on CPU is slow where both reductions are one
-        if v.shape[-1] % groups:
-            raise LayerError(f"expected a multiple of {groups} features (groups = {groups}), got {v.shape[-1]}")
         by_feature = v.mean(tuple(range(1, v.ndim - 1)), keepdims=True)  # (B, 1, ..., C)
         by_group = by_feature.reshape(v.shape[0], groups, v.shape[-1] // groups).mean(-1)
         return jnp.repeat(by_group, v.shape[-1] // groups, 1).reshape(by_feature.shape)
 
-    return _within("group_norm", mean, True, eps, scale, bias)
+    return _within("group_norm", mean, True, eps, scale, bias, check)
 
 
 def over_features(v):
@@ -160,12 +176,19 @@ def over_features(v):
     return v.mean(-1, keepdims=True)
 
 
-def _within(name, mean, centre: bool, eps, scale, bias) -> Layer:
+def _within(name, mean, centre: bool, eps, scale, bias, check=lambda x: None) -> Layer:
     """``y = γ x̂ + β`` with statistics that ``mean`` takes within each example; none is subtracted unless ``centre``."""
     require(eps >= 0, f"{name}: eps = {eps}; expected at least 0")
 
+    def init(key, x):
+        require_features(x)
+        check(x)
+        return affine_params(key, x, scale, bias)
+
     def forward(params, x):
-        require_features(x, next((leaf.shape[0] for leaf in params.values()), None))
+        require_features(x, next((leaf.shape[0] for leaf in jax.tree.leaves(params)), None))
+        require_params(params, **affine_shapes(x, scale, bias))
+        check(x)
         dtype = wide(x.dtype)
         v = x.astype(dtype)
         if centre:
@@ -186,7 +209,7 @@ def _within(name, mean, centre: bool, eps, scale, bias) -> Layer:
         dx = r * (d - normal * mean(d * normal) - (mean(d) if centre else 0))
         return parameters_gradient(params, dscale, dbias), dx.astype(dy.dtype)
 
-    return stateless(name, lambda key, x: affine_params(key, x, scale, bias), forward, backward)
+    return stateless(name, init, forward, backward)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -194,9 +217,13 @@ def _within(name, mean, centre: bool, eps, scale, bias) -> Layer:
 
 def affine_params(key, x, scale, bias) -> dict[str, jax.Array]:
     """``{"scale", "bias"}`` for inputs like ``x``, without those whose initializer is None."""
-    require_features(x)
     drawn = {"scale": scale, "bias": bias}
     return {name: f(stream(key, name), x.shape[-1:], x.dtype) for name, f in drawn.items() if f is not None}
+
+
+def affine_shapes(x, scale, bias) -> dict[str, tuple]:
+    """The shapes of these parameters."""
+    return {name: tuple(x.shape[-1:]) for name, f in (("scale", scale), ("bias", bias)) if f is not None}
 
 
 def affine(params, normal):
@@ -235,6 +262,7 @@ def counted_rows(x, mask):
 
 def require_features(x, features: int | None = None):
     """Raise `LayerError` unless ``x`` is floating ``(B, ..., C)``, with C ``features`` if that is given."""
+    require_array(x)
     if len(x.shape) < 2:
         raise LayerError(f"expected a batch axis and features, got shape {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):

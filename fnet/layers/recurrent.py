@@ -28,7 +28,7 @@ from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
 from fnet.layers.activation import tanh
 from fnet.layers.combinators import named_children, output_shape, require_children
 from fnet.layers.dense import product, rows
-from fnet.types import Layer, LayerError, PyTree, forward_child, inside, stateless, stream
+from fnet.types import Layer, LayerError, PyTree, forward_child, inside, require_counts, stateless, stream
 
 
 class LSTMCarry(NamedTuple):
@@ -58,12 +58,18 @@ class _Cell(NamedTuple):
     weights: Callable | None = None
     bias: Initializer | None = None  # of the recurrent product
     parts: int = 1  # of the carry
+    biased: bool = True  # whether params have a "b"
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def _rnn(activation: Layer) -> _Cell:
+    with jax.ensure_compile_time_eval():
+        one, other = (activation.forward((), (), jnp.asarray([[0.5, b]], jnp.float32))[0][0, 0] for b in (-1, 2))
+    if one != other:
+        raise ValueError(f"rnn: activation {activation.name} mixes entries; expected one that acts on each by itself")
+
     def step(recurrent, z, carry):
         h, _, residuals = activation.forward((), (), z + product(carry[0], recurrent["w"]), key=None, train=False)
         return (h,), None if residuals is h else residuals  # tanh, relu and sigmoid need only their output
@@ -174,12 +180,13 @@ def _gru_before() -> _Cell:
 
 
 def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, truncate: int | None, unroll: int):
-    _at_least_one(cell.name, units=units, truncate=1 if truncate is None else truncate, unroll=unroll)
+    require_counts(cell.name, units=units, truncate=truncate, unroll=unroll)
+    cell = cell._replace(biased=bias is not None)
 
     def forward(params, given):
         x, carry, mask = _inputs(cell, params, given, "(B, T, I)")  # x (B, T, I), carry of (B, H), mask (B, T)
         x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
-        z = product(x_rows, params["input"]["w"]).reshape(*x.shape[1::-1], -1)  # (T, B, G H)
+        z = product(x_rows, params["input"]["w"]).reshape(*x.shape[1::-1], cell.gates * units)  # (T, B, G H)
 
         def step(before, now):
             z, mask, cut = now
@@ -227,15 +234,16 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         steps = (jnp.arange(x.shape[1]), dy, others, masks, cuts)
         (dcarry, dz), _ = lax.scan(step, (dlast, slopes), steps, reverse=not reverse, unroll=unroll)
         dparams, dx = _weight_gradients(cell, params, x_rows, kept, before[0], dz)
-        dx = dx.reshape(*x.shape[1::-1], -1).swapaxes(0, 1)
+        dx = dx.reshape(*x.shape[1::-1], x.shape[2]).swapaxes(0, 1)
         return dparams, _like(given, dx, dcarry)
 
-    return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward)
+    return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
 
 def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
     name = f"{cell.name}_cell"
-    _at_least_one(name, units=units)
+    require_counts(name, units=units)
+    cell = cell._replace(biased=bias is not None)
 
     def forward(params, given):
         if not isinstance(given, tuple) or len(given) != 2:
@@ -255,7 +263,7 @@ def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
         dparams, dx = _weight_gradients(cell, params, x, kept, before[0], dz)
         return dparams, _like(given, dx, dcarry)
 
-    return stateless(name, _init(cell, units, weights, recurrent, bias), forward, backward)
+    return stateless(name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
 
 def _init(cell, units, weights, recurrent, bias):
@@ -305,10 +313,12 @@ def _inputs(cell: _Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
     if isinstance(given, tuple) and not 1 < len(given) < 4:
         raise LayerError(f"expected x, (x, carry) or (x, carry, mask), got {_described(given)}")
     x, carry, mask, *_ = (*given, None) if isinstance(given, tuple) else (given, None, None)
-    _require_keys(params)
+    _require_parameters(cell, params)
     w, units = params["input"]["w"], params["recurrent"]["w"].shape[0]
     if not hasattr(x, "shape") or x.ndim != shape.count(",") + 1 or x.shape[-1] != w.shape[0]:
         raise LayerError(f"expected x {shape} with I = {w.shape[0]} features, got {_described(x)}")
+    if x.ndim == 3 and not x.shape[1]:
+        raise LayerError(f"expected at least one step, got x of shape {x.shape}")
     if x.dtype != w.dtype:
         raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != jnp.bool_):
@@ -325,15 +335,25 @@ def _inputs(cell: _Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
     return x, _unpack(carry), mask
 
 
-def _require_keys(params) -> None:
-    """Raise `LayerError` unless ``params`` has the tree that ``init`` returns."""
+def _require_parameters(cell: _Cell, params) -> None:
+    """Raise `LayerError` unless ``params`` has the tree and the shapes that ``init`` returns."""
     try:
-        _ = params["input"]["w"], params["recurrent"]["w"]
+        shapes = params["input"]["w"].shape, params["recurrent"]["w"].shape
     except (KeyError, TypeError, IndexError):
         found = sorted(params) if isinstance(params, dict) else _described(params)
         raise LayerError(
             f"expected params with input/w and recurrent/w, got {found}: pass what init returned"
         ) from None
+    units, width = shapes[1][0], cell.gates * shapes[1][0]
+    fits = shapes[0][1:] == (width,) and shapes[1] == (units, width)
+    biases = {"b": (width,)} if cell.biased else {}
+    found = {name: leaf.shape for name, leaf in params.items() if name not in ("input", "recurrent")}
+    inner = {name: leaf.shape for name, leaf in params["recurrent"].items() if name != "w"}
+    if not fits or found != biases or inner != ({"b": (units,)} if cell.bias is not None else {}):
+        raise LayerError(
+            f"expected params of {cell.gates} gates, input/w (I, {cell.gates} H), recurrent/w (H, {cell.gates} H) "
+            f"and the biases that init draws, got {_described(params)}: pass what init returned"
+        )
 
 
 def _time_major(x, mask, truncate, reverse):
@@ -369,12 +389,6 @@ def _unpack(carry):
 
 def _described(tree):
     return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else a, tree)
-
-
-def _at_least_one(name, **counts):
-    for what, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: {what} = {count}; expected at least 1")
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Policy(NamedTuple):
     parameters: DTypeLike = jnp.float32  # as they are kept and updated
     compute: DTypeLike = jnp.bfloat16  # parameters, inputs and intermediates within the layer
     state: DTypeLike = jnp.float32  # running statistics
-    outputs: DTypeLike = jnp.float32  # what leaves the layer, say to the loss
+    outputs: DTypeLike | None = None  # what leaves the layer; None: as the inputs, or as the parameters for ids
 
     @property
     def accumulation(self):
@@ -86,10 +86,11 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
     to. Small gradients underflow in float16 without a scaled loss; bfloat16 has float32's range.
     Source: Micikevicius et al., arXiv:1710.03740.
 
-    Raises ValueError for a dtype that is not floating.
+    A layer within may have another policy: ``mixed_precision(softmax(), Policy(compute=jnp.float32))`` is a float32
+    island in a bfloat16 model. Raises ValueError for a dtype that is not floating.
     """
     for name, dtype in policy._asdict().items():
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not is_floating_dtype(dtype) and not (name == "outputs" and dtype is None):
             raise ValueError(f"mixed_precision: {name} = {dtype}; expected a floating dtype, such as bfloat16")
 
     def init(key, x):
@@ -102,7 +103,8 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         )
         # empty arrays carry the dtypes that the backward returns to
         dtypes = jax.tree.map(lambda leaf: jnp.zeros(0, leaf.dtype), (split_floating(x)[0], split_floating(y)[0]))
-        return cast(y, policy.outputs), cast(new_state, policy.state), (residuals, dtypes)
+        outer = [leaf.dtype for leaf in jax.tree.leaves(split_floating(x)[0])] or [policy.parameters]
+        return cast(y, policy.outputs or outer[0]), cast(new_state, policy.state), (residuals, dtypes)
 
     def backward(params, residuals, dy):  # a cast is linear: its gradient is the cast back
         residuals, (x_dtypes, y_dtypes) = residuals
@@ -110,6 +112,14 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         return cast_like(dparams, params), cast_like(dx, x_dtypes)
 
     return Layer(layer.name, init, forward, backward)
+
+
+def is_floating_dtype(dtype) -> bool:
+    """Whether this names a floating dtype."""
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def cast(tree: PyTree, dtype) -> Any:

@@ -15,8 +15,8 @@ from fnet.interpret import STRUCTURE, is_float, walk
 from fnet.types import Call, Layer, PyTree, split_floating, watch
 
 MOVES = frozenset(  # primitives that move, name or generate numbers and operate on none
-    """broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice concatenate pad rev gather
-    iota copy convert_element_type bitcast_convert_type stop_gradient name split optimization_barrier scatter
+    """broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice concatenate stack pad rev
+    gather iota copy convert_element_type bitcast_convert_type stop_gradient name split optimization_barrier scatter
     random_bits random_fold_in random_wrap random_unwrap random_split threefry2x32""".split()  # noqa: SIM905
 )
 
