@@ -169,6 +169,13 @@ def test_a_loss_that_is_not_finite_far_away_is_minimized_where_it_is(far, x64):
     np.testing.assert_allclose(result.params, best, atol=1e-5)
 
 
+def test_the_line_search_goes_on_where_the_slope_still_steepens(x64):
+    # concave beyond 10: a first short step there would give sᵀy < 0
+    result = jax.jit(lambda x: minimize_lbfgs(lambda x: -jnp.exp(-(x**2) / 200), x, tolerance=1e-9))(jnp.asarray(30.0))
+    assert result.converged and result.iterations < 15
+    np.testing.assert_allclose(result.params, 0, atol=1e-6)
+
+
 def test_a_start_that_is_not_finite_is_reported_as_stuck():
     result = minimize_lbfgs(lambda x: jnp.log(x), jnp.asarray(-1.0))
     assert result.stuck and not result.converged and result.iterations == 0

@@ -968,8 +968,8 @@ def test_a_compiled_loop_equals_scan_bit_for_bit_in_float32(name):
     scanned_state, history = jax.jit(functools.partial(trajectory, optimizer))(opt_state, params, grads)
     for t in range(20):
         params, opt_state = update(grads[t], opt_state, params)
-        if TABLE[name].build is nadam:  # of its two products XLA may round either one first
-            np.testing.assert_allclose(params, history[t], rtol=t * 2.0**-22)
+        if TABLE[name].build is nadam:  # the power in its momentum may be off by its last bit
+            np.testing.assert_allclose(params, history[t], rtol=(t + 1) * 2.0**-22)
         else:
             np.testing.assert_array_equal(params, history[t])
     for new, old in zip(jax.tree.leaves(opt_state), jax.tree.leaves(scanned_state), strict=True):

@@ -413,6 +413,19 @@ def test_members_that_do_not_fit_are_refused(hyper, keys, error, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "train_population: chunk = 0; expected a whole number of members, at least 1"),
+        ({"chunk": 2.5}, "train_population: chunk = 2.5"),
+        ({"devices": []}, "train_population: devices = []; expected one at least"),
+    ],
+)
+def test_ways_to_run_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_population(toy, {}, jax.random.split(jax.random.key(0), 3), **options)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: grid(a=[]), "grid: a has shape (0,); expected a list of one number at least"),

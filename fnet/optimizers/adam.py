@@ -302,14 +302,14 @@ def nadam(
         t = t.astype(rate.dtype)  # whose t + 1 does not wrap
         now, following = momentum(hyper, t), momentum(hyper, t + 1)
         root = jnp.sqrt(correction(hyper.b2, t))  # on the scalars, as in adam
-        by_m = rate * root * following / (1 - product * following)
-        by_g = rate * root * (1 - now) / (1 - product)
-        return by_m, by_g, hyper.b1, 1 - hyper.b1, hyper.b2, 1 - hyper.b2, hyper.eps * root
+        by_g = (1 - now) / (1 - product)
+        share = following / (1 - product * following) / by_g  # of m beside g: one product an entry, rounded in one way
+        return rate * root * by_g, share, hyper.b1, 1 - hyper.b1, hyper.b2, 1 - hyper.b2, hyper.eps * root
 
-    def rule(p, g, m, v, by_m, by_g, b1, rest1, b2, rest2, eps):
+    def rule(p, g, m, v, by_g, share, b1, rest1, b2, rest2, eps):
         m = b1 * m + rest1 * g
         v = b2 * v + rest2 * g * g
-        return p - (by_m * m + by_g * g) / (jnp.sqrt(v) + eps), m, v
+        return p - by_g * (g + share * m) / (jnp.sqrt(v) + eps), m, v
 
     return elementwise(
         "nadam",

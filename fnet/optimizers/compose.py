@@ -103,6 +103,8 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
     path, so a clipping by global norm within one is over its group. ``init`` raises ValueError for a pattern that
     matches nothing, one whose leaves all belong to patterns before it, and leaves of no group when there is no default.
     """
+    if default is not None and "default" in by_pattern:
+        raise ValueError("groups: a pattern is called 'default' and there is a default; call the pattern '*default'")
     members = {**by_pattern, **({} if default is None else {"default": default})}
     for pattern, member in members.items():
         if not isinstance(member, Optimizer):
