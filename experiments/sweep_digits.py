@@ -2,11 +2,12 @@
 
     python -m experiments.sweep_digits
     python -m experiments.sweep_digits --rates 0.001 0.01 0.1 --epochs 50
-    python -m experiments.sweep_digits --memory 1e6
+    python -m experiments.sweep_digits --memory 8e6
+    JAX_NUM_CPU_DEVICES=2 python -m experiments.sweep_digits
 
 64-32-10 by Adam on mini-batches. The rate and b1, the decay of Adam's first moment, are numbers that the program is
 given, so one `jax.vmap` trains every setting from every seed. The validation cost chooses: settings are ranked by its
-mean over the seeds, and whoever cannot be told from the best seed by seed is marked. Only then, and only for the chosen
+mean over the seeds, and what cannot be told from the best, seed by seed, is marked. Only then, and only for the chosen
 setting, the test digits are looked at.
 """
 

@@ -133,7 +133,8 @@ def train_population(
         memory: bytes that the program may take on each device. By default 80 % of what the device says is free or,
             where it says nothing, of the machine's memory. If the compiler counts more for the program of all members,
             a smaller one is compiled, which takes chunks of them one after another.
-        devices: those that members are spread over; by default all of this process.
+        devices: those that members are spread over; by default all of this process. A CPU is one device, whose program
+            of many small members keeps one core busy; with ``JAX_NUM_CPU_DEVICES=2`` in the environment it is two.
 
     Chunks are of one size, so that one program runs them all: the last is filled up with the last member again, and so
     is a chunk that the devices do not divide; what they compute is dropped.

@@ -30,13 +30,15 @@ def test_losses_are_those_of_numpys_updates_at_rising_rates():
         expected.append(0.5 * p * p)
         p -= rate * p
     np.testing.assert_allclose(found.losses, expected, rtol=1e-4)
-    assert found.diverged_at is None and 1e-3 < found.suggestion < 1.0
+    assert found.diverged_at is None and found.suggestion is not None
+    assert 1e-3 < found.suggestion < 1.0
 
 
 def test_a_run_that_diverges_is_cut_there_and_the_suggestion_lies_below():
     gradient, optimizer, ts, data = quadratic()
     found = fnet.find_learning_rate(gradient, optimizer, ts, data, batch_size=6, low=1e-2, high=1e3, steps=60)
     # p ← (1 − rate) p grows for rates above 2
+    assert found.diverged_at is not None and found.suggestion is not None
     assert found.diverged_at > 2 > found.suggestion
     assert np.isfinite(found.smoothed).all() and found.rates[-1] < found.diverged_at
 
