@@ -9,10 +9,10 @@ from fnet.layers import dense, flatten, serial
 from fnet.losses import softmax_cross_entropy
 from fnet.models import mlp
 from fnet.sampling import generate
-from fnet.rate_finder import RateCurve, find_learning_rate
-from fnet.population import train_population
 from fnet.optimizers import adam, adamw, chain, describe, groups, momentum, rmsprop, set_hyper, sgd
 from fnet.training import Event, History, fit, init_train_state, make_evaluate, make_step, train
+from fnet.rate_finder import RateCurve, find_learning_rate
+from fnet.population import train_population
 from fnet.types import (
     Batch,
     Layer,

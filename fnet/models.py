@@ -174,7 +174,7 @@ def vit(
     """
     require_counts("vit", patch=patch, layers=layers)
     cut = serial(
-        ("grid", whole_patches(patch)),
+        ("grid", _whole_patches(patch)),
         ("project", conv(features, (patch, patch), stride=patch, padding="VALID")),
         reshape(-1, features),
     )
@@ -192,7 +192,7 @@ def vit(
     )._replace(name="vit")
 
 
-def whole_patches(patch: int) -> Layer:
+def _whole_patches(patch: int) -> Layer:
     """Images as they are, refused unless both sides are multiples of ``patch``."""
 
     def forward(params, x):
