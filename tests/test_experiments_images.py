@@ -147,6 +147,7 @@ def test_the_residual_network_has_eight_layers():
     assert sum(int(np.prod(shape)) for shape in shapes) == 25 * w + convs + norms + 10 * (4 * w + 1)
 
 
+@pytest.mark.slow
 def test_the_residual_network_is_tested_by_its_running_statistics(tmp_path_factory):
     settings = {**SHORT, "epochs": 1, "blocks": (1,), "width": 2, "learning_rate": 0.0}
     results, text, config = run_quietly(digits_resnet, tmp_path_factory, **settings)

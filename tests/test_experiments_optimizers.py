@@ -63,6 +63,7 @@ def test_differences_are_students_seed_by_seed():
     assert not same["real"]
 
 
+@pytest.mark.slow
 def test_every_seed_has_its_result_and_the_picture_is_drawn(tmp_path):
     config = seeds_matter.Config(optimizers=("sgd", "adam"), seeds=3, tuning_seeds=1, epochs=1, run_dir=tmp_path)
     found = seeds_matter.run(config)
