@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -31,7 +30,7 @@ import fnet
 from experiments.common import new_run_folder
 from fnet import optimizers
 from fnet.metrics import accuracy
-from fnet.population import crossed, grid, train_population
+from fnet.population import crossed, grid, student, train_population
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
 from fnet.types import stream
@@ -86,16 +85,13 @@ def run_of(config: Config, name: str):
 
 def differences(accuracies: dict[str, np.ndarray]) -> list[dict]:
     """Every pair's mean difference, seed by seed, with its interval and whether it is real."""
-    from scipy.stats import t
-
     pairs = list(itertools.combinations(accuracies, 2))
     rows = []
     for a, b in pairs:
         d = accuracies[a] - accuracies[b]
-        error = d.std(ddof=1) / math.sqrt(len(d))
-        half = float(t.ppf(0.975, len(d) - 1)) * error
-        strict = float(t.ppf(1 - 0.025 / len(pairs), len(d) - 1)) * error
-        rows.append({"pair": (a, b), "mean": float(d.mean()), "half": half, "real": bool(abs(d.mean()) > strict)})
+        mean, _, half = student(d)
+        _, _, strict = student(d, 1 - 0.05 / len(pairs))
+        rows.append({"pair": (a, b), "mean": float(mean), "half": float(half), "real": bool(abs(mean) > strict)})
     return rows
 
 
@@ -155,14 +151,12 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 def draw(accuracies: dict[str, np.ndarray], rates: dict[str, float], path: Path) -> None:
     """Every seed as a point, the mean with its interval as a bar."""
-    from scipy.stats import t
-
     figure, ax = new_figure(width=8.0, height=0.5 * len(accuracies) + 1.4)
     rng = np.random.default_rng(0)
     for i, a in enumerate(accuracies.values()):
         ax.plot(a, i + rng.uniform(-0.3, 0.3, len(a)), ".", color=f"C{i % 10}", markersize=3, alpha=0.5)
-        half = t.ppf(0.975, len(a) - 1) * a.std(ddof=1) / math.sqrt(len(a))
-        ax.errorbar(a.mean(), i, xerr=half, color="black", marker="|", markersize=12, capsize=4)
+        mean, _, half = student(a)
+        ax.errorbar(mean, i, xerr=half, color="black", marker="|", markersize=12, capsize=4)
     labels = [f"{name} ({rates[name]:.2g})" for name in accuracies]
     ax.set_yticks(range(len(accuracies)), labels)
     ax.invert_yaxis()

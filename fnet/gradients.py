@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, split_floating, weighted_mean, wide
+from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, require_counts, split_floating, weighted_mean, wide
 
 Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
 
@@ -106,8 +106,7 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
     parts, and its running statistics are updated by each. Raises ValueError for parts out of 1 .. B, and for an engine
     that also returns the gradient by the inputs.
     """
-    if parts < 1:
-        raise ValueError(f"accumulate: parts = {parts}; expected at least 1")
+    require_counts("accumulate", parts=parts)
 
     def accumulated(params, state, batch, key, *, scale=None):
         n = jax.tree.leaves(batch)[0].shape[0]

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from fnet.losses import check_binary, check_classes
-from fnet.types import PyTree, weighted_mean, wide
+from fnet.optimizers.common import global_norm
+from fnet.types import PyTree, weighted_mean
 
 __all__ = ["accuracy", "binary_accuracy", "confusion", "gradient_norms", "merge", "top_k", "weighted_mean"]
 
@@ -90,16 +91,14 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
     Raises ValueError for a child called ``all``.
     """
     children = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is not grads)
-    norms = {jax.tree_util.keystr(path, simple=True): _norm(c) for path, c in children if path and _floating_leaves(c)}
+    norms = {
+        jax.tree_util.keystr(path, simple=True): global_norm(_floating_leaves(c))
+        for path, c in children
+        if path and _floating_leaves(c)
+    }
     if "all" in norms:
         raise ValueError("gradient_norms: a child is called 'all', the name of the whole tree's norm: rename the child")
-    return {**norms, "all": _norm(grads)}
-
-
-def _norm(tree):
-    leaves = _floating_leaves(tree)
-    dtype = wide(*(leaf.dtype for leaf in leaves))  # a float16 square overflows at 256
-    return jnp.sqrt(sum((jnp.square(leaf.astype(dtype)).sum() for leaf in leaves), jnp.zeros((), dtype)))
+    return {**norms, "all": global_norm(_floating_leaves(grads))}
 
 
 def _floating_leaves(tree):

@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from fnet.types import PyTree, stream
+from fnet.types import PyTree, require_counts, stream
 
 Run = Callable[..., PyTree]
 Numbers = ArrayLike | Sequence[float]
@@ -76,8 +76,7 @@ def draw(key: jax.Array, count: int, **ranges: Callable[[np.ndarray], np.ndarray
     >>> [f"{rate:.2g} {b1:.3f}" for rate, b1 in zip(*settings.values())]
     ['0.29 0.978', '0.17 0.904', '0.048 0.941']
     """
-    if count < 1:
-        raise ValueError(f"draw: count = {count}; expected at least 1")
+    require_counts("draw", count=count)
     u = {name: np.asarray(jax.random.uniform(stream(key, name), (count,)), np.float64) for name in ranges}
     return {name: values(u[name]) for name, values in ranges.items()}
 
@@ -398,7 +397,7 @@ def band(
     values = per_member("band", population, values)
     numbers, group = settings_of(population, by)
     counts = np.bincount(group)
-    parts = [_t(values[group == g], level) for g in range(len(counts))]
+    parts = [student(values[group == g], level) for g in range(len(counts))]
     mean, std, half = (np.stack(part) for part in zip(*parts, strict=True))
     return Band(numbers, counts, mean, std, mean - half, mean + half)
 
@@ -446,7 +445,7 @@ def ranking(population: Population, values: ArrayLike, *, greatest: bool = False
     with np.errstate(invalid="ignore"):
         differences = table - table[order[0]]
     rows = [d[np.isfinite(d)] for d in differences]
-    compared = [_t(d, level) if len(d) and ok else (np.nan,) * 3 for d, ok in zip(rows, finite, strict=True)]
+    compared = [student(d, level) if len(d) and ok else (np.nan,) * 3 for d, ok in zip(rows, finite, strict=True)]
     mean, _, half = np.array(compared).T
     tied = finite & ~((mean - half > 0) | (mean + half < 0))  # half is NaN for one seed
     fields = (*b[1:], np.array([len(d) for d in rows]), mean, mean - half, mean + half, tied)
@@ -467,7 +466,7 @@ def settings_of(
     return {name: hyper[name][first] for name in names}, group.ravel()
 
 
-def _t(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def student(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and half the width of Student's interval of the mean, over the first axis ``n``."""
     from scipy.special import stdtrit  # jax needs scipy; it costs 0.2 s to import
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fnet.optimizers.common import Mask, count_on, decaying
+from fnet.optimizers.common import Mask, as_arrays, count_on, decaying, global_norm
 from fnet.schedules import check_numbers
 from fnet.types import PyTree, Transform, wide
 
@@ -89,7 +89,7 @@ def clip_by_leaf_norm(limit: ArrayLike) -> Transform:
 
 
 def _clip_leaves(grads, params, hyper):
-    return jax.tree.map(lambda g: _scaled(g, _within(hyper.limit, _norm(g))), grads)
+    return jax.tree.map(lambda g: _scaled(g, _within(hyper.limit, global_norm(g))), grads)
 
 
 def clip_by_global_norm(limit: ArrayLike) -> Transform:
@@ -107,10 +107,7 @@ def clip_by_global_norm(limit: ArrayLike) -> Transform:
 
 
 def _clip_globally(grads, params, hyper):
-    leaves = jax.tree.leaves(grads)
-    dtype = wide(*(g.dtype for g in leaves))
-    norm = jnp.sqrt(sum((_squares(g).astype(dtype) for g in leaves), jnp.zeros((), dtype)))
-    factor = _within(hyper.limit, norm)
+    factor = _within(hyper.limit, global_norm(grads))
     return jax.tree.map(lambda g: _scaled(g, factor), grads)
 
 
@@ -177,7 +174,7 @@ def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.
     check_numbers("gradient_noise", scale=scale, power=power)
 
     def init(params):
-        return NoiseState(_arrays(NoiseHyper(scale, power)), jnp.copy(key), jnp.zeros((), jnp.int32))
+        return NoiseState(as_arrays(NoiseHyper(scale, power)), jnp.copy(key), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params):
         hyper, leaves = state.hyper, jax.tree.leaves(grads)
@@ -198,25 +195,12 @@ def _stateless(name: str, hyper, function: Callable, check: Callable[[PyTree], A
 
     def init(params):
         check(params)
-        return TransformState(_arrays(hyper))
+        return TransformState(as_arrays(hyper))
 
     def update(grads, state, params):
         return function(grads, params, state.hyper), state
 
     return Transform(name, init, update)
-
-
-def _arrays(hyper):
-    return jax.tree.map(lambda number: jnp.array(number, float), hyper)
-
-
-def _squares(g: jax.Array) -> jax.Array:
-    g = g.astype(wide(g.dtype))
-    return jnp.sum(g * g)
-
-
-def _norm(g: jax.Array) -> jax.Array:
-    return jnp.sqrt(_squares(g))
 
 
 def _unit_norm(a: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Tests compile many small programs, often the same ones, so both workers share ja
 
 import os
 import pathlib
+from contextlib import contextmanager
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +32,22 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@contextmanager
+def compiled_programs():
+    """The names of the programs that XLA compiles meanwhile."""
+    names = []
+
+    def listen(event: str, duration_secs: float, **fields):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fields["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 DIFFERENTIATION = {

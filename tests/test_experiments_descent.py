@@ -15,6 +15,7 @@ from rich.console import Console
 import fnet
 from experiments import descent_modes, learning_rates, optimizer_comparison
 from fnet.types import stream
+from tests.conftest import compiled_programs
 
 
 def run_quietly(experiment, tmp_path_factory, **settings):
@@ -216,16 +217,10 @@ def test_the_comparison_says_when_to_use_which_and_draws(comparison):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """The sweep's results, and the names of the programs that XLA compiled meanwhile."""
-    compiled = []
-
-    def listen(event: str, duration_secs: float, **fields):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(fields["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
     settings = {"rates": (0.0, 0.01, 0.5, 1e30), "epochs": 20, "hidden": (16,)}
-    run = run_quietly(learning_rates, tmp_path_factory, **settings)
-    return *run, list(compiled)
+    with compiled_programs() as compiled:
+        run = run_quietly(learning_rates, tmp_path_factory, **settings)
+    return *run, compiled
 
 
 def test_a_sweep_is_one_program(sweep):

@@ -12,23 +12,17 @@ from rich.console import Console
 
 import fnet
 from experiments import sweep_digits
+from tests.conftest import compiled_programs
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """The results, what was printed, the settings, and how often the program was compiled."""
-    compiled = []
-
-    def listen(event: str, duration_secs: float, **fields):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(fields["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
     numbers = {"rates": (0.0, 0.01), "b1": (0.5, 0.9), "seeds": 2, "epochs": 3, "hidden": (8,)}
     config = sweep_digits.Config(run_dir=tmp_path_factory.mktemp("runs"), name="test", **numbers)
     text = io.StringIO()
-    results = sweep_digits.run(config, Console(file=text, width=120))
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compiled_programs() as compiled:
+        results = sweep_digits.run(config, Console(file=text, width=120))
     return results, text.getvalue(), config, sum("member" in name for name in compiled)
 
 

@@ -40,6 +40,7 @@ from fnet.population import (
 )
 from fnet.report import population as report
 from fnet.types import Mean, stream
+from tests.conftest import compiled_programs
 
 N, BATCH = 50, 8  # 6 full batches and one of 2 each epoch
 EPOCHS = 72  # 504 steps
@@ -114,22 +115,6 @@ def drawn_members(count=4):
 
 def member(hyper, keys, i):
     return {name: jnp.asarray(values[i], float) for name, values in hyper.items()}, keys[i]
-
-
-@contextmanager
-def compiled_programs():
-    """The names of the programs that XLA compiles meanwhile."""
-    names = []
-
-    def listen(event: str, duration_secs: float, **fields):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(fields["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @contextmanager

@@ -442,4 +442,5 @@ def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_computed(key
     data = (ids, np.zeros((8, 5), np.int32))
     with pytest.raises(fnet.LayerError, match="embedding_0: expected ids from 0 to 9, got 12") as error:
         fnet.fit(step, start, data, epochs=1, batch_size=4)
-    assert any("with the least and the greatest label or id" in note for note in error.value.__notes__)
+    note = "in data, examples [0, 6] (those with the least and the greatest label or id)"
+    assert note in error.value.__notes__

@@ -94,9 +94,13 @@ def check_variant(who: str, variant: str, names: Sequence[str], argument: str = 
 def start(who: str, params: PyTree, rate_fn: Callable, hyper):
     """Step 0, the numbers as arrays that nobody else holds (a state may be donated), and the first rate."""
     check_floats(who, params)
-    hyper = jax.tree.map(lambda number: jnp.array(number, float), hyper)
-    step = jnp.asarray(0, jnp.int32)
+    hyper, step = as_arrays(hyper), jnp.asarray(0, jnp.int32)
     return step, hyper, number(rate_fn, hyper.learning_rate, step)
+
+
+def as_arrays(hyper) -> Any:
+    """A tree of numbers as arrays of the widest float in force."""
+    return jax.tree.map(lambda number: jnp.array(number, float), hyper)
 
 
 def check_floats(who: str, params: PyTree) -> None:
@@ -138,6 +142,13 @@ def moment(params: PyTree, dtype: DTypeLike | None = None, fill: ArrayLike = 0.0
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"moment_dtype = {dtype}; expected a float dtype")
     return jax.tree.map(lambda p: jnp.full_like(p, fill, wide(jnp.result_type(p)) if dtype is None else dtype), params)
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """``√Σ x²`` over all leaves, in float32 at least: a float16 square overflows at 256."""
+    leaves = jax.tree.leaves(tree)
+    dtype = wide(*(leaf.dtype for leaf in leaves))
+    return jnp.sqrt(sum((jnp.square(leaf.astype(dtype)).sum() for leaf in leaves), jnp.zeros((), dtype)))
 
 
 def per_leaf(

@@ -6,6 +6,7 @@ through to the optimizer within, and `fnet.set_hyper` finds a number by its name
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -15,9 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fnet.optimizers.common import check_floats, check_like, check_patterns, count_on, moment
+from fnet.optimizers.common import as_arrays, check_floats, check_like, check_patterns, count_on, moment
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Transform, named_leaves, wide
+
+
+def of_optimizer(name: str, doc: str) -> property:
+    """A property of a composed state: that of the optimizer within."""
+    return property(lambda state: getattr(state.optimizer, name), doc=doc)
+
 
 # --- transforms before an optimizer ----------------------------------------------------------------------------------
 
@@ -28,15 +35,8 @@ class ChainState(NamedTuple):
     transforms: dict[str, Any]
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def chain(*parts: Transform | Optimizer) -> Optimizer:
@@ -56,11 +56,11 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
     if not parts or len(transforms) < len(parts) - 1 or not isinstance(parts[-1], Optimizer):
         given = ", ".join(type(part).__name__ for part in parts) or "nothing"
         raise TypeError(f"chain: got {given}; expected transforms and then one optimizer")
-    optimizer, names = parts[-1], []
+    optimizer, named, seen = parts[-1], {}, Counter()
     for transform in transforms:
-        count = sum(name.rstrip("0123456789").rstrip("_") == transform.name for name in names)
-        names.append(f"{transform.name}_{count}" if count else transform.name)
-    named = dict(zip(names, transforms, strict=True))
+        count = seen[transform.name]
+        named[f"{transform.name}_{count}" if count else transform.name] = transform
+        seen[transform.name] += 1
 
     def init(params):
         return ChainState({name: t.init(params) for name, t in named.items()}, optimizer.init(params))
@@ -74,7 +74,7 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
         return params, ChainState(states, inner)
 
     def about(params):
-        before = " → ".join(names)
+        before = " → ".join(named)
         return {path: f"{before} → {line}" if before else line for path, line in lines_of(optimizer, params).items()}
 
     return Optimizer(init, update, about)
@@ -112,7 +112,7 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
 
     def owners(params) -> dict[str, str]:
         """The pattern of each path."""
-        check_patterns("groups", [p for p in by_pattern], params)
+        check_patterns("groups", list(by_pattern), params)
         found = {}
         for path, _ in named_leaves(params):
             matching = [pattern for pattern in by_pattern if fnmatchcase(path, pattern)]
@@ -222,15 +222,8 @@ class AveragedState(NamedTuple):
     count: jax.Array
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def averaged(
@@ -249,7 +242,7 @@ def averaged(
     check_numbers("averaged", positive=True, every=every)
 
     def init(params):
-        hyper = jax.tree.map(lambda n: jnp.array(n, float), AveragedHyper(decay, start, every))
+        hyper = as_arrays(AveragedHyper(decay, start, every))
         return AveragedState(hyper, moment(params), _zero(), optimizer.init(params))
 
     def update(grads, opt_state, params, *, value=None):
@@ -294,15 +287,8 @@ class LookaheadState(NamedTuple):
     slow: PyTree
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike = 0.5) -> Optimizer:
@@ -315,9 +301,8 @@ def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike =
     check_numbers("lookahead", slow_rate=slow_rate)
 
     def init(params):
-        hyper = jax.tree.map(lambda n: jnp.array(n, float), LookaheadHyper(every, slow_rate))
-        slow = jax.tree.map(lambda p: jnp.array(p, wide(jnp.result_type(p))), params)
-        return LookaheadState(hyper, slow, optimizer.init(params))
+        hyper = as_arrays(LookaheadHyper(every, slow_rate))
+        return LookaheadState(hyper, _wide_copy(params), optimizer.init(params))
 
     def update(grads, opt_state, params, *, value=None):
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
@@ -326,7 +311,7 @@ def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike =
         mixed = jax.tree.map(
             lambda s, p: s + hyper.slow_rate.astype(s.dtype) * (p.astype(s.dtype) - s), opt_state.slow, params
         )
-        slow = jax.tree.map(lambda new, old: jnp.where(now, new, old), mixed, opt_state.slow)
+        slow = _chosen(now, mixed, opt_state.slow)
         params = jax.tree.map(lambda s, p: jnp.where(now, s.astype(p.dtype), p), slow, params)
         return params, LookaheadState(hyper, slow, inner)
 
@@ -342,15 +327,8 @@ class GuardedState(NamedTuple):
     stopped: jax.Array
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
@@ -364,12 +342,11 @@ def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
         return GuardedState(_zero(), none[0], none[1], jnp.zeros((), bool), optimizer.init(params))
 
     def update(grads, opt_state, params, *, value=None):
-        leaves = jax.tree.leaves(grads)
-        bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in leaves]) if leaves else jnp.zeros(1, bool)
+        bad = ~_finite(grads)
         any_bad, seen = bad.any(), opt_state.step + opt_state.skipped
         skip = any_bad | opt_state.stopped
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)
-        params, inner = jax.tree.map(lambda n, o: jnp.where(skip, o, n), new, (params, opt_state.optimizer))
+        params, inner = _chosen(skip, (params, opt_state.optimizer), new)
         first_bad = jnp.where(any_bad & ~opt_state.stopped, jnp.argmax(bad).astype(jnp.int32), opt_state.leaf)
         at = jnp.where(any_bad & ~opt_state.stopped, seen, opt_state.at)
         stopped = opt_state.stopped | (any_bad & stop)
@@ -399,15 +376,8 @@ class MasterState(NamedTuple):
     master: PyTree
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def master_weights(optimizer: Optimizer) -> Optimizer:
@@ -418,7 +388,7 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
     """
 
     def init(params):
-        master = jax.tree.map(lambda p: jnp.array(p, wide(jnp.result_type(p))), params)
+        master = _wide_copy(params)
         return MasterState(master, optimizer.init(master))
 
     def update(grads, opt_state, params, *, value=None):
@@ -446,15 +416,8 @@ class LossScaleState(NamedTuple):
     skipped: jax.Array
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def dynamic_loss_scale(
@@ -476,15 +439,15 @@ def dynamic_loss_scale(
     check_numbers("dynamic_loss_scale", positive=True, below=1, backoff=backoff)
 
     def init(params):
-        hyper = jax.tree.map(lambda n: jnp.array(n, float), LossScaleHyper(growth, backoff, interval))
+        hyper = as_arrays(LossScaleHyper(growth, backoff, interval))
         return LossScaleState(hyper, jnp.array(initial, float), _zero(), _zero(), optimizer.init(params))
 
     def update(grads, opt_state, params, *, value=None):
         hyper, scale = opt_state.hyper, opt_state.loss_scale
         grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / scale.astype(wide(g.dtype)), grads)
-        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)] or [jnp.asarray(True)]).all()
+        finite = _finite(grads).all()
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)
-        params, inner = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (params, opt_state.optimizer))
+        params, inner = _chosen(finite, new, (params, opt_state.optimizer))
         good = jnp.where(finite, opt_state.good + 1, 0)
         grow = good >= hyper.interval.astype(jnp.int32)
         largest = jnp.asarray(2.0**100, scale.dtype)
@@ -518,15 +481,8 @@ class PlateauState(NamedTuple):
     waited: jax.Array
     optimizer: Any
 
-    @property
-    def step(self) -> jax.Array:
-        """Updates applied so far."""
-        return self.optimizer.step
-
-    @property
-    def rate(self):
-        """The learning rate just applied."""
-        return self.optimizer.rate
+    step = of_optimizer("step", "Updates applied so far.")
+    rate = of_optimizer("rate", "The learning rate just applied.")
 
 
 def reduce_on_plateau(
@@ -551,8 +507,7 @@ def reduce_on_plateau(
     check_numbers("reduce_on_plateau", least_change=least_change, least_rate=least_rate)
 
     def init(params):
-        numbers = PlateauHyper(factor, patience, window, least_change, least_rate)
-        hyper = jax.tree.map(lambda n: jnp.array(n, float), numbers)
+        hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate))
         inner = optimizer.init(params)
         rate = getattr(getattr(inner, "hyper", None), "learning_rate", None)
         if not hasattr(rate, "shape"):
@@ -587,6 +542,21 @@ def reduce_on_plateau(
 
 def _zero() -> jax.Array:
     return jnp.zeros((), jnp.int32)
+
+
+def _wide_copy(params: PyTree) -> PyTree:
+    """The parameters in float32 at least, in buffers of their own."""
+    return jax.tree.map(lambda p: jnp.array(p, wide(jnp.result_type(p))), params)
+
+
+def _finite(grads: PyTree) -> jax.Array:
+    """For each leaf whether all its entries are finite; one True if there are none."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)] or [jnp.asarray(True)])
+
+
+def _chosen(first, a: PyTree, b: PyTree) -> PyTree:
+    """``a`` if ``first``, else ``b``."""
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), a, b)
 
 
 def _before(optimizer: Optimizer, params: PyTree, what: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from fnet.optimizers.common import check_floats
 from fnet.schedules import check_numbers
-from fnet.types import PyTree
+from fnet.types import PyTree, require_counts
 
 
 class Minimum(NamedTuple):
@@ -80,9 +80,7 @@ def minimize_lbfgs(
     >>> print(result.params["x"], bool(result.converged))
     [3. 3.] True
     """
-    for name, count in {"iterations": iterations, "memory": memory, "line_search_tries": line_search_tries}.items():
-        if count < 1:
-            raise ValueError(f"minimize_lbfgs: {name} = {count}; expected at least 1")
+    require_counts("minimize_lbfgs", iterations=iterations, memory=memory, line_search_tries=line_search_tries)
     check_numbers("minimize_lbfgs", tolerance=tolerance)
     check_floats("minimize_lbfgs", params)
     dtypes = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)})

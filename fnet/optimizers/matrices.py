@@ -23,11 +23,12 @@ from fnet.optimizers.common import (
     correction,
     decaying,
     elementwise,
+    global_norm,
     split,
     start,
 )
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, named_leaves, wide
+from fnet.types import Optimizer, PyTree, Schedule, named_leaves, require_counts, wide
 
 
 class LambHyper(NamedTuple):
@@ -75,7 +76,7 @@ def lamb(
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         u = m / c1 / (jnp.sqrt(v / c2) + eps) + decay * p
-        of_p, of_u = norm(p), norm(u)
+        of_p, of_u = global_norm(p), global_norm(u)
         ratio = jnp.where((of_p > 0) & (of_u > 0), of_p / jnp.where(of_u > 0, of_u, 1), 1)
         return p - rate * ratio * u, m, v
 
@@ -90,11 +91,6 @@ def lamb(
         mask=mask,
         inside=True,
     )
-
-
-def norm(x: jax.Array) -> jax.Array:
-    """``√Σ x²``."""
-    return jnp.sqrt(jnp.sum(x * x))
 
 
 # --- Adafactor -------------------------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ def adafactor(
 
 def rms(x: jax.Array) -> jax.Array:
     """``√mean(x²)``, 0 of no entries."""
-    return norm(x) / math.sqrt(max(x.size, 1))
+    return global_norm(x) / math.sqrt(max(x.size, 1))
 
 
 # --- Muon ------------------------------------------------------------------------------------------------------------
@@ -262,8 +258,7 @@ def muon(
     check_numbers("muon", below=1, decay=decay)
     check_numbers("muon", positive=True, eps=eps)
     check_variant("muon", scale, ("shape", "adam"), "scale")
-    if iterations < 1:
-        raise ValueError(f"muon: iterations = {iterations}; expected at least 1")
+    require_counts("muon", iterations=iterations)
 
     def check(params):
         for path, leaf in named_leaves(params):
