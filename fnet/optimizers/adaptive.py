@@ -171,7 +171,7 @@ def adadelta(
 ) -> Optimizer:
     """Steps in the parameters' own units: the root mean square of past steps over that of gradients.
 
-        v = ρ v + (1 − ρ) g²        u = √(s + eps) / √(v + eps) · g        s = ρ s + (1 − ρ) u²        p −= rate · u
+        v = ρ v + (1 − ρ) g²        u = √((s + eps) / (v + eps)) · g        s = ρ s + (1 − ρ) u²        p −= rate · u
 
     The paper's ρ and eps, and its rate 1. torch and optax: ``rho=0.9``; Keras: ``eps=1e-7`` and a rate of 0.001.
     Source: Zeiler, arXiv:1212.5701.
@@ -181,7 +181,7 @@ def adadelta(
 
     def rule(p, g, v, s, rate, rho, eps):
         v = rho * v + (1 - rho) * g * g
-        u = jnp.sqrt(s + eps) / jnp.sqrt(v + eps) * g
+        u = jnp.sqrt((s + eps) / (v + eps)) * g
         return p - rate * u, v, rho * s + (1 - rho) * u * u
 
     return elementwise(
