@@ -5,6 +5,8 @@ Tests compile many small programs, often the same ones, so both workers share ja
 
 import os
 import pathlib
+import subprocess
+import sys
 from contextlib import contextmanager
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -48,6 +50,19 @@ def compiled_programs():
         yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def on_two_devices(code: str) -> str:
+    """What the code prints in a process of its own that sees two devices and finds the test modules."""
+    tests = pathlib.Path(__file__).parent
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false",
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 DIFFERENTIATION = {

@@ -4,6 +4,7 @@ Legend: T updates, P numbers in all parameters.
 """
 
 import functools
+import io
 import math
 import re
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from fnet.optimizers import (
 )
 from fnet.schedules import constant, exponential, warmup_cosine
 from fnet.types import Optimizer, Schedule
+from tests.conftest import on_two_devices
 
 # --- the oracles: one update after another, in NumPy float64 ---------------------------------------------------------
 
@@ -960,13 +962,23 @@ def test_eager_updates_and_updates_within_cond_follow_the_formula(case, x64):
             assert opt_state.step == t + 1
 
 
+def reloaded(tree):
+    """The tree's leaves through a file and back."""
+    leaves, structure = jax.tree.flatten(tree)
+    np.savez(file := io.BytesIO(), *leaves)
+    file.seek(0)
+    return structure.unflatten([jnp.asarray(leaf) for leaf in np.load(file, allow_pickle=False).values()])
+
+
 @pytest.mark.parametrize("name", TABLE)
-def test_a_compiled_loop_equals_scan_bit_for_bit_in_float32(name):
+def test_a_compiled_loop_stopped_and_resumed_from_a_file_equals_scan_bit_for_bit_in_float32(name):
     start, grads = (jnp.asarray(TABLE[name].whole(numbers.astype(np.float32))) for numbers in problem(count=20))
     optimizer, update = scheduled_update(name)
     params, opt_state = start, optimizer.init(start)
     scanned_state, history = jax.jit(functools.partial(trajectory, optimizer))(opt_state, params, grads)
     for t in range(20):
+        if t == 10:
+            params, opt_state = reloaded((params, opt_state))
         params, opt_state = update(grads[t], opt_state, params)
         if TABLE[name].build is nadam:  # the power in its momentum may be off by its last bit
             np.testing.assert_allclose(params, history[t], rtol=(t + 1) * 2.0**-22)
@@ -974,6 +986,37 @@ def test_a_compiled_loop_equals_scan_bit_for_bit_in_float32(name):
             np.testing.assert_array_equal(params, history[t])
     for new, old in zip(jax.tree.leaves(opt_state), jax.tree.leaves(scanned_state), strict=True):
         np.testing.assert_array_equal(new, old)
+
+
+ON_TWO_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import test_optimizers as t
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+halves = NamedSharding(mesh, PartitionSpec("data"))
+for name in dict.fromkeys(t.FIRSTS.values()):
+    optimizer = t.TABLE[name].optimizer(0.01)
+    update = jax.jit(lambda p, s, optimizer=optimizer: optimizer.update(jax.tree.map(jnp.sin, p), s, p))
+    whole = {"w": jnp.linspace(-1, 1, 16).reshape(4, 4)}
+    parts = jax.device_put(whole, halves)
+    held, opt_state = (whole, optimizer.init(whole)), optimizer.init(parts)
+    assert t.laid_out_as(opt_state, halves), f"{name} at init"
+    spread = (parts, opt_state)
+    for _ in range(3):
+        held, spread = update(*held), update(*spread)
+    assert t.laid_out_as(spread, halves), f"{name} after updates"
+    np.testing.assert_allclose(spread[0]["w"], held[0]["w"], rtol=1e-5, atol=1e-7, err_msg=name)
+    print(name)
+"""
+
+
+def laid_out_as(tree, sharding) -> bool:
+    """Every leaf of the parameters' shape lies as they do; there is one, or the optimizer keeps none."""
+    return all(leaf.sharding.is_equivalent_to(sharding, 2) for leaf in jax.tree.leaves(tree) if leaf.shape == (4, 4))
+
+
+def test_the_state_is_sharded_as_the_parameters_are():
+    assert len(on_two_devices(ON_TWO_DEVICES).split()) == len(BUILDERS)
 
 
 @firsts
@@ -1232,6 +1275,17 @@ def test_what_only_init_can_see_is_named_there():
         adam(moment_dtype=jnp.int32).init(jnp.ones(2))
     with pytest.raises(ValueError, match=re.escape("the schedule gave a rate of shape (2,); expected one number")):
         sgd(Schedule(lambda hyper, count: jnp.ones(2), {})).init(jnp.ones(2))
+
+
+def test_no_eps_beside_float16_parameters_is_named_at_init():
+    params = {"wide": jnp.ones(2), "w": jnp.ones(2, jnp.float16)}
+    for build in (adam, adamw, amsgrad, adamax, nadam, radam, rmsprop, adagrad, adadelta, lamb, adafactor):
+        message = f"{build.__name__}: eps = 0 beside the float16 parameter w, whose small gradients are 0: 0 / 0 is NaN"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(0.1, eps=0).init(params)
+        build(0.1, eps=0).init(params["wide"])
+    adam(0.1, eps=0.0, eps_root=1e-8).init(params)
+    jax.jit(lambda eps: adam(0.1, eps=eps).init(params))(0.0)  # a traced number is not read
 
 
 @pytest.mark.parametrize("build", [build for build in BUILDERS if build is not muon])

@@ -5,13 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -40,7 +36,7 @@ from fnet.population import (
 )
 from fnet.report import population as report
 from fnet.types import Mean, stream
-from tests.conftest import compiled_programs
+from tests.conftest import compiled_programs, on_two_devices
 
 N, BATCH = 50, 8  # 6 full batches and one of 2 each epoch
 EPOCHS = 72  # 504 steps
@@ -483,22 +479,21 @@ def waiting(hyper, key):
 
 
 ON_TWO_DEVICES = """
-import jax, numpy as np, sys
-sys.path.insert(0, {tests!r})
+import jax, numpy as np
 import test_population as t
 assert jax.device_count() == 2
 with t.compiled_texts() as texts:
-    hyper, keys = {{"rate": [0.01, 0.1, 0.2]}}, jax.random.split(jax.random.key(0), 3)
+    hyper, keys = {"rate": [0.01, 0.1, 0.2]}, jax.random.split(jax.random.key(0), 3)
     p = t.train_population(t.small_run, hyper, keys, t.data())
     one = t.train_population(t.small_run, hyper, keys, t.data(), devices=jax.devices()[:1])
     np.testing.assert_allclose(p.results, one.results, rtol=1e-5)
     print(p.chunk, p.devices, one.chunk, one.devices)
     for settings, seeds in ((1, 5), (1, 1), (4, 3)):
-        hyper, keys = t.crossed({{"a": np.arange(settings) + 1.0}}, jax.random.split(jax.random.key(0), seeds))
+        hyper, keys = t.crossed({"a": np.arange(settings) + 1.0}, jax.random.split(jax.random.key(0), seeds))
         toy = t.train_population(t.toy, hyper, keys)
         np.testing.assert_allclose(toy.results, jax.vmap(jax.random.uniform)(keys) * hyper["a"], rtol=1e-6)
         print(toy.chunk, toy.devices)
-    loops = t.train_population(t.waiting, {{"a": np.arange(8) + 1.0}}, jax.random.split(jax.random.key(0), 8))
+    loops = t.train_population(t.waiting, {"a": np.arange(8) + 1.0}, jax.random.split(jax.random.key(0), 8))
     assert loops.results.tolist() == [128, 128, 192, 128, 160, 192, 112, 128], loops.results
 parallel = [text for text in texts if "num_partitions=2" in text]
 assert len(parallel) == 4, len(parallel)  # one toy has a single member
@@ -507,13 +502,8 @@ assert not any(word in text for text in parallel for word in ("all-gather", "all
 
 
 def test_members_are_spread_over_devices_that_do_not_talk_to_each_other():
-    code = ON_TWO_DEVICES.format(tests=str(Path(__file__).parent))
-    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
     # 3 and 5 members are filled up to 4 and 6; a single one takes one device; of 12 crossed ones each has 2 settings
-    assert done.stdout.splitlines() == ["4 2 3 1", "6 2", "1 1", "12 2"]
+    assert on_two_devices(ON_TWO_DEVICES).splitlines() == ["4 2 3 1", "6 2", "1 1", "12 2"]
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -274,6 +274,12 @@ def test_a_chain_of_anything_else_is_refused():
             chain(*parts)
 
 
+def test_a_chain_loses_no_transform_to_another_of_its_name():
+    clip = clip_by_value(1.0)
+    with pytest.raises(ValueError, match="chain: two transforms would be called 'clip_by_value_1'; give one of them"):
+        chain(clip, clip._replace(name="clip_by_value_1"), clip, sgd(0.1))
+
+
 def test_a_wrappers_numbers_do_not_pass_for_the_optimizers():
     opt_state = averaged(momentum(0.1, 0.5), 0.9).init(jnp.ones(1))
     changed = set_hyper(opt_state, decay=0.25)

@@ -94,6 +94,7 @@ def check_variant(who: str, variant: str, names: Sequence[str], argument: str = 
 def start(who: str, params: PyTree, rate_fn: Callable, hyper):
     """Step 0, the numbers as arrays that nobody else holds (a state may be donated), and the first rate."""
     check_floats(who, params)
+    _check_eps(who, hyper, params)
     hyper, step = as_arrays(hyper), jnp.asarray(0, jnp.int32)
     return step, hyper, number(rate_fn, hyper.learning_rate, step)
 
@@ -110,6 +111,18 @@ def check_floats(who: str, params: PyTree) -> None:
             raise TypeError(
                 f"{who}: parameter {path or '()'} has dtype {_dtype(leaf)}; expected a float. "
                 "What is not trained belongs in the model's state"
+            )
+
+
+def _check_eps(who: str, hyper, params: PyTree) -> None:
+    """Require an eps above 0 beside float16 parameters, whose gradients below 3e-8 are 0: 0 / 0 is NaN."""
+    if any(isinstance(eps := getattr(hyper, name, 0), jax.Array) or eps > 0 for name in ("eps", "eps_root")):
+        return
+    for path, leaf in named_leaves(params):
+        if hasattr(hyper, "eps") and _dtype(leaf) == jnp.float16:
+            raise ValueError(
+                f"{who}: eps = {hyper.eps} beside the float16 parameter {path or '()'}, whose small gradients are 0: "
+                "0 / 0 is NaN; expected eps > 0"
             )
 
 

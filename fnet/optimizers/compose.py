@@ -43,7 +43,8 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
     """The optimizer that comes last, on gradients that the transforms before it change one after another.
 
     ``chain(clip_by_global_norm(1.0), l2_decay(0.01, "*/w"), adam(1e-3))``. The transforms' states stand under their
-    names, a second of one name as ``name_1``. Raises TypeError unless there are transforms and then one optimizer.
+    names, a second of one name as ``name_1``. Raises TypeError unless there are transforms and then one optimizer, and
+    ValueError where that name is taken.
 
     >>> from fnet.optimizers import sgd
     >>> from fnet.transforms import clip_by_value
@@ -58,8 +59,10 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
         raise TypeError(f"chain: got {given}; expected transforms and then one optimizer")
     optimizer, named, seen = parts[-1], {}, Counter()
     for transform in transforms:
-        count = seen[transform.name]
-        named[f"{transform.name}_{count}" if count else transform.name] = transform
+        name = f"{transform.name}_{count}" if (count := seen[transform.name]) else transform.name
+        if name in named:
+            raise ValueError(f"chain: two transforms would be called {name!r}; give one of them another name")
+        named[name] = transform
         seen[transform.name] += 1
 
     def init(params):
