@@ -10,7 +10,14 @@ from fnet.losses import softmax_cross_entropy
 from fnet.models import mlp
 from fnet.sampling import generate
 from fnet.optimizers import adam, adamw, chain, describe, groups, momentum, rmsprop, set_hyper, sgd
-from fnet.training import Event, History, fit, init_train_state, make_evaluate, make_step, train
+from fnet.stopping import best_weights, early_stopping
+from fnet.training import init_train_state, make_evaluate, make_step, train
+from fnet.history import Event, History
+from fnet.runs import Run, RunError
+from fnet.checkpoint import CheckpointError
+from fnet.interrupts import Interrupted
+from fnet.nonfinite import NonFiniteError
+from fnet.driver import fit
 from fnet.rate_finder import RateCurve, find_learning_rate
 from fnet.population import train_population
 from fnet.types import (

@@ -38,8 +38,9 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
         def objective(params, floating):
             x = join(floating, others)
             outputs, new_state, _ = model.forward(params, state, x, key=key, train=True)
-            measured = measure(loss, metrics, outputs, batch)
-            return scaled(measured["loss"].value, scale), (new_state, measured)
+            with jax.named_scope("loss"):
+                measured = measure(loss, metrics, outputs, batch)
+                return scaled(measured["loss"].value, scale), (new_state, measured)
 
         wanted = (0, 1) if inputs else 0
         grads, (new_state, measured) = jax.grad(objective, argnums=wanted, has_aux=True)(params, floating)
@@ -56,9 +57,12 @@ def backprop(
     def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
         outputs, new_state, residuals = model.forward(params, state, batch.inputs, key=key, train=True)
-        measured = measure(loss, metrics, outputs, batch)
-        dy = loss_gradient(loss, outputs, batch, measured["loss"].count, scale)
-        dparams, dx = model.backward(params, residuals, dy)
+        with jax.named_scope("loss"):
+            measured = measure(loss, metrics, outputs, batch)
+        with jax.named_scope("backward"):
+            with jax.named_scope("loss"):
+                dy = loss_gradient(loss, outputs, batch, measured["loss"].count, scale)
+            dparams, dx = model.backward(params, residuals, dy)
         return ((dparams, dx) if inputs else dparams), new_state, measured
 
     return gradient

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fnet.training import Event
+from fnet.history import Event
 
 
 def jsonl(path: str | Path, **fields) -> Callable[[Event], None]:

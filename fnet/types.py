@@ -132,6 +132,7 @@ class TrainState(NamedTuple):
     state: PyTree
     opt_state: Any
     key: jax.Array
+    stopping: Any = ()  # the state of a reducer that may end the run: fnet.early_stopping
 
 
 def stateless(name: str, init, forward, backward, *, several: bool = False) -> Layer:

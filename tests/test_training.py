@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import chex
@@ -13,12 +14,14 @@ import pytest
 import fnet
 from fnet.layers import dense, serial
 from fnet.metrics import accuracy, gradient_norms
-from fnet.training import epoch_order, run_steps, steps_per_epoch
+from fnet.training import epoch_order, steps_per_epoch
 from fnet.types import TrainState
+from tests.conftest import compiled_programs
 
 EXAMPLES, FEATURES, CLASSES = 53, 6, 3
 
 
+@functools.lru_cache  # so that runs of one problem share their program
 def problem(examples=EXAMPLES, engine=fnet.backprop, optimizer=None, dtype=jnp.float32):
     """A step, a start and data: an MLP under Adam whose batches do not divide the data."""
     optimizer = optimizer or fnet.adam(0.01)
@@ -159,7 +162,7 @@ def test_a_run_stopped_and_resumed_gives_the_bits_of_the_straight_run(stop_at):
 def test_a_state_that_lacks_only_the_smaller_last_batch_is_taken_up_there():
     step, ts, data, _ = problem()
     straight, _ = fnet.fit(step, ts, data, epochs=1, batch_size=8)
-    six, _ = jax.jit(partial(run_steps, step, batch_size=8, count=6, last=False))(ts, data)
+    six, _ = fnet.fit(step, ts, data, steps=6, batch_size=8)
     resumed, history = fnet.fit(step, six, data, epochs=1, batch_size=8)
     assert_same_bits(resumed, straight)
     assert history.steps["loss"].shape == (1,)
@@ -272,12 +275,16 @@ def test_events_tell_the_same_epochs_for_every_chunk_size(chunk_steps):
     assert events[-1].step == events[-1].steps == 28
 
 
-def test_compilations_do_not_grow_with_the_number_of_chunks():
-    step, ts, data, _evaluate = problem()
-    for chunk_steps, programs in ((2, 2), (1, 2), (7, 1), (4, 2), (21, 2)):
-        events = []
-        fnet.fit(step, ts, data, epochs=5, batch_size=8, observers=[events.append], chunk_steps=chunk_steps)
-        assert sum(event.kind == "compile" for event in events) == programs, chunk_steps
+def test_a_run_is_one_program_for_every_chunk_length_and_a_second_run_compiles_nothing():
+    step, ts, data, evaluate = problem()
+    options = {"epochs": 5, "batch_size": 8, "evaluate": evaluate, "validation": data}
+    with compiled_programs() as names:
+        fnet.fit(step, ts, data, chunk_steps=2, **options)
+    assert names.count("jit(run_chunk)") == 1
+    with compiled_programs() as names:
+        for chunk_steps in (1, 7, 100, None):
+            fnet.fit(step, ts, data, chunk_steps=chunk_steps, **options)
+    assert not names
 
 
 def test_an_observer_that_answers_something_else_is_named():
@@ -400,7 +407,7 @@ def test_validation_data_are_checked_too():
 def test_a_finished_state_is_refused_rather_than_run_for_no_steps():
     step, ts, data, _ = problem()
     end, _ = fnet.fit(step, ts, data, epochs=2, batch_size=8)
-    with pytest.raises(ValueError, match="epochs = 2, but the state stands at step 14, after epoch 2"):
+    with pytest.raises(ValueError, match="is to end at step 14, after epoch 2, but its state stands at step 14"):
         fnet.fit(step, end, data, epochs=2, batch_size=8)
     further, _ = fnet.fit(step, end, data, epochs=3, batch_size=8)
     assert int(further.step) == 21
@@ -421,15 +428,6 @@ def test_train_refuses_a_batch_larger_than_the_data():
     step, ts, data, _ = problem()
     with pytest.raises(fnet.DataError, match="batch_size = 54; expected 1 to 53"):
         fnet.train(step, ts, data, epochs=1, batch_size=54)
-
-
-def test_run_steps_continues_where_the_state_stands():
-    step, ts, data, _ = problem()
-    straight, _ = run_steps(step, ts, data, batch_size=8, count=6, last=True)
-    halfway, _ = run_steps(step, ts, data, batch_size=8, count=2, last=False)
-    resumed, _ = run_steps(step, halfway, data, batch_size=8, count=4, last=True)
-    chex.assert_trees_all_close(resumed.params, straight.params, rtol=1e-5)
-    assert int(resumed.step) == 7
 
 
 def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_computed(key):

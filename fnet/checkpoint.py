@@ -1,0 +1,212 @@
+"""Checkpoints: a `TrainState` in a folder of its own, whole or not at all, every leaf with its hash (needs orbax).
+
+    folder/step_000000250/state   the arrays, as orbax keeps them
+    folder/step_000000250/meta    JSON: the step; path, dtype, shape and SHA-256 of every leaf; and what the run adds
+
+Nothing is pickled, and nothing that is read can run code. A checkpoint is written under another name and renamed when
+it is complete; one that is deleted is renamed first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.types import PyTree, named_leaves
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or does not fit; the message names the place, what was expected and the remedy."""
+
+
+class HostLeaf(NamedTuple):
+    """A leaf on the host; of a key its words, while ``kind`` is the leaf's own dtype and shape."""
+
+    path: str
+    kind: str
+    array: np.ndarray
+
+
+def host_leaves(tree: PyTree) -> list[HostLeaf]:
+    """The leaves of a tree on the host, by path and in order."""
+    named = [(path, jnp.asarray(leaf)) for path, leaf in named_leaves(tree)]
+    arrays = jax.device_get([_words(leaf) for _, leaf in named])
+    return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named, arrays, strict=True)]
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, leaves: list[HostLeaf], meta: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``leaves`` (`host_leaves`) and ``meta``, which JSON must hold, to ``folder/step_…``; returns that folder.
+
+    Raises CheckpointError if it exists, if the disk has no room for it, or if it cannot be written.
+    """
+    path = Path(folder).absolute() / f"step_{step:09d}"
+    if path.exists():
+        raise CheckpointError(f"{path} exists already and is left as it is; expected a step that is not saved yet")
+    size = sum(leaf.array.nbytes for leaf in leaves)
+    free = shutil.disk_usage(path.parent).free
+    if free < 1.1 * size + 100_000:
+        raise CheckpointError(
+            f"{path} needs {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; expected room for it: "
+            "free some, or choose another folder; the checkpoints before it are whole"
+        )
+    described = [{"path": leaf.path, "kind": leaf.kind, "sha256": _digest(leaf.array)} for leaf in leaves]
+    arrays = {f"{i:05d}": leaf.array for i, leaf in enumerate(leaves) if leaf.array.size}  # orbax takes no empty ones
+    ocp, checkpointer = _orbax()
+    try:
+        with checkpointer:
+            checkpointer.save(
+                path,
+                ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays or {"none": np.zeros(1)}),
+                    meta=ocp.args.JsonSave({**(meta or {}), "format": FORMAT, "step": step, "leaves": described}),
+                ),
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} could not be written ({_first_line(error)}); expected a folder with room that can be written to; "
+            "the checkpoints before it are whole"
+        ) from error
+    return path
+
+
+def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """The tree that was saved in the folder ``path``, and its meta. ``like`` has its structure, shapes and dtypes.
+
+    Raises CheckpointError where the folder is no whole checkpoint, where a leaf is missing, not expected, or of another
+    shape or dtype (all of them named), and where a leaf is not what was saved.
+    """
+    path, meta = Path(path).absolute(), read_meta(path)
+    expected = {name: jnp.asarray(leaf) for name, leaf in named_leaves(like)}
+    _compare(
+        path, {name: _kind(leaf) for name, leaf in expected.items()}, {f["path"]: f["kind"] for f in meta["leaves"]}
+    )
+    arrays = {
+        f["path"]: np.zeros(_words(expected[f["path"]]).shape, _words(expected[f["path"]]).dtype)
+        for f in meta["leaves"]
+    }
+    places = {f"{i:05d}": name for i, (name, a) in enumerate(arrays.items()) if a.size}
+    ocp, checkpointer = _orbax()
+    try:
+        with checkpointer:
+            wanted = {place: arrays[name] for place, name in places.items()}
+            restore = ocp.args.StandardRestore(wanted or {"none": np.zeros(1)})
+            stored = checkpointer.restore(path, ocp.args.Composite(state=restore)).state
+    except Exception as error:  # orbax and tensorstore raise errors of many types
+        raise _damaged(path, error) from error
+    arrays |= {name: np.asarray(stored[place]) for place, name in places.items()}
+    for saved in meta["leaves"]:
+        if (digest := _digest(arrays[saved["path"]])) != saved["sha256"]:
+            raise CheckpointError(
+                f"{path}: {saved['path']} is not what was saved: expected SHA-256 {saved['sha256'][:12]}…, found "
+                f"{digest[:12]}…; it was altered: delete this folder to continue from the checkpoint before it"
+            )
+    leaves = [_as_leaf(arrays[name], leaf) for name, leaf in expected.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; CheckpointError where it is none, or none of this format."""
+    path = Path(path).absolute()
+    ocp, checkpointer = _orbax()
+    try:
+        with checkpointer:
+            meta = checkpointer.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not isinstance(meta, dict) or "format" not in meta or not isinstance(meta.get("leaves"), list):
+            raise ValueError("it has no list of leaves")
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if meta["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {meta['format']}; expected {FORMAT}: read it with the fnet that wrote it"
+        )
+    return meta
+
+
+def saved_steps(folder: str | Path) -> dict[int, Path]:
+    """The complete checkpoints in a folder by step, the oldest first."""
+    found = {int(match[1]): path for path in Path(folder).glob("step_*") if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete it so that at no moment a part of it looks whole."""
+    gone = path.with_name(f".deleted_{path.name}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a killed process left of a checkpoint that it wrote or deleted."""
+    for path in (*Path(folder).glob(".deleted_*"), *Path(folder).glob("step_*.orbax-checkpoint-tmp*")):
+        shutil.rmtree(path)
+
+
+def _orbax():
+    """Orbax, and a checkpointer for one call."""
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError("checkpoints need orbax: pip install 'fnet[runs]'") from error
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    parts = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts))
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """The array that is kept: a key's words, or the leaf itself."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _as_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.array(array)
+
+
+def _kind(leaf: jax.Array) -> str:
+    return f"{leaf.dtype}{leaf.shape}"
+
+
+def _digest(array: np.ndarray) -> str:
+    header = f"{array.dtype.name}{array.shape}".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def _damaged(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({_first_line(error)}); expected a checkpoint as fnet wrote it: "
+        "delete this folder to continue from the checkpoint before it"
+    )
+
+
+def _compare(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Name the leaves that differ, 5 of them at most."""
+    names = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+    if names:
+        lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in names[:5]]
+        more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(
+            f"{path} is of another model or optimizer: {'; '.join(lines)}{more}. "
+            "Give the one it was saved from, or another folder to start in"
+        )

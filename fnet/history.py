@@ -1,0 +1,130 @@
+"""What a run tells: an `Event` while it goes on, a `History` at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnet.training import named_metrics
+from fnet.types import Mean, PyTree, TrainState
+
+
+class Event(NamedTuple):
+    """What an observer is told.
+
+    ``kind`` is "start", "compile", "chunk", "evaluation", "epoch", "checkpoint" or "end". ``metrics`` are host numbers
+    by name: a chunk's training means, an evaluation's results (``validation_loss``), or an epoch's training means with
+    the results of an evaluation at its end. ``seconds`` is what the compilation or the chunk took, ``examples`` how
+    many the chunk has seen. ``state`` is where the run stood at the end of the chunk, not to be changed; if the run
+    keeps no copies (``fit(keep=False)``) it may be read during the call only.
+    """
+
+    kind: str
+    step: int  # updates made
+    steps: int  # where the run ends
+    epoch: int  # epochs completed
+    epochs: int
+    metrics: Mapping[str, Any]
+    seconds: float
+    examples: int
+    state: TrainState
+
+
+class History(NamedTuple):
+    """What a run measured, by name: ``loss``, ``validation_loss``, ``gradient_norm/dense_0``."""
+
+    epochs: dict[str, np.ndarray]  # (E, ...), training means, and results where an epoch ended with an evaluation
+    steps: dict[str, np.ndarray]  # (E S, ...), training, of the steps that this call made
+    evaluations: dict[str, np.ndarray]  # (evaluations, ...), and the "step" of each
+    compile_seconds: float
+    run_seconds: float
+
+
+class Recorder:
+    """Collects what chunks measured and cuts it into epochs and evaluations.
+
+    Sums are taken one step after another in float64, so that they do not depend on how the run was cut into chunks.
+    """
+
+    def __init__(self, per_epoch: int, partial: Mapping[str, Any] | None = None, rows: Sequence[Mapping] = ()):
+        """With what a resumed run's checkpoint and folder hold: the `partial` sums and the rows of the metrics."""
+        self.per_epoch = per_epoch
+        self.steps: list[dict[str, np.ndarray]] = []
+        of_kind = lambda kind, without: [  # noqa: E731
+            {name: value for name, value in row.items() if name not in without} for row in rows if row["kind"] == kind
+        ]
+        self.epochs = of_kind("epoch", ("kind", "step", "epoch"))
+        self.evaluations = of_kind("evaluation", ("kind", "epoch"))
+        self.last_means: dict[str, Any] = {}  # of the chunk that was added last
+        self._partial = {name: Mean(*map(np.asarray, pair)) for name, pair in (partial or {}).items()}
+
+    def add(self, first: int, outputs) -> list[tuple[str, int, dict[str, Any]]]:
+        """What a chunk that began at step ``first`` completed: ("evaluation" or "epoch", step, metrics), in order."""
+        last = int(outputs.step)
+        made = slice(last - first)
+        rows = {name: Mean(m.sum[made], m.count[made]) for name, m in to_host(outputs.metrics).items()}
+        results = to_host(outputs.results)
+        evaluated = {int(step): i for i, step in enumerate(outputs.evaluated) if step}  # no evaluation is at step 0
+        self.steps.append({name: mean.value for name, mean in rows.items()})
+        self.last_means = averages(rows)
+        ends = {step for step in range(first + 1, last + 1) if step % self.per_epoch == 0}
+        told, begin = [], first
+        for step in sorted(ends | evaluated.keys()):
+            now = {name: mean.value[evaluated[step]] for name, mean in results.items()} if step in evaluated else {}
+            if step in evaluated:
+                self.evaluations.append({"step": np.asarray(step), **now})
+                told.append(("evaluation", step, now))
+            if step in ends:
+                self._take(rows, begin - first, step - first)
+                self.epochs.append({**{name: mean.value for name, mean in self._partial.items()}, **now})
+                told.append(("epoch", step, self.epochs[-1]))
+                self._partial, begin = {}, step
+        self._take(rows, begin - first, last - first)
+        return told
+
+    def _take(self, rows: Mapping[str, Mean], begin: int, end: int) -> None:
+        """Add the rows to the sums of the epoch that has begun."""
+        for name, mean in rows.items() if end > begin else ():
+            before = self._partial.get(name, Mean(np.zeros(mean.sum.shape[1:]), np.zeros(mean.count.shape[1:])))
+            self._partial[name] = Mean(*(_running_sum(b, m[begin:end]) for b, m in zip(before, mean, strict=True)))
+
+    def partial(self) -> dict[str, Any]:
+        """The sums of the epoch that has begun, as numbers that JSON keeps exactly."""
+        return {name: [np.asarray(part).tolist() for part in mean] for name, mean in self._partial.items()}
+
+    def history(self, compile_seconds: float, run_seconds: float) -> History:
+        """Everything that was added."""
+        names = self.steps[0] if self.steps else ()
+        by_step = {name: np.concatenate([block[name] for block in self.steps]) for name in names}
+        return History(_table(self.epochs), by_step, _table(self.evaluations), compile_seconds, run_seconds)
+
+
+def _running_sum(start: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``start + rows[0] + rows[1] + …`` in this order: numpy's sum pairs its terms as their number suggests."""
+    return np.add.accumulate(np.concatenate([np.asarray(start)[None], rows]), axis=0)[-1]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as columns; a number that a row does not have is NaN."""
+    shapes = {name: np.shape(value) for row in rows for name, value in row.items()}
+    return {
+        name: np.stack([np.asarray(row.get(name, np.full(shape, np.nan))) for row in rows])
+        for name, shape in shapes.items()
+    }
+
+
+def averages(metrics: Mapping[str, Mean]) -> dict[str, Any]:
+    """Means over the steps (axis 0): sums and counts are added before they are divided."""
+    return {name: Mean(mean.sum.sum(0), mean.count.sum(0)).value for name, mean in metrics.items()}
+
+
+def to_host(metrics: PyTree) -> dict[str, Mean]:
+    """A tree of `Mean`s as NumPy float64, by path; a plain number counts once."""
+    host = {}
+    for name, leaf in named_metrics(jax.device_get(metrics)):
+        total, count = leaf if isinstance(leaf, Mean) else (leaf, np.ones_like(leaf))
+        host[name] = Mean(np.asarray(total, np.float64), np.asarray(count, np.float64))
+    return host

@@ -1,0 +1,114 @@
+"""Early stopping: a decision that changes a run, as a pure reducer in the run's state.
+
+    stop = early_stopping("validation_loss", patience=5)
+    ts, history = fit(step, ts, data, ..., evaluate=evaluate, validation=held_out, stop=stop)
+    best = best_weights(ts)
+
+The state of a reducer is ``TrainState.stopping``: it is saved with the run and stacked by `jax.vmap` with the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fnet.schedules import check_numbers
+from fnet.types import Mean, PyTree, TrainState
+
+
+class Reducer(NamedTuple):
+    """What looks at every evaluation and may end the run: its state has a boolean ``stopped``.
+
+    init(ts) -> state                           update(state, ts, results) -> state
+    """
+
+    init: Callable[[TrainState], Any]
+    update: Callable[[Any, TrainState, Mapping[str, Any]], Any]
+
+
+class StoppingState(NamedTuple):
+    """State of `early_stopping`."""
+
+    best: jax.Array  # the least value so far, negated where the greatest is sought
+    since: jax.Array  # evaluations since then
+    step: jax.Array  # of the best
+    stopped: jax.Array
+    hyper: dict[str, jax.Array]
+    weights: tuple[PyTree, PyTree]  # params and state of the best
+
+
+def early_stopping(
+    metric: str,
+    patience: ArrayLike,
+    *,
+    least_change: ArrayLike = 0.0,
+    greatest: bool = False,
+    keep_weights: bool = True,
+) -> Reducer:
+    """Stop when ``patience`` evaluations in a row have not made ``metric`` less by more than ``least_change``.
+
+    ``metric`` is a name among the evaluation's results, such as ``validation_loss``; with ``greatest`` more is better.
+    A value that is not finite is never better. ``patience`` and ``least_change`` are data: a population may sweep them.
+    The best parameters and model state are kept (`best_weights`) unless ``keep_weights`` is False, which saves their
+    memory. As in Keras' EarlyStopping, with ``restore_best_weights`` left to the caller.
+
+    Raises ValueError for a patience below 1 or a negative change, and KeyError for a metric that is not there.
+    """
+    check_numbers("early_stopping", positive=True, patience=patience)
+    check_numbers("early_stopping", least_change=least_change)
+    sign = -1 if greatest else 1
+
+    def init(ts: TrainState) -> StoppingState:
+        hyper = {"patience": jnp.array(patience, float), "least_change": jnp.array(least_change, float)}
+        weights = jax.tree.map(jnp.copy, (ts.params, ts.state)) if keep_weights else ((), ())
+        best, since = jnp.array(math.inf, float), jnp.array(0, jnp.int32)
+        return StoppingState(best, since, jnp.copy(ts.step), jnp.array(False), hyper, weights)
+
+    def update(own: StoppingState, ts: TrainState, results) -> StoppingState:
+        if metric not in results:
+            raise KeyError(f"early_stopping: no metric is called {metric!r}; there are {', '.join(results)}")
+        result = results[metric]
+        value = sign * jnp.asarray(result.value if isinstance(result, Mean) else result, own.best.dtype)
+        better = jnp.isfinite(value) & (value < own.best - own.hyper["least_change"])
+        since = jnp.where(better, 0, own.since + 1)
+        kept = (ts.params, ts.state) if keep_weights else ((), ())
+        return StoppingState(
+            jnp.where(better, value, own.best),
+            since,
+            jnp.where(better, ts.step, own.step),
+            own.stopped | (since >= own.hyper["patience"]),
+            own.hyper,
+            jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, own.weights),
+        )
+
+    return Reducer(init, update)
+
+
+def best_weights(ts: TrainState) -> TrainState:
+    """``ts`` with the parameters and model state of its best evaluation; ValueError where none were kept."""
+    weights = getattr(ts.stopping, "weights", ((), ()))
+    if weights == ((), ()):
+        raise ValueError("best_weights: the state holds none; expected that of a run with stop=early_stopping(...)")
+    return ts._replace(params=weights[0], state=weights[1])
+
+
+def stopped(ts: TrainState) -> jax.Array:
+    """Whether the run's reducer has ended it."""
+    return getattr(ts.stopping, "stopped", jnp.array(False))
+
+
+def with_stopping(stop: Reducer | None, ts: TrainState) -> TrainState:
+    """``ts`` with the reducer's first state, unless it has one from before."""
+    if stop is None or ts.stopping != ():
+        return ts
+    return ts._replace(stopping=stop.init(ts))
+
+
+def decide(stop: Reducer | None, ts: TrainState, results: Mapping[str, Any]) -> TrainState:
+    """``ts`` after the reducer has seen an evaluation."""
+    return ts if stop is None else ts._replace(stopping=stop.update(ts.stopping, ts, results))
