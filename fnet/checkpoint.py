@@ -177,7 +177,8 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _as_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.array(array)
+    leaf = jnp.array(array)
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
 
 
 def _kind(leaf: jax.Array) -> str:

@@ -198,6 +198,7 @@ def open_run(run: Run) -> Iterator[OpenRun]:
 
 def environment() -> dict[str, Any]:
     """What the bits of a run depend on beside its configuration."""
+    settings: Any = jax.config
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
         **versions,
@@ -207,9 +208,9 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "x64": bool(jax.config.jax_enable_x64),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
-        "prng": jax.config.jax_default_prng_impl,
+        "x64": bool(settings.jax_enable_x64),
+        "matmul_precision": settings.jax_default_matmul_precision,
+        "prng": settings.jax_default_prng_impl,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -1,6 +1,17 @@
-"""Data in memory: checked before a run, split without loss, and the digits of the examples."""
+"""Data in memory, mapped or streamed: checked, split without loss; and the digits of the examples."""
 
 from fnet.data.arrays import DataError, check_data, split, take
 from fnet.data.digits import mnist_5k, mnist_idx, sklearn_digits
+from fnet.data.streams import Stream, open_arrays
 
-__all__ = ["DataError", "check_data", "mnist_5k", "mnist_idx", "sklearn_digits", "split", "take"]
+__all__ = [
+    "DataError",
+    "Stream",
+    "check_data",
+    "mnist_5k",
+    "mnist_idx",
+    "open_arrays",
+    "sklearn_digits",
+    "split",
+    "take",
+]

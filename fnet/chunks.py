@@ -1,0 +1,239 @@
+"""The compiled part of a run: one program that makes any number of steps, with what is due between them.
+
+Legend: N examples, S steps an epoch, B batch size, C steps that a chunk may have at most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.data.arrays import check_data, count_examples
+from fnet.data.streams import Read, Stream, ahead, joined, read_rows, read_stream
+from fnet.plan import Plan, dry_run, order_at
+from fnet.stopping import Reducer, decide, stopped
+from fnet.training import Step, epoch_order, evaluate_on, results_by_name, rows_of, steps_per_epoch
+from fnet.types import Batch, PyTree, TrainState
+
+READ_BYTES = 32_000_000  # of batches that are sent to the device at a time
+
+
+class Outputs(NamedTuple):
+    """What a chunk tells the host."""
+
+    step: jax.Array  # where it ended
+    metrics: PyTree  # (C, ...), of which as many rows are filled as it made steps
+    results: dict[str, Any]  # (evaluations, ...)
+    evaluated: jax.Array  # the steps of these evaluations; 0 in rows that are not filled
+    finite: jax.Array  # whether all parameters and model states are
+    stopped: jax.Array  # whether the reducer ended the run
+    reads: Any = ()  # of data that are read ahead: the batches, and where their stream stands
+
+
+def run_chunk(
+    ts: TrainState,
+    count: jax.Array,
+    data: Batch,
+    validation: PyTree,
+    *,
+    step: Step,
+    batch_size: int,
+    shuffle: bool,
+    evaluate: Callable | None,
+    every: int,
+    stop: Reducer | None,
+    capacity: int,
+) -> tuple[TrainState, Outputs]:
+    """``count`` steps from wherever ``ts`` stands, with the evaluations and decisions after every ``every`` steps."""
+    n, per_epoch = count_examples(data), steps_per_epoch(data, batch_size)
+    full = n // batch_size  # of the S steps of an epoch; where N / B leaves a rest, the last step is smaller
+
+    def order_of(ts):
+        return epoch_order(ts.key, ts.step // per_epoch, n) if shuffle else jnp.arange(n)
+
+    def one(ts, rows):
+        return step(ts, rows_of(data, rows))
+
+    def evaluated(ts):
+        results = results_by_name(evaluate_on(evaluate, ts, validation), validation) if evaluate else {}
+        return decide(stop, ts, results), results
+
+    def room(abstract, length):
+        return jax.tree.map(lambda a: jnp.zeros((length, *jnp.shape(a)), a.dtype), abstract)
+
+    def put(buffers, row, values):
+        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, row, 0)  # noqa: E731
+        return jax.tree.map(write, buffers, values)
+
+    def segment(carry):
+        """Steps up to the end of the chunk, the epoch's full batches or the next evaluation; then what is due there."""
+        ts, order, done, metrics, at, results, rows = carry
+        within = ts.step % per_epoch
+        order = jax.lax.cond((within == 0) & (done > 0), order_of, lambda ts: order, ts)
+        steps = jnp.minimum(count - done, full - within)
+        if evaluate:
+            steps = jnp.minimum(steps, every - ts.step % every)
+
+        def full_batch(i, carry):
+            ts, metrics = carry
+            rows = jax.lax.dynamic_slice_in_dim(order, (within + i) * batch_size, batch_size)
+            ts, now = one(ts, rows)
+            return ts, put(metrics, done + i, now)
+
+        ts, metrics = jax.lax.fori_loop(0, steps, full_batch, (ts, metrics))
+        done = done + steps
+        if n % batch_size:
+            due = (ts.step % per_epoch == full) & (done < count)
+            if evaluate:
+                due &= (steps == 0) | (ts.step % every != 0)  # an evaluation comes first
+
+            def last_batch(ts, metrics):
+                ts, now = one(ts, order[full * batch_size :])
+                return ts, put(metrics, done, now)
+
+            ts, metrics = jax.lax.cond(due, last_batch, lambda ts, metrics: (ts, metrics), ts, metrics)
+            done = done + due.astype(jnp.int32)
+        if evaluate:
+
+            def at_boundary(ts, at, results, row):
+                ts, now = evaluated(ts)
+                return ts, at.at[row].set(ts.step), put(results, row, now), row + 1
+
+            arguments = ts, at, results, rows
+            ts, at, results, rows = jax.lax.cond(ts.step % every == 0, at_boundary, lambda *same: same, *arguments)
+        return ts, order, done, metrics, at, results, rows
+
+    metrics = room(jax.eval_shape(one, ts, jnp.zeros(batch_size, jnp.int32))[1], capacity)
+    slots = capacity // every + 1 if evaluate else 0
+    results = room(jax.eval_shape(evaluated, ts)[1], slots)
+    zero = jnp.zeros((), jnp.int32)
+    carry = ts, order_of(ts), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
+    going = lambda carry: (carry[2] < count) & ~stopped(carry[0])  # noqa: E731
+    ts, _, _, metrics, at, results, _ = jax.lax.while_loop(going, segment, carry)
+    return ts, Outputs(jnp.copy(ts.step), metrics, results, at, all_finite(ts), jnp.copy(stopped(ts)))
+
+
+def all_finite(ts: TrainState) -> jax.Array:
+    """Whether every number of the parameters and the model's state is finite."""
+    floats = [a for a in jax.tree.leaves((ts.params, ts.state)) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(a).all() for a in floats), jnp.array(True))
+
+
+# --- data that are read ahead ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
+    """The function that makes a chunk of data that a thread reads ahead, with the arguments and outputs of `run_chunk`.
+
+    Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; a batch of another size,
+    such as an epoch's last, runs by itself.
+    """
+    position, key = int(ts.step), jnp.copy(ts.key)
+    wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+    def order_of(epoch):
+        with jax.enable_x64(wide):  # jax's contexts hold in the thread that enters them
+            return order_at(plan, key, epoch)
+
+    if isinstance(plan.data, Stream):
+        reads = read_stream(plan.data, state, position)
+    else:
+        reads = read_rows(plan.data, order_of, plan.batch_size, position)
+    most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
+    size = max(1, min(most, READ_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(plan.sample)))))
+    reads = labels_checked(plan, ts, ahead(reads, 2 * size))
+    loop = jax.jit(functools.partial(run_batches, step=plan.step), donate_argnums=0)
+    one = jax.jit(plan.step, donate_argnums=0)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def evaluated(ts, validation):
+        results = results_by_name(evaluate_on(plan.evaluate, ts, validation), validation) if plan.evaluate else {}
+        return decide(plan.stop, ts, results), results
+
+    waiting: deque[Read] = deque()
+
+    def take(most: int) -> list[Read]:
+        """Up to ``most`` batches of one size."""
+        taken: list[Read] = []
+        while len(taken) < most:
+            read = waiting.popleft() if waiting else next(reads)
+            if taken and len(read.batch.inputs) != len(taken[0].batch.inputs):
+                waiting.appendleft(read)
+                break
+            taken.append(read)
+        return taken
+
+    def call(ts, count, _, validation):
+        nonlocal position
+        end, every, metrics, results, at, used = position + int(count), plan.every, [], [], [], []
+        while position < end and not bool(stopped(ts)):
+            most = min(size, end - position, every - position % every if plan.evaluate else size)
+            taken = take(most)
+            if len(taken) == 1:
+                ts, now = one(ts, check_data(taken[0].batch))
+                metrics.append(jax.tree.map(lambda a: np.asarray(a)[None], now))
+            else:
+                n, batches = len(taken), [read.batch for read in taken]
+                whole = check_data(joined([*batches, *batches[:1] * (size - n)]))
+                parts = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), whole)
+                ts, now = loop(ts, parts, jnp.asarray(n, jnp.int32))
+                metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
+            used += taken
+            position += len(taken)
+            if plan.evaluate and position % every == 0:
+                ts, now = evaluated(ts, validation)
+                results.append(jax.tree.map(np.asarray, now))
+                at.append(position)
+        stack = lambda join, trees: jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else {}  # noqa: E731
+        ended = np.asarray(position), stack(np.concatenate, metrics), stack(np.stack, results), np.asarray(at, int)
+        return ts, Outputs(*ended, all_finite(ts), jnp.copy(stopped(ts)), tuple(used))  # pyright: ignore[reportArgumentType]
+
+    try:
+        yield call
+    finally:
+        reads.close()
+
+
+def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:
+    """The first ``count`` of the batches ``(C, B, ...)``, one after another."""
+    capacity = count_examples(batches)
+    abstract = jax.eval_shape(step, ts, jax.tree.map(lambda a: a[0], batches))[1]
+    metrics = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), abstract)
+
+    def body(i, carry):
+        ts, metrics = carry
+        ts, now = step(ts, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches))
+        put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, i, 0)  # noqa: E731
+        return ts, jax.tree.map(put, metrics, now)
+
+    return jax.lax.fori_loop(0, count, body, (ts, metrics))
+
+
+def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:
+    """The same batches; those with a label or id beyond all before them are traced with it, so that it is checked."""
+    extremes: dict[int, tuple[Any, Any]] = {}
+    like = jax.eval_shape(lambda ts: ts, ts)
+    try:
+        for read in reads:
+            integers = {
+                i: np.asarray(leaf)
+                for i, leaf in enumerate(jax.tree.leaves(read.batch))
+                if np.issubdtype(np.asarray(leaf).dtype, np.integer) and np.size(leaf)
+            }
+            known = {i: extremes.get(i, (leaf.max() + 1, leaf.min() - 1)) for i, leaf in integers.items()}
+            now = {i: (min(known[i][0], leaf.min()), max(known[i][1], leaf.max())) for i, leaf in integers.items()}
+            if now != extremes:
+                rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
+                dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch))
+                extremes = now
+            yield read
+    finally:
+        reads.close()

@@ -1,0 +1,144 @@
+"""Data that are read while a run goes on: memory-mapped arrays, and streams such as grain's.
+
+    data = open_arrays("inputs.npy", "targets.npy")                        fit(step, ts, data, epochs=2, batch_size=32)
+    data = Stream(grain_dataset.batch(32), steps_per_epoch=100)            fit(step, ts, data, epochs=2)
+
+A memory-mapped array is visited in the same order as one in memory, so the run is the same to the bit. A stream gives
+batches, in an order of its own; where it stands is saved with the run. Both are read by a thread, ahead of the run.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnet.data.arrays import DataError
+from fnet.types import Batch
+
+
+class Stream(NamedTuple):
+    """Batches from an iterable: `Batch`es or tuples of arrays, never-ending or long enough for the run.
+
+    To be resumed, its iterator has ``get_state()``, which gives what JSON can hold, and ``set_state(state)``: grain's
+    have. ``steps_per_epoch`` says how many batches are called an epoch.
+    """
+
+    source: Iterable
+    steps_per_epoch: int
+
+
+class Read(NamedTuple):
+    """A batch on the host: its rows in the data, if it has any, and where a stream stands after it."""
+
+    batch: Batch
+    rows: list[int] | None
+    state: Any
+
+
+def open_arrays(inputs: str | Path, targets: str | Path, weights: str | Path | None = None) -> Batch:
+    """A `Batch` of memory-mapped ``.npy`` files, of which only what a batch needs is read.
+
+    Raises DataError for a file that is missing or no ``.npy`` file; pickled objects are refused.
+    """
+
+    def mapped(path):
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be mapped ({error}); expected a .npy file that numpy.save wrote") from error
+
+    return Batch(mapped(inputs), mapped(targets), None if weights is None else mapped(weights))
+
+
+def is_read_ahead(data: Any) -> bool:
+    """Whether the data are read while the run goes on, not held on the device."""
+    return isinstance(data, Stream) or any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(data))
+
+
+def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: int, step: int) -> Iterator[Read]:
+    """The batches of memory-mapped data from a step on, epoch after epoch."""
+    n = jax.tree.leaves(data)[0].shape[0]
+    per_epoch = -(-n // batch_size)
+    while True:
+        order = order_of(step // per_epoch)
+        for within in range(step % per_epoch, per_epoch):
+            rows = order[within * batch_size : (within + 1) * batch_size]
+            yield Read(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf[rows]), data), rows.tolist(), None)
+            step += 1
+
+
+def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
+    """The batches of a stream, from where ``state`` says that it stood, else from its beginning."""
+    iterator: Any = iter(stream.source)
+    if step and state is None:
+        raise DataError(f"the run stands at step {step} but not where its stream stood then: resume it by its Run")
+    if state is not None:
+        if not hasattr(iterator, "set_state"):
+            raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
+        iterator.set_state(state)
+    for element in iterator:
+        yield Read(Batch(*element), None, iterator.get_state() if hasattr(iterator, "get_state") else None)
+        step += 1
+    raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
+
+
+def first_batch(stream: Stream) -> Batch:
+    """What a stream gives first; DataError where it is no stream that can be read anew."""
+    if not isinstance(stream.steps_per_epoch, int) or stream.steps_per_epoch < 1:
+        raise DataError(f"Stream: steps_per_epoch = {stream.steps_per_epoch!r}; expected a whole number of at least 1")
+    if iter(stream.source) is stream.source:
+        raise DataError(
+            f"Stream: the source is an iterator, {type(stream.source).__name__}, which gives its batches but once; "
+            "expected an iterable that begins anew, such as a list or a grain dataset"
+        )
+    for element in stream.source:
+        if not isinstance(element, tuple) or len(element) not in (2, 3):
+            raise DataError(
+                f"Stream: the source gives a {type(element).__name__}; expected (inputs, targets) or a Batch"
+            )
+        return Batch(*element)
+    raise DataError("Stream: the source is empty; expected at least 1 batch")
+
+
+def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
+    """The same batches, of which a thread reads up to ``count`` ahead."""
+    waiting: queue.Queue = queue.Queue(count)
+    closed = threading.Event()
+
+    def put(item) -> bool:
+        while not closed.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for read in reads:
+                if not put(read):
+                    return
+        except BaseException as error:  # handed to whoever waits
+            put(error)
+
+    threading.Thread(target=work, name="fnet-reader", daemon=True).start()
+    try:
+        while True:
+            item = waiting.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Batches one after another as one."""
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *batches)

@@ -1,0 +1,172 @@
+"""What `fit` checks before anything is computed: its arguments become a `Plan`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.data.arrays import DataError, check_data, count_examples
+from fnet.data.streams import Stream, first_batch, is_read_ahead
+from fnet.stopping import Reducer, decide, with_stopping
+from fnet.training import Step, epoch_order, evaluate_on, results_by_name, steps_per_epoch
+from fnet.types import Batch, LayerError, PyTree, TrainState, named_leaves
+
+CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
+METRIC_BYTES = 16_000_000
+
+
+class Plan(NamedTuple):
+    """A run's arguments, checked."""
+
+    step: Step
+    data: Batch | Stream
+    sample: Batch  # a batch, or its shapes
+    validation: PyTree
+    examples: int  # N
+    batch_size: int
+    shuffle: bool
+    evaluate: Callable | None
+    stop: Reducer | None
+    per_epoch: int  # S
+    end: int  # the step at which the run ends
+    every: int  # steps from one evaluation to the next
+    capacity: int  # C
+
+
+def check_run(
+    step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
+) -> Plan:
+    """Everything that can be known to fail before it is computed."""
+    for name, value in {"epochs": epochs, "steps": steps, "chunk_steps": chunk_steps}.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} = {value!r}; expected a whole number of at least 1")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs = {epochs} and steps = {steps}; expected one of them: where the run ends")
+    if (evaluate is None) != (validation is None):
+        missing = "validation" if validation is None else "evaluate"
+        raise ValueError(f"{missing} is not given; expected evaluate and validation together, or neither")
+    if stop is not None and evaluate is None:
+        raise ValueError("stop is given without evaluate; expected evaluate and validation, whose results it looks at")
+    if isinstance(data, Stream):
+        if batch_size is not None:
+            raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
+        known = sample = check_data(first_batch(data), name="the stream's first batch")
+        per_epoch = data.steps_per_epoch
+        n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
+    elif is_read_ahead(data):
+        data, n = Batch(*data), count_examples(Batch(*data))
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= n:
+            raise DataError(f"batch_size = {batch_size!r}; expected a whole number from 1 to {n}")
+        known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data))
+        per_epoch = steps_per_epoch(data, batch_size)
+    else:
+        if batch_size is None:
+            raise DataError("batch_size is not given; expected how many examples an update takes")
+        known = data = check_data(data, batch_size=batch_size)
+        per_epoch, n = steps_per_epoch(data, batch_size), count_examples(data)
+        sample = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype), data)
+    every = in_steps("evaluate_every", evaluate_every, per_epoch)
+    after, _ = dry_run("data", step, ts, known)
+    for (path, old), (_, new) in zip(named_leaves(ts), named_leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ValueError(
+                f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
+            )
+    if evaluate:
+        sets = validation if isinstance(validation, Mapping) else {"validation": validation}
+        checked = {name: check_data(held, name=name) for name, held in sets.items()}
+        for name, held in checked.items():
+            dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
+        validation = checked if isinstance(validation, Mapping) else checked["validation"]
+        if stop is not None:
+            jax.eval_shape(
+                lambda ts, sets: decide(
+                    stop, with_stopping(stop, ts), results_by_name(evaluate_on(evaluate, ts, sets), sets)
+                ),
+                ts,
+                validation,
+            )
+    end = steps or epochs * per_epoch
+    capacity = chunk_capacity(step, ts, sample, end)
+    return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, capacity)
+
+
+def check_position(ts: TrainState, plan: Plan) -> None:
+    """Require that there is something left to run."""
+    if (position := int(ts.step)) >= plan.end:
+        epochs = plan.end / plan.per_epoch
+        raise ValueError(
+            f"the run is to end at step {plan.end}, after epoch {epochs:g}, but its state stands at step {position}: "
+            "epochs and steps are counted from step 0, so give where the run is to end"
+        )
+
+
+def in_steps(name: str, every: Any, per_epoch: int) -> int:
+    """``(n, "steps")`` or ``(n, "epochs")`` in steps."""
+    if (
+        not isinstance(every, tuple)
+        or len(every) != 2
+        or every[1] not in ("steps", "epochs")
+        or not isinstance(every[0], int)
+        or every[0] < 1
+    ):
+        raise ValueError(f"{name} = {every!r}; expected (n, 'steps') or (n, 'epochs') with a whole n of at least 1")
+    return every[0] * (per_epoch if every[1] == "epochs" else 1)
+
+
+def chunk_capacity(step: Step, ts: TrainState, sample: Batch, steps: int) -> int:
+    """C: as many steps as have room for their metrics."""
+    metrics = jax.eval_shape(step, ts, sample)[1]
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(metrics))
+    return max(1, min(steps, CHUNK_STEPS, METRIC_BYTES // max(size, 1)))
+
+
+def order_at(plan: Plan, key: jax.Array, epoch: int) -> np.ndarray:
+    """The order of an epoch's examples, on the host."""
+    return np.asarray(epoch_order(key, epoch, plan.examples)) if plan.shuffle else np.arange(plan.examples)
+
+
+def examples_between(plan: Plan, first: int, last: int) -> int:
+    """How many examples the steps ``first`` to ``last`` see."""
+
+    def seen(step):
+        epochs, within = divmod(step, plan.per_epoch)
+        return epochs * plan.examples + within * plan.batch_size
+
+    return seen(last) - seen(first)
+
+
+def dry_run(name: str, function: Callable, ts: TrainState, data: Batch):
+    """Trace ``function(ts, batch)`` with the true labels and ids at their extremes, so that they can be checked.
+
+    These are the integers of a batch: losses look at the labels, embeddings at the ids. All else is abstract, and
+    nothing is computed.
+    """
+    leaves, structure = jax.tree.flatten(data)
+    whole = {i: np.asarray(a) for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.integer)}
+    flat = [a.reshape(len(a), -1) for a in whole.values() if a.size]
+    rows = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
+    known = {i: jnp.asarray(a[np.asarray(rows)]) for i, a in whole.items()}
+    others = [
+        None if i in known else jax.ShapeDtypeStruct((len(rows), *a.shape[1:]), a.dtype) for i, a in enumerate(leaves)
+    ]
+
+    def traced(ts, others):
+        batch = [known.get(i, other) for i, other in enumerate(others)]
+        return function(ts, jax.tree.unflatten(structure, batch))
+
+    where = f"{name}, examples {rows} (those with the least and the greatest label or id)"
+    try:
+        return jax.eval_shape(traced, ts, others)
+    except LayerError as error:
+        error.add_note(f"in {where}")
+        raise
+    except ValueError as error:
+        if known:
+            raise DataError(f"{where}: {error}") from error
+        raise
