@@ -1,7 +1,8 @@
 """Checkpoints: a `TrainState` in a folder of its own, whole or not at all, every leaf with its hash (needs orbax).
 
-    folder/step_000000250/state   the arrays, as orbax keeps them
-    folder/step_000000250/meta    JSON: the step; path, dtype, shape and SHA-256 of every leaf; and what the run adds
+    folder/step_000000250/state          the arrays, as orbax keeps them
+    folder/step_000000250/meta           JSON: the step; path, dtype, shape and SHA-256 of every leaf; what the run adds
+    folder/step_000000250/manifest.json  the SHA-256 of every file
 
 Nothing is pickled, and nothing that is read can run code. A checkpoint is written under another name and renamed when
 it is complete; one that is deleted is renamed first.
@@ -10,6 +11,7 @@ it is complete; one that is deleted is renamed first.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -66,16 +68,15 @@ def save_checkpoint(
         )
     described = [{"path": leaf.path, "kind": leaf.kind, "sha256": _digest(leaf.array)} for leaf in leaves]
     arrays = {f"{i:05d}": leaf.array for i, leaf in enumerate(leaves) if leaf.array.size}  # orbax takes no empty ones
+    meta = {**(meta or {}), "format": FORMAT, "step": step, "leaves": described}
+    part = path.with_name(f".writing_{path.name}")
     ocp, checkpointer = _orbax()
     try:
         with checkpointer:
-            checkpointer.save(
-                path,
-                ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays or {"none": np.zeros(1)}),
-                    meta=ocp.args.JsonSave({**(meta or {}), "format": FORMAT, "step": step, "leaves": described}),
-                ),
-            )
+            state = ocp.args.StandardSave(arrays or {"none": np.zeros(1)})
+            checkpointer.save(part, ocp.args.Composite(state=state, meta=ocp.args.JsonSave(meta)))
+        (part / "manifest.json").write_text(json.dumps(_hashes(part), indent=1))
+        os.rename(part, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} could not be written ({_first_line(error)}); expected a folder with room that can be written to; "
@@ -122,6 +123,7 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself; CheckpointError where it is none, or none of this format."""
     path = Path(path).absolute()
+    _verify_files(path)
     ocp, checkpointer = _orbax()
     try:
         with checkpointer:
@@ -152,7 +154,7 @@ def delete_checkpoint(path: Path) -> None:
 
 def sweep(folder: str | Path) -> None:
     """Remove what a killed process left of a checkpoint that it wrote or deleted."""
-    for path in (*Path(folder).glob(".deleted_*"), *Path(folder).glob("step_*.orbax-checkpoint-tmp*")):
+    for path in (*Path(folder).glob(".deleted_*"), *Path(folder).glob(".writing_*")):
         shutil.rmtree(path)
 
 
@@ -190,20 +192,38 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+def _hashes(path: Path) -> dict[str, str]:
+    """The SHA-256 of every file within, but for the manifest's."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
+    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _verify_files(path: Path) -> None:
+    """Require the files that were written: what orbax and tensorstore say of damaged ones is long and helps nobody."""
+    try:
+        expected = json.loads((path / "manifest.json").read_text())
+        found = _hashes(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    for name in {**expected, **found}:
+        if (want := expected.get(name, "no such file")[:12]) != (have := found.get(name, "no such file")[:12]):
+            raise _damaged(path / name, ValueError(f"expected SHA-256 {want}, found {have}"))
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
 def _damaged(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be read ({_first_line(error)}); expected a checkpoint as fnet wrote it: "
-        "delete this folder to continue from the checkpoint before it"
+        f"{path} is damaged or not fnet's ({_first_line(error)}); expected a checkpoint as fnet wrote it: "
+        "delete its folder to continue from the checkpoint before it"
     )
 
 
 def _compare(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Name the leaves that differ, 5 of them at most."""
-    names = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+    names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if names:
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in names[:5]]
         more = f"; and {len(names) - 5} more" if len(names) > 5 else ""

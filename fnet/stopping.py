@@ -81,7 +81,7 @@ def early_stopping(
             jnp.where(better, value, own.best),
             since,
             jnp.where(better, ts.step, own.step),
-            own.stopped | (since >= own.hyper["patience"]),
+            own.stopped | (since.astype(own.best.dtype) >= own.hyper["patience"]),
             own.hyper,
             jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, own.weights),
         )

@@ -1,0 +1,393 @@
+"""Runs that are stopped, killed and continued, to the bit; and folders that are refused, with nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet.checkpoint import _hashes, host_leaves, load_checkpoint, save_checkpoint, saved_steps
+from fnet.runs import RunWarning, open_run
+from tests import resumable
+from tests.resumable import digest
+from tests.test_training import assert_same_bits
+
+ROOT = Path(__file__).parents[1]
+
+
+def stop_at(step):
+    return lambda event: "stop" if event.kind == "chunk" and event.step >= step else None
+
+
+def metrics(folder):
+    return (folder / "metrics.jsonl").read_text()
+
+
+def latest(folder):
+    return list(saved_steps(folder / "checkpoints").values())[-1]
+
+
+# --- to the bit ------------------------------------------------------------------------------------------------------
+
+
+def resumed_is_straight(tmp_path, **options):
+    straight, history = resumable.run(tmp_path / "straight", **options)
+    for at in (13, 26):  # within an epoch and within the interval of evaluations
+        resumable.run(tmp_path / "cut", observers=[stop_at(at)], **options)
+    end, resumed = resumable.run(tmp_path / "cut", chunk_steps=100, **options)
+    assert_same_bits(end, straight)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "straight")
+    for name, values in history.epochs.items():
+        np.testing.assert_array_equal(resumed.epochs[name], values)
+    for name, values in history.evaluations.items():
+        np.testing.assert_array_equal(resumed.evaluations[name], values)
+    assert history.evaluations["step"].tolist() == list(range(4, 43, 4))
+    return straight
+
+
+def test_a_run_cut_twice_is_the_straight_run_with_dropout_batch_norm_schedule_accumulation_and_noise(tmp_path):
+    end = resumed_is_straight(tmp_path)
+    alone, _ = resumable.run(None, chunk_steps=None)
+    assert_same_bits(end, alone)  # a folder changes nothing
+
+
+def test_mapped_data_give_the_run_of_data_in_memory_and_are_resumed(tmp_path):
+    mapped = resumed_is_straight(tmp_path, source="mapped", files=tmp_path)
+    in_memory, _ = resumable.run(None)
+    assert_same_bits(mapped, in_memory)
+
+
+def test_a_stream_is_continued_where_it_stood(tmp_path):
+    resumed_is_straight(tmp_path, source="stream")
+    saved = json.loads((latest(tmp_path / "cut") / "meta" / "metadata").read_text())
+    assert saved["stream"] == {"at": 42}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", resumable.optimizers())
+def test_every_optimizer_is_resumed_to_the_bit(optimizer, tmp_path):
+    resumed_is_straight(tmp_path, optimizer=optimizer)
+
+
+def test_a_checkpoint_holds_every_leaf_with_its_dtype_and_bits(tmp_path):
+    tree = {
+        "half": jnp.asarray([1.5, -0.0, jnp.inf], jnp.bfloat16),
+        "key": jax.random.split(jax.random.key(3), 2),
+        "empty": (jnp.zeros((0, 3)), None, ()),
+        "count": jnp.asarray(7, jnp.int32),
+        "flag": jnp.asarray(True),
+        "nan": jnp.asarray(jnp.nan),
+    }
+    path = save_checkpoint(tmp_path, 3, host_leaves(tree), {"note": 0.1})
+    is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
+    back, meta = load_checkpoint(path, jax.tree.map(lambda a: a[::-1] if is_key(a) else jnp.zeros_like(a), tree))
+    assert_same_bits(back, tree)
+    assert meta["note"] == 0.1 and meta["step"] == 3
+    with pytest.raises(fnet.CheckpointError, match="exists already and is left as it is"):
+        save_checkpoint(tmp_path, 3, host_leaves(tree))
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+    resumable.run(tmp_path / "run", keep_last=2, keep_every=10, keep_best="validation_loss")
+    rows = [json.loads(line) for line in metrics(tmp_path / "run").splitlines()]
+    results = {row["step"]: row["validation_loss"] for row in rows if row["kind"] == "evaluation"}
+    saved = [*range(5, 42, 5), 42]
+    # a checkpoint has the last result before it; the best of all that were ever saved stays
+    known = {step: results[step - step % 4] for step in saved if step >= 4}
+    best = min(known, key=lambda step: known[step])
+    assert set(saved_steps(tmp_path / "run" / "checkpoints")) == {10, 20, 30, 40, 42, best}
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def start(folder, *options) -> subprocess.Popen:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-u", "-m", "tests.resumable", str(folder), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **cache}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(process.stderr.read())
+
+
+def result(process):
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return out.split("end ")[1].strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run_and_ends_it_with_128_and_its_number(number, tmp_path):
+    process = start(tmp_path / "run", "--slow", "0.3")
+    wait_for(process, "step 5")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    stood = list(saved_steps(tmp_path / "run" / "checkpoints"))[-1]
+    assert 5 <= stood < 42
+    assert result(start(tmp_path / "run")) == digest(resumable.run(None)[0])
+
+
+def test_a_second_sigint_leaves_at_once(tmp_path):
+    process = start(tmp_path / "run", "--slow", "30")
+    wait_for(process, "step 3")  # and now its observer sleeps
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130 and time.monotonic() - begin < 5
+    assert "left at once" in errors
+
+
+def killed_at_random(folder, times, seed, source):
+    """Kill the run as often at random moments; its last process ends undisturbed."""
+    rng = random.Random(seed)
+    extra = ("--slow", "0.05", "--source", source)
+    for _ in range(times):
+        process = start(folder, *extra)
+        if rng.random() < 0.8:
+            wait_for(process, "step")
+        time.sleep(rng.random() * 0.8)
+        process.kill()
+        process.communicate()
+    return result(start(folder, *extra))
+
+
+def test_a_run_killed_at_a_random_moment_ends_as_the_undisturbed_one(tmp_path):
+    folder = tmp_path / "run"
+    assert killed_at_random(folder, 2, 0, "memory") == digest(resumable.run(tmp_path / "straight")[0])
+    assert metrics(folder) == metrics(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["memory", "mapped", "stream"])
+@pytest.mark.parametrize("seed", range(6))
+def test_runs_killed_fifty_times_and_more_end_as_the_undisturbed_one(seed, source, tmp_path):
+    files = {"files": tmp_path} if source == "mapped" else {}
+    (tmp_path / "run").mkdir()
+    expected = digest(resumable.run(tmp_path / "straight", source=source, **files)[0])
+    assert killed_at_random(tmp_path / "run", 3, seed, source) == expected
+
+
+# --- what is refused, and what stays as it was -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's folder that was ended within."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    resumable.run(folder, observers=[stop_at(20)])
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(folder, error, message, **options):
+    before = files(folder)
+    with pytest.raises(error, match=message) as caught:
+        resumable.run(folder, **options)
+    after = files(folder)
+    assert {name: after[name] for name in before if name.name != ".lock"} == {
+        name: content for name, content in before.items() if name.name != ".lock"
+    }
+    return str(caught.value)
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(folder):
+    step, ts, arrays, _ = resumable.parts()
+    before = files(folder)
+    with pytest.raises(fnet.RunError, match=r"run holds .*checkpoints.* already and is left as it is; .*resume=True"):
+        fnet.fit(step, ts, fnet.Batch(*arrays), epochs=1, batch_size=8, run=fnet.Run(folder))
+    assert files(folder) == before
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear reader")
+    with pytest.raises(fnet.RunError, match=r"holds thesis.tex and no config.json; expected the folder of a run"):
+        resumable.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_another_configuration_is_named(folder):
+    message = refused(folder, fnet.RunError, "is a run of another configuration", optimizer="adam")
+    assert "optimizer: expected 'noisy' (as begun), found 'adam'. Resume it with its own" in message
+
+
+def test_a_configuration_may_be_a_dataclass_and_its_free_names_may_change(tmp_path):
+    @dataclasses.dataclass
+    class Config:
+        rate: float
+        epochs: int
+        data: Path
+
+    run = fnet.Run(tmp_path / "run", Config(0.1, 2, Path("x")))
+    with open_run(run):
+        pass
+    with open_run(run._replace(config=Config(0.1, 5, Path("x")), resume=True)):
+        pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"rate": 0.1, "epochs": 5, "data": "x"}
+    with (
+        pytest.raises(fnet.RunError, match=re.escape("rate: expected 0.1 (as begun), found 0.2")),
+        open_run(run._replace(config=Config(0.2, 5, Path("x")), resume=True)),
+    ):
+        pass
+
+
+def test_another_model_is_named_leaf_by_leaf(folder):
+    _, _, arrays, _ = resumable.parts()
+    model = fnet.mlp(9, 2)
+    params, state = fnet.init(model, jax.random.key(0), arrays[0][:2])
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), fnet.adam(0.01))
+    ts = fnet.init_train_state(params, fnet.adam(0.01), jax.random.key(1), state)
+    before = files(folder)
+    with pytest.raises(fnet.CheckpointError, match="is of another model or optimizer") as caught:
+        run = fnet.Run(folder, {"optimizer": "noisy"}, resume=True)
+        fnet.fit(step, ts, fnet.Batch(*arrays), epochs=9, batch_size=8, run=run)
+    assert "params/dense_0/b: expected float32(9,), found float32(8,)" in str(caught.value)
+    assert re.search(r"; and \d+ more\. Give the one it was saved from", str(caught.value))
+    assert files(folder) == before
+
+
+def altered(path, change):
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+def flip(data):
+    data[len(data) // 2] ^= 1
+    return data
+
+
+@pytest.mark.parametrize("what", ["arrays", "meta", "truncated", "gone"])
+def test_a_damaged_checkpoint_is_refused_by_its_name(what, folder):
+    path = latest(folder)
+    arrays = max((p for p in (path / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if what == "arrays":
+        altered(arrays, flip)
+    elif what == "meta":
+        altered(path / "meta" / "metadata", lambda data: data.replace(b'"sha256": "', b'"sha256": "0', 1))
+    elif what == "truncated":
+        altered(arrays, lambda data: data[: len(data) // 2])
+    else:
+        shutil.rmtree(path / "state")
+    message = refused(folder, fnet.CheckpointError, re.escape(str(path)))
+    assert "delete its folder to continue from the checkpoint before it" in message
+    shutil.rmtree(path)
+    end, _ = resumable.run(folder)
+    assert digest(end) == digest(resumable.run(None)[0])
+
+
+def test_a_foreign_folder_among_the_checkpoints_is_refused(folder):
+    foreign = folder / "checkpoints" / "step_000000999"
+    foreign.mkdir()
+    (foreign / "weights.pkl").write_bytes(b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR.")
+    refused(
+        folder,
+        fnet.CheckpointError,
+        r"step_000000999 is damaged or not fnet's .* expected a checkpoint as fnet wrote it",
+    )
+
+
+def test_two_runs_on_one_folder_are_refused(folder):
+    with open_run(fnet.Run(folder, {"optimizer": "noisy"}, resume=True)):
+        refused(folder, fnet.RunError, f"is in use by process {os.getpid()}; expected a folder that no run writes to")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    with pytest.raises(fnet.RunError, match=r"/proc/fnet cannot be written to .*; expected a folder that can"):
+        resumable.run("/proc/fnet")
+
+
+def test_a_disk_without_room_stops_the_run_and_leaves_the_checkpoints_before(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(fnet.CheckpointError, match=r"needs .* MB and 0.0 MB are free; expected room for it"):
+        resumable.run(folder)
+    monkeypatch.undo()
+    assert digest(resumable.run(folder)[0]) == digest(resumable.run(None)[0])
+
+
+def test_a_disk_that_fills_while_it_is_written_is_told_and_the_checkpoint_before_is_whole(folder):
+    code = f"""
+import resource, signal
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+from tests import resumable
+resumable.run({str(folder)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert re.search(r"(RunError|CheckpointError|OSError)", done.stderr.splitlines()[-1])
+    assert digest(resumable.run(folder)[0]) == digest(resumable.run(None)[0])
+
+
+def test_other_circumstances_are_said_at_resume(folder):
+    for path in saved_steps(folder / "checkpoints").values():
+        meta = path / "meta" / "metadata"
+        saved = json.loads(meta.read_text())
+        meta.write_text(json.dumps({**saved, "environment": {**saved["environment"], "jax": "0.1", "threads": 999}}))
+        (path / "manifest.json").write_text(json.dumps(_hashes(path)))
+    with pytest.warns(
+        RunWarning, match=r"not to the bit perhaps: jax: expected '0.1' \(as saved\).*threads: expected 999"
+    ):
+        resumable.run(folder)
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_written_anew(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "epoch", "ste')
+    end, _ = resumable.run(folder)
+    assert digest(end) == digest(resumable.run(None)[0])
+    assert [json.loads(line)["step"] for line in metrics(folder).splitlines()][-1] == 42
+
+
+def test_what_a_killed_process_left_half_done_is_swept(folder):
+    checkpoints = folder / "checkpoints"
+    (checkpoints / ".deleted_step_000000005").mkdir()
+    (checkpoints / ".writing_step_000000041").mkdir()
+    resumable.run(folder)
+    assert all(re.fullmatch(r"step_\d+", path.name) for path in checkpoints.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save_every": 0}, "Run: save_every = 0; expected a whole number of at least 1"),
+        ({"keep_last": 1.5}, "Run: keep_last = 1.5; expected a whole number of at least 1"),
+        ({"keep_every": True}, "Run: keep_every = True; expected a whole number of at least 1"),
+        ({"save_seconds": 0}, "Run: save_seconds = 0; expected a number above 0"),
+        ({"config": [1, 2]}, "Run: config is a list; expected a dataclass or a mapping"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused_before_its_folder_is_made(changes, message, tmp_path):
+    with pytest.raises(fnet.RunError, match=re.escape(message)), open_run(fnet.Run(tmp_path / "a")._replace(**changes)):
+        pass
+    assert not (tmp_path / "a").exists()
