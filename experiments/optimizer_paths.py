@@ -35,6 +35,7 @@ from fnet import optimizers
 from fnet.optimizers import minimize_lbfgs
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
+from fnet.types import require_counts
 
 
 class Problem(NamedTuple):
@@ -86,6 +87,7 @@ ONE_BY_ONE = (
     *("sgd", "momentum", "rmsprop", "adagrad", "adadelta", "adam", "amsgrad", "adamax", "nadam", "radam", "lion"),
     "adafactor",
 )
+DRAWN = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "nadam", "lion")  # of all, as many as can be told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Config:
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
     optimizers: tuple[str, ...] = ONE_BY_ONE
-    drawn: tuple[str, ...] = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "nadam", "lion")  # in the picture
+    drawn: tuple[str, ...] | None = None  # in the picture; None takes the optimizers given, and seven of all twelve
     steps: int = 500
     rates: int = 25  # from low to high by a constant factor
     low: float = 1e-4
@@ -126,9 +128,14 @@ def distance(points: np.ndarray, problem: Problem) -> np.ndarray:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Follow every optimizer on every function; returns distance, rate and path by function and optimizer."""
+    drawn = config.drawn or (DRAWN if config.optimizers == ONE_BY_ONE else config.optimizers)
+    require_counts("optimizer_paths", problems=len(config.problems), steps=config.steps, rates=config.rates)
+    if not 0 < config.low <= config.high < np.inf:
+        raise ValueError(f"optimizer_paths: low = {config.low}, high = {config.high}; expected 0 < low <= high < inf")
     for what, given, known in (
         ("problem", config.problems, PROBLEMS),
         ("optimizer", config.optimizers, ONE_BY_ONE),
+        ("optimizer to draw", drawn, config.optimizers),
     ):
         for name in given:
             if name not in known:
@@ -164,12 +171,12 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(engine_table(f"at the best of {config.rates} rates", rates))
     plain = {t: {n: {k: v for k, v in r.items() if k != "path"} for n, r in rs.items()} for t, rs in results.items()}
     (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
-    draw(results, config, folder / "paths.png")
+    draw(results, drawn, folder / "paths.png")
     console.print(f"picture in {folder}", highlight=False, soft_wrap=True)
     return {"results": results, "folder": folder}
 
 
-def draw(results: dict, config: Config, file: Path) -> None:
+def draw(results: dict, drawn: tuple[str, ...], file: Path) -> None:
     """The paths over the functions' contours."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
@@ -183,7 +190,7 @@ def draw(results: dict, config: Config, file: Path) -> None:
         values = np.asarray(jax.vmap(jax.vmap(problem.value))(jnp.stack([jnp.asarray(x), jnp.asarray(y)], -1)))
         low = values.min()
         ax.contour(x, y, np.log10(values - low + 1e-3 * (values.max() - low)), 18, colors="0.8", linewidths=0.7)
-        for i, name in enumerate(name for name in config.drawn if name in r):
+        for i, name in enumerate(drawn):
             points = r[name]["path"]
             points = points[np.isfinite(points).all(1)]
             style = "-" if i < 10 else "--"

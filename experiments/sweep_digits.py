@@ -25,9 +25,9 @@ from rich.console import Console
 import fnet
 from experiments.common import new_run_folder
 from fnet.metrics import accuracy
-from fnet.population import band, crossed, grid, ranking, train_population
+from fnet.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
-from fnet.types import stream
+from fnet.types import require_counts, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +74,17 @@ def train(config: Config, hyper, key, train_data: fnet.Batch, validation: fnet.B
 def run(config: Config, console: Console | None = None) -> dict:
     """Train all members, rank the settings, test the chosen one; returns what was measured."""
     console = console or Console()
-    folder = new_run_folder(config.run_dir, "sweep_digits", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    require_counts("sweep_digits", seeds=config.seeds, epochs=config.epochs)
     train_data, validation, test_data = load(config)
     keys = jax.random.split(stream(jax.random.key(config.seed), "seeds"), config.seeds)
-    hyper, keys = crossed(grid(learning_rate=config.rates, b1=config.b1), keys)
+    hyper, keys = check_members("sweep_digits", *crossed(grid(learning_rate=config.rates, b1=config.b1), keys))
 
     def member(hyper, key, *data):
         return train(config, hyper, key, *data)
 
+    check_range(member, hyper, keys, (train_data, validation))  # a number out of range leaves no folder
+    folder = new_run_folder(config.run_dir, "sweep_digits", config.name)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     with console.status(f"{len(keys)} members, {config.epochs} epochs each"):
         population = train_population(member, hyper, keys, train_data, validation, memory=config.memory)
     each = population.run_seconds / len(keys) / config.epochs

@@ -73,7 +73,9 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
 
     ``loss_fn(params, batch, key) -> scalar``, the mean over the batch's examples; or with ``has_state=True``
     ``loss_fn(params, state, batch, key) -> scalar, state, metrics`` (``metrics`` maps names to scalars or `Mean`s).
-    ``batch`` is whatever pytree of arrays the data are, with the examples along the first axis.
+    ``batch`` is whatever pytree of arrays the data are, with the examples along the first axis. Where it is a `Batch`
+    with weights, the mean is the one by these weights, ``Σ w ℓ / Σ w``, and counts ``Σ w`` where batches are added up;
+    any other counts its examples.
     """
 
     def objective(params, state, batch, key, scale):
@@ -89,11 +91,13 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
 
     def gradient(params, state, batch, key, *, scale=None):
         grads, (value, new_state, metrics) = jax.grad(objective, has_aux=True)(params, state, batch, key, scale)
-        examples = jax.tree.leaves(batch)[0].shape[0]
+        weighted = isinstance(batch, Batch) and batch.weights is not None
+        count = batch.weights if weighted else jax.tree.leaves(batch)[0].shape[0]
 
         def mean(m):
             m = m.astype(wide(m.dtype))  # a count in 16 bits would stall where batches are added up
-            return Mean(m * examples, jnp.asarray(examples, m.dtype))
+            total = jnp.asarray(count, m.dtype).sum()
+            return Mean(m * total, total)
 
         measured = {name: m if isinstance(m, Mean) else mean(m) for name, m in {"loss": value, **metrics}.items()}
         return grads, new_state, measured
@@ -105,10 +109,10 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
     """The same gradient over the batch in ``parts`` microbatches, one after another in a scan: less memory.
 
     ``Σ Wᵢ gᵢ / Σ Wᵢ``, where ``Wᵢ`` is the sum of a part's weights, is the gradient of the whole batch, however the
-    weights are spread. Parts have ``⌈B / parts⌉`` examples, the last may have fewer; part i has the key ``fold_in(key,
-    i)``. Sums are in float32 at least. A layer that looks at its whole batch, such as `fnet.layers.batch_norm`, sees
-    parts, and its running statistics are updated by each. Raises ValueError for parts out of 1 .. B, and for an engine
-    that also returns the gradient by the inputs.
+    weights are spread. Parts have ``⌈B / parts⌉`` examples, the last ones one fewer where ``parts`` does not divide B;
+    part i has the key ``fold_in(key, i)``. Sums are in float32 at least. A layer that looks at its whole batch, such as
+    `fnet.layers.batch_norm`, sees parts, and its running statistics are updated by each. Raises ValueError for parts
+    out of 1 .. B, and for an engine that also returns the gradient by the inputs.
     """
     require_counts("accumulate", parts=parts)
 
@@ -116,8 +120,7 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
         n = jax.tree.leaves(batch)[0].shape[0]
         if parts > n:
             raise ValueError(f"accumulate: parts = {parts}; expected at most {n}, the examples of the batch")
-        size = -(-n // parts)
-        full = n // size
+        size, longer = divmod(n, parts)  # so many parts have one example more
 
         def one(state, index, batch):
             grads, state, metrics = gradient(params, state, batch, jax.random.fold_in(key, index), scale=scale)
@@ -131,13 +134,16 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
             state, new = one(carry[0], *given)
             return (state, jax.tree.map(jnp.add, carry[1], new)), None
 
-        cut = jax.tree.map(lambda a: a[: full * size].reshape(full, size, *a.shape[1:]), batch)
-        first = jax.tree.map(lambda a: a[0], cut)
+        def cut(begin, count, size):
+            return jax.tree.map(lambda a: a[begin : begin + count * size].reshape(count, size, *a.shape[1:]), batch)
+
+        first = jax.tree.map(lambda a: a[:size], batch)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: one(state, 0, first))[1])
-        (state, total), _ = jax.lax.scan(step, (state, zeros), (jnp.arange(full), cut))
-        if n % size:
-            state, new = one(state, full, jax.tree.map(lambda a: a[full * size :], batch))
-            total = jax.tree.map(jnp.add, total, new)
+        carry = state, zeros
+        if longer:
+            carry, _ = jax.lax.scan(step, carry, (jnp.arange(longer), cut(0, longer, size + 1)))
+        rest = jnp.arange(longer, parts), cut(longer * (size + 1), parts - longer, size)
+        (state, total), _ = jax.lax.scan(step, carry, rest)
         grads, metrics = total
         share = Mean(jnp.ones_like(metrics["loss"].count), metrics["loss"].count).value
         return jax.tree.map(lambda g, p: (g * share.astype(g.dtype)).astype(p.dtype), grads, params), state, metrics

@@ -30,6 +30,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from fnet.schedules import check_numbers
 from fnet.types import PyTree, require_counts, stream
 
 Run = Callable[..., PyTree]
@@ -144,8 +145,9 @@ def train_population(
 
     Raises:
         ValueError: arrays of different lengths; a number that is not finite or, with its member and all of that one's
-            numbers, out of its range; a chunk that is not at least 1; no devices.
-        TypeError: keys that are not keys, or values that are not numbers.
+            numbers, out of its range; a chunk that is not a whole number of at least 1, a memory that is not above 0;
+            no devices.
+        TypeError: keys that are not keys; values or a memory that are not numbers.
         MemoryError: the compiler counts more than ``memory`` for a single member.
 
     >>> def run(hyper, key, data):
@@ -157,8 +159,8 @@ def train_population(
     """
     hyper, keys = check_members("train_population", hyper, keys)
     devices = list(jax.local_devices() if devices is None else devices)
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"train_population: chunk = {chunk!r}; expected a whole number of members, at least 1")
+    require_counts("train_population", chunk=chunk)
+    _check_memory("train_population", memory)
     if not devices:
         raise ValueError("train_population: devices = []; expected one at least")
     data = jax.tree.map(jnp.asarray, data)
@@ -329,6 +331,11 @@ def check_range(run: Run, hyper: Mapping[str, np.ndarray], keys: jax.Array, data
     return results
 
 
+def _check_memory(who: str, memory: float | None) -> None:
+    if memory is not None and memory != math.inf:
+        check_numbers(who, positive=True, memory=memory)
+
+
 def _plain(value: np.floating) -> float:
     """The number that is written as this one is: 0.1 for a float32 of 0.1, not 0.10000000149011612."""
     return float(str(value))
@@ -392,7 +399,7 @@ def band(
     The band is ``mean ± t s / √n``, s the standard deviation with n − 1 and t Student's quantile, so that it holds the
     mean of all seeds with probability ``level``, as far as values are normal; it is NaN for n = 1, and where a value is
     not finite. ``by`` are the names that tell settings apart, by default all; over the other names, as over seeds, is
-    averaged.
+    averaged. Raises ValueError for an unknown name and a level that is not between 0 and 1.
     """
     values = per_member("band", population, values)
     numbers, group = settings_of(population, by)
@@ -427,7 +434,8 @@ def ranking(population: Population, values: ArrayLike, *, greatest: bool = False
     The level is that of each comparison: of settings that truly tie, one in twenty is told apart at 0.95 from one that
     was fixed beforehand, and more from the luckiest. A setting with a value that is not finite comes last, not tied.
 
-    Raises ValueError if two members have the same numbers and key, or no setting has finite values only.
+    Raises ValueError if two members have the same numbers and key, no setting has finite values only, or the level is
+    not between 0 and 1.
     """
     values = per_member("ranking", population, values, 1)
     b = band(population, values, level=level)
@@ -468,6 +476,8 @@ def settings_of(
 
 def student(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and half the width of Student's interval of the mean, over the first axis ``n``."""
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level}; expected 0 < level < 1, as 0.95")
     from scipy.special import stdtrit  # jax needs scipy; it costs 0.2 s to import
 
     n = len(values)
@@ -535,8 +545,10 @@ def successive_halving(
             score that is not one number.
     """
     hyper, keys = check_members("successive_halving", hyper, keys)
-    if not rungs or not all(isinstance(epochs, int) and epochs >= 1 for epochs in rungs):
-        raise ValueError(f"successive_halving: rungs = {rungs!r}; expected whole numbers of epochs, at least 1 each")
+    if not isinstance(rungs, Sequence) or not rungs:
+        raise ValueError(f"successive_halving: rungs = {rungs!r}; expected a list of epochs, (1, 1, 2) for example")
+    require_counts("successive_halving", **{f"rungs[{i}]": epochs for i, epochs in enumerate(rungs)})
+    _check_memory("successive_halving", memory)
     if not 0 < keep <= 1:
         raise ValueError(f"successive_halving: keep = {keep}; expected 0 < keep <= 1")
     data = jax.tree.map(jnp.asarray, data)
@@ -560,6 +572,7 @@ def successive_halving(
         function, members = further(epochs) if i else first, (_take(hyper, alive), states)
         (states, score), cost = run_members(function, members, data, None, memory=memory, devices=devices)
         ran[alive] += epochs
+        score = np.asarray(score, np.float64)  # of any dtype: argsort puts NaN last, and −1 is less than 0
         scores[i, alive] = score
         seconds += cost.compile_seconds, cost.run_seconds
         order = np.argsort(-score if greatest else score, kind="stable")  # NaN last

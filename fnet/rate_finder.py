@@ -23,8 +23,9 @@ class RateCurve(NamedTuple):
     """What `find_learning_rate` measured, up to where the loss diverged.
 
     ``smoothed`` is the exponential mean of the losses without bias. ``suggestion`` is the rate at which it falls most
-    steeply by the logarithm of the rate, None where it never falls; ``diverged_at`` the rate at which it left the
-    finite numbers or ``divergence`` times its least value, None if it did not.
+    steeply by the logarithm of the rate, None where it never falls but for rounding; ``diverged_at`` the rate at which
+    it left the finite numbers or rose above ``divergence`` times its least value, None if it did not. Where the least
+    value is not above 0, it may rise by ``divergence − 1`` times that or the first one, whichever is larger in size.
     """
 
     rates: np.ndarray  # (S,)
@@ -54,16 +55,19 @@ def find_learning_rate(
     smoothed loss falls most steeply before its least value, which lies below the rate at which it diverges.
     The optimizer has a number for its learning rate, no schedule; in a composed one only one may be called so.
 
-    Raises ValueError for rates that are not ``0 < low < high``, steps below 10, a smoothing outside [0, 1), a batch
-    size out of 1 .. N, an optimizer whose rate is no number, and a loss that is not finite at the lowest rate.
+    Raises ValueError for rates that are not ``0 < low < high < inf``, steps below 10, a smoothing outside [0, 1), a
+    divergence that is not above 1, a batch size out of 1 .. N, an optimizer whose rate is no number, and a loss that is
+    not finite at the lowest rate.
     Source: Smith, arXiv:1506.01186; the exponential rise and the smoothing as in fastai's finder.
     """
-    if not 0 < low < high:
-        raise ValueError(f"find_learning_rate: low = {low}, high = {high}; expected 0 < low < high")
+    if not 0 < low < high < np.inf:
+        raise ValueError(f"find_learning_rate: low = {low}, high = {high}; expected 0 < low < high < inf")
     if steps < 10:
         raise ValueError(f"find_learning_rate: steps = {steps}; expected at least 10")
     if not 0 <= smoothing < 1:
         raise ValueError(f"find_learning_rate: smoothing = {smoothing}; expected 0 <= smoothing < 1")
+    if not divergence > 1:
+        raise ValueError(f"find_learning_rate: divergence = {divergence}; expected divergence > 1")
     data = check_data(data, batch_size=batch_size)
     try:
         set_hyper(ts.opt_state, learning_rate=low)
@@ -99,7 +103,8 @@ def curve(rates: np.ndarray, losses: np.ndarray, smoothing: float, divergence: f
         mean = smoothing * mean + (1 - smoothing) * loss
         smoothed[i] = mean / (1 - smoothing ** (i + 1))
         least = min(least, smoothed[i])
-        if not np.isfinite(loss) or smoothed[i] > divergence * max(least, 0) > 0:
+        size = least if least > 0 else max(abs(smoothed[0]), abs(least))
+        if not np.isfinite(loss) or smoothed[i] - least > (divergence - 1) * size:
             end = i
             break
     if end == 0:
@@ -111,6 +116,7 @@ def curve(rates: np.ndarray, losses: np.ndarray, smoothing: float, divergence: f
     best = int(np.argmin(smoothed[kept]))
     slopes = np.gradient(smoothed[: best + 1], np.log(rates[: best + 1])) if best > 0 else np.zeros(1)
     steepest = int(np.argmin(slopes))
-    suggestion = float(rates[steepest]) if slopes[steepest] < 0 else None
+    falls = slopes[steepest] < -1e-9 * np.abs(smoothed[kept]).max()  # a mean of equal losses is rounded
+    suggestion = float(rates[steepest]) if falls else None
     diverged = float(rates[end]) if end < len(losses) else None
     return RateCurve(rates[kept], losses[kept], smoothed[kept], suggestion, diverged)

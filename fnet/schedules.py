@@ -3,7 +3,8 @@
 A `Schedule` is ``fn(hyper, count) -> rate``; ``count`` is the number of updates applied before, so the first update is
 at count 0. ``hyper`` is a dict of numbers: Python numbers or tracers here, arrays in an optimizer's state, where
 `fnet.optimizers.set_hyper` changes them without recompiling and `jax.vmap` sweeps them. A schedule can be called with
-an int, an array of counts or a tracer, and computes in the widest float in force.
+an int, an array of counts or a tracer, and computes in the widest float in force. To compile one alone, write
+``jax.jit(lambda count: schedule(count))``: a Schedule is a tuple, which `jax.jit` does not take for a function.
 """
 
 from __future__ import annotations
@@ -89,26 +90,25 @@ def step_decay(start: ArrayLike, factor: ArrayLike, every: ArrayLike) -> Schedul
     return Schedule(_staircase, {"start": start, "decay_rate": factor, "decay_steps": every})
 
 
-def piecewise(start: ArrayLike, factors: Mapping[int, ArrayLike]) -> Schedule:
+def piecewise(start: ArrayLike, factors: Mapping[float, ArrayLike]) -> Schedule:
     """``start`` times all factors whose count has come: ``piecewise(0.1, {100: 0.5, 200: 0.1})``.
 
-    From count 100 on (inclusive) 0.05, from 200 on 0.005. optax's `piecewise_constant_schedule` is this, and torch's
-    ``MultiStepLR`` with one factor for all counts.
+    From count 100 on (inclusive) 0.05, from 200 on 0.005. Counts may be fractions, as `in_units` has them. optax's
+    `piecewise_constant_schedule` is this, and torch's ``MultiStepLR`` with one factor for all counts.
     """
     check_numbers("piecewise", start=start)
     for count, factor in factors.items():
-        if count < 1:
-            raise ValueError(f"piecewise: a factor from count {count} on; expected at least 1")
+        check_numbers("piecewise", positive=True, count=count)
         numbers: dict[str, Any] = {f"factors[{count}]": factor}
         check_numbers("piecewise", **numbers)
-    hyper = {"start": start, **{f"from_{count}": factor for count, factor in sorted(factors.items())}}
-    counts = [int(count) for count in sorted(factors)]
+    counts = sorted(factors)
+    hyper = {"start": start, **{f"from_{count}": factors[count] for count in counts}}
 
     def fn(hyper, count):
         hyper, count = _floats(hyper, count)
         rate = jnp.broadcast_to(hyper["start"], count.shape)
         for at in counts:
-            rate = rate * jnp.where(count >= at, hyper[f"from_{at}"], 1)
+            rate = rate * jnp.where(count >= float(at), hyper[f"from_{at}"], 1)
         return rate
 
     return Schedule(fn, hyper)
@@ -158,7 +158,8 @@ def cosine_restarts(
 ) -> Schedule:
     """Half cosines from ``start`` to ``end`` one after another, each ``factor`` times as long as the one before.
 
-    The first takes ``first_steps`` updates; at its end the rate is ``start`` again. ``factor`` is at least 1.
+    The first takes ``first_steps`` updates; at its end the rate is ``start`` again. ``factor`` is at least 1, and it is
+    the number in the float in force: 1.1 in float32 is 1.10000002, whose 54th restart is at 85,436.05, not 85,435.97.
     Source: SGDR, arXiv:1608.03983. torch's ``CosineAnnealingWarmRestarts`` the same.
     """
     check_numbers("cosine_restarts", start=start, end=end)
@@ -169,23 +170,28 @@ def cosine_restarts(
     return Schedule(_restarts, {"start": start, "first_steps": first_steps, "factor": factor, "end": end})
 
 
-def join(schedules: Sequence[Schedule], counts: Sequence[int]) -> Schedule:
+def join(schedules: Sequence[Schedule], counts: Sequence[float]) -> Schedule:
     """One schedule after another: the second begins, at its count 0, at ``counts[0]``, the third at ``counts[1]``.
+
+    Counts may be fractions, as `in_units` has them.
 
     >>> schedule = join([constant(0.1), exponential(0.1, 0.5, 10)], [100])
     >>> [round(float(schedule(count)), 4) for count in (0, 99, 100, 110)]
     [0.1, 0.1, 0.1, 0.05]
     """
     _check_schedules("join", schedules)
-    if len(counts) != len(schedules) - 1 or list(counts) != sorted(set(counts)) or min(counts, default=1) < 1:
+    for i, begin in enumerate(counts):
+        numbers: dict[str, Any] = {f"counts[{i}]": begin}
+        check_numbers("join", positive=True, **numbers)
+    if len(counts) != len(schedules) - 1 or list(counts) != sorted(set(counts)):
         raise ValueError(
-            f"join: counts = {list(counts)} for {len(schedules)} schedules; expected {len(schedules) - 1} rising "
-            "counts of at least 1"
+            f"join: counts = {list(counts)} for {len(schedules)} schedules; expected {len(schedules) - 1} rising counts"
         )
-    begins = [0, *counts]
+    begins = [0, *(int(begin) if begin == int(begin) else float(begin) for begin in counts)]
+    dtype = float if any(isinstance(begin, float) for begin in begins) else None
 
     def fn(hyper, count):
-        count = jnp.asarray(count)
+        count = jnp.asarray(count, dtype)
         rate = schedules[0].fn(hyper["0"], jnp.minimum(count, begins[1] if counts else count))
         for i in range(1, len(schedules)):
             after = count - begins[i]
@@ -199,13 +205,15 @@ def in_units(schedule: Schedule, updates: ArrayLike) -> Schedule:
     """``schedule`` whose counts are units of so many updates.
 
     ``in_units(exponential(0.1, 0.5, decay_steps=10), steps_per_epoch)`` halves the rate every 10 epochs, smoothly;
-    ``in_units(cosine(0.1, total_steps=1.0), total)`` is given in fractions of the run.
+    ``in_units(cosine(0.1, total_steps=1.0), total)`` is given in fractions of the run. All of a schedule is in units,
+    also the 1 of `inverse_sqrt`, whose first rate stays ``peak / warmup_steps``, that of a whole unit.
     """
     _check_schedules("in_units", [schedule])
     check_numbers("in_units", positive=True, updates=updates)
 
     def fn(hyper, count):
-        return schedule.fn(hyper["schedule"], jnp.asarray(count, float) / hyper["updates"])
+        count, updates = jnp.asarray(count, float), jnp.asarray(hyper["updates"], float)
+        return schedule.fn(hyper["schedule"], _quotient(count, updates))
 
     return Schedule(fn, {"schedule": schedule.hyper, "updates": updates})
 
@@ -223,12 +231,14 @@ def _check_schedules(who: str, schedules: Sequence[Schedule]) -> None:
 def check_numbers(who: str, *, below: float = math.inf, positive: bool = False, **values) -> None:
     """Require that each value is a scalar and, if it is a number on the host, that ``0 <= value < below``.
 
-    With ``positive``, 0 is excluded. Arrays and tracers are not read. Raises ValueError, or TypeError for what is no
-    number, that names ``who``, the argument and the value.
+    With ``positive``, 0 is excluded. Arrays of jax and tracers are not read. Raises ValueError, or TypeError for what
+    is no integer and no float, that names ``who``, the argument and the value.
     """
     sign = "<" if positive else "<="
     for name, value in values.items():
-        if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+        dtype = getattr(value, "dtype", type(value))
+        known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+        if not known or not any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.floating)):
             raise TypeError(f"{who}: {name} = {value!r}; expected a number")
         if np.shape(value) != ():
             raise ValueError(f"{who}: {name} has shape {np.shape(value)}; expected one number: jax.vmap sweeps several")
@@ -253,9 +263,19 @@ def _constant(hyper, count):
     return jnp.broadcast_to(hyper["rate"], count.shape)
 
 
+def _quotient(count, steps):
+    """``count / steps``, and the whole number where it is one.
+
+    XLA divides by a constant as it multiplies by its reciprocal, so that ``41 / 41 < 1``.
+    """
+    quotient = count / steps
+    whole = jnp.round(quotient)
+    return quotient + jax.lax.stop_gradient(jnp.where(whole * steps == count, whole - quotient, 0))
+
+
 def _exponential(hyper, count, rounding=lambda x: x):
     hyper, count = _floats(hyper, count)
-    return hyper["start"] * hyper["decay_rate"] ** rounding(count / hyper["decay_steps"])
+    return hyper["start"] * hyper["decay_rate"] ** rounding(_quotient(count, hyper["decay_steps"]))
 
 
 def _staircase(hyper, count):
@@ -277,7 +297,7 @@ def _warmup_cosine(hyper, count):
 
 def _polynomial(hyper, count):
     hyper, count = _floats(hyper, count)
-    left = 1 - jnp.clip(count / _nonzero(hyper["total_steps"]), 0, 1)
+    left = 1 - jnp.clip(_quotient(count, _nonzero(hyper["total_steps"])), 0, 1)
     # where nothing is left a power below 1 has no finite gradient
     share = jnp.where(left > 0, jnp.where(left > 0, left, 1) ** hyper["power"], 0)
     return share * hyper["start"] + (1 - share) * hyper["end"]
@@ -301,14 +321,19 @@ def _one_cycle(hyper, count):
 def _restarts(hyper, count):
     hyper, count = _floats(hyper, count)
     first, factor = hyper["first_steps"], hyper["factor"]
-    # cycle n begins at first (factorⁿ − 1) / (factor − 1), which is n · first for a factor of 1
     grows = factor > 1
     safe = jnp.where(grows, factor, 2)
     done = count / _nonzero(first)
-    cycle = jnp.floor(jnp.where(grows, jnp.log1p(done * (safe - 1)) / jnp.log(safe), done) + 1e-6)
+
+    def begin(cycle):
+        """``first (factorⁿ − 1) / (factor − 1)``, which is ``n · first`` for a factor of 1."""
+        return first * jnp.where(grows, _quotient(safe**cycle - 1, safe - 1), cycle)
+
+    # a logarithm does not meet whole numbers, a power does: the nearest cycle, or the one before (NaN is overflow)
+    cycle = jnp.round(jnp.where(grows, jnp.log1p(done * (safe - 1)) / jnp.log(safe), done))
+    cycle = jnp.where(begin(cycle) <= count, cycle, cycle - 1)
     length = first * jnp.where(grows, safe**cycle, 1)
-    begin = first * jnp.where(grows, (safe**cycle - 1) / (safe - 1), cycle)
-    return _half_cosine(hyper["start"], hyper["end"], count - begin, length)
+    return _half_cosine(hyper["start"], hyper["end"], count - begin(cycle), length)
 
 
 def _half_cosine(start, end, count, steps):

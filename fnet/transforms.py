@@ -3,8 +3,9 @@
     grads, state = transform.update(grads, transform.init(params), params)
 
 Their numbers are data in their states, as an optimizer's are. Norms are taken in float32 at least: a sum of squares in
-float16 overflows at 256. Gradients that are not finite pass as they are (a clipped NaN is a NaN, and an infinite norm
-makes the rest 0): `fnet.optimizers.skip_nonfinite` is what looks for them.
+float16 overflows at 256, and one in float32 at 1.8e19. Gradients in 16 bits are computed in float32 and rounded once.
+What is not finite does not become finite (a clipped infinity stays one or becomes NaN, and an infinite norm makes the
+rest 0): `fnet.optimizers.skip_nonfinite` is what looks for it.
 
 Legend: g gradient of a leaf, p parameter, ‖·‖ the root of a sum of squares.
 """
@@ -12,6 +13,7 @@ Legend: g gradient of a leaf, p parameter, ‖·‖ the root of a sum of squares
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,17 +70,16 @@ class NoHyper(NamedTuple):
 
 
 def clip_by_value(limit: ArrayLike) -> Transform:
-    """Each entry within ``±limit``. (torch's ``clip_grad_value_``, optax's ``clip``.)"""
+    """Each entry within ``±limit``, save infinities. (torch's ``clip_grad_value_`` and optax's ``clip`` clip them.)"""
     check_numbers("clip_by_value", positive=True, limit=limit)
     return _stateless("clip_by_value", LimitHyper(limit), _clip_values)
 
 
 def _clip_values(grads, params, hyper):
-    def clipped(g):
-        limit = hyper.limit.astype(g.dtype)
-        return jnp.clip(g, -limit, limit)
+    def clipped(g, limit):
+        return jnp.where(jnp.isinf(g), g, jnp.clip(g, -limit, limit))
 
-    return jax.tree.map(clipped, grads)
+    return jax.tree.map(lambda g: _computed(clipped, g, hyper.limit), grads)
 
 
 def clip_by_leaf_norm(limit: ArrayLike) -> Transform:
@@ -145,10 +146,11 @@ def l2_decay(l2: ArrayLike, mask: Mask = None) -> Transform:
         marks = decaying("l2_decay", mask, params)
         pairs = zip(leaves, jax.tree.leaves(params), marks, strict=True)
         return structure.unflatten(
-            [g + hyper.l2.astype(g.dtype) * p.astype(g.dtype) if on else g for g, p, on in pairs]
+            [_computed(lambda g, l2, p: g + l2 * p, g, hyper.l2, p) if on else g for g, p, on in pairs]
         )
 
-    return _stateless("l2_decay", DecayHyper(l2), update, lambda params: decaying("l2_decay", mask, params))
+    touched = partial(decaying, "l2_decay", mask)
+    return _stateless("l2_decay", DecayHyper(l2), update, touched)._replace(touched=touched)
 
 
 def centralize() -> Transform:
@@ -172,6 +174,9 @@ def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.
     and 1. Source: Neelakantan et al., arXiv:1511.06807.
     """
     check_numbers("gradient_noise", scale=scale, power=power)
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise TypeError(f"gradient_noise: key = {key!r}; expected a key, such as jax.random.key(0)")
 
     def init(params):
         return NoiseState(as_arrays(NoiseHyper(scale, power)), jnp.copy(key), jnp.zeros((), jnp.int32))
@@ -181,7 +186,7 @@ def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.
         sigma = hyper.scale * (1 + state.count.astype(hyper.scale.dtype)) ** (-hyper.power / 2)
         keys = jax.random.split(jax.random.fold_in(state.key, state.count), max(len(leaves), 1))
         noisy = [
-            g + sigma.astype(g.dtype) * jax.random.normal(k, g.shape, g.dtype)
+            _computed(lambda g, sigma, noise: g + sigma * noise, g, sigma, jax.random.normal(k, g.shape, wide(g.dtype)))
             for g, k in zip(leaves, keys, strict=False)
         ]
         state = NoiseState(hyper, state.key, count_on(state.count))
@@ -216,6 +221,9 @@ def _within(limit: jax.Array, norm: jax.Array) -> jax.Array:
 
 
 def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
-    """``g · factor``, computed wide: a gradient in 16 bits times a factor that it cannot hold."""
-    dtype = wide(g.dtype)
-    return (g.astype(dtype) * factor.astype(dtype)).astype(g.dtype)
+    return _computed(jnp.multiply, g, factor)
+
+
+def _computed(function: Callable, g: jax.Array, *others: jax.Array) -> jax.Array:
+    """``function(g, *others)``, computed wide: 16 bits may not hold the numbers beside a gradient in them."""
+    return function(*(jnp.asarray(a, wide(g.dtype)) for a in (g, *others))).astype(g.dtype)

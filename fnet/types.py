@@ -103,11 +103,15 @@ class Transform(NamedTuple):
 
     - ``init(params) -> state``, a NamedTuple with ``hyper``, its numbers as arrays
     - ``update(grads, state, params) -> grads, state``
+
+    ``touched(params)`` says of each leaf whether it is changed, all of them without; only `fnet.optimizers.describe`
+    reads it.
     """
 
     name: str
     init: Callable[[PyTree], Any]
     update: Callable[[PyTree, Any, PyTree], tuple[PyTree, Any]]
+    touched: Callable[[PyTree], list[bool]] | None = None
 
 
 class Schedule(NamedTuple):

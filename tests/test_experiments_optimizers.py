@@ -51,6 +51,38 @@ def test_paths_are_drawn_and_unknown_names_refused(paths):
         optimizer_paths.run(optimizer_paths.Config(optimizers=("adamm",)))
 
 
+def test_an_optimizer_that_is_not_among_the_seven_is_drawn_when_it_is_asked_for(tmp_path, monkeypatch):
+    figures, original = [], optimizer_paths.new_figure
+    monkeypatch.setattr(optimizer_paths, "new_figure", lambda *a, **o: figures.append(original(*a, **o)) or figures[-1])
+    small = {"problems": ("valley",), "steps": 20, "rates": 2, "run_dir": tmp_path}
+    for name, options, expected in (
+        ("given", {}, ["radam", "adam"]),
+        ("drawn", {"drawn": ("radam",)}, ["radam"]),
+    ):
+        config = optimizer_paths.Config(optimizers=("radam", "adam"), name=name, **small, **options)
+        found = optimizer_paths.run(config)
+        lines = {line.get_label(): line.get_xydata() for line in figures.pop()[0].axes[0].lines}
+        assert list(lines) == [*expected, "minimum", "start"]
+        np.testing.assert_array_equal(lines["radam"], found["results"]["valley"]["radam"]["path"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drawn": ("foo",)}, "no optimizer to draw 'foo'; expected some of sgd"),
+        ({"drawn": ("lion",), "optimizers": ("adam",)}, "no optimizer to draw 'lion'; expected some of adam"),
+        ({"rates": 0}, "optimizer_paths: rates = 0; expected at least 1"),
+        ({"steps": 0}, "optimizer_paths: steps = 0; expected at least 1"),
+        ({"problems": ()}, "optimizer_paths: problems = 0; expected at least 1"),
+        ({"low": 0.0}, "optimizer_paths: low = 0.0, high = 10.0; expected 0 < low <= high < inf"),
+    ],
+)
+def test_options_out_of_range_are_named_and_leave_no_folder(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        optimizer_paths.run(optimizer_paths.Config(**options, run_dir=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_differences_are_students_seed_by_seed():
     a = np.array([0.9, 0.92, 0.94, 0.9])
     b = np.array([0.8, 0.83, 0.83, 0.8])

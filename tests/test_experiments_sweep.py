@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 
 import jax
 import numpy as np
@@ -64,3 +65,21 @@ def test_only_the_chosen_setting_is_tested(sweep):
 def test_the_sweep_leaves_a_file_and_pictures(sweep):
     names = {path.name for path in sweep[0]["folder"].iterdir()}
     assert names == {"config.json", "sweep.csv", "heat_map.png", "parallel.png"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "sweep_digits: epochs = 0; expected at least 1"),
+        ({"seeds": 0}, "sweep_digits: seeds = 0; expected at least 1"),
+        ({"rates": (0.1, -1.0)}, "learning_rate = -1.0; expected 0 <= learning_rate < inf"),
+        ({"rates": (math.nan,)}, "sweep_digits: learning_rate of member 0 is nan; expected finite numbers"),
+        ({"b1": (1.0,)}, "b1 = 1.0; expected 0 <= b1 < 1"),
+        ({"batch_size": 2000}, "batch_size = 2000"),
+        ({"test_size": 2000}, "2000"),
+    ],
+)
+def test_options_out_of_range_are_named_and_leave_no_folder(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep_digits.run(sweep_digits.Config(**options, run_dir=tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -160,6 +160,37 @@ def test_a_loss_that_is_no_scalar_is_refused():
         gradient(jnp.asarray(1.0), (), fnet.Batch(jnp.ones(3), ()), None)
 
 
+@pytest.mark.parametrize("parts", [2, 4, 6])
+def test_a_plain_loss_in_parts_is_the_weighted_batchs_gradient(parts, x64):
+    def loss_fn(params, batch, key):
+        return (batch.weights * (params * batch.inputs - batch.targets) ** 2).sum() / batch.weights.sum()
+
+    x, y, w = np.arange(6.0), np.array([1.0, 0, 2, 5, 1, 3]), np.array([1.0, 1, 1, 5, 5, 5])
+    batch = fnet.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(w))
+    gradient = fnet.accumulate(fnet.from_loss(loss_fn), parts)
+    grads, _, metrics = gradient(jnp.asarray(0.5), (), batch, jax.random.key(0))
+    np.testing.assert_allclose(grads, (w * 2 * (0.5 * x - y) * x).sum() / w.sum(), rtol=1e-12)
+    assert metrics["loss"].count == w.sum()
+    np.testing.assert_allclose(metrics["loss"].value, (w * (0.5 * x - y) ** 2).sum() / w.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts, sizes", [(7, [2, 2, 1, 1, 1, 1, 1]), (2, [5, 4]), (3, [3, 3, 3]), (9, [1] * 9)])
+def test_a_batch_is_taken_in_exactly_so_many_parts(parts, sizes):
+    def loss_fn(params, state, batch, key):  # the state tells each part's size and key, one after another
+        place = jnp.arange(9) == state["part"]
+        sizes = jnp.where(place, batch.shape[0], state["sizes"])
+        keys = jnp.where(place[:, None], jax.random.key_data(key), state["keys"])
+        return params * batch.mean(), {"part": state["part"] + 1, "sizes": sizes, "keys": keys}, {}
+
+    state = {"part": jnp.asarray(0), "sizes": jnp.zeros(9, jnp.int32), "keys": jnp.zeros((9, 2), jnp.uint32)}
+    gradient = fnet.accumulate(fnet.from_loss(loss_fn, has_state=True), parts)
+    grads, state, _ = gradient(jnp.ones(()), state, jnp.arange(9.0), jax.random.key(3))
+    assert state["part"] == parts and state["sizes"].tolist() == sizes + [0] * (9 - parts)
+    for i in range(parts):
+        assert (state["keys"][i] == jax.random.key_data(jax.random.fold_in(jax.random.key(3), i))).all()
+    np.testing.assert_allclose(grads, 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("activation", [relu(), gelu(), sigmoid()], ids=lambda layer: layer.name)
 def test_500_steps_by_hand_and_by_autodiff_are_one_trajectory_in_float64(activation, x64):
     model = fnet.mlp(16, 8, 4, activation=activation)

@@ -155,14 +155,21 @@ def test_float32_stays_float32_and_comes_as_near_as_it_can():
 
 @pytest.mark.parametrize(
     "far",
-    [lambda x: jnp.where(x > 3, jnp.inf, 0.0), lambda x: jnp.where(x > 3, jnp.nan, 0.0), lambda x: -jnp.log(3 - x)],
-    ids=["inf", "nan", "log"],
+    [
+        lambda x: jnp.where(x > 3, jnp.inf, 0.0),
+        lambda x: jnp.where(x > 3, -jnp.inf, 0.0),
+        lambda x: jnp.where(x > 3, jnp.nan, 0.0),
+        lambda x: -jnp.log(3 - x),
+        lambda x: 22 * jnp.sqrt(jnp.maximum(3 - x, 0)),  # a value but no gradient beyond 3
+    ],
+    ids=["inf", "minus_inf", "nan", "log", "nan_gradient"],
 )
-def test_a_loss_that_is_not_finite_far_away_is_minimized_where_it_is(far, x64):
+@pytest.mark.parametrize("start", [-10.0, 2.1])  # the first step is 1 long: from 2.1 it ends beyond 3
+def test_a_loss_that_is_not_finite_far_away_is_minimized_where_it_is(far, start, x64):
     def loss_fn(x):
         return 100 * (x - 2.5) ** 2 + far(x)
 
-    result = jax.jit(lambda x: minimize_lbfgs(loss_fn, x, tolerance=1e-8))(jnp.asarray(-10.0))
+    result = jax.jit(lambda x: minimize_lbfgs(loss_fn, x, tolerance=1e-8))(jnp.asarray(start))
     assert result.converged
     grid = np.linspace(2.4, 2.6, 20001)
     best = grid[np.argmin(np.asarray(loss_fn(jnp.asarray(grid))))]
@@ -176,9 +183,30 @@ def test_the_line_search_goes_on_where_the_slope_still_steepens(x64):
     np.testing.assert_allclose(result.params, 0, atol=1e-6)
 
 
-def test_a_start_that_is_not_finite_is_reported_as_stuck():
-    result = minimize_lbfgs(lambda x: jnp.log(x), jnp.asarray(-1.0))
-    assert result.stuck and not result.converged and result.iterations == 0
+@pytest.mark.parametrize(
+    "loss_fn",
+    [jnp.log, lambda x: jnp.sqrt(x + 1), lambda x: -jnp.exp(-1000 * x)],
+    ids=["nan", "nan_gradient", "minus_inf"],
+)
+def test_a_start_that_is_not_finite_is_reported_as_stuck(loss_fn):
+    result = minimize_lbfgs(loss_fn, jnp.asarray(-1.0))
+    assert result.stuck and not result.converged and result.iterations == 0 and result.params == -1
+
+
+@pytest.mark.parametrize(
+    "dtype, loss_fn, start, near",
+    [
+        (jnp.float16, lambda x: (x**4).sum(), [1.0, 2.0], 0.05),  # sᵀy rounds to 0
+        (jnp.bfloat16, lambda x: (x**4).sum(), [1.0, 2.0], 0.05),
+        (jnp.float32, lambda x: (x**4).sum(), [1.0, 2.0], 1e-5),
+        (jnp.float32, lambda x: jnp.sqrt((x**2).sum()), [3.0, 4.0], 1e-5),  # a kink: no gradient gets small
+    ],
+    ids=["float16", "bfloat16", "float32", "kink"],
+)
+def test_where_products_round_to_zero_the_last_good_point_is_returned(dtype, loss_fn, start, near):
+    result = jax.jit(lambda x: minimize_lbfgs(loss_fn, x, tolerance=1e-20))(jnp.asarray(start, dtype))
+    np.testing.assert_allclose(np.asarray(result.params, np.float64), 0, atol=near)
+    assert np.isfinite(np.asarray(result.value, np.float64)) and np.isfinite(np.float64(result.largest_gradient))
 
 
 def test_a_start_at_the_minimum_stays_there_and_the_iterations_are_a_limit(x64):
@@ -196,6 +224,8 @@ def test_a_start_at_the_minimum_stays_there_and_the_iterations_are_a_limit(x64):
         (jnp.sum, jnp.ones(2), {"memory": 0}, ValueError, "memory = 0; expected at least 1"),
         (jnp.sum, jnp.ones(2), {"line_search_tries": 0}, ValueError, "line_search_tries = 0; expected at least 1"),
         (jnp.sum, jnp.ones(2), {"tolerance": -1}, ValueError, "tolerance = -1; expected 0 <= tolerance < inf"),
+        (lambda p: 0.0, {}, {}, ValueError, "the parameters hold no numbers; expected at least one"),
+        (jnp.sum, jnp.ones((0, 3)), {}, ValueError, "the parameters hold no numbers; expected at least one"),
         (lambda x: x, jnp.ones(2), {}, ValueError, "the loss has shape (2,); expected a scalar"),
         (jnp.sum, jnp.arange(2), {}, TypeError, "parameter () has dtype int32; expected a float"),
         (

@@ -1159,6 +1159,9 @@ def test_set_hyper_on_a_swept_state_takes_one_number_for_all_or_one_each():
     assert set_hyper(states, learning_rate=0.5).hyper.learning_rate.tolist() == [0.5, 0.5, 0.5]
     each = jnp.asarray([0.5, 0.25, 0.125])
     assert set_hyper(states, learning_rate=each).hyper.learning_rate.tolist() == [0.5, 0.25, 0.125]
+    for bad in (-1, math.nan):  # on the host each entry is looked at
+        with pytest.raises(ValueError, match=f"set_hyper: learning_rate = {bad}.*; expected 0 <= learning_rate < inf"):
+            set_hyper(states, learning_rate=np.asarray([0.5, bad, 0.125]))
 
 
 @KINDS
@@ -1250,9 +1253,20 @@ RATE_RANGE = "expected 0 <= learning_rate < inf"
         (adamax, {"variant": "paper"}, ValueError, "adamax: variant = 'paper'; expected one of standard, keras"),
         (nadam, {"momentum_decay": -1}, ValueError, "nadam: momentum_decay = -1; expected 0 <= momentum_decay"),
         (radam, {"threshold": -1}, ValueError, "radam: threshold = -1; expected 0 <= threshold < inf"),
+        # with 3 the fourth update would take the root of a negative r²
+        (radam, {"threshold": 3.9}, ValueError, "radam: threshold = 3.9; expected 4 <= threshold <= inf"),
         (radam, {"variant": "keras"}, ValueError, "radam: variant = 'keras'; expected one of standard, torch"),
         (adagrad, {"initial": -1}, ValueError, "adagrad: initial = -1; expected 0 <= initial < inf"),
         (adadelta, {"rho": 1.0}, ValueError, "adadelta: rho = 1.0; expected 0 <= rho < 1"),
+        (adadelta, {"eps": 0}, ValueError, "adadelta: eps = 0; expected 0 < eps < inf"),
+        (adafactor, {"eps": 0}, ValueError, "adafactor: eps = 0; expected 0 < eps < inf"),
+        (
+            adam,
+            {"moment_dtype": jnp.int32},
+            TypeError,
+            "moment_dtype = <class 'jax.numpy.int32'>; expected a float dtype",
+        ),
+        (adam, {"moment_dtype": "banana"}, TypeError, "adam: moment_dtype = 'banana'; expected a float dtype"),
         (lion, {"b2": 1.0}, ValueError, "lion: b2 = 1.0; expected 0 <= b2 < 1"),
         (lamb, {"b1": -0.1}, ValueError, "lamb: b1 = -0.1; expected 0 <= b1 < 1"),
         (lamb, {"weight_decay": -1}, ValueError, "lamb: weight_decay = -1; expected 0 <= weight_decay < inf"),
@@ -1270,16 +1284,22 @@ def test_a_bad_argument_is_named_at_construction(build, options, error, message)
         build(**{"learning_rate": 0.1} | options)
 
 
+@pytest.mark.parametrize("build", [sgd, momentum, amsgrad, adamax, nadam, radam, lion, muon, adafactor])
+def test_a_mask_that_masks_nothing_is_refused(build):
+    message = f"{build.__name__}: mask = '*/w' without weight_decay; expected both of them, or no mask"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(0.1, mask="*/w")
+    build(0.1, mask="*/w", weight_decay=0.0)  # a number, which set_hyper can change
+
+
 def test_what_only_init_can_see_is_named_there():
-    with pytest.raises(TypeError, match=re.escape("moment_dtype = <class 'jax.numpy.int32'>; expected a float dtype")):
-        adam(moment_dtype=jnp.int32).init(jnp.ones(2))
     with pytest.raises(ValueError, match=re.escape("the schedule gave a rate of shape (2,); expected one number")):
         sgd(Schedule(lambda hyper, count: jnp.ones(2), {})).init(jnp.ones(2))
 
 
 def test_no_eps_beside_float16_parameters_is_named_at_init():
     params = {"wide": jnp.ones(2), "w": jnp.ones(2, jnp.float16)}
-    for build in (adam, adamw, amsgrad, adamax, nadam, radam, rmsprop, adagrad, adadelta, lamb, adafactor):
+    for build in (adam, adamw, amsgrad, adamax, nadam, radam, rmsprop, adagrad, lamb):
         message = f"{build.__name__}: eps = 0 beside the float16 parameter w, whose small gradients are 0: 0 / 0 is NaN"
         with pytest.raises(ValueError, match=re.escape(message)):
             build(0.1, eps=0).init(params)
@@ -1385,6 +1405,32 @@ def test_a_state_of_other_parameters_is_named_by_moment_and_path():
             "set_hyper: learning_rate = -1; expected 0 <= learning_rate < inf",
         ),
         (sgd(0.1), {"learning_rate": "1"}, TypeError, "set_hyper: learning_rate = '1'; expected a number"),
+        (adadelta(), {"eps": 0}, ValueError, "set_hyper: eps = 0; expected 0 < eps < inf"),
+        (radam(), {"threshold": 3}, ValueError, "set_hyper: threshold = 3; expected 4 <= threshold <= inf"),
+        (
+            adam(warmup_cosine(0.1, 5, 25)),
+            {"learning_rate": {"peak": -1}},
+            ValueError,
+            "set_hyper: learning_rate['peak'] = -1; expected 0 <= learning_rate['peak'] < inf",
+        ),
+        (
+            adam(warmup_cosine(0.1, 5, 25)),
+            {"learning_rate": {"end": math.nan}},
+            ValueError,
+            "set_hyper: learning_rate['end'] = nan; expected 0 <= ",
+        ),
+        (
+            adam(warmup_cosine(0.1, 5, 25)),
+            {"learning_rate": {"total_steps": 0}},
+            ValueError,
+            "set_hyper: learning_rate['total_steps'] = 0; expected 0 < ",
+        ),
+        (
+            adam(exponential(0.1, 0.5, 10)),
+            {"learning_rate": {"decay_steps": 0}},
+            ValueError,
+            "set_hyper: learning_rate['decay_steps'] = 0; expected 0 < ",
+        ),
         (
             sgd(0.1),
             {"learning_rate": np.ones(3)},

@@ -396,14 +396,24 @@ def test_members_that_do_not_fit_are_refused(hyper, keys, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk": 0}, "train_population: chunk = 0; expected a whole number of members, at least 1"),
-        ({"chunk": 2.5}, "train_population: chunk = 2.5"),
+        ({"chunk": 0}, "train_population: chunk = 0; expected at least 1"),
+        ({"chunk": 2.5}, "train_population: chunk = 2.5; expected a whole number of at least 1"),
+        ({"chunk": True}, "train_population: chunk = True; expected a whole number of at least 1"),
+        ({"memory": math.nan}, "train_population: memory = nan; expected 0 < memory < inf"),
+        ({"memory": -1}, "train_population: memory = -1; expected 0 < memory < inf"),
+        ({"memory": "8MB"}, "train_population: memory = '8MB'; expected a number"),
         ({"devices": []}, "train_population: devices = []; expected one at least"),
     ],
 )
 def test_ways_to_run_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         train_population(toy, {}, jax.random.split(jax.random.key(0), 3), **options)
+
+
+def test_a_chunk_may_be_numpys_number_and_the_memory_without_end():
+    keys = jax.random.split(jax.random.key(0), 4)
+    assert train_population(toy, {}, keys, chunk=np.int64(2)).chunk == 2
+    assert train_population(toy, {}, keys, memory=math.inf).chunk == 4
 
 
 @pytest.mark.parametrize(
@@ -566,6 +576,14 @@ def test_a_band_of_one_or_of_a_diverged_seed_is_nan():
         band(made([1.0], {"rate": [1]}, [0]), [1.0], "b1")
 
 
+@pytest.mark.parametrize("level", [95, 1.0, 0.0, -0.5, math.nan])
+def test_a_level_that_is_no_probability_is_named(level):
+    p = made([1.0, 2.0], {"rate": [1, 1]}, [0, 1])
+    for report_of in (band, ranking):
+        with pytest.raises(ValueError, match=re.escape(f"level = {level}; expected 0 < level < 1")):
+            report_of(p, [1.0, 2.0], level=level)
+
+
 def paired():
     """Three settings with 5 shared seeds: the second differs from the first by seed, the third always by the same."""
     seeds = np.array([0.0, 1.0, 2.0, 3.0, 4.0])  # a spread far wider than any difference
@@ -669,11 +687,34 @@ def test_a_score_of_nan_never_goes_on_before_a_number():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "scores", "least", "greatest"),
+    [
+        (jnp.bfloat16, [3.0, math.nan, 2.0, math.nan], [2, 0], [0, 2]),
+        (jnp.float16, [3.0, math.nan, 2.0, math.nan], [2, 0], [0, 2]),
+        (jnp.uint32, [0, 7, 3, 5], [0, 2], [1, 3]),
+        (bool, [True, False, True, True], [1, 0], [0, 2]),
+    ],
+    ids=["bfloat16", "float16", "uint32", "bool"],
+)
+def test_members_are_kept_by_their_scores_in_any_dtype(dtype, scores, least, greatest):
+    def score(hyper, state, *, epochs):
+        return state, jnp.asarray(scores, dtype)[jnp.asarray(state["left"], jnp.int32)]
+
+    hyper, keys = {"a": np.arange(4.0)}, jax.random.split(jax.random.key(0), 4)
+    for kept, most in ((least, False), (greatest, True)):
+        h = successive_halving(toy_begin, score, hyper, keys, rungs=(1, 1), greatest=most)
+        assert h.survivors.tolist() == kept
+        np.testing.assert_array_equal(h.scores[0], scores)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rungs": ()}, "rungs = (); expected whole numbers of epochs, at least 1 each"),
-        ({"rungs": (1, 0)}, "rungs = (1, 0)"),
-        ({"rungs": (1.5,)}, "rungs = (1.5,)"),
+        ({"rungs": ()}, "rungs = (); expected a list of epochs, (1, 1, 2) for example"),
+        ({"rungs": 3}, "rungs = 3; expected a list of epochs"),
+        ({"rungs": (1, 0)}, "successive_halving: rungs[1] = 0; expected at least 1"),
+        ({"rungs": (1.5,)}, "successive_halving: rungs[0] = 1.5; expected a whole number of at least 1"),
+        ({"memory": math.nan}, "successive_halving: memory = nan; expected 0 < memory < inf"),
         ({"keep": 0}, "keep = 0; expected 0 < keep <= 1"),
         ({"keep": 1.5}, "keep = 1.5"),
         ({"resume": lambda h, s, *, epochs: (s, jnp.zeros(2))}, "the score has shape (2,); expected one number"),
@@ -732,9 +773,32 @@ def test_a_file_that_exists_is_left_as_it_is(tmp_path):
     with pytest.raises(FileExistsError, match="exists already and is left as it is: give another path"):
         report.to_csv(p, path)
     assert path.read_text() == "mine"
-    with pytest.raises(ValueError, match="a result is called 'rate', as another column is"):
-        report.to_csv(p._replace(results={"rate": np.zeros(2)}), tmp_path / "new.csv")
+
+
+@pytest.mark.parametrize(
+    ("hyper", "results", "name"),
+    [
+        (["rate"], {"rate": np.zeros(2)}, "rate"),
+        (["rate"], {"key": np.zeros(2)}, "key"),
+        (["member"], np.zeros(2), "member"),
+        (["key"], np.zeros(2), "key"),
+        (["result"], np.zeros(2), "result"),
+        (["rate"], {"a": {"b": np.zeros(2)}, "a/b": np.ones(2)}, "a/b"),
+    ],
+)
+def test_two_columns_of_one_name_are_refused(tmp_path, hyper, results, name):
+    p = made([1.0, 2.0], {name: [1, 2] for name in hyper}, [0, 1])._replace(results=results)
+    with pytest.raises(ValueError, match=f"to_csv: two columns are called '{name}'; expected another name"):
+        report.to_csv(p, tmp_path / "new.csv")
     assert not (tmp_path / "new.csv").exists()
+
+
+def test_results_that_are_keys_are_left_out_of_the_file(tmp_path):
+    p = made([1.0, 2.0], {"rate": [1, 2]}, [0, 1])
+    report.to_csv(p._replace(results={"value": np.array([0.5, 0.25]), "next": p.keys}), tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["member", "rate", "key", "value"] and [row["value"] for row in rows] == ["0.5", "0.25"]
 
 
 @pytest.fixture

@@ -61,10 +61,36 @@ def test_the_suggestion_is_where_the_smoothed_loss_falls_most_steeply():
     assert rising.diverged_at == rates[1] and len(rising.rates) == 1
 
 
+def test_losses_that_are_equal_but_for_the_rounding_of_their_mean_suggest_nothing():
+    rates = np.geomspace(1e-6, 10, 100)
+    for loss in (0.1, 0.3, 0.7, 1e6 / 3, -0.3):
+        assert curve(rates, np.full(100, loss), 0.9, 4.0).suggestion is None
+        assert curve(rates, loss - 1e-3 * np.arange(100), 0.9, 4.0).suggestion is not None
+
+
+@pytest.mark.parametrize(
+    ("losses", "end"),
+    [
+        ([-1.0, -2.0, -1.0, 3.9, 4.1], 4),  # 3 · 2 above −2
+        ([-1.0, -0.5, 1.9, 2.1], 3),  # 3 · 1 above −1
+        ([0.5, -0.1, 1.3, 1.5], 3),  # 3 · 0.5 above −0.1
+        ([0.5, 0.0, 1.4, 1.6], 3),  # 3 · 0.5 above 0
+        ([2.0, 1.0, 3.9, 4.1], 3),  # 4 · 1
+    ],
+)
+def test_a_loss_that_is_not_positive_diverges_too(losses, end):
+    rates = np.geomspace(1e-3, 1, len(losses))
+    found = curve(rates, np.array(losses), 0.0, 4.0)
+    assert found.diverged_at == rates[end] and len(found.rates) == end
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low": 0.0}, r"low = 0.0, high = 10.0; expected 0 < low < high"),
+        ({"low": 0.0}, r"low = 0.0, high = 10.0; expected 0 < low < high < inf"),
+        ({"high": np.inf}, "high = inf; expected 0 < low < high < inf"),
+        ({"divergence": 0.5}, "divergence = 0.5; expected divergence > 1"),
+        ({"divergence": np.nan}, "divergence = nan; expected divergence > 1"),
         ({"low": 1.0, "high": 0.1}, "expected 0 < low < high"),
         ({"steps": 9}, "steps = 9; expected at least 10"),
         ({"smoothing": 1.0}, "smoothing = 1.0; expected 0 <= smoothing < 1"),

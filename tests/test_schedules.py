@@ -145,6 +145,52 @@ def test_cosine_restarts_begin_at_their_start_also_in_float32(factor, first):
         assert schedule(begin) == pytest.approx(0.4, rel=1e-4), begin
 
 
+@pytest.mark.parametrize("factor, cycles", [(1, 10**6), (2, 18), (3, 12), (4, 9), (7, 6)])
+@pytest.mark.parametrize("first", [7, 10])
+def test_cosine_restarts_end_at_their_last_count_and_not_before(first, factor, cycles):
+    schedule = cosine_restarts(1.0, first, factor)
+    begins = [first * n if factor == 1 else first * (factor**n - 1) // (factor - 1) for n in (1, 2, cycles - 1, cycles)]
+    assert begins[-1] < 2**24
+    lengths = np.array([first * factor**n for n in (0, 1, cycles - 2, cycles - 1)], np.float64)
+    np.testing.assert_array_equal(schedule(np.array(begins)), 1)
+    expected = (1 + np.cos(np.pi * (1 - 1 / lengths))) / 2
+    np.testing.assert_allclose(schedule(np.array(begins) - 1), expected, atol=1e-6)
+    once = cosine_restarts(1.0, 2_000_000)(np.array([1_999_999, 2_000_000]))
+    np.testing.assert_allclose(once, [0, 1], atol=1e-6)
+
+
+def test_in_an_array_of_counts_a_step_comes_at_its_count_and_not_one_later():
+    # where XLA knows the number that it divides by, 41 · (1 / 41) < 1
+    n = np.arange(1000)
+    for every in (41, 47, 55, 61):
+        expected = 0.5 ** (n // every)
+        np.testing.assert_array_equal(step_decay(1.0, 0.5, every)(n), expected)
+        np.testing.assert_array_equal(in_units(step_decay(1.0, 0.5, 1), every)(n), expected)
+        steps = in_units(piecewise(1.0, {1: 0.5, 3: 0.5}), every)
+        np.testing.assert_array_equal(steps(n), 0.5 ** np.select([n < every, n < 3 * every], [0, 1], 2))
+        two = in_units(join([constant(1.0), constant(0.5)], [3]), every)
+        np.testing.assert_array_equal(two(n), np.where(n < 3 * every, 1, 0.5))
+        assert polynomial(1.0, every, 0.0, 0.5)(n)[every] == 0
+
+
+def test_a_units_length_has_its_gradient_also_at_whole_units(x64):
+    # d/du of 0.8 · ½ ** (n / u) is 0.8 ln 2 · n / u² · ½ ** (n / u)
+    rate = jax.grad(lambda u, n: in_units(exponential(0.8, 0.5, 1), u)(n))
+    for n in (41, 42, 82):
+        expected = 0.8 * np.log(2) * n / 41**2 * 0.5 ** (n / 41)
+        np.testing.assert_allclose(rate(41.0, n), expected, rtol=1e-12)
+
+
+def test_counts_of_pieces_may_be_fractions_of_the_run():
+    n = np.arange(20)
+    np.testing.assert_array_equal(in_units(piecewise(1.0, {0.5: 0.5}), 20)(n), np.where(n < 10, 1, 0.5))
+    np.testing.assert_array_equal(
+        in_units(join([constant(1.0), constant(0.5)], [0.5]), 20)(n), np.where(n < 10, 1, 0.5)
+    )
+    np.testing.assert_array_equal(piecewise(1.0, {1.5: 0.5})(n), np.where(n < 2, 1, 0.5))
+    np.testing.assert_array_equal(join([constant(1.0), constant(0.5)], [1.5])(n), np.where(n < 2, 1, 0.5))
+
+
 def test_at_the_largest_count_the_rate_is_the_end():
     last = 2**31 - 1
     assert polynomial(0.4, 40, 0.05, 0.5)(last) == np.float32(0.05)
@@ -234,6 +280,10 @@ def test_a_schedule_is_its_function_and_its_numbers():
         (constant, (math.nan,), ValueError, "constant: rate = nan; expected 0 <= rate < inf"),
         (constant, (math.inf,), ValueError, "constant: rate = inf; expected 0 <= rate < inf"),
         (constant, ("0.1",), TypeError, "constant: rate = '0.1'; expected a number"),
+        (constant, (True,), TypeError, "constant: rate = True; expected a number"),
+        (constant, (np.complex64(1),), TypeError, "constant: rate = np.complex64(1+0j); expected a number"),
+        (constant, (np.array("a"),), TypeError, "constant: rate = array('a', dtype='<U1'); expected a number"),
+        (constant, (jnp.asarray(True),), TypeError, "constant: rate = Array(True, dtype=bool); expected a number"),
         (constant, (np.ones(3),), ValueError, "constant: rate has shape (3,); expected one number"),
         (exponential, (-0.1, 0.5, 10), ValueError, "exponential: start = -0.1; expected 0 <= start < inf"),
         (exponential, (0.1, 0, 10), ValueError, "exponential: decay_rate = 0; expected 0 < decay_rate < inf"),
@@ -250,7 +300,8 @@ def test_a_schedule_is_its_function_and_its_numbers():
         (warmup_cosine, (0.1, 1, 9, 0, -2), ValueError, "warmup_cosine: end = -2; expected 0 <= end < inf"),
         (step_decay, (0.1, 0.5, 0), ValueError, "step_decay: every = 0; expected 0 < every < inf"),
         (step_decay, (0.1, 0, 5), ValueError, "step_decay: factor = 0; expected 0 < factor < inf"),
-        (piecewise, (0.1, {0: 0.5}), ValueError, "piecewise: a factor from count 0 on; expected at least 1"),
+        (piecewise, (0.1, {0: 0.5}), ValueError, "piecewise: count = 0; expected 0 < count < inf"),
+        (piecewise, (0.1, {"5": 1}), TypeError, "piecewise: count = '5'; expected a number"),
         (piecewise, (0.1, {5: -1}), ValueError, "piecewise: factors[5] = -1; expected 0 <= factors[5] < inf"),
         (polynomial, (0.1, 0), ValueError, "polynomial: total_steps = 0; expected 0 < total_steps < inf"),
         (polynomial, (0.1, 5, 0, -1), ValueError, "polynomial: power = -1; expected 0 < power < inf"),
@@ -261,7 +312,7 @@ def test_a_schedule_is_its_function_and_its_numbers():
         (join, ([constant(1), 0.1], [3]), TypeError, "join: schedule 1 is 0.1; expected a Schedule: constant(rate)"),
         (join, ([constant(1)] * 3, [3]), ValueError, "join: counts = [3] for 3 schedules; expected 2 rising counts"),
         (join, ([constant(1)] * 3, [5, 3]), ValueError, "join: counts = [5, 3] for 3 schedules; expected 2 rising"),
-        (join, ([constant(1)] * 2, [0]), ValueError, "join: counts = [0] for 2 schedules; expected 1 rising counts"),
+        (join, ([constant(1)] * 2, [0]), ValueError, "join: counts[0] = 0; expected 0 < counts[0] < inf"),
         (in_units, (0.1, 5), TypeError, "in_units: schedule 0 is 0.1; expected a Schedule"),
         (in_units, (constant(1), 0), ValueError, "in_units: updates = 0; expected 0 < updates < inf"),
     ],

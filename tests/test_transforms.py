@@ -48,7 +48,7 @@ from fnet.transforms import (
     gradient_noise,
     l2_decay,
 )
-from fnet.types import Optimizer, named_leaves, weighted_mean
+from fnet.types import Optimizer, Schedule, named_leaves, weighted_mean
 from tests.oracles import assert_leaves_close
 
 
@@ -141,6 +141,28 @@ def test_a_gradient_that_is_not_finite_stays_to_be_found():
     assert not np.isfinite(clipped["a"]).all()
 
 
+def test_infinite_gradients_stay_for_skip_nonfinite_to_find():
+    g = jnp.asarray([math.inf, -math.inf, math.nan, 3.0, -0.5])
+    np.testing.assert_array_equal(applied(clip_by_value(1.0), g), [math.inf, -math.inf, math.nan, 1, -0.5])
+    for build in CLIPPINGS:
+        optimizer = chain(build(1.0), skip_nonfinite(sgd(1.0)))
+        params, opt_state = optimizer.update(g, optimizer.init(g), jnp.ones(5))
+        assert opt_state.optimizer.skipped == 1 and (params == 1).all()
+
+
+def test_transforms_of_16_bit_gradients_hold_their_numbers_in_float32():
+    # 1e-8 is 0 in float16, 1e-8 · 2000 is not
+    g, p = jnp.zeros(3, jnp.float16), jnp.full(3, 2000.0, jnp.float16)
+    decayed = applied(l2_decay(1e-8), g, p)
+    assert decayed.dtype == jnp.float16
+    np.testing.assert_array_equal(decayed, np.float16(1e-8 * 2000))
+    # of the noise beside zeros, float32's rounded once
+    key, zeros = jax.random.key(0), jnp.zeros(100)
+    noise, wide = (applied(gradient_noise(key, 1e-7, 0.0), zeros.astype(dtype)) for dtype in (jnp.float16, None))
+    assert noise.dtype == jnp.float16
+    np.testing.assert_array_equal(noise, np.asarray(wide).astype(np.float16))
+
+
 # --- decay, centring, noise ------------------------------------------------------------------------------------------
 
 
@@ -213,19 +235,57 @@ def test_the_key_of_the_noise_is_copied_so_that_a_state_can_be_donated():
         (l2_decay, (-0.1,), "l2_decay: l2 = -0.1; expected 0 <= l2 < inf"),
         (gradient_noise, (None, -1), "gradient_noise: scale = -1; expected 0 <= scale < inf"),
         (functools.partial(averaged, sgd(0.1)), (1.0,), "averaged: decay = 1.0; expected 0 <= decay < 1"),
-        (functools.partial(lookahead, sgd(0.1)), (0,), "lookahead: every = 0; expected 0 < every < inf"),
+        (functools.partial(lookahead, sgd(0.1)), (0,), "lookahead: every = 0; expected a whole number, 1 <= every <= "),
         (
             functools.partial(dynamic_loss_scale, sgd(0.1)),
             (0,),
             "dynamic_loss_scale: initial = 0; expected 0 < initial",
         ),
         (functools.partial(reduce_on_plateau, sgd(0.1), window=1), (1.0,), "factor = 1.0; expected 0 < factor < 1"),
-        (functools.partial(reduce_on_plateau, sgd(0.1), window=0), (), "window = 0; expected 0 < window < inf"),
+        (
+            functools.partial(reduce_on_plateau, sgd(0.1), window=0),
+            (),
+            "window = 0; expected a whole number, 1 <= window",
+        ),
+        (functools.partial(reduce_on_plateau, sgd(0.1), window=2.5), (), "window = 2.5; expected a whole number, 1 <="),
+        (
+            functools.partial(reduce_on_plateau, sgd(0.1), window=1, patience=0.5),
+            (),
+            "patience = 0.5; expected a whole",
+        ),
+        (functools.partial(averaged, sgd(0.1), every=0.5), (), "averaged: every = 0.5; expected a whole number, 1 <= "),
+        # float32 would make it 16777216
+        (functools.partial(averaged, sgd(0.1), start=2**24 + 1), (), "0 <= start <= 16777216"),
+        (functools.partial(lookahead, sgd(0.1)), (0.5,), "lookahead: every = 0.5; expected a whole number, 1 <= every"),
+        (
+            functools.partial(lookahead, sgd(0.1)),
+            (5, 1.5),
+            "lookahead: slow_rate = 1.5; expected 0 <= slow_rate <= 1",
+        ),
+        (
+            functools.partial(dynamic_loss_scale, sgd(0.1), interval=0.5),
+            (),
+            "dynamic_loss_scale: interval = 0.5; expected a",
+        ),
     ],
 )
 def test_a_number_out_of_range_is_named(build, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(*options)
+
+
+def test_what_is_no_optimizer_and_no_key_is_named_at_construction():
+    wrappers = averaged, lookahead, skip_nonfinite, master_weights, dynamic_loss_scale
+    for wrapper in (*wrappers, functools.partial(reduce_on_plateau, window=1)):
+        for inner in (0.1, sgd):
+            with pytest.raises(TypeError, match="expected an Optimizer, such as"):
+                wrapper(inner)
+    with pytest.raises(
+        TypeError, match=re.escape("gradient_noise: key = 0; expected a key, such as jax.random.key(0)")
+    ):
+        gradient_noise(0)  # type: ignore[arg-type]
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        gradient_noise(key).init(())
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------
@@ -289,6 +349,42 @@ def test_a_wrappers_numbers_do_not_pass_for_the_optimizers():
     assert set_hyper(opt_state, every=3).hyper.every == 3
     nested = lookahead(averaged(sgd(0.1)), 5).init(jnp.ones(1))
     assert set_hyper(nested, **{"averaged/every": 3}).optimizer.hyper.every == 3
+
+
+def test_a_number_that_stands_twice_at_one_path_is_changed_in_the_state_within():
+    for optimizer, name, problem in [
+        (chain(clip_by_value(1.0), chain(clip_by_value(2.0), sgd(0.1))), "clip_by_value/limit", "limit"),
+        (averaged(averaged(sgd(0.1), 0.5), 0.25), "averaged/decay", "decay"),
+    ]:
+        opt_state = optimizer.init(jnp.ones(1))
+        for given in (name, problem):
+            with pytest.raises(ValueError, match=f"set_hyper: several hyperparameters are called '{given}'"):
+                set_hyper(opt_state, **{given: 0.75})
+        within = opt_state._replace(optimizer=set_hyper(opt_state.optimizer, **{name: 0.75}))
+        changed = [
+            float(new) for new, old in zip(*map(jax.tree.leaves, (within, opt_state)), strict=True) if new != old
+        ]
+        assert changed == [0.75]
+
+
+@pytest.mark.parametrize(
+    "optimizer, changes, message",
+    [
+        (averaged(sgd(0.1)), {"every": 0}, "every = 0; expected a whole number, 1 <= every <= 16777216"),
+        (averaged(sgd(0.1)), {"start": 0.5}, "start = 0.5; expected a whole number, 0 <= start"),
+        (averaged(sgd(0.1)), {"every": np.asarray([1.5])}, "every has shape (1,); expected one number"),
+        (lookahead(sgd(0.1)), {"slow_rate": 2}, "slow_rate = 2; expected 0 <= slow_rate <= 1"),
+        (dynamic_loss_scale(sgd(0.1)), {"backoff": 3}, "backoff = 3; expected 0 < backoff < 1"),
+        (dynamic_loss_scale(sgd(0.1)), {"growth": 0}, "growth = 0; expected 0 < growth < inf"),
+        (reduce_on_plateau(sgd(0.1), window=1), {"factor": 1}, "factor = 1; expected 0 < factor < 1"),
+        (reduce_on_plateau(sgd(0.1), window=1), {"window": 2.5}, "window = 2.5; expected a whole number"),
+        (chain(clip_by_value(1.0), sgd(0.1)), {"limit": 0}, "limit = 0; expected 0 < limit < inf"),
+        (chain(adaptive_clip(), sgd(0.1)), {"eps": 0}, "eps = 0; expected 0 < eps < inf"),
+    ],
+)
+def test_a_wrappers_numbers_stay_in_the_range_that_its_construction_asks(optimizer, changes, message):
+    with pytest.raises(ValueError, match=re.escape(f"set_hyper: {message}")):
+        set_hyper(optimizer.init(jnp.ones(2)), **changes)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -360,6 +456,20 @@ def test_a_group_of_what_is_no_optimizer_is_an_error():
         groups({"*/b": 0.1})
 
 
+def test_two_leaves_of_one_path_are_refused():
+    params = {"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)}
+    for optimizer in (groups({"a/b": sgd(0.1)}), adam()):
+        with pytest.raises(ValueError, match="two leaves have the path 'a/b'; expected one: rename"):
+            optimizer.init(params)
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        sgd(0.1).update(params, sgd(0.1).init(()), params)
+
+
+def test_frozen_parameters_still_want_gradients_that_fit():
+    with pytest.raises(ValueError, match="gradient does not fit the parameters: missing w; unexpected v"):
+        frozen().update({"v": jnp.ones(1)}, frozen().init({}), {"w": jnp.ones(1)})
+
+
 def test_groups_train_a_network_with_muon_inside_and_adam_outside():
     model = fnet.mlp(8, 8, 3)
     x = jax.random.normal(jax.random.key(0), (24, 5))
@@ -381,16 +491,17 @@ def test_groups_train_a_network_with_muon_inside_and_adam_outside():
 def test_describe_says_which_leaf_gets_what():
     optimizer = chain(
         clip_by_global_norm(1.0),
+        l2_decay(0.5, "dense_1/w"),
         groups({"*/b": sgd(exponential(0.5, 0.9, 10)), "embedding_0/*": frozen()}, adamw(0.01, mask="dense_0/*")),
     )
     adam_numbers = "adamw learning_rate=0.01 b1=0.9 b2=0.999 eps=1e-08 eps_root=0"
     schedule = "sgd learning_rate=(start 0.5, decay_rate 0.9, decay_steps 10)"
-    before = "clip_by_global_norm → "
+    before = "clip_by_global_norm limit=1 → "
     expected = [
         f"dense_0/b      (2,)    {before}[*/b] {schedule}",
         f"dense_0/w      (3, 2)  {before}[default] {adam_numbers} weight_decay=0.01",
         f"dense_1/b      (1,)    {before}[*/b] {schedule}",
-        f"dense_1/w      (2, 1)  {before}[default] {adam_numbers} no decay",
+        f"dense_1/w      (2, 1)  {before}l2_decay l2=0.5 → [default] {adam_numbers} no decay",
         f"embedding_0/0  (4, 3)  {before}[embedding_0/*] frozen",
     ]
     assert describe(optimizer, MODEL).splitlines() == expected
@@ -410,6 +521,18 @@ def test_describe_knows_wrappers_traced_numbers_optimizers_of_ones_own_and_no_pa
     )
     assert describe(sgd(0.1), {}) == "no parameters"
     assert "(independent of the rate)" in describe(adamw(0.1, independent=True), jnp.ones(1))
+
+
+def test_a_schedule_whose_numbers_are_a_tuple_or_arrays_is_described_and_changed():
+    optimizer = sgd(Schedule(lambda hyper, count: hyper[0] * hyper[1][0], (0.5, jnp.ones(3))))
+    params = jnp.ones(1)
+    assert describe(optimizer, params).endswith("sgd learning_rate=(0 0.5, 1 3 numbers)")
+    changed = set_hyper(optimizer.init(params), learning_rate=(-0.25, np.full(3, 2.0)))
+    assert optimizer.update(params, changed, params)[0] == 1.5
+    with pytest.raises(TypeError, match=re.escape("learning_rate = 0.1; expected what stands in the state: (Array(")):
+        set_hyper(changed, learning_rate=0.1)
+    with pytest.raises(ValueError, match="learning_rate = nan; expected a number"):
+        set_hyper(changed, learning_rate=(math.nan, np.ones(3)))
 
 
 # --- averages --------------------------------------------------------------------------------------------------------
@@ -456,6 +579,24 @@ def test_averages_are_kept_wide_read_in_the_parameters_dtype_and_found_within_ot
         ValueError, match=re.escape("averages: no average in SgdState; expected the state of averaged(...)")
     ):
         averages(sgd(0.1).init(jnp.ones(1)), jnp.ones(1))
+
+
+def test_averages_of_some_groups_are_read_beside_the_parameters_of_the_others():
+    params = {"b": {"w": jnp.ones(1), "v": jnp.ones(1)}, "a": (jnp.ones(1),)}
+    optimizer = groups({"b/w": averaged(sgd(0.5), None), "b/*": sgd(1.0)}, default=averaged(sgd(0.25), None))
+    *_, (new, opt_state) = updates(optimizer, params, [params] * 2)
+    read = averages(opt_state, new)
+    assert jax.tree.structure(read) == jax.tree.structure(params)
+    # means of 0.5, 0 and of 0.75, 0.5; not averaged: 1 − 2
+    assert (read["b"]["w"], read["b"]["v"], read["a"][0]) == (0.25, -1, 0.625)
+    with pytest.raises(ValueError, match="average does not fit the parameters: missing nothing; unexpected a/0"):
+        averages(opt_state, {"b": new["b"]})
+
+
+def test_an_update_that_was_left_out_is_not_averaged():
+    grads = arrays([1.0], [math.nan], [math.nan], [1.0])
+    *_, (_, opt_state) = updates(averaged(skip_nonfinite(sgd(1.0)), None), jnp.zeros(1), grads)
+    assert opt_state.count == 2 and averages(opt_state, jnp.zeros(1)) == -1.5  # the mean of −1 and −2
 
 
 @pytest.mark.parametrize("every, slow_rate", [(5, 0.5), (2, 0.8), (1, 0.25), (3, 1.0)])
@@ -506,6 +647,27 @@ def test_with_stop_nothing_is_updated_after_the_first_bad_gradient():
         nonfinite(sgd(0.1).init(params), params)
 
 
+def test_a_bad_leaf_within_a_group_is_named_in_the_whole_tree():
+    # compiled, jax sorts the patterns: "*" would come first
+    params = {"b": {"w": jnp.ones(1), "v": jnp.ones(1)}, "a": (jnp.ones(1), jnp.ones(1))}
+    optimizer = groups({"b/*": skip_nonfinite(sgd(0.1)), "*": skip_nonfinite(sgd(0.1))})
+    (_, first), (_, last) = updates(
+        optimizer,
+        params,
+        [
+            {"b": params["b"], "a": (jnp.ones(1), jnp.asarray([math.inf]))},
+            {"b": {"w": jnp.asarray([math.nan]), "v": jnp.ones(1)}, "a": params["a"]},
+        ],
+    )
+    assert nonfinite(optimizer.init(params), params) is None
+    assert nonfinite(first, params) == "a/1: the gradient at count 0 was not finite; 1 updates left out"
+    found = nonfinite(last, params)
+    assert found is not None and sorted(found.splitlines()) == [
+        "a/1: the gradient at count 0 was not finite; 1 updates left out",
+        "b/w: the gradient at count 1 was not finite; 1 updates left out",
+    ]
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +679,51 @@ def test_master_weights_keep_updates_smaller_than_the_parameters_rounding():
     assert lost["w"][0] == 1
     assert kept["w"].dtype == jnp.bfloat16 and kept["w"][0] == 1 - 2.0**-4
     assert opt_state.master["w"].dtype == jnp.float32 and opt_state.step == 64
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        averaged,
+        lookahead,
+        skip_nonfinite,
+        master_weights,
+        dynamic_loss_scale,
+        functools.partial(reduce_on_plateau, window=1),
+        lambda inner: chain(clip_by_value(1.0), inner),
+        lambda inner: groups({"*": inner}),
+    ],
+)
+def test_a_loss_scale_that_no_engine_would_read_is_refused(wrap):
+    with pytest.raises(ValueError, match="dynamic_loss_scale is within, where no gradient engine reads its scale; put"):
+        wrap(dynamic_loss_scale(sgd(0.1))).init({"w": jnp.ones(1)})
+
+
+def test_lookahead_goes_within_master_weights():
+    params = {"w": jnp.ones(1)}
+    for inner in (master_weights(sgd(0.1)), chain(clip_by_value(1.0), averaged(master_weights(sgd(0.1))))):
+        with pytest.raises(ValueError, match="lookahead: master_weights is within, which does not read the parameters"):
+            lookahead(inner).init(params)
+    *_, (new, _) = updates(master_weights(lookahead(sgd(0.5), 2, 0.5)), params, [params] * 2)
+    assert new["w"] == 0.5  # half of the way from 1 to 0
+
+
+def test_master_weights_ask_what_the_parameters_own_dtypes_ask():
+    half_of = {"w": jnp.ones(1, jnp.float16)}
+    with pytest.raises(ValueError, match="adam: eps = 0 beside the float16 parameter w"):
+        master_weights(chain(clip_by_value(1.0), adam(eps=0))).init(half_of)
+    with pytest.raises(TypeError, match="master_weights: parameter w has dtype int32; expected a float"):
+        master_weights(sgd(0.1)).init({"w": jnp.ones(1, int)})
+    for build in (master_weights, dynamic_loss_scale):
+        optimizer = build(sgd(0.5))
+        for grads, message in [
+            ({}, "gradient does not fit the parameters: missing w; unexpected nothing"),
+            ({"w": jnp.ones(1, int)}, "w: gradient has dtype int32; expected a float"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                optimizer.update(grads, optimizer.init(half_of), half_of)
+    optimizer = master_weights(sgd(0.5))
+    assert optimizer.update(1.0, optimizer.init(2.0), 2.0)[0] == 1.5
 
 
 def float16_problem():

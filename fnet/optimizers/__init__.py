@@ -17,9 +17,10 @@ parameter never changes its dtype. Moments are kept in float32 at least unless `
 Parameters in 16 bits lose the updates that are smaller than their rounding, whatever the optimizer (1 + 1e-3 is 1 in
 bfloat16), unless `master_weights` keeps them.
 
-Numbers out of range raise ValueError at construction (host values only: arrays and tracers are not read), a parameter
-that is not a float raises TypeError in ``init``, and gradients that do not fit the parameters ValueError in ``update``,
-by path. ``update`` takes ``value``, the loss, which only `reduce_on_plateau` uses.
+Numbers out of range raise ValueError at construction (host values only: arrays and tracers are not read), and so does
+a ``mask`` without a ``weight_decay``; a parameter that is not a float raises TypeError in ``init``, and gradients that
+do not fit the parameters ValueError in ``update``, by path. ``update`` takes ``value``, the loss, which only
+`reduce_on_plateau` uses.
 
 An optimizer of one's own is one screen: see `fnet.optimizers.common.elementwise`.
 """

@@ -8,13 +8,14 @@ Legend: p parameter, g gradient, m and v moments, m̂ and v̂ without their bias
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.optimizers.common import Mask, check_variant, correction, elementwise
+from fnet.optimizers.common import Mask, check_between, check_variant, correction, elementwise
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
@@ -367,12 +368,12 @@ def radam(
         p −= rate · m̂                           elsewhere
 
     ``"standard"`` is optax's (save that its threshold is met by equality too). ``variant="torch"`` has eps in Keras'
-    place: ``√(1 − b2ᵗ) / (√v + eps)``. The paper's threshold is 4. ``weight_decay`` and ``mask`` as in `adamw`.
-    Source: Liu et al., arXiv:1908.03265.
+    place: ``√(1 − b2ᵗ) / (√v + eps)``. The paper's threshold is 4; less is an error, since r² would be negative.
+    ``weight_decay`` and ``mask`` as in `adamw`. Source: Liu et al., arXiv:1908.03265.
     """
     hyper = RadamHyper(learning_rate, b1, b2, eps, threshold, weight_decay)
     _check("radam", hyper)
-    check_numbers("radam", threshold=threshold)
+    check_between("radam", 4, math.inf, threshold=threshold)
     check_variant("radam", variant, ("standard", "torch"))
 
     def numbers(hyper, rate, t):

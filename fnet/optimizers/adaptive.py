@@ -177,7 +177,7 @@ def adadelta(
     Source: Zeiler, arXiv:1212.5701.
     """
     check_numbers("adadelta", below=1, rho=rho)
-    check_numbers("adadelta", eps=eps)
+    check_numbers("adadelta", positive=True, eps=eps)  # with 0 no step would ever leave 0
 
     def rule(p, g, v, s, rate, rho, eps):
         v = rho * v + (1 - rho) * g * g

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -48,6 +50,8 @@ def elementwise(
     """
     rate_fn, learning_rate = split(name, learning_rate=hyper.learning_rate)
     hyper, decay_fn = hyper._replace(learning_rate=learning_rate), None
+    check_mask(name, mask, getattr(hyper, "weight_decay", None))
+    _check_moment_dtype(name, moment_dtype)
     if getattr(hyper, "weight_decay", None) is not None:
         decay_fn, weight_decay = split(name, weight_decay=hyper.weight_decay)
         hyper = hyper._replace(weight_decay=weight_decay)
@@ -91,6 +95,35 @@ def check_variant(who: str, variant: str, names: Sequence[str], argument: str = 
         raise ValueError(f"{who}: {argument} = {variant!r}; expected one of {', '.join(names)}")
 
 
+def check_mask(who: str, mask: Mask, weight_decay) -> None:
+    """Require a weight decay beside a mask, which would do nothing without one."""
+    if mask is not None and weight_decay is None:
+        raise ValueError(f"{who}: mask = {mask!r} without weight_decay; expected both of them, or no mask")
+
+
+def _check_moment_dtype(who: str, dtype: DTypeLike | None) -> None:
+    try:
+        is_float = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        is_float = False
+    if not is_float:
+        raise TypeError(f"{who}: moment_dtype = {dtype!r}; expected a float dtype")
+
+
+def check_between(who: str, least: float, most: float, *, whole: bool = False, **values) -> None:
+    """`check_numbers` with ``least <= value <= most``, and ``whole`` numbers only."""
+    check_numbers(who, **values)
+    for name, value in values.items():
+        on_host = not isinstance(value, jax.Array)
+        if on_host and not (least <= value <= most and (not whole or value == int(value))):
+            kind = "a whole number, " if whole else ""
+            raise ValueError(f"{who}: {name} = {value}; expected {kind}{least} <= {name} <= {most}")
+
+
+# a count is a number like the others, kept in float32: above 2²⁴ it would be rounded
+check_counts = partial(check_between, least=1, most=2**24, whole=True)
+
+
 def start(who: str, params: PyTree, rate_fn: Callable, hyper):
     """Step 0, the numbers as arrays that nobody else holds (a state may be donated), and the first rate."""
     check_floats(who, params)
@@ -106,7 +139,7 @@ def as_arrays(hyper) -> Any:
 
 def check_floats(who: str, params: PyTree) -> None:
     """Require that every parameter is a float."""
-    for path, leaf in named_leaves(params):
+    for path, leaf in by_path(params).items():
         if not _is_float(leaf):
             raise TypeError(
                 f"{who}: parameter {path or '()'} has dtype {_dtype(leaf)}; expected a float. "
@@ -152,8 +185,6 @@ def correction(decay, step):
 
 def moment(params: PyTree, dtype: DTypeLike | None = None, fill: ArrayLike = 0.0):
     """A tree like ``params`` that is ``fill`` everywhere."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"moment_dtype = {dtype}; expected a float dtype")
     return jax.tree.map(lambda p: jnp.full_like(p, fill, wide(jnp.result_type(p)) if dtype is None else dtype), params)
 
 
@@ -213,9 +244,18 @@ def _is_float(leaf) -> bool:
     return jnp.issubdtype(_dtype(leaf), jnp.floating)
 
 
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their readable paths; raises ValueError where two have one path."""
+    leaves = named_leaves(tree)
+    for (path, _), (following, _) in pairwise(sorted(leaves, key=lambda leaf: leaf[0])):
+        if path == following:
+            raise ValueError(f"two leaves have the path {path!r}; expected one: rename what has '/' in its name")
+    return dict(leaves)
+
+
 def check_like(params: PyTree, name: str, tree: PyTree) -> None:
     """Require a tree of floats with the paths and shapes of ``params``."""
-    expected, given = ({path or "()": leaf for path, leaf in named_leaves(t)} for t in (params, tree))
+    expected, given = ({path or "()": leaf for path, leaf in by_path(t).items()} for t in (params, tree))
     missing = [path for path in expected if path not in given]
     unexpected = [path for path in given if path not in expected]
     if missing or unexpected:
@@ -258,15 +298,24 @@ def check_patterns(who: str, patterns: Sequence[str], params: PyTree) -> None:
             raise ValueError(f"{who}: the pattern {pattern!r} matches no parameter; there are {', '.join(paths)}")
 
 
-def about(name: str, hyper, params: PyTree, mask: Mask = None, independent: bool = False) -> dict[str, str]:
-    """For each path the optimizer's name and numbers, as `fnet.optimizers.describe` shows them."""
+def shown_numbers(hyper) -> dict[str, str]:
+    """Numbers by name, as `fnet.optimizers.describe` shows them."""
 
     def shown(number):
+        if isinstance(number, tuple | list):
+            number = dict(enumerate(number))
         if isinstance(number, dict):
             return "(" + ", ".join(f"{key} {shown(value)}" for key, value in number.items()) + ")"
+        if np.shape(number):
+            return f"{np.size(number)} numbers"
         return "traced" if isinstance(number, Tracer) else f"{float(number):.4g}"
 
-    numbers = {key: shown(value) for key, value in hyper._asdict().items() if value is not None}
+    return {key: shown(value) for key, value in hyper._asdict().items() if value is not None}
+
+
+def about(name: str, hyper, params: PyTree, mask: Mask = None, independent: bool = False) -> dict[str, str]:
+    """For each path the optimizer's name and numbers, as `fnet.optimizers.describe` shows them."""
+    numbers = shown_numbers(hyper)
     decay = numbers.pop("weight_decay", None)
     line = " ".join([name, *(f"{key}={value}" for key, value in numbers.items())])
     decayed = "" if decay is None else f" weight_decay={decay}" + (" (independent of the rate)" if independent else "")
@@ -286,63 +335,109 @@ def set_hyper(opt_state, **changes) -> Any:
     A schedule's numbers are given as a dict that may leave some out: ``set_hyper(s, learning_rate={"peak": 0.1})``. In
     a composed state a number is called by its name where only one has it, or by its path:
     ``set_hyper(s, **{"*/b/learning_rate": 0.1})`` for the group of that pattern, ``"averaged/decay"`` for a wrapper's.
-    ``rate`` stays the rate last applied. Raises ValueError for an unknown or ambiguous name, with the list of names,
-    and for an optimizer's number out of range; TypeError for a number where a schedule has a dict and the reverse.
+    Where two have one path, as in a chain within a chain, change the state within: ``s._replace(optimizer=set_hyper(
+    s.optimizer, ...))``. ``rate`` stays the rate last applied. Raises ValueError for an unknown or ambiguous name, with
+    the list of names, and for a number on the host out of range (of a schedule of one's own: that is NaN); TypeError
+    for a number where a schedule has a dict and the reverse.
 
     >>> from fnet.optimizers import adam
     >>> opt_state = set_hyper(adam(1e-3).init({"w": jnp.zeros(2)}), learning_rate=0.5, b1=0.8)
     >>> print(opt_state.hyper.learning_rate, opt_state.hyper.b1)
     0.5 0.8
     """
-    known = {}
-    _each_hyper(opt_state, (), lambda path, hyper: known.update({(*path, n): v for n, v in hyper.items()}) or hyper)
-    names = {"/".join(path): path for path in known}
+    known = []
+
+    def collect(path, hyper):
+        known.extend((*path, name) for name, value in hyper._asdict().items() if value is not None)
+        return hyper
+
+    _each_hyper(opt_state, (), collect)
+    names = ["/".join(path) for path in known]
     for name, new in changes.items():
-        found = [full for full in names if full == name or full.endswith(f"/{name}")]
-        if name not in names and len(found) != 1:
+        found = [i for i, full in enumerate(names) if full == name] or [
+            i for i, full in enumerate(names) if full.endswith(f"/{name}")
+        ]
+        if len(found) != 1:
             problem = (
                 f"several hyperparameters are called {name!r}" if found else f"no hyperparameter is called {name!r}"
             )
             raise ValueError(f"set_hyper: {problem}; there are {', '.join(names)}")
-        *place, last = names[name if name in names else found[0]]
+        *place, last = known[found[0]]
 
         def change(path, hyper, place=tuple(place), last=last, new=new):
-            return {**hyper, last: _changed(last, hyper[last], new)} if path == place else hyper
+            if path != place:
+                return hyper
+            check = _CHECKS.get(f"{type(hyper).__name__}.{last}") or _CHECKS.get(last, check_numbers)
+            return hyper._replace(**{last: _changed(last, getattr(hyper, last), new, check)})
 
         opt_state = _each_hyper(opt_state, (), change)
     return opt_state
 
 
 def _each_hyper(node, path: tuple[str, ...], change: Callable) -> Any:
-    """The state with ``change(path, numbers) -> numbers`` in the place of each ``hyper`` in it."""
+    """The state with ``change(path, hyper) -> hyper`` in the place of each ``hyper`` in it."""
     if isinstance(node, dict):
         return {name: _each_hyper(child, (*path, name), change) for name, child in node.items()}
     fields = {}
     if getattr(node, "hyper", None) is not None and "hyper" in node._fields:
-        numbers = {name: old for name, old in node.hyper._asdict().items() if old is not None}
         # a wrapper's own stand under its name, so that averaged's decay is not the decay of the momentum within
         own = (type(node).__name__.removesuffix("State").lower(),) if "optimizer" in node._fields else ()
-        fields["hyper"] = node.hyper._replace(**change((*path, *own), numbers))
+        fields["hyper"] = change((*path, *own), node.hyper)
     for name in ("transforms", "groups", "optimizer"):
         if name in getattr(node, "_fields", ()):
             fields[name] = _each_hyper(getattr(node, name), path, change)
     return node._replace(**fields) if fields else node
 
 
-_BELOW_ONE = ("decay", "momentum", "b1", "b2", "rho")
+_positive = partial(check_numbers, positive=True)
+
+# what else than 0 <= value < inf, which check_numbers requires, is asked of a number; of one class alone, by its name
+_CHECKS = {
+    **dict.fromkeys(("decay", "momentum", "b1", "b2", "rho"), partial(check_numbers, below=1)),
+    **dict.fromkeys(("backoff", "factor"), partial(_positive, below=1)),
+    **dict.fromkeys(("limit", "growth", "clip", "decay_power"), _positive),
+    **dict.fromkeys(("AdadeltaHyper.eps", "AdafactorHyper.eps", "AdaptiveHyper.eps", "MuonHyper.eps"), _positive),
+    **dict.fromkeys(("every", "window", "patience", "interval"), check_counts),
+    "AveragedHyper.start": partial(check_counts, least=0),
+    "slow_rate": partial(check_between, least=0, most=1),
+    "threshold": partial(check_between, least=4, most=math.inf),
+}
+
+# of the numbers of fnet's schedules; those of others may have any sign
+_SCHEDULED = {
+    **dict.fromkeys(("rate", "start", "peak", "end", "warmup_steps", "factor"), check_numbers),
+    **dict.fromkeys(("decay_rate", "decay_steps", "total_steps", "first_steps", "power", "updates"), _positive),
+    **dict.fromkeys(("start_divisor", "end_divisor"), _positive),
+    "rising": partial(check_numbers, below=1),
+}
 
 
-def _changed(name: str, old: Any, new: Any, *, scheduled: bool = False) -> Any:
+def _check_no_nan(who: str, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, jax.Array) and value != value:
+            raise ValueError(f"{who}: {name} = {value}; expected a number")
+
+
+def _changed(name: str, old: Any, new: Any, check: Callable) -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             if key not in old:
                 raise ValueError(f"set_hyper: no number of {name} is called {key!r}; there are {', '.join(old)}")
-        changed = {key: _changed(f"{name}[{key!r}]", old[key], number, scheduled=True) for key, number in new.items()}
-        return old | changed
-    if isinstance(old, dict) or isinstance(new, dict):
+        return old | {
+            key: _changed(f"{name}[{key!r}]", old[key], number, _SCHEDULED.get(key, _check_no_nan))
+            for key, number in new.items()
+        }
+    is_number = hasattr(old, "shape")  # else it is all that a schedule has
+    fits = is_number or jax.tree.structure(old) == jax.tree.structure(new)
+    if isinstance(old, dict) or isinstance(new, dict) or not fits:
         raise TypeError(f"set_hyper: {name} = {new!r}; expected what stands in the state: {old}")
-    if np.shape(new) == () and not scheduled:
-        check_numbers("set_hyper", below=1 if name in _BELOW_ONE else math.inf, **{name: new})
+    if not is_number:
+        return jax.tree.map(lambda old, new: _changed(name, old, new, _check_no_nan), old, new)
+    if np.shape(new) == ():
+        check("set_hyper", **{name: new})
     if np.shape(new) not in ((), old.shape):
         raise ValueError(f"set_hyper: {name} has shape {np.shape(new)}; expected one number or shape {old.shape}")
+    if np.shape(new) and not isinstance(new, jax.Array):
+        for entry in np.ravel(new):
+            check("set_hyper", **{name: entry})
     return jnp.broadcast_to(jnp.array(new, old.dtype), old.shape)

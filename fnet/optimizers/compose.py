@@ -1,13 +1,13 @@
 """Optimizers made of others: transforms before one, groups of parameters, and wrappers around a whole update.
 
-Each is again an `Optimizer`. A composed state holds the others' states; ``step``, ``hyper`` and ``rate`` are read
-through to the optimizer within, and `fnet.set_hyper` finds a number by its name.
+Each is again an `Optimizer`. A composed state holds the others' states; ``step`` and ``rate`` are read through to the
+optimizer within, and `fnet.set_hyper` finds a number by its name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fnet.optimizers.common import as_arrays, check_floats, check_like, check_patterns, count_on, moment
+from fnet.optimizers.common import (
+    as_arrays,
+    by_path,
+    check_between,
+    check_counts,
+    check_floats,
+    check_like,
+    check_patterns,
+    count_on,
+    moment,
+    shown_numbers,
+)
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Transform, named_leaves, wide
 
@@ -24,6 +35,26 @@ from fnet.types import Optimizer, PyTree, Transform, named_leaves, wide
 def of_optimizer(name: str, doc: str) -> property:
     """A property of a composed state: that of the optimizer within."""
     return property(lambda state: getattr(state.optimizer, name), doc=doc)
+
+
+def init_within(who: str, optimizer: Optimizer) -> Callable[[PyTree], Any]:
+    """The ``init`` of the optimizer within ``who``; raises TypeError for what is none.
+
+    That ``init`` raises ValueError for `dynamic_loss_scale`, whose scale would not be applied there.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{who}: got {optimizer!r}; expected an Optimizer, such as sgd(0.1)")
+
+    def init(params):
+        state = optimizer.init(params)
+        if isinstance(state, LossScaleState):
+            raise ValueError(
+                f"{who}: dynamic_loss_scale is within, where no gradient engine reads its scale; put it outermost: "
+                f"dynamic_loss_scale({who}(...))"
+            )
+        return state
+
+    return init
 
 
 # --- transforms before an optimizer ----------------------------------------------------------------------------------
@@ -64,9 +95,10 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
             raise ValueError(f"chain: two transforms would be called {name!r}; give one of them another name")
         named[name] = transform
         seen[transform.name] += 1
+    init_optimizer = init_within("chain", optimizer)
 
     def init(params):
-        return ChainState({name: t.init(params) for name, t in named.items()}, optimizer.init(params))
+        return ChainState({name: t.init(params) for name, t in named.items()}, init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
         check_like(params, "gradient", grads)
@@ -77,8 +109,14 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
         return params, ChainState(states, inner)
 
     def about(params):
-        before = " → ".join(named)
-        return {path: f"{before} → {line}" if before else line for path, line in lines_of(optimizer, params).items()}
+        lines = lines_of(optimizer, params)
+        for name, transform in reversed(named.items()):
+            numbers = shown_numbers(transform.init(params).hyper)
+            what = " ".join([name, *(f"{key}={value}" for key, value in numbers.items())])
+            touched = transform.touched(params) if transform.touched else [True] * len(lines)
+            marked = zip(lines.items(), touched, strict=True)
+            lines = {path: f"{what} → {line}" if on else line for (path, line), on in marked}
+        return lines
 
     return Optimizer(init, update, about)
 
@@ -113,37 +151,29 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
         if not isinstance(member, Optimizer):
             raise TypeError(f"groups: {pattern!r} has {type(member).__name__}; expected an Optimizer")
 
-    def owners(params) -> dict[str, str]:
-        """The pattern of each path."""
-        check_patterns("groups", list(by_pattern), params)
-        found = {}
-        for path, _ in named_leaves(params):
-            matching = [pattern for pattern in by_pattern if fnmatchcase(path, pattern)]
-            if not matching and default is None:
-                raise ValueError(f"groups: {path} matches none of {', '.join(by_pattern)}, and there is no default")
-            found[path] = matching[0] if matching else "default"
-        for pattern in by_pattern:
-            if pattern not in found.values():
-                raise ValueError(f"groups: all that {pattern!r} matches belongs to patterns before it; order them anew")
-        return found
-
-    def parts(owner, tree):
+    def parts(tree):
         """The leaves of a tree in groups, each a dict by path."""
+        check_patterns("groups", list(by_pattern), tree)
         made = {pattern: {} for pattern in members}
-        for path, leaf in named_leaves(tree):
-            made[owner[path]][path] = leaf
+        for path, leaf in by_path(tree).items():
+            pattern = next((pattern for pattern in by_pattern if fnmatchcase(path, pattern)), "default")
+            if pattern not in made:
+                raise ValueError(f"groups: {path} matches none of {', '.join(by_pattern)}, and there is no default")
+            made[pattern][path] = leaf
+        for pattern in by_pattern:
+            if not made[pattern]:
+                raise ValueError(f"groups: all that {pattern!r} matches belongs to patterns before it; order them anew")
         return made
 
     def init(params):
         check_floats("groups", params)
-        made = parts(owners(params), params)
-        states = {pattern: member.init(made[pattern]) for pattern, member in members.items()}
+        made = parts(params)
+        states = {pattern: init_within("groups", member)(made[pattern]) for pattern, member in members.items()}
         return GroupsState(_zero(), states)
 
     def update(grads, opt_state, params, *, value=None):
         check_like(params, "gradient", grads)
-        owner = owners(params)
-        grads_of, params_of = parts(owner, grads), parts(owner, params)
+        grads_of, params_of = parts(grads), parts(params)
         new, states = {}, {}
         for pattern, member in members.items():
             part, states[pattern] = member.update(
@@ -154,10 +184,10 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
         return jax.tree.unflatten(jax.tree.structure(params), leaves), GroupsState(count_on(opt_state.step), states)
 
     def about(params):
-        owner = owners(params)
-        made = parts(owner, params)
+        made = parts(params)
         lines = {pattern: lines_of(member, made[pattern]) for pattern, member in members.items()}
-        return {path: f"[{pattern}] {lines[pattern][path]}" for path, pattern in owner.items()}
+        by_group = {path: f"[{pattern}] {line}" for pattern in members for path, line in lines[pattern].items()}
+        return {path: by_group[path] for path, _ in named_leaves(params)}
 
     return Optimizer(init, update, about)
 
@@ -176,6 +206,7 @@ def frozen() -> Optimizer:
         return FrozenState(_zero(), jnp.zeros((), float))
 
     def update(grads, opt_state, params, *, value=None):
+        check_like(params, "gradient", grads)
         return params, FrozenState(count_on(opt_state.step), opt_state.rate)
 
     return Optimizer(init, update, lambda params: {path: "frozen" for path, _ in named_leaves(params)})
@@ -241,17 +272,19 @@ def averaged(
     """
     if decay is not None:
         check_numbers("averaged", below=1, decay=decay)
-    check_numbers("averaged", start=start)
-    check_numbers("averaged", positive=True, every=every)
+    check_counts("averaged", least=0, start=start)
+    check_counts("averaged", every=every)
+    init_optimizer = init_within("averaged", optimizer)
 
     def init(params):
         hyper = as_arrays(AveragedHyper(decay, start, every))
-        return AveragedState(hyper, moment(params), _zero(), optimizer.init(params))
+        return AveragedState(hyper, moment(params), _zero(), init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
         hyper, after = opt_state.hyper, inner.step - opt_state.hyper.start.astype(jnp.int32)
-        take = (after > 0) & (after % hyper.every.astype(jnp.int32) == 0)
+        # an update that was left out within is none
+        take = (inner.step != opt_state.step) & (after > 0) & (after % hyper.every.astype(jnp.int32) == 0)
         count = opt_state.count + take.astype(jnp.int32)
         n = jnp.maximum(count, 1).astype(hyper.start.dtype)
         # the share of the newest in the mean: 1/n of n, and (1 − decay) / (1 − decayⁿ) of the moving average
@@ -268,12 +301,19 @@ def averaged(
 def averages(opt_state, params: PyTree) -> PyTree:
     """The averaged parameters in the dtypes of ``params``, from the state of an `averaged` optimizer within any other.
 
-    Where none has been taken up yet they are ``params``. Raises ValueError for a state without an average.
+    Where none has been taken up yet they are ``params``, and so is what belongs to `groups` that are not averaged.
+    Raises ValueError for a state without an average.
     """
-    state = _find(opt_state, AveragedState)
-    if state is None:
+    found, leaves = list(_found(opt_state, AveragedState)), by_path(params)
+    if not found:
         raise ValueError(f"averages: no average in {type(opt_state).__name__}; expected the state of averaged(...)")
-    return jax.tree.map(lambda a, p: jnp.where(state.count > 0, a.astype(p.dtype), p), state.average, params)
+    for state in found:
+        average = by_path(state.average)
+        check_like({path: leaf for path, leaf in leaves.items() if path in average}, "average", average)
+        for path, a in average.items():
+            p = leaves[path]
+            leaves[path] = jnp.where(state.count > 0, a.astype(p.dtype), p)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves.values())
 
 
 class LookaheadHyper(NamedTuple):
@@ -298,14 +338,21 @@ def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike =
     """Every so many updates the parameters go back part of the way: ``slow += slow_rate (p − slow)``, ``p = slow``.
 
     The optimizer's moments stay as they are. Evaluate after a multiple of ``every`` updates, where p and slow agree.
+    `master_weights` go outside: within, they do not read the parameters that have gone back (ValueError).
     Source: Zhang et al., arXiv:1907.08610.
     """
-    check_numbers("lookahead", positive=True, every=every)
-    check_numbers("lookahead", slow_rate=slow_rate)
+    check_counts("lookahead", every=every)
+    check_between("lookahead", 0, 1, slow_rate=slow_rate)
+    init_optimizer = init_within("lookahead", optimizer)
 
     def init(params):
-        hyper = as_arrays(LookaheadHyper(every, slow_rate))
-        return LookaheadState(hyper, _wide_copy(params), optimizer.init(params))
+        hyper, inner = as_arrays(LookaheadHyper(every, slow_rate)), init_optimizer(params)
+        if next(_found(inner, MasterState), None):
+            raise ValueError(
+                "lookahead: master_weights is within, which does not read the parameters that lookahead moves; put "
+                "lookahead inside it: master_weights(lookahead(...))"
+            )
+        return LookaheadState(hyper, _wide_copy(params), inner)
 
     def update(grads, opt_state, params, *, value=None):
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
@@ -322,11 +369,14 @@ def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike =
 
 
 class GuardedState(NamedTuple):
-    """State of `skip_nonfinite`: how many updates were left out, the last bad leaf (−1: none) and its update."""
+    """State of `skip_nonfinite`: how many updates were left out, the count of the last bad one, its bad leaves by path.
+
+    Before the first ``at`` is −1.
+    """
 
     skipped: jax.Array
-    leaf: jax.Array
     at: jax.Array
+    bad: dict[str, jax.Array]
     stopped: jax.Array
     optimizer: Any
 
@@ -339,35 +389,43 @@ def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
 
     With ``stop`` nothing is updated any more after the first such gradient. `nonfinite` says what was found, by name.
     """
+    init_optimizer = init_within("skip_nonfinite", optimizer)
 
     def init(params):
-        none = jnp.full((2,), -1, jnp.int32)
-        return GuardedState(_zero(), none[0], none[1], jnp.zeros((), bool), optimizer.init(params))
+        inner, none = init_optimizer(params), {path: jnp.zeros((), bool) for path in by_path(params)}
+        return GuardedState(_zero(), jnp.full((), -1, jnp.int32), none, jnp.zeros((), bool), inner)
 
     def update(grads, opt_state, params, *, value=None):
-        bad = ~_finite(grads)
-        any_bad, seen = bad.any(), opt_state.step + opt_state.skipped
+        check_like(params, "gradient", grads)
+        finite, seen = _finite(grads), opt_state.step + opt_state.skipped
+        any_bad = ~finite.all()
         skip = any_bad | opt_state.stopped
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)
         params, inner = _chosen(skip, (params, opt_state.optimizer), new)
-        first_bad = jnp.where(any_bad & ~opt_state.stopped, jnp.argmax(bad).astype(jnp.int32), opt_state.leaf)
-        at = jnp.where(any_bad & ~opt_state.stopped, seen, opt_state.at)
+        now = seen, {path: ~finite[i] for i, path in enumerate(by_path(grads))}
+        at, bad = _chosen(any_bad & ~opt_state.stopped, now, (opt_state.at, opt_state.bad))
         stopped = opt_state.stopped | (any_bad & stop)
-        return params, GuardedState(opt_state.skipped + skip.astype(jnp.int32), first_bad, at, stopped, inner)
+        return params, GuardedState(opt_state.skipped + skip.astype(jnp.int32), at, bad, stopped, inner)
 
     return Optimizer(init, update, lambda params: _before(optimizer, params, "skip_nonfinite"))
 
 
 def nonfinite(opt_state, params: PyTree) -> str | None:
-    """What `skip_nonfinite` found, on the host: the first bad leaf of the last bad gradients, or None."""
-    state = _find(opt_state, GuardedState)
-    if state is None:
+    """What `skip_nonfinite` found, on the host: the first bad leaf of the last bad gradients, or None.
+
+    Within `groups`, a line for each group that found one.
+    """
+    found = [state._replace(optimizer=None) for state in _found(opt_state, GuardedState)]
+    if not found:
         raise ValueError(f"nonfinite: {type(opt_state).__name__} holds no state of skip_nonfinite(...)")
-    if int(state.leaf) < 0:
-        return None
-    path = named_leaves(params)[int(state.leaf)][0]
-    end = "; stopped there" if bool(state.stopped) else ""
-    return f"{path}: the gradient at count {int(state.at)} was not finite; {int(state.skipped)} updates left out{end}"
+    lines = []
+    for state in jax.device_get(found):
+        path = next((path for path, _ in named_leaves(params) if state.bad.get(path)), None)
+        if path is not None:
+            end = "; stopped there" if state.stopped else ""
+            what = f"the gradient at count {state.at} was not finite; {state.skipped} updates left out{end}"
+            lines.append(f"{path or '()'}: {what}")
+    return "\n".join(lines) or None
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
@@ -389,15 +447,19 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
     So a parameter in 16 bits keeps updates smaller than its rounding. The parameters given to ``update`` are not read:
     who changes them otherwise makes a new state. Source: Micikevicius et al., arXiv:1710.03740.
     """
+    init_optimizer = init_within("master_weights", optimizer)
 
     def init(params):
+        check_floats("master_weights", params)
+        jax.eval_shape(optimizer.init, params)  # what it checks of their own dtypes: gradients in float16 need an eps
         master = _wide_copy(params)
-        return MasterState(master, optimizer.init(master))
+        return MasterState(master, init_optimizer(master))
 
     def update(grads, opt_state, params, *, value=None):
-        grads = jax.tree.map(lambda g, m: g.astype(m.dtype), grads, opt_state.master)
+        check_like(params, "gradient", grads)
+        grads = jax.tree.map(lambda g, m: jnp.asarray(g, m.dtype), grads, opt_state.master)
         master, inner = optimizer.update(grads, opt_state.optimizer, opt_state.master, value=value)
-        return jax.tree.map(lambda m, p: m.astype(p.dtype), master, params), MasterState(master, inner)
+        return jax.tree.map(lambda m, p: m.astype(jnp.result_type(p)), master, params), MasterState(master, inner)
 
     return Optimizer(init, update, lambda params: _before(optimizer, params, "master_weights"))
 
@@ -435,17 +497,21 @@ def dynamic_loss_scale(
 
     `fnet.make_step` hands ``opt_state.loss_scale`` to the gradient engine. Gradients that overflow are left out and the
     scale multiplied by ``backoff``, down to 1 at least; after ``interval`` finite ones it is multiplied by ``growth``.
-    It stands outermost: ``dynamic_loss_scale(chain(clip_by_global_norm(1.0), adam()))``, with `master_weights` within.
+    It stands outermost: ``dynamic_loss_scale(chain(clip_by_global_norm(1.0), adam()))``, with `master_weights` within;
+    ``init`` of all other wrappers, `chain` and `groups` raises ValueError where it is inside them.
     torch's ``GradScaler`` has the same numbers, from 2¹⁶. Source: Micikevicius et al., arXiv:1710.03740.
     """
-    check_numbers("dynamic_loss_scale", positive=True, initial=initial, growth=growth, interval=interval)
+    check_numbers("dynamic_loss_scale", positive=True, initial=initial, growth=growth)
     check_numbers("dynamic_loss_scale", positive=True, below=1, backoff=backoff)
+    check_counts("dynamic_loss_scale", interval=interval)
+    init_optimizer = init_within("dynamic_loss_scale", optimizer)
 
     def init(params):
         hyper = as_arrays(LossScaleHyper(growth, backoff, interval))
-        return LossScaleState(hyper, jnp.array(initial, float), _zero(), _zero(), optimizer.init(params))
+        return LossScaleState(hyper, jnp.array(initial, float), _zero(), _zero(), init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
+        check_like(params, "gradient", grads)
         hyper, scale = opt_state.hyper, opt_state.loss_scale
         grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / scale.astype(wide(g.dtype)), grads)
         finite = _finite(grads).all()
@@ -506,12 +572,13 @@ def reduce_on_plateau(
     ``update`` raises ValueError without a ``value``, which `fnet.make_step` always gives.
     """
     check_numbers("reduce_on_plateau", positive=True, below=1, factor=factor)
-    check_numbers("reduce_on_plateau", positive=True, window=window, patience=patience)
+    check_counts("reduce_on_plateau", window=window, patience=patience)
     check_numbers("reduce_on_plateau", least_change=least_change, least_rate=least_rate)
+    init_optimizer = init_within("reduce_on_plateau", optimizer)
 
     def init(params):
         hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate))
-        inner = optimizer.init(params)
+        inner = init_optimizer(params)
         rate = getattr(getattr(inner, "hyper", None), "learning_rate", None)
         if not hasattr(rate, "shape"):
             raise TypeError(
@@ -566,9 +633,12 @@ def _before(optimizer: Optimizer, params: PyTree, what: str) -> dict[str, str]:
     return {path: f"{what}: {line}" for path, line in lines_of(optimizer, params).items()}
 
 
-def _find(node, kind):
-    """The state of this kind within a composed one, or None."""
+def _found(node, kind: type) -> Iterator[Any]:
+    """The outermost states of this kind within a composed one."""
     if isinstance(node, kind):
-        return node
-    children = node.values() if isinstance(node, dict) else [getattr(node, n, None) for n in ("groups", "optimizer")]
-    return next((found for child in children if child is not None and (found := _find(child, kind)) is not None), None)
+        yield node
+    elif isinstance(node, GroupsState):
+        for child in node.groups.values():
+            yield from _found(child, kind)
+    elif hasattr(node, "optimizer"):
+        yield from _found(node.optimizer, kind)

@@ -69,12 +69,13 @@ def minimize_lbfgs(
 
     The direction is ``−H g`` by the two-loop recursion over the last ``memory`` pairs (s, y), from ``H = sᵀy / yᵀy``
     (Nocedal, 1980). The line search halves or doubles t until the weak Wolfe conditions hold,
-    ``f(x + t d) ≤ f + 10⁻⁴ t gᵀd`` and ``g(x + t d)ᵀd ≥ 0.9 gᵀd`` (Lewis and Overton, 2013), so that sᵀy > 0 always.
-    A value that is not finite counts as too high. Pure: it can be jitted and vmapped. In the parameters' dtype;
-    in float32 a tolerance below some 1e-4 of the gradient's first size is seldom met.
+    ``f(x + t d) ≤ f + 10⁻⁴ t gᵀd`` and ``g(x + t d)ᵀd ≥ 0.9 gᵀd`` (Lewis and Overton, 2013), so that sᵀy > 0 but for
+    rounding; a pair without is dropped. A point whose value or gradient is not finite counts as too high, and one that
+    is no lower is never taken. Pure: it can be jitted and vmapped. In the parameters' dtype; in float32 a tolerance
+    below some 1e-4 of the gradient's first size is seldom met.
 
     Raises ValueError for iterations, memory or tries below 1, a tolerance that is negative, parameters of several
-    dtypes, and a loss that is not a scalar; TypeError for a parameter that is not a float.
+    dtypes or of no numbers, and a loss that is not a scalar; TypeError for a parameter that is not a float.
 
     >>> result = minimize_lbfgs(lambda p: ((p["x"] - 3.0) ** 2).sum(), {"x": jnp.zeros(2)})
     >>> print(result.params["x"], bool(result.converged))
@@ -83,6 +84,8 @@ def minimize_lbfgs(
     require_counts("minimize_lbfgs", iterations=iterations, memory=memory, line_search_tries=line_search_tries)
     check_numbers("minimize_lbfgs", tolerance=tolerance)
     check_floats("minimize_lbfgs", params)
+    if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError("minimize_lbfgs: the parameters hold no numbers; expected at least one")
     dtypes = sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)})
     if len(dtypes) != 1:
         raise ValueError(f"minimize_lbfgs: parameters of dtypes {dtypes}; expected one dtype")
@@ -91,6 +94,9 @@ def minimize_lbfgs(
     if shape != ():
         raise ValueError(f"minimize_lbfgs: the loss has shape {shape}; expected a scalar")
     evaluate = jax.value_and_grad(lambda x: loss_fn(unravel(x)).astype(start.dtype))
+
+    def finite(value, gradient):
+        return jnp.isfinite(value) & jnp.isfinite(gradient).all()
 
     def direction(state: _State) -> jax.Array:
         kept = jnp.arange(memory, dtype=jnp.int32) >= memory - state.pairs  # empty places count nothing
@@ -115,12 +121,13 @@ def minimize_lbfgs(
         slope = state.gradient @ d
 
         def one(s: _Search) -> _Search:
-            value, gradient = evaluate(state.x + s.t * d)
-            too_high = ~(value <= state.value + 1e-4 * s.t * slope)  # also where the value is not a number
+            point = state.x + s.t * d
+            value, gradient = evaluate(point)
+            too_high = ~(value <= state.value + 1e-4 * s.t * slope) | ~finite(value, gradient)
             too_steep = gradient @ d < 0.9 * slope
             high, low = jnp.where(too_high, s.t, s.high), jnp.where(~too_high & too_steep, s.t, s.low)
             t = jnp.where(jnp.isinf(high), 2 * s.t, (low + high) / 2)
-            done = ~too_high & ~too_steep
+            done = ~too_high & ~too_steep & (slope <= 0) & (point != state.x).any()  # rounding can end all progress
             return _Search(jnp.where(done, s.t, t), low, high, value, gradient, done, s.tries + 1)
 
         # the first direction is the gradient itself, whose size says nothing about a step
@@ -138,15 +145,17 @@ def minimize_lbfgs(
     def iterate(state: _State) -> _State:
         d = direction(state)
         found = search(state, d)
-        step = jnp.where(found.done, found.t, 0) * d
-        pushed = lambda rows, row: jnp.where(found.done, jnp.concatenate([rows[1:], row[None]]), rows)  # noqa: E731
+        step = jnp.where(found.done, found.t * d, 0)  # where the search failed, d may be infinite
+        change = found.gradient - state.gradient
+        keep = found.done & (step @ change > 0) & (change @ change > 0)  # small numbers have products of 0
+        pushed = lambda rows, row: jnp.where(keep, jnp.concatenate([rows[1:], row[None]]), rows)  # noqa: E731
         return _State(
             state.x + step,
             jnp.where(found.done, found.value, state.value),
             jnp.where(found.done, found.gradient, state.gradient),
             pushed(state.steps, step),
-            pushed(state.changes, found.gradient - state.gradient),
-            jnp.minimum(state.pairs + found.done.astype(jnp.int32), memory),
+            pushed(state.changes, change),
+            jnp.minimum(state.pairs + keep.astype(jnp.int32), memory),
             state.iterations + found.done.astype(jnp.int32),
             state.evaluations + found.tries,
             ~found.done,
@@ -154,7 +163,7 @@ def minimize_lbfgs(
 
     value, gradient = evaluate(start)
     none, zero = jnp.zeros((memory, start.size), start.dtype), jnp.zeros((), jnp.int32)
-    state = _State(start, value, gradient, none, none, zero, zero, zero + 1, ~jnp.isfinite(value))
+    state = _State(start, value, gradient, none, none, zero, zero, zero + 1, ~finite(value, gradient))
     end = jax.lax.while_loop(unfinished, iterate, state)
     largest = jnp.abs(end.gradient).max()
     return Minimum(unravel(end.x), end.value, largest, end.iterations, end.evaluations, largest <= tolerance, end.stuck)

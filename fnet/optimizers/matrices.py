@@ -19,6 +19,7 @@ from fnet.optimizers.common import (
     about,
     advance,
     check_like,
+    check_mask,
     check_variant,
     correction,
     decaying,
@@ -145,8 +146,9 @@ def adafactor(
     numbers, and adds eps where it divides instead of to g²; optax factors only axes of at least 128.
     Source: Shazeer and Stern, arXiv:1804.04235.
     """
-    check_numbers("adafactor", positive=True, decay_power=decay_power, clip=clip)
-    check_numbers("adafactor", eps=eps, least_scale=least_scale)
+    check_numbers("adafactor", positive=True, decay_power=decay_power, eps=eps, clip=clip)  # 0 / 0 without an eps
+    check_numbers("adafactor", least_scale=least_scale)
+    check_mask("adafactor", mask, weight_decay)
     rate_fn, learning_rate = split("adafactor", learning_rate=learning_rate)
     decay_fn, weight_decay = (None, None) if weight_decay is None else split("adafactor", weight_decay=weight_decay)
     hyper = AdafactorHyper(learning_rate, decay_power, eps, least_scale, clip, weight_decay)

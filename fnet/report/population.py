@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -47,24 +48,29 @@ def ranking_table(title: str, ranking: Ranking, most: int = 20):
 def to_csv(population: Population, path: str | Path) -> None:
     """A row for each member: its number, its hyperparameters, its key in hexadecimal, and each result of one number.
 
-    Results of more than one number a member (curves, parameters) are left out. Numbers are written so that reading them
-    in their dtype gives the same bits; ``jax.random.wrap_key_data(numpy.frombuffer(bytes.fromhex(word), ">u4"))`` is
-    the key again. A file that exists is refused with FileExistsError, and a result that is called as another column is
-    with ValueError.
+    Keys and results of more than one number a member (curves, parameters) are left out; a result that is no tree is
+    called ``result``. Numbers are written so that reading them in their dtype gives the same bits;
+    ``jax.random.wrap_key_data(numpy.frombuffer(bytes.fromhex(word), ">u4"))`` is the key again. A file that exists is
+    refused with FileExistsError, and two columns of one name are with ValueError.
     """
     words = np.asarray(jax.random.key_data(population.keys)).astype(">u4")
-    results = {name: leaf for name, leaf in named_leaves(population.results) if leaf.ndim == 1}
-    columns = {"member": np.arange(len(words)), **population.hyper, "key": [word.tobytes().hex() for word in words]}
-    for name in results:
-        if name in columns:
-            raise ValueError(f"to_csv: a result is called {name!r}, as another column is; expected another name")
-    columns |= {name or "result": np.asarray(leaf) for name, leaf in results.items()}
+    leaves = [(name or "result", leaf) for name, leaf in named_leaves(population.results) if leaf.ndim == 1]
+    columns = [
+        ("member", np.arange(len(words))),
+        *population.hyper.items(),
+        ("key", [word.tobytes().hex() for word in words]),
+        *((name, np.asarray(leaf)) for name, leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)),
+    ]
+    names = [name for name, _ in columns]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"to_csv: two columns are called {name!r}; expected another name for one of them")
     if Path(path).exists():
         raise FileExistsError(f"{path} exists already and is left as it is: give another path")
     with Path(path).open("x", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        writer.writerow(names)
+        writer.writerows(zip(*(values for _, values in columns), strict=True))
 
 
 def plot_heat_map(
