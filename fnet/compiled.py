@@ -13,34 +13,33 @@ import jax.numpy as jnp
 
 from fnet.chunks import run_chunk
 from fnet.plan import Plan
+from fnet.training import Step
 from fnet.types import PyTree, TrainState, named_leaves
 
 
 @functools.lru_cache(maxsize=8)
-def programs(step, evaluate, stop, batch_size, shuffle, every, capacity) -> tuple[Callable, dict[Any, Any]]:
-    """The chunk's program, to be compiled, and those that are, by the signature of their arguments."""
-    function = functools.partial(
-        run_chunk,
-        step=step,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        evaluate=evaluate,
-        every=every,
-        stop=stop,
-        capacity=capacity,
-    )
-    return jax.jit(function, donate_argnums=0), {}
+def programs(step: Step) -> dict[Any, Any]:
+    """The compiled programs of a step, by what they were compiled for, the latest at the end."""
+    return {}
 
 
 def compiled(plan: Plan, ts: TrainState, keep: bool, explain: bool) -> tuple[Callable, float]:
     """The chunk's program, and how long it took to compile: nothing where an earlier run has compiled the same."""
-    options = plan.step, plan.evaluate, plan.stop, plan.batch_size, plan.shuffle, plan.every, plan.capacity
-    function, known = programs(*options)
-    signature = signature_of({"state": ts, "data": plan.data, "validation": plan.validation})
+    options = {
+        "batch_size": plan.batch_size,
+        "shuffle": plan.shuffle,
+        "evaluate": plan.evaluate,
+        "every": plan.every if plan.evaluate else 0,
+        "stop": plan.stop,
+        "capacity": plan.capacity,
+    }
+    known, arrays = programs(plan.step), {"state": ts, "data": plan.data, "validation": plan.validation}
+    signature = tuple(options.items()), leaves_of(arrays), jax.tree.structure(arrays)
     begin = time.perf_counter()
     reason = reason_to_compile(signature, known)
     with cache_hits() as cached:
         if reason:
+            function = jax.jit(functools.partial(run_chunk, step=plan.step, **options), donate_argnums=0)
             arguments = ts, jnp.asarray(0, jnp.int32), plan.data, plan.validation
             known[signature] = function.lower(*arguments).compile()
     took = time.perf_counter() - begin if reason else 0.0
@@ -49,13 +48,12 @@ def compiled(plan: Plan, ts: TrainState, keep: bool, explain: bool) -> tuple[Cal
     return known[signature], took
 
 
-def signature_of(tree: PyTree) -> tuple:
-    """What a program is compiled for: each leaf's path, dtype, shape and weak type, and the containers."""
-    leaves = tuple(
+def leaves_of(tree: PyTree) -> tuple:
+    """Each leaf's path, dtype, shape and weak type."""
+    return tuple(
         (path, f"{leaf.dtype}{tuple(leaf.shape)}{' weak' if getattr(leaf, 'weak_type', False) else ''}")
         for path, leaf in named_leaves(tree)
     )
-    return leaves, jax.tree.structure(tree)
 
 
 def reason_to_compile(signature, known: Mapping) -> str:
@@ -64,10 +62,11 @@ def reason_to_compile(signature, known: Mapping) -> str:
         return ""
     if not known:
         return "the first run of this step"
-    old, new = dict(list(known)[-1][0]), dict(signature[0])
-    for path in {**new, **old}:
-        if old.get(path) != new.get(path):
-            return f"{path} was {old.get(path, 'not there')} and is {new.get(path, 'not there')}"
+    for old, new in zip(list(known)[-1][:2], signature[:2], strict=True):
+        before, now = dict(old), dict(new)
+        for name in {**now, **before}:
+            if before.get(name) != now.get(name):
+                return f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
     return "the containers of the state or the data are others"
 
 

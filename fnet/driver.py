@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,8 @@ def fit(
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
         check_position(ts, plan)
-        position, seconds, halted = int(ts.step), {"compile": 0.0, "run": 0.0}, False
+        first = position = int(ts.step)
+        seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
 
         def tell(kind: str, at: int, metrics=None, took: float = 0.0, examples: int = 0) -> None:
             nonlocal halted
@@ -137,12 +138,35 @@ def fit(
                     break
             seconds["run"] = time.perf_counter() - begin
             save(wait=True)
-        except Exception:  # of an observer, or not finite
-            save(wait=True)
+            if folder:
+                folder.summarize(summary(plan, ts, first, position, seconds, program))
+        except BaseException as error:
+            saves = [lambda: save(wait=True)] if isinstance(error, Exception) else []
+            for last in (*saves, lambda: tell("end", position)):
+                try:
+                    last()
+                except Exception as second:
+                    error.add_note(f"and then {type(second).__name__}: {second}")
             raise
-        finally:
-            tell("end", position)
+        tell("end", position)
     return ts, recorder.history(seconds["compile"], seconds["run"])
+
+
+def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program) -> dict[str, Any]:
+    """What a call of `fit` did and took, for its folder's summary.json; bytes of the program if it is one."""
+    memory = program.memory_analysis() if hasattr(program, "memory_analysis") else None
+    return {
+        "steps": last,
+        "epochs": last // plan.per_epoch,
+        "steps_of_this_call": last - first,
+        "examples": examples_between(plan, first, last),
+        "compile_seconds": seconds["compile"],
+        "run_seconds": seconds["run"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(ts.params)),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(ts)),
+        "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
+        "scratch_bytes": getattr(memory, "temp_size_in_bytes", None),
+    }
 
 
 def ask(observers: Sequence[Callable[[Event], str | None]], event: Event) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,51 @@ class History(NamedTuple):
     evaluations: dict[str, np.ndarray]  # (evaluations, ...), and the "step" of each
     compile_seconds: float
     run_seconds: float
+
+    def plot(self, path: str | Path | None = None):
+        """A matplotlib figure with a panel for each metric, training and validation sets together.
+
+        Curves are drawn by epoch; evaluations that are not those of the epochs' ends have panels of their own, by step.
+        With a ``path`` it is also written there, as PNG. Matrices and vectors of more than 12 entries are left out.
+        """
+        from fnet.report.plots import plot_history
+
+        return plot_history(self, path)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the epochs to the file ``path``, or to epochs.csv in that folder; returns the file.
+
+        A row an epoch, counted from 1, and a column a metric; arrays have a column for each entry: ``name/0``,
+        ``confusion/1/2``. Numbers are written so that they read back the same. FileExistsError where there is a file.
+
+        >>> import tempfile
+        >>> epochs = {"loss": np.array([0.5, 0.25]), "share": np.array([[1.0, 0.0], [0.5, 0.5]])}
+        >>> history = History(epochs, {}, {}, 0.0, 0.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(history.to_csv(folder).read_text().strip())
+        epoch,loss,share/0,share/1
+        1,0.5,1.0,0.0
+        2,0.25,0.5,0.5
+        """
+        path = Path(path) / "epochs.csv" if Path(path).is_dir() else Path(path)
+        columns: dict[str, list] = {"epoch": list(range(1, 1 + max(map(len, self.epochs.values()), default=0)))}
+        for name, values in self.epochs.items():
+            for index in np.ndindex(values.shape[1:]):
+                columns["/".join([name, *map(str, index)])] = values[(slice(None), *index)].tolist()
+        try:
+            with path.open("x", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+        except FileExistsError:
+            raise FileExistsError(
+                f"{path} exists already and is left as it is; expected a new file: name another, or delete this one"
+            ) from None
+        return path
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first, best and last value of each metric, and the curves."""
+        from fnet.report.run import history_html
+
+        return history_html(self)
 
 
 class Recorder:

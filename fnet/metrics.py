@@ -20,12 +20,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnet.losses import check_binary, check_classes
 from fnet.optimizers.common import global_norm
-from fnet.types import PyTree, weighted_mean
+from fnet.types import PyTree, require_counts, weighted_mean, wide
 
-__all__ = ["accuracy", "binary_accuracy", "confusion", "gradient_norms", "merge", "top_k", "weighted_mean"]
+__all__ = [
+    "accuracy",
+    "binary_accuracy",
+    "confusion",
+    "gradient_histograms",
+    "gradient_norms",
+    "magnitude_edges",
+    "merge",
+    "top_k",
+    "weighted_mean",
+]
 
 
 def accuracy(logits, targets) -> jax.Array:
@@ -99,6 +110,46 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
     if "all" in norms:
         raise ValueError("gradient_norms: a child is called 'all', the name of the whole tree's norm: rename the child")
     return {**norms, "all": global_norm(_floating_leaves(grads))}
+
+
+DECADES = (-12, 2)  # log10 of the least and the greatest magnitude that a gradient histogram tells apart
+
+
+def magnitude_edges(bins: int) -> np.ndarray:
+    """log10 of the edges between the bins of `gradient_histograms(bins)`: -12, ..., 2, float64 ``(14 bins + 1,)``."""
+    low, high = DECADES
+    return np.linspace(low, high, (high - low) * bins + 1)
+
+
+def gradient_histograms(bins: int = 1) -> Callable[[PyTree], dict[str, jax.Array]]:
+    """A monitor, for `fnet.make_step`: how many gradients of each child of the tree have which magnitude.
+
+    ``bins`` is their number in each power of ten from 1e-12 to 1e2. The counts are float32 ``(14 bins + 2,)``: first
+    those below 1e-12 (zeros too), then each bin with its lower edge, last those of 1e2 and above; a NaN is in none.
+    Children are named as in `gradient_norms`; only a single array's is called ``all``. Raises ValueError for bins below 1.
+
+    >>> counts = gradient_histograms()({"dense_0": {"w": jnp.array([0.0, 0.005, -0.002, 30.0])}})
+    >>> counts["dense_0"].astype(int).tolist()
+    [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0]
+    """
+    require_counts("gradient_histograms", bins=bins)
+
+    def counts(leaf):
+        size = jnp.abs(leaf.reshape(-1, 1).astype(wide(leaf.dtype)))
+        edges = jnp.asarray(np.concatenate([[0], 10 ** magnitude_edges(bins)]), size.dtype)
+        reached = (size >= edges[None]).sum(0, dtype=jnp.int32)  # in whole numbers: float32 stops counting at 2²⁴
+        return reached - jnp.append(reached[1:], 0)
+
+    def monitor(grads):
+        children = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is not grads)
+        floating = {jax.tree_util.keystr(path, simple=True) or "all": _floating_leaves(c) for path, c in children}
+        return {
+            name: sum(map(counts, leaves[1:]), counts(leaves[0])).astype(jnp.float32)
+            for name, leaves in floating.items()
+            if leaves
+        }
+
+    return monitor
 
 
 def _floating_leaves(tree):

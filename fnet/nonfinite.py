@@ -55,6 +55,8 @@ def replay(step: Callable, ts: TrainState, batches: Iterable[tuple[list[int] | N
         leaf = bad_leaf(new)
         if leaf or not np.isfinite(loss):
             stage, layer, operation, source = locate(step, ts, batch)
+            if stage == "forward" and np.isfinite(loss):  # autodiff computes factors of the derivative beforehand
+                stage = "backward"
             return NonFinite(int(ts.step), stage, layer, operation, source, leaf, rows, float(loss))
         ts = new
     return None

@@ -1,17 +1,111 @@
-"""Observers: functions of an `Event` that watch a run from the host. They may read everything and change nothing."""
+"""Observers: functions of an `Event` that watch a run from the host. They may read everything and change nothing.
+
+    fit(..., observers=[progress("digits"), tensorboard("runs/a/events"), time_limit(3600)])
+
+`fit` looks up between chunks of steps, so what an observer sees of the state is where a chunk ended: "every n steps"
+means at the first chunk's end from each multiple of n on. None of them keeps anything of a state after its call.
+
+What writes files makes none before the run starts, and refuses those that are there. With ``resume``, for a run that
+is continued, it goes on with them: what they hold from the step on where the run continues is replaced.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from csv import reader, writer
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from fnet.history import Event
+from fnet.metrics import DECADES, magnitude_edges
+from fnet.plan import in_steps
+from fnet.types import TrainState, named_leaves, require
+
+Observer = Callable[[Event], str | None]
 
 
-def jsonl(path: str | Path, **fields) -> Callable[[Event], None]:
+# --- to look at ------------------------------------------------------------------------------------------------------
+
+
+def progress(title: str = "training", console=None) -> Observer:
+    """A progress bar that stands from the start of the run on, also while it compiles (needs rich).
+
+    Beneath it the last chunk's loss, accuracy and learning rate, and the losses and accuracies of the last evaluation.
+    Where the console is no terminal, or the environment has CI=true, one plain line per epoch instead. A run that does
+    not begin at step 0 says where it continues.
+    """
+    try:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+    except ImportError as error:
+        raise ImportError("progress needs rich: pip install 'fnet[experiments]'") from error
+
+    console = console or Console()
+    alive = console.is_terminal and os.environ.get("CI", "").lower() not in ("true", "1")
+    columns = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[at]"))
+    bar = Progress(SpinnerColumn(), next(columns), BarColumn(None), next(columns), TimeRemainingColumn(), expand=True)
+    training, results = (Text(no_wrap=True, overflow="ellipsis") for _ in range(2))
+    screen = Live(Group(bar, training, results), console=console)
+    tasks = []  # the bar's one task, once the run has started
+
+    def draw(event: Event) -> None:
+        at = f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}"
+        if event.kind == "start":
+            for old in bar.task_ids:
+                bar.remove_task(old)
+            tasks[:] = [bar.add_task(f"{title}: compiling", total=None, completed=event.step, at=at)]
+            screen.start()
+        elif event.kind == "compile":
+            bar.reset(tasks[0], description=title, total=event.steps, completed=event.step)
+        elif event.kind == "chunk":
+            at += f"  {event.examples / event.seconds:,.0f} examples/s"
+            bar.update(tasks[0], description=title, total=event.steps, completed=event.step, at=at)
+            training.plain = _line(event.metrics, ("loss", "accuracy", "learning_rate"))
+        elif event.kind == "evaluation":
+            results.plain = _line(event.metrics, _of_sets(event.metrics))
+        elif event.kind == "end":
+            screen.stop()
+
+    def say(text: str) -> None:
+        console.print(f"{title}: {text}", soft_wrap=True, markup=False)
+
+    def observe(event: Event) -> None:
+        if event.kind == "start" and event.step:
+            say(f"continues at step {event.step}/{event.steps}, epoch {event.epoch}/{event.epochs}")
+        if alive:
+            draw(event)
+        elif event.kind == "epoch":
+            numbers = _line(event.metrics, ("loss", "accuracy", *_of_sets(event.metrics)))
+            say(f"epoch {event.epoch}/{event.epochs}  {numbers}")
+
+    return observe
+
+
+def _line(metrics: Mapping[str, Any], names: Sequence[str]) -> str:
+    shown = {name: metrics[name] for name in names if name in metrics and np.ndim(metrics[name]) == 0}
+    form = lambda name: ".2e" if name == "learning_rate" else ".4f"  # noqa: E731
+    return "  ".join(f"{name.replace('_', ' ')} {float(value):{form(name)}}" for name, value in shown.items())
+
+
+def _of_sets(metrics: Mapping[str, Any]) -> list[str]:
+    """The losses and accuracies of the sets that were evaluated."""
+    sets = [name.removesuffix("_loss") for name in metrics if name.endswith("_loss")]
+    return [f"{held}_{name}" for held in sets for name in ("loss", "accuracy")]
+
+
+# --- numbers in files ------------------------------------------------------------------------------------------------
+
+
+def jsonl(path: str | Path, **fields) -> Observer:
     """Append one JSON object per epoch to the file at ``path``: ``fields``, the epoch, the step and every metric."""
     path = Path(path)
 
@@ -25,35 +119,316 @@ def jsonl(path: str | Path, **fields) -> Callable[[Event], None]:
     return observe
 
 
-def progress(title: str = "training", console=None) -> Callable[[Event], None]:
-    """A progress bar that stands from the start of the run on, also while it compiles (needs rich).
+def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = False) -> Observer:
+    """Append one row per epoch to the file at ``path``: the epoch, the step and every metric.
 
-    Where the console is no terminal, one plain line per epoch instead.
+    An array's entries are columns of their own, ``confusion[0][1]``; numbers are written so that they read back exactly.
+    The columns are ``names``, or without them the first row's: then a metric that appears later is an error, as where
+    an evaluation is made every other epoch. A cell without a value is empty.
+
+    Raises FileExistsError for a file that exists, unless ``resume`` continues it, and ValueError for a file with other
+    columns.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    path, wanted = Path(path), None if names is None else ["epoch", "step", *names]
+    _refuse("csv", path.exists() and not resume, path)
+    header: list[str] = []
 
-    console = console or Console()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=15), MofNCompleteColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console)
-    task = bar.add_task(f"{title}: compiling", total=None, numbers="")
-
-    def numbers(metrics, names) -> str:
-        return "  ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.4f}" for name in names if name in metrics)
+    def start(step: int) -> None:
+        rows = list(reader(path.read_text().splitlines())) if path.exists() else []
+        header[:] = rows[0] if rows else wanted or []
+        if header[:2] not in ([], ["epoch", "step"]) or (wanted or header) != header:
+            expected = ", ".join(wanted or ("epoch", "step", "..."))
+            raise ValueError(f"csv: {path} has the columns {', '.join(header)}; expected {expected}: name another file")
+        # the last row may have been cut off by whatever ended the process
+        kept = [row for row in rows[1:] if len(row) == len(header) and int(row[1]) <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole(path) as part, part.open("w", newline="") as file:
+            writer(file, lineterminator="\n").writerows([header, *kept] if header else [])
 
     def observe(event: Event) -> None:
-        if event.kind == "epoch" and not console.is_terminal:
-            shown = numbers(event.metrics, ("loss", "accuracy", "validation_loss", "validation_accuracy"))
-            console.print(f"{title}: epoch {event.epoch}/{event.epochs}  {shown}", soft_wrap=True)
-        elif console.is_terminal:
-            if event.kind == "start":
-                bar.start()
-            bar.update(task, completed=event.epoch, total=event.epochs)
-            if event.kind == "compile":
-                bar.update(task, description=title)
-            if event.kind == "epoch":
-                bar.update(task, numbers=numbers(event.metrics, ("loss", "validation_accuracy")))
-            if event.kind == "end":
-                bar.stop()
+        if event.kind == "start":
+            start(event.step)
+        if event.kind != "epoch":
+            return
+        row = {"epoch": event.epoch, "step": event.step, **_entries(event.metrics)}
+        lines = [] if header else [list(row)]
+        header[:] = header or list(row)
+        if wanted is None and (late := [name for name in row if name not in header]):
+            raise ValueError(
+                f"csv: {', '.join(late)} in epoch {event.epoch} but not among the columns of {path}, which are "
+                f"{', '.join(header[2:])}; expected the metrics of the first epoch: give all their names, csv(path, names=...)"
+            )
+        with path.open("a", newline="") as file:
+            writer(file, lineterminator="\n").writerows([*lines, [row.get(name, "") for name in header]])
 
     return observe
+
+
+def tensorboard(
+    folder: str | Path, *, histograms: tuple[int, str] | None = None, bins: int = 64, resume: bool = False
+) -> Observer:
+    """Event files for TensorBoard in ``folder`` (needs tensorboardX): every scalar metric at its step.
+
+    ``chunk/loss`` is the mean over a chunk of steps, ``evaluation/validation_loss`` a result, ``epoch/loss`` the mean
+    over an epoch; arrays are left out. With ``histograms``, such as ``(1, "epochs")``, those of `histograms` too.
+    With ``resume`` TensorBoard hides what the folder's older files hold after the step where the run continues.
+
+    Raises FileExistsError for a folder that has event files, unless ``resume``.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard needs tensorboardX: pip install 'fnet[runs]'") from error
+
+    folder, due = Path(folder), _due("tensorboard: histograms", histograms or (1, "epochs"))
+    _refuse("tensorboard", not resume and any(folder.glob("events.out.tfevents.*")), folder)
+    _require_bins("tensorboard", bins)
+    events: Any = None
+
+    def observe(event: Event) -> None:
+        nonlocal events
+        if event.kind == "start":
+            events = SummaryWriter(str(folder), purge_step=event.step + 1 if resume else None, flush_secs=10)
+        if event.kind in ("chunk", "evaluation", "epoch"):
+            for name, value in event.metrics.items():
+                if np.ndim(value) == 0:
+                    events.add_scalar(f"{event.kind}/{name}", float(value), event.step)
+        if due(event, "chunk") and histograms:
+            for name, (counts, edges) in _histograms(event, bins).items():
+                edges = np.nan_to_num(edges, neginf=edges[1] - 1, posinf=edges[-2] + 1)
+                middles = (edges[1:] + edges[:-1]) / 2
+                events.add_histogram_raw(
+                    name,
+                    min=edges[0],
+                    max=edges[-1],
+                    num=counts.sum(),
+                    sum=counts @ middles,
+                    sum_squares=counts @ middles**2,
+                    bucket_limits=edges.tolist(),  # upper ones: an empty bin in front says where the first begins
+                    bucket_counts=[0.0, *counts.tolist()],
+                    global_step=event.step,
+                )
+        if event.kind == "end" and events:
+            events.close()
+
+    return observe
+
+
+def histograms(
+    folder: str | Path, *, every: tuple[int, str] = (1, "epochs"), bins: int = 64, resume: bool = False
+) -> Observer:
+    """Histograms of the weights, and of the gradients where the step has `fnet.metrics.gradient_histograms`.
+
+    Every ``(n, "steps")`` or ``(n, "epochs")`` a file ``folder/histograms_000000250.npz``: of each leaf its finite
+    entries, ``weights/dense_0/w/counts (bins,)`` and ``weights/dense_0/w/edges (bins + 1,)``; of each layer's gradients
+    ``gradient_histogram/dense_0/counts``, the mean over the steps of the chunk, and ``.../edges``, log10 of a
+    gradient's magnitude, -inf and inf at the ends. The monitor goes by this name:
+    ``make_step(..., monitors={"gradient_histogram": gradient_histograms()})``.
+
+    Raises FileExistsError for a folder that has such files, unless ``resume``, and ValueError for ``every`` or ``bins``
+    that make no sense.
+    """
+    _require_bins("histograms", bins)
+    due, place = _due("histograms", every), _numbered("histograms", folder, resume)
+
+    def observe(event: Event) -> None:
+        if event.kind == "start":
+            place(event, "")
+        if due(event, "chunk"):
+            parts = {
+                f"{name}/{part}": array
+                for name, pair in _histograms(event, bins).items()
+                for part, array in zip(("counts", "edges"), pair, strict=True)
+            }
+            _save_arrays(place(event, ".npz"), parts)
+
+    return observe
+
+
+def samples(
+    function: Callable[[TrainState], Any],
+    folder: str | Path,
+    *,
+    every: tuple[int, str] = (1, "epochs"),
+    resume: bool = False,
+) -> Observer:
+    """What ``function(state)`` gives, such as generated text or predictions, at evaluations and the ends of epochs.
+
+    Text goes to ``folder/sample_000000250.txt``, a tree of arrays to ``sample_000000250.npz`` with the leaves by their
+    paths (a single array is ``sample``). The number is the state's step. At most one for every ``(n, "steps")`` or
+    ``(n, "epochs")``, and one for each state: where a chunk holds several evaluations, that at its end.
+
+    Raises FileExistsError for a folder that has such files, unless ``resume``.
+    """
+    due, place = _due("samples", every), _numbered("sample", folder, resume)
+    last = -1
+
+    def observe(event: Event) -> None:
+        nonlocal last
+        if event.kind == "start":
+            place(event, "")
+            last = -1
+        if due(event, "evaluation", "epoch") and (step := int(event.state.step)) != last:
+            last, made = step, jax.device_get(function(event.state))
+            if isinstance(made, str):
+                with _whole(place(event, ".txt")) as part:
+                    part.write_text(made)
+            else:
+                _save_arrays(place(event, ".npz"), {name or "sample": leaf for name, leaf in named_leaves(made)})
+
+    return observe
+
+
+def profile(folder: str | Path, first: int, last: int) -> Observer:
+    """A trace by jax's profiler from step ``first`` to step ``last``, written to ``folder`` for TensorBoard or XProf.
+
+    It begins and ends where a chunk does: at the first end of one from each step on, and it lasts one chunk at least.
+    Give `fit` a ``chunk_steps`` that divides both to have it exact; a chunk that runs already when the trace begins is
+    on it from there on. Raises ValueError unless ``0 <= first < last``.
+    """
+    require(0 <= first < last, f"profile: first = {first} and last = {last}; expected 0 <= first < last")
+    began: int | None = None
+    done = False
+
+    def observe(event: Event) -> None:
+        nonlocal began, done
+        at_boundary = event.kind in ("compile", "chunk") and (began is None or event.step > began)
+        if began is not None and not done and (event.kind == "end" or (at_boundary and event.step >= last)):
+            done = True
+            jax.profiler.stop_trace()
+        elif began is None and at_boundary and event.step >= first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # else every Python call of the host is on it
+            jax.profiler.start_trace(str(folder), profiler_options=options)
+            began = event.step
+
+    return observe
+
+
+# --- to end a run ----------------------------------------------------------------------------------------------------
+
+
+def time_limit(seconds: float) -> Observer:
+    """Stop the run when ``seconds`` have passed since its start, at the end of the chunk that runs.
+
+    Compiling counts. A run that is kept in a folder is saved there, and can be resumed. Raises ValueError for a limit
+    that is not above 0.
+    """
+    require(seconds > 0, f"time_limit: seconds = {seconds}; expected a number above 0")
+    begin = time.monotonic()
+
+    def observe(event: Event) -> str:
+        nonlocal begin
+        if event.kind == "start":
+            begin = time.monotonic()
+        return "stop" if time.monotonic() - begin >= seconds else "continue"
+
+    return observe
+
+
+def terminate_on_nonfinite() -> Observer:
+    """Stop the run when a loss, of training or of an evaluation, is not finite: for ``fit(check_finite=False)``.
+
+    The state returned is that of the chunk's end, so with what is not finite in it.
+    """
+
+    def observe(event: Event) -> str:
+        losses = [value for name, value in event.metrics.items() if name == "loss" or name.endswith("_loss")]
+        return "continue" if all(np.isfinite(value).all() for value in losses) else "stop"
+
+    return observe
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _refuse(who: str, exists: bool, path: Path) -> None:
+    if exists:
+        raise FileExistsError(
+            f"{who}: {path} exists already and is left as it is; expected a new one: name another, "
+            "or continue the run that it is of with resume=True"
+        )
+
+
+def _require_bins(who: str, bins: int) -> None:
+    require(isinstance(bins, int) and bins >= 1, f"{who}: bins = {bins!r}; expected a whole number of at least 1")
+
+
+def _due(who: str, every: tuple[int, str]) -> Callable[..., bool]:
+    """``due(event, *kinds)``: whether it is the first of these kinds since another ``every`` was completed."""
+    in_steps(f"{who}: every" if ":" not in who else who, every, 1)
+    count, unit = every
+    last = 0
+
+    def due(event: Event, *kinds: str) -> bool:
+        nonlocal last
+        before, now = last, (event.step if unit == "steps" else event.epoch) // count
+        if event.kind == "start" or event.kind in kinds:
+            last = now
+        return event.kind in kinds and now > before
+
+    return due
+
+
+def _numbered(kind: str, folder: str | Path, resume: bool) -> Callable[[Event, str], Path]:
+    """``place(event, suffix)``, the file for the event's state; at the start, what a continued run left beyond goes."""
+    folder = Path(folder)
+
+    def found() -> dict[Path, int]:
+        numbered = {path: path.stem.removeprefix(f"{kind}_") for path in folder.glob(f"{kind}_*")}
+        return {path: int(number) for path, number in numbered.items() if number.isdigit()}
+
+    _refuse(kind, bool(found()) and not resume, folder)
+
+    def place(event: Event, suffix: str) -> Path:
+        if event.kind == "start":
+            for path, step in found().items():
+                if step > event.step:
+                    path.unlink()
+        return folder / f"{kind}_{int(event.state.step):09d}{suffix}"
+
+    return place
+
+
+@contextlib.contextmanager
+def _whole(path: Path):
+    """A file to write that becomes ``path`` when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    os.replace(part, path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    with _whole(path) as part, part.open("wb") as file:
+        np.savez(file, **{name: _plain(array) for name, array in arrays.items()})
+
+
+def _plain(array) -> np.ndarray:
+    """In a dtype that NumPy's files know: bfloat16 and its like as float32."""
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _entries(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Every number by name, those of an array with their place."""
+    return {
+        name + "".join(f"[{i}]" for i in place): float(number)
+        for name, value in metrics.items()
+        for place, number in np.ndenumerate(np.asarray(value))
+    }
+
+
+def _histograms(event: Event, bins: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Counts and edges by name: of each leaf of the parameters, and of the gradients if they were counted."""
+    found = {}
+    for name, leaf in named_leaves(event.state.params):
+        if np.issubdtype(_plain(leaf).dtype, np.floating):
+            values = _plain(leaf).astype(np.float64)
+            found[f"weights/{name}"] = np.histogram(values[np.isfinite(values)], bins)
+    low, high = DECADES
+    for name, counts in event.metrics.items():
+        if name.startswith("gradient_histogram/"):
+            edges = magnitude_edges((len(counts) - 2) // (high - low))
+            found[name] = counts, np.concatenate([[-np.inf], edges, [np.inf]])
+    return {name: (np.asarray(counts, np.float64), edges) for name, (counts, edges) in found.items()}

@@ -77,12 +77,14 @@ def check_run(
             raise ValueError(
                 f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
             )
+    results = {}
     if evaluate:
         sets = validation if isinstance(validation, Mapping) else {"validation": validation}
         checked = {name: check_data(held, name=name) for name, held in sets.items()}
         for name, held in checked.items():
             dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
         validation = checked if isinstance(validation, Mapping) else checked["validation"]
+        results = jax.eval_shape(lambda ts, sets: evaluate_on(evaluate, ts, sets), ts, validation)
         if stop is not None:
             jax.eval_shape(
                 lambda ts, sets: decide(
@@ -92,7 +94,7 @@ def check_run(
                 validation,
             )
     end = steps or epochs * per_epoch
-    capacity = chunk_capacity(step, ts, sample, end)
+    capacity = chunk_capacity(step, ts, sample, every, results)
     return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, capacity)
 
 
@@ -119,11 +121,12 @@ def in_steps(name: str, every: Any, per_epoch: int) -> int:
     return every[0] * (per_epoch if every[1] == "epochs" else 1)
 
 
-def chunk_capacity(step: Step, ts: TrainState, sample: Batch, steps: int) -> int:
-    """C: as many steps as have room for their metrics."""
+def chunk_capacity(step: Step, ts: TrainState, sample: Batch, every: int, results: PyTree) -> int:
+    """C: as many steps as have room for what they and their evaluations measure, whatever the length of the run."""
     metrics = jax.eval_shape(step, ts, sample)[1]
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(metrics))
-    return max(1, min(steps, CHUNK_STEPS, METRIC_BYTES // max(size, 1)))
+    sizes = [sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (metrics, results)]
+    each, evaluation = (max(1, METRIC_BYTES // max(1, size)) for size in sizes)
+    return min(CHUNK_STEPS, each, every * evaluation)
 
 
 def order_at(plan: Plan, key: jax.Array, epoch: int) -> np.ndarray:

@@ -3,7 +3,9 @@
 folder/config.json       the configuration
 folder/environment.json  versions, devices and settings of the process that began or resumed it last
 folder/metrics.jsonl     one object for each evaluation and each epoch
-folder/checkpoints/      fnet.checkpoint
+folder/summary.json      steps, seconds and bytes, when a call of `fit` has ended
+folder/nonfinite.json    where the run stopped being finite, if it did
+folder/checkpoints/      `fnet.checkpoint`
 """
 
 from __future__ import annotations
@@ -123,6 +125,10 @@ class OpenRun:
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Write what the call did and took."""
+        _write_json(self.folder / "summary.json", summary)
 
     def wait(self) -> None:
         """Until what is being written is complete."""

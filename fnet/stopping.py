@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fnet.schedules import check_numbers
-from fnet.types import Mean, PyTree, TrainState
+from fnet.types import Mean, TrainState
 
 
 class Reducer(NamedTuple):
@@ -39,7 +39,7 @@ class StoppingState(NamedTuple):
     step: jax.Array  # of the best
     stopped: jax.Array
     hyper: dict[str, jax.Array]
-    weights: tuple[PyTree, PyTree]  # params and state of the best
+    weights: tuple  # params and state of the best; empty where they are not kept
 
 
 def early_stopping(
@@ -65,7 +65,7 @@ def early_stopping(
 
     def init(ts: TrainState) -> StoppingState:
         hyper = {"patience": jnp.array(patience, float), "least_change": jnp.array(least_change, float)}
-        weights = jax.tree.map(jnp.copy, (ts.params, ts.state)) if keep_weights else ((), ())
+        weights = jax.tree.map(jnp.copy, (ts.params, ts.state)) if keep_weights else ()
         best, since = jnp.array(math.inf, float), jnp.array(0, jnp.int32)
         return StoppingState(best, since, jnp.copy(ts.step), jnp.array(False), hyper, weights)
 
@@ -76,7 +76,7 @@ def early_stopping(
         value = sign * jnp.asarray(result.value if isinstance(result, Mean) else result, own.best.dtype)
         better = jnp.isfinite(value) & (value < own.best - own.hyper["least_change"])
         since = jnp.where(better, 0, own.since + 1)
-        kept = (ts.params, ts.state) if keep_weights else ((), ())
+        kept = (ts.params, ts.state) if keep_weights else ()
         return StoppingState(
             jnp.where(better, value, own.best),
             since,
@@ -91,8 +91,8 @@ def early_stopping(
 
 def best_weights(ts: TrainState) -> TrainState:
     """``ts`` with the parameters and model state of its best evaluation; ValueError where none were kept."""
-    weights = getattr(ts.stopping, "weights", ((), ()))
-    if weights == ((), ()):
+    weights = getattr(ts.stopping, "weights", ())
+    if not weights:
         raise ValueError("best_weights: the state holds none; expected that of a run with stop=early_stopping(...)")
     return ts._replace(params=weights[0], state=weights[1])
 

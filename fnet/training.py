@@ -56,6 +56,26 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
     return step
 
 
+def augmented(step: Step, augment: Callable[[jax.Array, Batch], Batch]) -> Step:
+    """The step on ``augment(key, batch)``, a pure function that runs on the device within it.
+
+    The key is the run's, folded with the step, in a stream of its own: a resumed run augments as the straight one.
+
+    >>> noisy = lambda key, batch: batch._replace(inputs=batch.inputs + jax.random.normal(key, batch.inputs.shape))
+    >>> step = augmented(lambda ts, batch: (ts, batch.inputs.shape), noisy)
+    >>> step(TrainState(0, (), (), (), jax.random.key(0)), Batch(jnp.zeros((2, 3)), jnp.zeros(2)))[1]
+    (2, 3)
+    """
+
+    def augmented_step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(stream(ts.key, "augment"), ts.step)
+        with jax.named_scope("augment"):
+            batch = augment(key, Batch(*batch))
+        return step(ts, batch)
+
+    return augmented_step
+
+
 def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, batch_size: int | None = None):
     """``evaluate(params, state, data) -> metrics`` in inference, as `Mean`s over all of ``data``.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from functools import partial
 
 import chex
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.checkpoint import saved_steps
+from fnet.data import Stream, open_arrays
 from fnet.layers import dense, serial
 from fnet.metrics import accuracy, gradient_norms
 from fnet.training import epoch_order, steps_per_epoch
-from fnet.types import TrainState
+from fnet.types import TrainState, stateless, stream
 from tests.conftest import compiled_programs
 
 EXAMPLES, FEATURES, CLASSES = 53, 6, 3
@@ -266,7 +270,7 @@ def test_events_tell_the_same_epochs_for_every_chunk_size(chunk_steps):
         chunk_steps=chunk_steps,
     )
     assert events[0].kind == "start" and events[1].kind == "compile" and events[-1].kind == "end"
-    assert all(event.seconds > 0 for event in events if event.kind in ("compile", "chunk"))
+    assert all(event.seconds > 0 for event in events if event.kind == "chunk")
     ends = [event for event in events if event.kind == "epoch"]
     assert [(event.epoch, event.step) for event in ends] == [(1, 7), (2, 14), (3, 21), (4, 28)]
     np.testing.assert_array_equal(
@@ -276,7 +280,7 @@ def test_events_tell_the_same_epochs_for_every_chunk_size(chunk_steps):
 
 
 def test_a_run_is_one_program_for_every_chunk_length_and_a_second_run_compiles_nothing():
-    step, ts, data, evaluate = problem()
+    step, ts, data, evaluate = problem(examples=54)
     options = {"epochs": 5, "batch_size": 8, "evaluate": evaluate, "validation": data}
     with compiled_programs() as names:
         fnet.fit(step, ts, data, chunk_steps=2, **options)
@@ -442,3 +446,308 @@ def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_computed(key
         fnet.fit(step, start, data, epochs=1, batch_size=4)
     note = "in data, examples [0, 6] (those with the least and the greatest label or id)"
     assert note in error.value.__notes__
+
+
+# --- evaluations, several sets, what is kept -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_steps", [1, 5, 100])
+@pytest.mark.parametrize(
+    ("every", "steps"), [((5, "steps"), [5, 10, 15, 20]), ((2, "epochs"), [14]), ((7, "steps"), [7, 14, 21])]
+)
+def test_several_sets_are_evaluated_where_it_was_asked_for(every, steps, chunk_steps):
+    step, ts, data, evaluate = problem()
+    few = jax.tree.map(lambda a: a[:9], data)
+    sets, events = {"validation": data, "few": few}, []
+    _, history = fnet.fit(
+        step,
+        ts,
+        data,
+        epochs=3,
+        batch_size=8,
+        evaluate=evaluate,
+        validation=sets,
+        evaluate_every=every,
+        observers=[events.append],
+        chunk_steps=chunk_steps,
+    )
+    assert history.evaluations["step"].tolist() == steps
+    assert [event.step for event in events if event.kind == "evaluation"] == steps
+    for at, loss, other in zip(steps, *(history.evaluations[f"{name}_loss"] for name in sets), strict=True):
+        end, _ = fnet.fit(step, ts, data, steps=at, batch_size=8)
+        for held, value in ((data, loss), (few, other)):
+            expected = evaluate(end.params, end.state, held)["loss"]
+            np.testing.assert_allclose(value, expected.value, rtol=1e-6)
+    at_ends = [step // 7 - 1 for step in steps if step % 7 == 0]
+    assert np.flatnonzero(~np.isnan(history.epochs.get("validation_loss", np.full(3, np.nan)))).tolist() == at_ends
+
+
+def test_without_copies_the_run_is_the_same():
+    step, ts, data, _ = problem()
+    kept, history = fnet.fit(step, ts, data, epochs=3, batch_size=8, chunk_steps=4)
+    bare, other = fnet.fit(step, ts, data, epochs=3, batch_size=8, chunk_steps=4, keep=False)
+    assert_same_bits(bare, kept)
+    np.testing.assert_array_equal(history.steps["loss"], other.steps["loss"])
+
+
+def test_an_event_holds_the_state_of_its_step_while_the_run_goes_on():
+    step, ts, data, _ = problem()
+    seen = {}
+
+    def look(event):
+        if event.kind == "chunk":
+            seen[event.step] = event.state
+
+    fnet.fit(step, ts, data, epochs=2, batch_size=8, chunk_steps=4, observers=[look])
+    assert list(seen) == [4, 8, 12, 14]
+    for at, state in seen.items():
+        expected, _ = fnet.fit(step, ts, data, steps=at, batch_size=8)
+        assert_same_bits(state, expected)
+
+
+def test_the_host_reads_a_chunk_while_the_next_one_runs(monkeypatch):
+    """With a length given, two chunks are sent before the first is read."""
+    from fnet import driver
+
+    order, original = [], driver.compiled
+
+    def watched(*args):
+        program, took = original(*args)
+        return (lambda *call: (order.append("sent"), program(*call))[1]), took
+
+    monkeypatch.setattr(driver, "compiled", watched)
+    step, ts, data, _ = problem()
+    looks = [lambda event: order.append("read") if event.kind == "chunk" else None]
+    fnet.fit(step, ts, data, steps=8, batch_size=8, chunk_steps=2, observers=looks)
+    assert order == ["sent", "sent", "read", "sent", "read", "sent", "read", "read"]
+    order.clear()
+    fnet.fit(step, ts, data, steps=8, batch_size=8, chunk_steps=2, observers=looks, keep=False)
+    assert order == ["sent", "read"] * 4
+
+
+def test_augmentation_is_a_function_of_the_runs_key_and_the_step():
+    step, ts, data, _ = problem()
+
+    def augment(key, batch):
+        return batch._replace(inputs=batch.inputs + 0.1 * jax.random.normal(key, batch.inputs.shape))
+
+    noisy = fnet.augmented(step, augment)
+    end, _ = fnet.fit(noisy, ts, data, epochs=2, batch_size=8)
+    by_hand, jitted = ts, jax.jit(step)
+    for epoch in range(2):
+        order = np.asarray(epoch_order(ts.key, epoch, EXAMPLES))
+        for begin in range(0, EXAMPLES, 8):
+            batch = jax.tree.map(lambda a, rows=order[begin : begin + 8]: a[rows], data)
+            key = jax.random.fold_in(stream(ts.key, "augment"), by_hand.step)
+            by_hand, _ = jitted(by_hand, augment(key, batch))
+    chex.assert_trees_all_close(end.params, by_hand.params, rtol=1e-5, atol=1e-7)
+    half, _ = fnet.fit(noisy, ts, data, steps=5, batch_size=8)
+    resumed, _ = fnet.fit(noisy, half, data, epochs=2, batch_size=8)
+    assert_same_bits(resumed, end)
+
+
+def test_explain_says_what_is_compiled_and_why(capsys):
+    step, ts, data, _ = problem(optimizer=fnet.sgd(0.1))
+    fnet.fit(step, ts, data, steps=2, batch_size=8, explain=True)
+    first = capsys.readouterr().out
+    assert re.search(r"explain: compiled in \d+\.\d+ s: the first run of this step", first)
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(ts)) / 1e6
+    assert f"explain: state: {state:.3f} MB, of which {state:.3f} MB are donated" in first
+    assert "64-bit numbers are off" in first and "compilation cache:" in first
+    fnet.fit(step, ts, data, steps=2, batch_size=8, explain=True)
+    assert "not compiled again: same step, shapes, dtypes, options" in capsys.readouterr().out
+    fewer = jax.tree.map(lambda a: a[:40], data)
+    fnet.fit(step, ts, fewer, steps=2, batch_size=8, explain=True)
+    assert "data/inputs was float32(53, 6) and is float32(40, 6)" in capsys.readouterr().out
+    fnet.fit(step, ts, fewer, steps=1, batch_size=10, explain=True)
+    assert "batch_size was 8 and is 10" in capsys.readouterr().out
+    weak = {**ts.params, "dense_1": {**ts.params["dense_1"], "b": jnp.full(3, 0.5)}}
+    fnet.fit(step, ts._replace(params=weak), fewer, steps=1, batch_size=10, explain=True)
+    assert "state/params/dense_1/b was float32(3,) and is float32(3,) weak" in capsys.readouterr().out
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+def exploding(engine, rows):
+    """A run whose ``exp`` overflows at the examples ``rows`` alone, and its data."""
+    exp = stateless(
+        "exp", lambda key, x: (), lambda params, x: (jnp.exp(x), jnp.exp(x)), lambda params, y, dy: ((), dy * y)
+    )
+    model, optimizer = serial(dense(4), exp, dense(2)), fnet.sgd(1e-3)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(40, 3)).astype(np.float32)
+    inputs[rows] *= 1e6
+    data = fnet.Batch(inputs, rng.integers(0, 2, 40).astype(np.int32))
+    params, state = fnet.init(model, jax.random.key(0), data.inputs[:1])
+    step = fnet.make_step(engine(model, fnet.softmax_cross_entropy), optimizer)
+    return step, fnet.init_train_state(params, optimizer, jax.random.key(1), state), data
+
+
+@pytest.mark.parametrize("engine", [fnet.autodiff, fnet.backprop])
+def test_a_run_that_stops_being_finite_names_step_layer_stage_and_examples(engine, tmp_path):
+    step, ts, data = exploding(engine, [17])
+    order = np.concatenate([epoch_order(ts.key, epoch, 40) for epoch in range(2)])
+    bad = int(np.flatnonzero(order == 17)[0]) // 8  # the step that sees example 17 first
+    run = fnet.Run(tmp_path / "run")
+    with pytest.raises(fnet.NonFiniteError) as caught:
+        fnet.fit(step, ts, data, epochs=2, batch_size=8, chunk_steps=3, run=run)
+    found = caught.value.found
+    assert (found.step, found.stage, found.layer) == (bad, "forward", "exp_0")
+    assert found.operation == "exp gives inf" and "test_training.py" in found.source
+    assert found.examples == order[8 * bad : 8 * bad + 8].tolist() and not np.isfinite(found.loss)
+    assert found.leaf.startswith("params/dense_")
+    good, _ = fnet.fit(step, ts, data, steps=bad - bad % 3, batch_size=8) if bad >= 3 else (ts, None)
+    assert_same_bits(caught.value.state, good)
+    assert json.loads((tmp_path / "run" / "nonfinite.json").read_text())["examples"] == found.examples
+    assert list(saved_steps(tmp_path / "run" / "checkpoints"))[-1] == bad - bad % 3
+
+
+@pytest.mark.parametrize("engine", [fnet.autodiff, fnet.backprop])
+def test_a_gradient_that_overflows_is_found_in_the_backward(engine):
+    huge = stateless(
+        "huge",
+        lambda key, x: (),
+        lambda params, x: (jnp.sqrt(x), x),
+        lambda params, x, dy: ((), dy * 0.5 / jnp.sqrt(x)),
+    )
+    model, optimizer = serial(huge, dense(2)), fnet.sgd(0.1)
+    data = fnet.Batch(np.zeros((8, 3), np.float32), np.zeros(8, np.int32))
+    params, state = fnet.init(serial(dense(3), model), jax.random.key(0), data.inputs[:1])
+    step = fnet.make_step(engine(serial(dense(3), model), fnet.softmax_cross_entropy), optimizer)
+    ts = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+    with pytest.raises(fnet.NonFiniteError) as caught:
+        fnet.fit(step, ts, data, epochs=1, batch_size=8)
+    found = caught.value.found
+    assert found.step == 0 and found.stage == "backward" and "huge_0" in found.layer, found
+    assert found.leaf == "params/dense_0/b" and np.isfinite(found.loss)
+
+
+def test_without_copies_only_the_chunk_is_known():
+    step, ts, data = exploding(fnet.backprop, [17])
+    with pytest.raises(fnet.NonFiniteError, match=r"not finite between steps 0 and 10; fit\(keep=True\) keeps what"):
+        fnet.fit(step, ts, data, epochs=2, batch_size=8, chunk_steps=100, keep=False)
+
+
+def test_unchecked_a_run_goes_on():
+    step, ts, data = exploding(fnet.backprop, [17])
+    end, history = fnet.fit(step, ts, data, epochs=2, batch_size=8, check_finite=False)
+    assert int(end.step) == 10 and np.isnan(history.steps["loss"][-1])
+
+
+def test_an_observer_that_raises_is_named_and_the_run_is_saved(tmp_path):
+    step, ts, data, _ = problem()
+
+    def plotter(event):
+        if event.step == 8:
+            raise OSError("no display")
+
+    ends = []
+    run = fnet.Run(tmp_path / "run")
+    with pytest.raises(OSError, match="no display") as caught:
+        observers = [plotter, lambda event: ends.append(event.kind)]
+        fnet.fit(step, ts, data, epochs=3, batch_size=8, chunk_steps=4, observers=observers, run=run)
+    assert re.search(r"raised by the observer .*plotter at step 8, at the event 'chunk'", caught.value.__notes__[0])
+    assert list(saved_steps(tmp_path / "run" / "checkpoints")) == [8] and ends[-1] == "end"
+    resumed, _ = fnet.fit(step, ts, data, epochs=3, batch_size=8, run=run._replace(resume=True))
+    assert_same_bits(resumed, fnet.fit(step, ts, data, epochs=3, batch_size=8)[0])
+
+
+# --- data that are read ahead ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    _, _, data, _ = problem()
+    for name in ("inputs", "targets"):
+        np.save(tmp_path / f"{name}.npy", getattr(data, name))
+    return open_arrays(tmp_path / "inputs.npy", tmp_path / "targets.npy")
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_mapped_arrays_give_the_bits_of_arrays_in_memory(on_disk, shuffle):
+    step, ts, data, evaluate = problem()
+    options = {"epochs": 3, "batch_size": 8, "shuffle": shuffle, "evaluate": evaluate, "validation": data}
+    for extra in ({}, {"evaluate_every": (3, "steps"), "chunk_steps": 5}):
+        expected, history = fnet.fit(step, ts, data, **options, **extra)
+        end, other = fnet.fit(step, ts, on_disk, **options, **extra)
+        assert_same_bits(end, expected)
+        for name in history.steps:
+            np.testing.assert_array_equal(other.steps[name], history.steps[name])
+        for name in history.evaluations:
+            np.testing.assert_array_equal(other.evaluations[name], history.evaluations[name])
+
+
+def test_a_wrong_label_far_down_a_mapped_file_is_named_before_it_is_trained_on(tmp_path):
+    step, ts, data, _ = problem()
+    labels = np.asarray(data.targets).copy()
+    labels[41] = CLASSES
+    np.save(tmp_path / "x.npy", data.inputs)
+    np.save(tmp_path / "y.npy", labels)
+    with pytest.raises(fnet.DataError, match=rf"label {CLASSES} at \(\d,\) is outside 0..2"):
+        fnet.fit(step, ts, open_arrays(tmp_path / "x.npy", tmp_path / "y.npy"), epochs=1, batch_size=8)
+
+
+def test_a_stream_of_grain_is_shuffled_and_read_by_its_own_rules():
+    grain = pytest.importorskip("grain")
+    step, ts, data, _ = problem()
+    rows = [tuple(np.asarray(part[i]) for part in data[:2]) for i in range(EXAMPLES)]
+    source = grain.MapDataset.source(rows).seed(3).shuffle().repeat(None).batch(8)
+    end, history = fnet.fit(step, ts, Stream(source, 6), epochs=2, chunk_steps=5)
+    by_hand, jitted, reader = ts, jax.jit(step), iter(source)
+    losses = []
+    for _ in range(12):
+        by_hand, metrics = jitted(by_hand, fnet.Batch(*next(reader)))
+        losses.append(float(metrics["loss"].value))
+    assert_same_bits(end, by_hand)
+    np.testing.assert_allclose(history.steps["loss"], losses, rtol=1e-6)
+    assert history.epochs["loss"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: Stream([], 3), "Stream: the source is empty; expected at least 1 batch"),
+        (lambda: Stream([np.zeros(3)], 3), "Stream: the source gives a ndarray; expected"),
+        (
+            lambda: Stream(iter([(np.zeros((8, 6)), np.zeros(8, int))]), 3),
+            "the source is an iterator, list_iterator, which",
+        ),
+        (lambda: Stream([(np.zeros((8, 6)), np.zeros(8, int))], 0), "steps_per_epoch = 0; expected a whole number"),
+        (
+            lambda: Stream([(np.zeros((8, 6)), np.zeros(8, int))] * 2, 3),
+            "the stream ended after 2 batches; expected one that",
+        ),
+        (lambda: Stream([(np.full((8, 6), np.nan), np.zeros(8, int))], 3), r"first batch.inputs\[0, 0\] = nan"),
+    ],
+)
+def test_a_stream_that_will_not_do_is_named(source, message):
+    step, ts, _, _ = problem()
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(step, ts, source(), epochs=1)
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path):
+    (tmp_path / "text.npy").write_text("not an array")
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    for name in ("text.npy", "objects.npy", "missing.npy"):
+        with pytest.raises(fnet.DataError, match=rf"{name} cannot be mapped .*; expected a .npy file that numpy.save"):
+            open_arrays(tmp_path / name, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (bad(epochs=None), ValueError, "epochs = None and steps = None; expected one of them: where the run ends"),
+        (bad(steps=3), ValueError, "epochs = 2 and steps = 3; expected one of them"),
+        (bad(epochs=None, steps=0), ValueError, "steps = 0; expected a whole number of at least 1"),
+        (bad(batch_size=None), fnet.DataError, "batch_size is not given; expected how many examples an update takes"),
+        (bad(evaluate_every=5), ValueError, r"evaluate_every = 5; expected \(n, 'steps'\) or \(n, 'epochs'\)"),
+        (bad(evaluate_every=(0, "steps")), ValueError, r"evaluate_every = \(0, 'steps'\); expected"),
+        (bad(evaluate_every=(1, "minutes")), ValueError, r"evaluate_every = \(1, 'minutes'\); expected"),
+    ],
+)
+def test_where_a_run_ends_and_is_evaluated_is_checked(changes, error, message):
+    step, ts, data, _ = problem()
+    with pytest.raises(error, match=message):
+        fnet.fit(step, ts, data, **{"epochs": 2, "batch_size": 8, **changes})

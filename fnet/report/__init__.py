@@ -1,7 +1,11 @@
-"""Reports for people: tables (rich) and pictures (matplotlib), on the host, each library imported where it is used."""
+"""Reports for people: tables (rich), pictures (matplotlib) and pages (HTML), on the host.
+
+Libraries are imported where they are used.
+"""
 
 from fnet.report.model import summary
 from fnet.report.plots import plot_confusion, plot_curves, plot_rate_curve, plot_schedules
+from fnet.report.run import save_audit, save_evaluation, write_comparison, write_report
 from fnet.report.tables import difference_table, engine_table, schedule_table
 
 __all__ = [
@@ -11,6 +15,10 @@ __all__ = [
     "plot_curves",
     "plot_rate_curve",
     "plot_schedules",
+    "save_audit",
+    "save_evaluation",
     "schedule_table",
     "summary",
+    "write_comparison",
+    "write_report",
 ]

@@ -1,0 +1,99 @@
+"""What is installed and in force: `python -m fnet`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+import jax
+
+import fnet
+from fnet.runs import environment
+
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<version>[^;\[]*)(?:;(?P<marker>.*))?")
+
+
+def report() -> str:
+    """Version, devices, precision, compilation cache, and which of the extras are installed, a line each."""
+    return "\n".join([*_settings(), "", "extras", *_extras()])
+
+
+def _settings() -> Iterator[str]:
+    known = environment()
+    devices = ", ".join(f"{count} x {kind}" for kind, count in Counter(known["devices"]).items())
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    facts = {
+        "fnet": f"{known['fnet']}, Python {known['python']}, "
+        + ", ".join(f"{name} {known[name]}" for name in ("jax", "jaxlib", "numpy")),
+        "devices": f"{devices} ({known['backend']}); {known['threads']} threads",
+        "64-bit numbers": f"{'on' if known['x64'] else 'off'} (jax_enable_x64)",
+        "products": f"{known['matmul_precision'] or 'the precision of the backend'} (jax_default_matmul_precision)",
+        "compiled programs": f"kept in {cache}" if cache else "not kept; JAX_COMPILATION_CACHE_DIR=FOLDER keeps them",
+    }
+    width = max(map(len, facts))
+    return (f"{name:{width}}  {fact}" for name, fact in facts.items())
+
+
+def _extras() -> Iterator[str]:
+    try:
+        lines = metadata.requires("fnet") or []
+    except metadata.PackageNotFoundError:
+        yield "  fnet is not installed but run from its source, so its extras are not known;"
+        yield "  to install it with all of them, in the folder of pyproject.toml:"
+        yield "    pip install --editable '.[experiments]'"
+        return
+    extras = _by_extra(lines)
+    width = max(map(len, extras), default=0)
+    for extra, needed in extras.items():
+        states = {name: _state(name, version) for name, version in needed.items()}
+        yield f"  {extra:{width}}  " + ", ".join(f"{name} {state}" for name, (state, _) in states.items())
+        if not all(fine for _, fine in states.values()):
+            yield f"  {'':{width}}  the rest: pip install 'fnet[{extra}]'"
+
+
+def _by_extra(lines: Sequence[str]) -> dict[str, dict[str, str]]:
+    """For each extra its packages and their versions; an extra that stands for others has theirs."""
+    extras: dict[str, dict[str, str]] = {}
+    others: dict[str, list[str]] = {}
+    for line in lines:
+        found = REQUIREMENT.match(line)
+        extra = found and re.search(r"extra\s*==\s*['\"]([^'\"]+)", found["marker"] or "")
+        if found and extra:
+            needed = extras.setdefault(extra[1], {})
+            if found["name"] == fnet.__name__:
+                others.setdefault(extra[1], []).extend(re.findall(r"[\w.-]+", found["extras"] or ""))
+            else:
+                needed[found["name"]] = found["version"].strip()
+
+    def whole(extra: str, seen: frozenset[str]) -> dict[str, str]:
+        inner = {}
+        for other in others.get(extra, ()):
+            inner |= whole(other, seen | {other}) if other not in seen else {}
+        return {**inner, **extras.get(extra, {})}
+
+    return {extra: whole(extra, frozenset({extra})) for extra in extras}
+
+
+def _state(name: str, version: str) -> tuple[str, bool]:
+    """``1.2.3`` or what is missing, and whether nothing is."""
+    try:
+        installed = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"MISSING ({version or 'any version'})", False
+    least = re.search(r">=\s*([\d.]+)", version)
+    fine = least is None or _release(installed) >= _release(least[1])
+    return installed if fine else f"{installed} TOO OLD ({version})", fine
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``(1, 2)`` of ``1.2.0rc1``: the numbers that versions are compared by, without zeros at the end."""
+    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]  # type: ignore[index]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+if __name__ == "__main__":
+    print(report())

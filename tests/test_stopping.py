@@ -1,0 +1,143 @@
+"""Early stopping as a reducer in the state: its decisions are Keras' rule, whatever drives the run."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet.interpret import walk
+from fnet.stopping import early_stopping
+from fnet.types import Mean, TrainState
+from tests.test_training import assert_same_bits, problem
+
+CURVE = [5.0, 4.0, 4.5, 3.9, 3.95, 3.8, np.nan, 3.85, 3.9, 1.0, 0.5]
+
+
+def rule(curve, patience, least_change=0.0, greatest=False):
+    """Where Keras' EarlyStopping stops (evaluations made), and the index of its best."""
+    best, at, waited = np.inf, 0, 0
+    for i, value in enumerate(curve):
+        value = -value if greatest else value
+        if value < best - least_change:
+            best, at, waited = value, i, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return i + 1, at
+    return len(curve), at
+
+
+def scripted(curve):
+    """A step that only counts, and an evaluation that gives the curve: an epoch is a step."""
+
+    def step(ts, batch):
+        return ts._replace(step=ts.step + 1, params=ts.params + 1), {"x": batch.inputs.mean()}
+
+    def evaluate(params, state, data):
+        return {"loss": Mean(jnp.asarray(curve, float)[params.astype(jnp.int32) - 1], jnp.ones(()))}
+
+    start = TrainState(jnp.asarray(0, jnp.int32), jnp.asarray(0.0), (), (), jax.random.key(0))
+    data = fnet.Batch(jnp.arange(4.0), jnp.zeros(4))
+    return step, start, {"data": data, "evaluate": evaluate, "validation": data, "batch_size": 4, "epochs": len(curve)}
+
+
+@pytest.mark.parametrize(
+    ("patience", "least_change", "sign"), [(1, 0, 1), (2, 0, 1), (2, 0.15, 1), (3, 0, 1), (3, 0, -1)]
+)
+def test_a_run_stops_where_keras_would_and_keeps_the_best_weights(patience, least_change, sign):
+    curve = [sign * value for value in CURVE]
+    ended, best = rule(curve, patience, least_change, greatest=sign < 0)
+    assert ended < len(curve)
+    step, start, options = scripted(curve)
+    stop = early_stopping("validation_loss", patience, least_change=least_change, greatest=sign < 0)
+    for chunk_steps in (1, 3, 100):
+        end, history = fnet.fit(step, start, stop=stop, chunk_steps=chunk_steps, **options)
+        assert int(end.step) == ended == len(history.epochs["x"])
+        assert bool(end.stopping.stopped) and int(end.stopping.step) == best + 1
+        assert float(fnet.best_weights(end).params) == best + 1 and float(end.params) == ended
+
+
+def test_train_stops_at_the_same_step_and_stays_there(x64):
+    step, start, options = scripted(CURVE)
+    stop = early_stopping("validation_loss", 2)
+    driven, _ = fnet.fit(step, start, stop=stop, **options)
+    data = options.pop("data")
+    pure, metrics, results = jax.jit(lambda ts, data: fnet.train(step, ts, data, stop=stop, **options))(start, data)
+    assert_same_bits(pure, driven)
+    ended, _ = rule(CURVE, 2)
+    assert results["loss"].count.tolist() == [1] * ended + [0] * (len(CURVE) - ended)
+    assert metrics["x"].shape == (len(CURVE), 1)
+
+
+def test_members_of_a_population_stop_each_at_its_own_step():
+    step, start, options = scripted(CURVE)
+    data = options.pop("data")
+
+    @jax.jit
+    @jax.vmap
+    def members(patience):
+        end, _, _ = fnet.train(step, start, data, stop=early_stopping("validation_loss", patience), **options)
+        return end.step, end.stopping.step
+
+    steps, bests = members(jnp.asarray([1.0, 2.0, 3.0, 99.0]))
+    assert [(a, b + 1) for a, b in (rule(CURVE, p) for p in (1, 2, 3, 99))] == list(
+        zip(steps.tolist(), bests.tolist(), strict=True)
+    )
+
+
+def test_stopping_changes_nothing_of_the_steps_before():
+    step, ts, data, evaluate = problem()
+    options = {"batch_size": 8, "evaluate": evaluate, "validation": data}
+    stop = early_stopping("validation_loss", 1, least_change=100.0)
+    stopped, history = fnet.fit(step, ts, data, epochs=9, stop=stop, evaluate_every=(3, "steps"), **options)
+    assert int(stopped.step) == 6 and history.evaluations["step"].tolist() == [3, 6]
+    straight, _ = fnet.fit(step, ts, data, steps=6, batch_size=8)
+    assert_same_bits(stopped._replace(stopping=()), straight)
+
+
+def test_the_order_of_the_examples_stands_outside_of_what_a_stopped_member_skips():
+    step, ts, data, evaluate = problem()
+    stop = early_stopping("validation_loss", 2)
+
+    def member(key):
+        options = {"epochs": 2, "batch_size": 8, "evaluate": evaluate, "validation": data, "stop": stop}
+        return fnet.train(step, ts._replace(key=key), data, **options)[0].params
+
+    program = jax.make_jaxpr(jax.vmap(member))(jax.random.split(jax.random.key(0), 2))
+    (epochs,) = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "scan"]
+    body = epochs.params["jaxpr"].jaxpr
+    (steps,) = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
+    sorts = lambda jaxpr: [place for place in walk(jaxpr) if place.eqn.primitive.name == "sort"]  # noqa: E731
+    assert sorts(body) and not sorts(steps.params["jaxpr"].jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: early_stopping("loss", 0), ValueError, "early_stopping: patience = 0; expected 0 < patience"),
+        (
+            lambda: early_stopping("loss", 2, least_change=-1),
+            ValueError,
+            "early_stopping: least_change = -1; expected 0",
+        ),
+        (lambda: early_stopping("loss", "2"), TypeError, "early_stopping: patience = '2'; expected a number"),
+    ],
+)
+def test_bad_numbers_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_metric_that_is_not_there_is_named_before_anything_runs():
+    step, ts, data, evaluate = problem()
+    with pytest.raises(KeyError, match="no metric is called 'loss'; there are validation_accuracy, validation_loss"):
+        fnet.fit(
+            step, ts, data, epochs=1, batch_size=8, evaluate=evaluate, validation=data, stop=early_stopping("loss", 2)
+        )
+    with pytest.raises(ValueError, match="stop is given without evaluate; expected evaluate and validation"):
+        fnet.fit(step, ts, data, epochs=1, batch_size=8, stop=early_stopping("loss", 2))
+    with pytest.raises(ValueError, match="best_weights: the state holds none"):
+        fnet.best_weights(ts)
