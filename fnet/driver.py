@@ -59,7 +59,7 @@ def fit(
     ``evaluate(params, state, data)`` is called on the ``validation`` data, or on each of a mapping of sets, after every
     ``(n, "epochs")`` or ``(n, "steps")``; ``stop`` (`fnet.early_stopping`) sees its results there and may end the run.
     Observers are called with each `Event`, between chunks and while the next one runs, and may return "stop": the state
-    returned is then that of the event. One that raises ends the run with its error, after a checkpoint.
+    returned is then that of the event, the end of a chunk. One that raises ends the run with its error, after a checkpoint.
 
     ``run`` keeps the run in a folder: its configuration, metrics and checkpoints. SIGTERM and SIGINT then save it at
     the end of the chunk and raise `Interrupted` (exit codes 143 and 130); a second SIGINT leaves at once.
