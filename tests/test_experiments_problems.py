@@ -113,6 +113,7 @@ def test_a_single_layer_is_refused_before_a_folder_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_vanishes_and_explodes_is_printed_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(vanishing_gradients, "ACTIVATIONS", {"relu": relu()})
     monkeypatch.setattr(vanishing_gradients, "CURES", {"plain": ("small", "large")})

@@ -74,7 +74,7 @@ SMALL = {
 
 
 AUDITED = [name for name in SMALL if name != "gpt, repeated"]  # the unrolled one, as below
-SLOW = ("gpt", "vit", "resnet", "resnet of bottlenecks")
+SLOW = ("gpt", "vit", "resnet", "resnet of bottlenecks", "lenet5")
 
 
 @pytest.mark.parametrize(

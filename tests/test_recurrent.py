@@ -358,6 +358,7 @@ def test_both_directions_are_a_layer_and_its_reverse(merge, x64):
     assert_leaves_close(hand, by_autodiff(layer, params, state, (x, carries, mask), dy), 1e-13)
 
 
+@pytest.mark.slow
 def test_stacks_of_both_directions_and_both_directions_of_stacks_have_right_backwards(x64):
     x = given("rnn")[0]
     for layer in (stacked(lstm(H), bidirectional(gru(H), "sum")), bidirectional(stacked(rnn(H), lstm(H)))):
