@@ -1,24 +1,106 @@
-"""What every experiment shares: run folders; and the digits as images, which several take."""
+"""What every experiment shares: its options, its folder; and the digits as images, which several take."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
+from rich.console import Console
 
 import fnet
 from fnet.types import stream
 
 
-def new_run_folder(root: str | Path, experiment: str, name: str | None) -> Path:
-    """Make and return ``root/experiment/name``, by default named by the clock. An existing folder is refused."""
-    folder = Path(root) / experiment / (name or time.strftime("%Y%m%d-%H%M%S"))
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise SystemExit(f"{folder} exists already and is left as it is: choose another --name") from None
-    return folder
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of every experiment. One that would do nothing in an experiment is refused there."""
+
+    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/EXPERIMENT/NAME
+    name: str | None = None  # None takes the time of day, and with --resume the latest run
+    seed: int = 0  # of everything that is drawn
+    engine: Literal["autodiff", "backprop"] | None = None  # None takes the experiment's own choice
+    steps: int | None = None  # the updates at which training ends; None takes the experiment's epochs
+    resume: bool = False  # continue a run that was stopped or killed
+    quiet: bool = False  # print nothing but errors
+    explain: bool = False  # print what is compiled, and why
+    cache: Path | None = Path("~/.cache/fnet/jax")  # jax's compilation cache; None compiles everything anew
+
+
+def begin(config: Options, experiment: str, console: Console | None, takes: Sequence[str] = ()) -> tuple[Console, Path]:
+    """The console to print on and the run's folder, made, with its config.json; the compilation cache is on.
+
+    ``takes`` are those of the options seed, engine, steps and resume that have an effect in the experiment. An option
+    that has none, a folder that exists and a run to resume that does not are refused with SystemExit.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(Options)}
+    for option in ("seed", "engine", "steps", "resume"):
+        if option not in takes and getattr(config, option) != default[option]:
+            raise SystemExit(f"{experiment}: --{option} would do nothing here; leave it out")
+    if config.steps is not None and config.steps < 1:
+        raise SystemExit(f"{experiment}: --steps {config.steps}; expected at least 1")
+    root = Path(config.run_dir) / experiment
+    folder = (
+        latest(root)
+        if config.resume and config.name is None
+        else root / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    )
+    if config.resume and not folder.is_dir():
+        raise SystemExit(
+            f"{folder} is not there; expected the folder of a run to resume: leave --resume out to begin one"
+        )
+    if not config.resume:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise SystemExit(f"{folder} exists already and is left as it is: choose another --name") from None
+        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+        (folder / "config.json").write_text(text + "\n")
+    settings: Any = jax.config
+    if config.cache is not None and not settings.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if config.quiet:
+        console = Console(quiet=True)
+    console = console or Console()
+    if config.explain:
+        explain(console)
+    return console, folder
+
+
+def latest(root: Path) -> Path:
+    """The experiment's folder that was changed last."""
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    if not folders:
+        raise SystemExit(f"{root} holds no run; expected one to resume: leave --resume out to begin one")
+    return max(folders, key=lambda path: path.stat().st_mtime)
+
+
+def explain(console: Console) -> None:
+    """From now on print each program that jax compiles, how long it took, and whether it came from the cache."""
+    settings: Any = jax.config
+    console.print(f"compilation cache: {settings.jax_compilation_cache_dir or 'off'}", highlight=False, soft_wrap=True)
+
+    def compiled(event: str, seconds: float, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            console.print(f"explain: {about.get('fun_name', 'a program')} in {seconds:.2f} s", highlight=False)
+
+    def cached(event: str, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            console.print("explain: from the compilation cache:", highlight=False, end=" ")
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_listener(cached)
+
+
+def length(config: Any) -> dict[str, int]:
+    """Where a run ends, for `fnet.fit`: at the experiment's epochs, or at ``--steps``."""
+    return {"epochs": config.epochs} if config.steps is None else {"steps": config.steps}
 
 
 def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batch, fnet.Batch]:

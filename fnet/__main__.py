@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -48,7 +49,12 @@ def _extras() -> Iterator[str]:
     width = max(map(len, extras), default=0)
     for extra, needed in extras.items():
         states = {name: _state(name, version) for name, version in needed.items()}
-        yield f"  {extra:{width}}  " + ", ".join(f"{name} {state}" for name, (state, _) in states.items())
+        items = [
+            f"{name} {state}".replace(" ", "\0") for name, (state, _) in states.items()
+        ]  # lines break between them
+        first, later = f"  {extra:{width}}  ", " " * (width + 4)
+        listed = textwrap.wrap(", ".join(items), 76 - width, break_on_hyphens=False)
+        yield (first + f"\n{later}".join(listed)).replace("\0", " ")
         if not all(fine for _, fine in states.values()):
             yield f"  {'':{width}}  the rest: pip install 'fnet[{extra}]'"
 
@@ -81,6 +87,8 @@ def _state(name: str, version: str) -> tuple[str, bool]:
     try:
         installed = metadata.version(name)
     except metadata.PackageNotFoundError:
+        installed = None
+    if not installed:  # None also where its metadata are damaged
         return f"MISSING ({version or 'any version'})", False
     least = re.search(r">=\s*([\d.]+)", version)
     fine = least is None or _release(installed) >= _release(least[1])
@@ -89,7 +97,7 @@ def _state(name: str, version: str) -> tuple[str, bool]:
 
 def _release(version: str) -> tuple[int, ...]:
     """``(1, 2)`` of ``1.2.0rc1``: the numbers that versions are compared by, without zeros at the end."""
-    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]  # type: ignore[index]
+    numbers = [int(number) for number in re.sub(r"[^\d.].*", "", version).split(".") if number]
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)

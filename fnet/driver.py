@@ -8,6 +8,8 @@ host reads the metrics of the one before.
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +61,8 @@ def fit(
     ``evaluate(params, state, data)`` is called on the ``validation`` data, or on each of a mapping of sets, after every
     ``(n, "epochs")`` or ``(n, "steps")``; ``stop`` (`fnet.early_stopping`) sees its results there and may end the run.
     Observers are called with each `Event`, between chunks and while the next one runs, and may return "stop": the state
-    returned is then that of the event, the end of a chunk. One that raises ends the run with its error, after a checkpoint.
+    returned is then that of the event, the end of a chunk. One that raises ends the run with its error, after a
+    checkpoint.
 
     ``run`` keeps the run in a folder: its configuration, metrics and checkpoints. SIGTERM and SIGINT then save it at
     the end of the chunk and raise `Interrupted` (exit codes 143 and 130); a second SIGINT leaves at once.
@@ -83,11 +86,13 @@ def fit(
     ts = with_stopping(stop, jax.tree.map(jnp.copy, ts))  # ours to donate
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
-        signal = stack.enter_context(interruptions()) if run else lambda: None
+        caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, resumed, stream = Recorder(plan.per_epoch), folder.restore(ts) if folder else None, None
         if resumed:
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
+        if resumed and int(ts.step) == plan.end:
+            return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan)
         first = position = int(ts.step)
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
@@ -131,8 +136,10 @@ def fit(
                     tell(kind, at, metrics)
                 if folder and folder.due(position):
                     save()
-                if (number := signal()) is not None:
+                if (number := caught()) is not None:
                     save(wait=True)
+                    name = signal.Signals(number).name
+                    print(f"{name}: the run is saved at step {position} in {folder.folder}", file=sys.stderr)
                     raise Interrupted(128 + number)
                 if halted or chunk.outputs.stopped:
                     break

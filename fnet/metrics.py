@@ -126,7 +126,7 @@ def gradient_histograms(bins: int = 1) -> Callable[[PyTree], dict[str, jax.Array
 
     ``bins`` is their number in each power of ten from 1e-12 to 1e2. The counts are float32 ``(14 bins + 2,)``: first
     those below 1e-12 (zeros too), then each bin with its lower edge, last those of 1e2 and above; a NaN is in none.
-    Children are named as in `gradient_norms`; only a single array's is called ``all``. Raises ValueError for bins below 1.
+    Children are named as in `gradient_norms`; ``all`` is a single array alone. Raises ValueError for bins below 1.
 
     >>> counts = gradient_histograms()({"dense_0": {"w": jnp.array([0.0, 0.005, -0.002, 30.0])}})
     >>> counts["dense_0"].astype(int).tolist()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from csv import reader, writer
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import jax
 import numpy as np
@@ -51,25 +52,26 @@ def progress(title: str = "training", console=None) -> Observer:
 
     console = console or Console()
     alive = console.is_terminal and os.environ.get("CI", "").lower() not in ("true", "1")
-    columns = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[at]"))
-    bar = Progress(SpinnerColumn(), next(columns), BarColumn(None), next(columns), TimeRemainingColumn(), expand=True)
+    name, place = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[at]"))
+    bar = Progress(SpinnerColumn(), name, BarColumn(None), place, TimeRemainingColumn(), expand=True)
     training, results = (Text(no_wrap=True, overflow="ellipsis") for _ in range(2))
     screen = Live(Group(bar, training, results), console=console)
     tasks = []  # the bar's one task, once the run has started
 
     def draw(event: Event) -> None:
+        short = title if len(title) <= 20 else f"{title[:19]}…"
         at = f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}"
         if event.kind == "start":
             for old in bar.task_ids:
                 bar.remove_task(old)
-            tasks[:] = [bar.add_task(f"{title}: compiling", total=None, completed=event.step, at=at)]
-            screen.start()
+            tasks[:] = [bar.add_task(f"{short}: compiling", total=None, completed=event.step, at="")]
+            screen.start(refresh=True)
         elif event.kind == "compile":
-            bar.reset(tasks[0], description=title, total=event.steps, completed=event.step)
+            bar.reset(tasks[0], description=short, total=event.steps, completed=event.step, at=at)
         elif event.kind == "chunk":
-            at += f"  {event.examples / event.seconds:,.0f} examples/s"
-            bar.update(tasks[0], description=title, total=event.steps, completed=event.step, at=at)
-            training.plain = _line(event.metrics, ("loss", "accuracy", "learning_rate"))
+            bar.update(tasks[0], description=short, total=event.steps, completed=event.step, at=at)
+            speed = f"{event.examples / event.seconds:,.0f} examples/s"
+            training.plain = f"{_line(event.metrics, ('loss', 'accuracy', 'learning_rate'))}  {speed}"
         elif event.kind == "evaluation":
             results.plain = _line(event.metrics, _of_sets(event.metrics))
         elif event.kind == "end":
@@ -122,7 +124,8 @@ def jsonl(path: str | Path, **fields) -> Observer:
 def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = False) -> Observer:
     """Append one row per epoch to the file at ``path``: the epoch, the step and every metric.
 
-    An array's entries are columns of their own, ``confusion[0][1]``; numbers are written so that they read back exactly.
+    An array's entries are columns of their own, ``confusion[0][1]``; numbers are written so that they read back
+    exactly.
     The columns are ``names``, or without them the first row's: then a metric that appears later is an error, as where
     an evaluation is made every other epoch. A cell without a value is empty.
 
@@ -155,8 +158,8 @@ def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = 
         header[:] = header or list(row)
         if wanted is None and (late := [name for name in row if name not in header]):
             raise ValueError(
-                f"csv: {', '.join(late)} in epoch {event.epoch} but not among the columns of {path}, which are "
-                f"{', '.join(header[2:])}; expected the metrics of the first epoch: give all their names, csv(path, names=...)"
+                f"csv: {', '.join(late)} in epoch {event.epoch}, but {path} has the columns {', '.join(header[2:])}; "
+                "expected the metrics of its first row: name all that are to come by csv(path, names=...)"
             )
         with path.open("a", newline="") as file:
             writer(file, lineterminator="\n").writerows([*lines, [row.get(name, "") for name in header]])
@@ -229,7 +232,7 @@ def histograms(
     that make no sense.
     """
     _require_bins("histograms", bins)
-    due, place = _due("histograms", every), _numbered("histograms", folder, resume)
+    due, place = _due("histograms: every", every), _numbered("histograms", folder, resume)
 
     def observe(event: Event) -> None:
         if event.kind == "start":
@@ -260,7 +263,7 @@ def samples(
 
     Raises FileExistsError for a folder that has such files, unless ``resume``.
     """
-    due, place = _due("samples", every), _numbered("sample", folder, resume)
+    due, place = _due("samples: every", every), _numbered("sample", folder, resume)
     last = -1
 
     def observe(event: Event) -> None:
@@ -356,7 +359,7 @@ def _require_bins(who: str, bins: int) -> None:
 
 def _due(who: str, every: tuple[int, str]) -> Callable[..., bool]:
     """``due(event, *kinds)``: whether it is the first of these kinds since another ``every`` was completed."""
-    in_steps(f"{who}: every" if ":" not in who else who, every, 1)
+    in_steps(who, every, 1)
     count, unit = every
     last = 0
 
@@ -400,8 +403,11 @@ def _whole(path: Path):
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    with _whole(path) as part, part.open("wb") as file:
-        np.savez(file, **{name: _plain(array) for name, array in arrays.items()})
+    """An .npz; by hand, since np.savez takes no array called "file" and pickles objects."""
+    with _whole(path) as part, ZipFile(part, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, _plain(array), allow_pickle=False)
 
 
 def _plain(array) -> np.ndarray:

@@ -65,7 +65,7 @@ class Run(NamedTuple):
     keep_every: int | None = None  # steps: a checkpoint of a multiple is never deleted
     keep_best: str | None = None  # a result's name, e.g. "validation_loss": the checkpoint that has the least stays too
     greatest: bool = False  # of keep_best
-    free: tuple[str, ...] = ("epochs", "steps", "run_dir", "resume", "quiet", "explain")
+    free: tuple[str, ...] = ("epochs", "steps", "run_dir", "name", "resume", "quiet", "explain", "cache")
 
 
 class OpenRun:

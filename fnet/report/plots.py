@@ -162,15 +162,15 @@ def panels_of(trained: Mapping[str, Series], evaluated: Mapping[str, Series], x_
     return [Panel(title, x_label, _styled(lines)) for title, lines in panels.items() if lines]
 
 
-def panels_of_history(history: History) -> list[Panel]:
-    """The panels of a run by epoch; evaluations by step where they are not those of the epochs' ends."""
-    evaluated = {name: values for name, values in history.evaluations.items() if name != "step"}
+def series_of(history: History) -> list[tuple[dict[str, Series], dict[str, Series], str]]:
+    """What `panels_of` takes: a run by epoch, and by step the evaluations that are not those of the epochs' ends."""
+    results = {name: values for name, values in history.evaluations.items() if name != "step"}
     epochs = {name: (np.arange(1, len(values) + 1), values) for name, values in history.epochs.items()}
-    trained = {name: series for name, series in epochs.items() if name not in evaluated}
-    if all(name in epochs and np.array_equal(epochs[name][1], evaluated[name], equal_nan=True) for name in evaluated):
-        return panels_of(trained, {name: epochs[name] for name in evaluated}, "epoch")
-    by_step = panels_of({}, {name: (history.evaluations["step"], values) for name, values in evaluated.items()}, "step")
-    return panels_of(trained, {}, "epoch") + by_step
+    trained = {name: series for name, series in epochs.items() if name not in results}
+    if all(name in epochs and np.array_equal(epochs[name][1], results[name], equal_nan=True) for name in results):
+        return [(trained, {name: epochs[name] for name in results}, "epoch")]
+    by_step = {name: (history.evaluations["step"], values) for name, values in results.items()}
+    return [(trained, {}, "epoch"), ({}, by_step, "step")]
 
 
 def natural(name: str) -> tuple:
@@ -202,7 +202,7 @@ def _styled(lines: Sequence[tuple[str, Series]]) -> list[Line]:
 
 def plot_history(history: History, path: str | Path | None = None):
     """The figure of `fnet.History.plot`: a panel for each metric; written as PNG if there is a ``path``."""
-    panels = panels_of_history(history)
+    panels = [panel for part in series_of(history) for panel in panels_of(*part)]
     columns = min(3, max(1, len(panels)))
     figure, axes = new_figure(columns, height=3.2, width=4.6, rows=max(1, math.ceil(len(panels) / columns)))
     axes = np.ravel(axes)
@@ -239,7 +239,7 @@ def line_chart(panel: Panel) -> str:
     Text has the colour of its surroundings. A curve is interrupted where it is not finite, and its name counts that.
     """
     log = is_logarithmic(panel.lines)
-    finite = [np.isfinite(line.y) for line in panel.lines]
+    finite = [np.abs(line.y) < 1e300 for line in panel.lines]  # more leaves no room for a margin
     xs = np.concatenate([np.asarray(line.x, np.float64) for line in panel.lines])
     ys = np.concatenate([line.y[ok] for line, ok in zip(panel.lines, finite, strict=True)])
     x_low, x_high = _widened(xs, 0.0)
@@ -251,8 +251,8 @@ def line_chart(panel: Panel) -> str:
         across = LEFT + (np.asarray(x, np.float64) - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    text = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}" font-size="11" fill="currentColor">{}</text>'
+    parts: list[str] = []
+    text = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}" font-size="12" fill="currentColor">{}</text>'
     rule = '<path d="M{:.1f} {:.1f}H{:.1f}" stroke="currentColor" stroke-opacity="{}" fill="none"/>'
     for tick, label in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high, 5):
         height = float(place(0, tick)[1])
@@ -262,8 +262,8 @@ def line_chart(panel: Panel) -> str:
             parts.append(text.format(float(place(tick, 1.0)[0]), HEIGHT - BOTTOM + 16, "middle", label))
     parts.append(rule.format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, 0.5))
     parts.append(text.format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle", escape(panel.x_label)))
-    for line in panel.lines:
-        x, y = _thinned(np.asarray(line.x), np.asarray(line.y, np.float64))
+    for line, ok in zip(panel.lines, finite, strict=True):
+        x, y = _thinned(np.asarray(line.x), np.where(ok, line.y, np.nan))
         across, height = place(x, y)
         name = escape(line.name, quote=True)
         style = f'stroke="{line.colour}" stroke-width="1.8" fill="none" stroke-dasharray="{line.dash}"'
@@ -318,7 +318,13 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> Series:
 def _widened(values: np.ndarray, share: float) -> tuple[float, float]:
     """The range of the values with a margin; never empty."""
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    margin = share * (high - low) if high > low else abs(low) / 2 or 1.0
+    size = max(abs(low), abs(high))
+    if size < 1e-290:
+        margin = 1.0
+    elif high - low < 1e-12 * size:  # constant
+        margin = size / 2
+    else:
+        margin = share * (high - low)
     return low - margin, high + margin
 
 

@@ -16,10 +16,10 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -34,8 +34,8 @@ from fnet.report.plots import (
     line_chart,
     natural,
     panels_of,
-    panels_of_history,
     png,
+    series_of,
     swatch,
 )
 from fnet.runs import RunError
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from fnet.gradcheck.report import Report
     from fnet.history import History
 
-GREATEST = re.compile(r"accuracy|top_?\d|precision|recall|f1|auc|r2|bleu|score")  # the greater the better
-LEAST = re.compile(r"loss|error|entropy|perplexity|mae|mse|nll")
+GREATEST = re.compile(r"(^|_)(accuracy|top_?\d+|precision|recall|f1|auc|r2|bleu|score)(_|$)")  # the greater the better
+LEAST = re.compile(r"(^|_)(loss|error|entropy|perplexity|mae|mse|rmse|nll)(_|$)")
 CLASSES = 30  # whose confusion matrix is shown whole
 GENERATOR = '<meta name="generator" content="fnet">'
 
@@ -144,8 +144,8 @@ def _pictures(inputs, n: int, images: tuple[int, ...] | None) -> Callable[[np.nd
         return None
     if not drawn or len(inputs) != n or math.prod(shape) != math.prod(inputs.shape[1:]):
         raise ValueError(
-            f"save_evaluation: images = {shape}, and inputs have shape {inputs.shape}; expected ({n}, ...) with as many "
-            "numbers each as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures"
+            f"save_evaluation: images = {shape}, and inputs have shape {inputs.shape}; expected {n} of as many "
+            "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures"
         )
     shape = shape[:2] if shape[2:] == (1,) else shape
     finite = inputs[np.isfinite(inputs)] if inputs.dtype != np.uint8 else np.asarray([0, 255])
@@ -192,18 +192,19 @@ def read_run(folder: str | Path) -> Reading:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            if not 0 <= row["step"] == int(row["step"]) < 2**53:
+                raise ValueError
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             last = "the last line is cut off, as it is where a run is killed or still writing"
             what = last if number == len(lines) else f"line {number} of {len(lines)} is no row of metrics"
             notes.append(f"metrics.jsonl: {what}; it is left out.")
     evaluation = {}
     if (folder / "evaluation.npz").is_file():
         try:
-            with np.load(folder / "evaluation.npz", allow_pickle=False) as stored:
+            with (folder / "evaluation.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 evaluation = {name: stored[name] for name in stored.files}
-            if evaluation["confusion"].ndim != 2 or evaluation["index"].ndim != 1:
-                raise ValueError
+            _check_evaluation(evaluation)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             evaluation = {}
             notes.append(f"evaluation.npz cannot be read ({type(error).__name__}); it is left out.")
@@ -218,6 +219,24 @@ def read_run(folder: str | Path) -> Reading:
         checkpoints=list(saved_steps(folder / "checkpoints")),
         notes=notes,
     )
+
+
+def _check_evaluation(stored: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError or KeyError unless it is what `save_evaluation` writes."""
+    confusion, count = stored["confusion"], len(stored["index"])
+    classes, pictures = len(confusion), stored.get("pictures", np.zeros((count, 1, 1), np.uint8))
+    columns = [stored[name] for name in ("index", "target", "prediction", "loss")]
+    numeric = all(np.issubdtype(array.dtype, np.number) for array in (confusion, *columns))
+    if not (
+        numeric
+        and confusion.shape == (classes, classes)
+        and len(stored.get("names", confusion)) == classes
+        and all(column.shape == (count,) for column in columns)
+        and all(np.all((column >= -1) & (column < classes)) for column in columns[1:3])
+        and (pictures.dtype, len(pictures)) == (np.uint8, count)
+        and (pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[-1] in (3, 4)))
+    ):
+        raise ValueError
 
 
 def _run_folder(folder: str | Path) -> Path:
@@ -256,7 +275,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         held = [row for row in rows if name in row]
         try:
             values = np.asarray([row[name] for row in held], np.float64)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
         found[name] = np.asarray([row["step"] for row in held]), values
     return found
@@ -307,7 +326,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         or "No epoch and no evaluation was completed.",
         "Gradient norms by layer": charts(norms)
         or "Not measured; make_step(monitors={'gradient_norm': fnet.metrics.gradient_norms}) does.",
-        "Numbers": numbers({**trained, **evaluated}, "step") or "None.",
+        "Numbers": grid(NUMBERS, numbers({**trained, **evaluated}, "step")) or "None.",
         "Confusion matrix": confusion_section(run),
         "Worst examples": worst_section(run),
         "Gradient audit": audit_section(run.audit),
@@ -317,23 +336,25 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     }
     if run.nonfinite:
         found = pairs(flat(run.nonfinite))
-        sections = {"Not finite": f"<p>The run met a number that is not finite.</p>{found}", **sections}
+        sections = {"Not finite": f'<p class="alert">The run met a number that is not finite.</p>{found}', **sections}
     return write_page(Path(path) if path else run.folder / "report.html", f"Run {name}", status(run), sections)
 
 
 def status(run: Reading) -> str:
     """How far the run is, and what could not be read."""
-    last, summary = run.last.get("step"), run.summary
-    reached = f"step {last:,}" if last is not None else "before the first row of metrics"
+    last, ended = run.last.get("step"), run.summary.get("steps")
+    ended = ended if isinstance(ended, int) else last
+    reached = "before the first row of metrics" if last is None else f"step {last:,}"
     if run.written is not None and last is not None:
         reached += f", written {_time(run.written)}"
-    if summary and last is not None and last > summary.get("steps", math.inf):
-        words = f"Continued after its end at step {summary['steps']:,} (summary.json), and now at {reached}."
-    elif summary:
-        epochs = f", {summary['epochs']:,} epochs" if isinstance(summary.get("epochs"), int) else ""
-        words = f"Ended at step {summary.get('steps', last)}{epochs}."
-    else:
+    if not run.summary:
         words = f"Has not ended (no summary.json): still going, stopped or killed. Last seen at {reached}."
+    elif ended is None:
+        words = "Ended before its first step."
+    elif last is not None and last > ended:
+        words = f"Continued after it had ended at step {ended:,} (summary.json). Last seen at {reached}."
+    else:
+        words = f"Ended at step {ended:,}."
     if run.checkpoints:
         words += f" The last checkpoint is of step {run.checkpoints[-1]:,}."
     if run.nonfinite:
@@ -348,14 +369,17 @@ def charts(panels: Sequence[Panel]) -> str:
     return f'<div class="charts">{"".join(map(line_chart, panels))}</div>' if panels else ""
 
 
-def numbers(metrics: Mapping[str, Series], x_label: str) -> str:
-    """A table of the first, best and last value of each metric of one number."""
+def numbers(metrics: Mapping[str, Series], x_label: str) -> list[tuple]:
+    """Rows of the first, best and last value of each metric of one number, for a table with the head `NUMBERS`."""
     rows = []
     for name, (x, values) in scalars(metrics).items():
         found = best(name, (x, values))
-        at = (f"{found[0]:.6g}", f"{found[1]:g}") if found else ("", "")
-        rows.append((code(name), f"{values[0]:.6g}", *at, f"{values[-1]:.6g}"))
-    return grid(("metric", "first", "best", f"at {x_label}", "last"), rows)
+        at = (f"{found[0]:.5g}", f"{x_label} {found[1]:g}") if found else ("", "")
+        rows.append((named(name), f"{values[0]:.5g}", *at, f"{values[-1]:.5g}"))
+    return rows
+
+
+NUMBERS = ("metric", "first", "best", "at", "last")
 
 
 def confusion_section(run: Reading) -> str:
@@ -375,12 +399,13 @@ def confusion_table(counts: np.ndarray, names: Sequence[str]) -> str:
     """Counts by true and predicted class with recall and precision; of many classes the most frequent confusions."""
     rows, of_class, predicted = len(counts), counts.sum(1), counts.sum(0)
     right, total = float(np.trace(counts)), float(counts.sum())
-    share = f"<p>{right:.6g} of {total:.6g} are right: {right / (total or 1):.4f}.</p>"
+    counted = "" if math.isclose(total, 1, rel_tol=1e-4) else f", {right:.6g} of {total:.6g}"  # shares add up to 1
+    share = f"<p>Accuracy {right / (total or 1):.4f}{counted}.</p>"
     if rows > CLASSES:
         wrong = np.where(np.eye(rows, dtype=bool), 0, counts)
-        order = [np.unravel_index(i, counts.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:CLASSES]]
-        listed = [(names[i], names[j], f"{counts[i, j]:.6g}", _share(float(wrong[i, j]), of_class[i])) for i, j in order]
-        listed = [row for row, (i, j) in zip(listed, order, strict=True) if wrong[i, j]]
+        order = np.argsort(-wrong, axis=None, kind="stable")[: min(CLASSES, np.count_nonzero(wrong))]
+        places = zip(*np.unravel_index(order, counts.shape), strict=True)
+        listed = [(names[i], names[j], f"{counts[i, j]:.6g}", _share(counts[i, j], of_class[i])) for i, j in places]
         head = ("true", "predicted", "count", "share of the true class")
         return f"{share}<p>The most frequent confusions of {rows} classes:</p>{grid(head, listed)}"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
@@ -388,16 +413,15 @@ def confusion_table(counts: np.ndarray, names: Sequence[str]) -> str:
     for i, name in enumerate(names):
         cells = ""
         for j, count in enumerate(counts[i]):
-            part = count / (of_class[i] or 1)
+            part = min(max(float(count / (of_class[i] or 1)), 0.0), 1.0)
             shade = f' class="{"hit" if i == j else "miss"}" style="--share:{part if i == j else math.sqrt(part):.3f}"'
             title = escape(f"{name} taken for {names[j]}: {_share(count, of_class[i])}", quote=True)
             cells += f'<td{shade} title="{title}">{count:.4g}</td>' if count else "<td></td>"
         body += f'<tr><th scope="row">{escape(name)}</th>{cells}<td>{_share(counts[i, i], of_class[i])}</td></tr>'
     precision = "".join(f"<td>{_share(counts[i, i], predicted[i])}</td>" for i in range(rows))
     return (
-        f"{share}{scrolled('confusion matrix')}<table class=confusion>"
-        "<caption>Rows are the true classes, columns the predicted ones. Shade: the share of the true class, "
-        "off the diagonal its square root.</caption>"
+        f'{share}<p class="note">Rows are the true classes, columns the predicted ones. Shade: the share of the true '
+        f"class, off the diagonal its square root.</p>{scrolled('confusion matrix')}<table class=confusion>"
         f'<thead><tr><th scope="col">true</th>{head}<th scope="col">recall</th></tr></thead>'
         f'<tbody>{body}<tr><th scope="row">precision</th>{precision}<td></td></tr></tbody></table></div>'
     )
@@ -429,13 +453,14 @@ def audit_section(audit: Mapping[str, Any]) -> str:
     """The verdict of audit.json, and a row for each leaf."""
     if not audit:
         return "None; fnet.report.save_audit(folder, fnet.check_model(...)) writes audit.json."
-    leaves = [leaf for leaf in audit.get("leaves") or () if isinstance(leaf, dict)]
+    leaves = audit.get("leaves")
+    leaves = [leaf for leaf in leaves if isinstance(leaf, dict)] if isinstance(leaves, list) else []
     ok = audit.get("ok") is True
     verdict = pill("right" if ok else "wrong or not verified", "ok" if ok else "wrong")
     first = f" First on the backward pass: {code(str(audit['first_wrong']))}." if audit.get("first_wrong") else ""
     rows = [
         (
-            code(str(leaf.get("path"))),
+            named(str(leaf.get("path"))),
             pill(str(leaf.get("verdict")), str(leaf.get("verdict"))),
             _scientific(leaf.get("relative")),
             _scientific(leaf.get("power")),
@@ -444,14 +469,14 @@ def audit_section(audit: Mapping[str, Any]) -> str:
         )
         for leaf in leaves
     ]
-    head = ("leaf", "verdict", "error", "sees faults of", "order", "cause")
+    head = ("leaf", "verdict", "error", "sees", "order", "cause")
     return f"<p>{verdict} {len(leaves)} leaves.{first}</p>{grid(head, rows)}"
 
 
-UNITS: dict[str, Callable[[Any], str]] = {  # of summary.json, by what a name ends with
-    "_seconds": lambda v: f"{v:.2f} s" if v < 120 else f"{v // 3600:.0f} h {v % 3600 // 60:.0f} min {v % 60:.0f} s",
-    "_bytes": lambda v: f"{v / 1e6:,.3f} MB",
-    "": lambda v: f"{v:,}" if isinstance(v, int) else f"{v:,.6g}",
+UNITS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of summary.json, by what a name ends with
+    "_seconds": (" time", lambda v: f"{v:.2f} s" if v < 120 else f"{v // 3600:.0f} h {v % 3600 / 60:.1f} min"),
+    "_bytes": (" memory", lambda v: f"{v / 1e6:,.3f} MB"),
+    "": ("", lambda v: f"{v:,}" if isinstance(v, int) else f"{v:,.6g}"),
 }
 
 
@@ -459,18 +484,16 @@ def described(summary: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of summary.json in their units, and what follows from them."""
     shown = {}
     for name, value in summary.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_number(value):
             ending = next(ending for ending in UNITS if name.endswith(ending))
-            shown[name.removesuffix(ending).replace("_", " ") + _MEANS.get(ending, "")] = UNITS[ending](value)
+            word, written = UNITS[ending]
+            shown[name.removesuffix(ending).replace("_", " ") + word] = written(value)
         elif value is not None:
             shown[name.replace("_", " ")] = _value(value)
     seconds, examples = summary.get("run_seconds"), summary.get("examples")
-    if isinstance(seconds, int | float) and isinstance(examples, int) and seconds > 0 and examples:
-        shown["examples per second"] = f"{examples / seconds:,.4g}"
+    if _is_number(seconds) and _is_number(examples) and seconds > 0 and examples:
+        shown["examples per second"] = f"{examples / seconds:,.{0 if examples > 100 * seconds else 2}f}"
     return shown
-
-
-_MEANS = {"_seconds": " time", "_bytes": " memory"}
 
 
 # ---- several runs side by side
@@ -502,8 +525,8 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 
 def overlaid(names: Sequence[str], runs: Sequence[Reading]) -> list[Panel]:
-    """The panels of all runs, a colour for each run and dashes for each set; of groups the whole, as the norm of all."""
-    lengths = [next((row["step"] / row["epoch"] for row in run.epochs if row.get("epoch")), None) for run in runs]
+    """The panels of all runs: a colour a run, dashes for each set; of groups the whole, as the norm of all."""
+    lengths = [_steps_per_epoch(run) for run in runs]
     by_epoch = None not in lengths and len(set(lengths)) > 1
     panels: dict[str, list[Line]] = {}
     for i, (name, run, length) in enumerate(zip(names, runs, lengths, strict=True)):
@@ -517,6 +540,12 @@ def overlaid(names: Sequence[str], runs: Sequence[Reading]) -> list[Panel]:
     return [Panel(title, "epoch" if by_epoch else "step", lines) for title, lines in panels.items()]
 
 
+def _steps_per_epoch(run: Reading) -> float | None:
+    return next(
+        (row["step"] / row["epoch"] for row in run.epochs if _is_number(row.get("epoch")) and row["epoch"]), None
+    )
+
+
 def compared_numbers(names: Sequence[str], runs: Sequence[Reading]) -> str:
     """For each metric of one number its final and best value in each run; the best of all runs is marked."""
     metrics = []
@@ -525,24 +554,24 @@ def compared_numbers(names: Sequence[str], runs: Sequence[Reading]) -> str:
         metrics.append(scalars({**trained, **evaluated}))
     rows = []
     for name in dict.fromkeys(name for each in metrics for name in each):
-        lasts = [float(each[name][1][-1]) if name in each else math.nan for each in metrics]
         bests = [best(name, each[name]) if name in each else None for each in metrics]
-        for what, values in (("final", lasts), ("best", [found[0] if found else math.nan for found in bests])):
-            if what == "best" and not any(bests):
-                continue
-            ranked = [-direction(name) * value for value in values if math.isfinite(value)]
-            shown = []
-            for value, found, each in zip(values, bests, metrics, strict=True):
-                if name not in each or (what == "best" and not found):
-                    shown.append("")
-                    continue
-                at = f" at step {found[1]:g}" if what == "best" and found else ""
-                first = direction(name) and len(ranked) > 1 and -direction(name) * value == min(ranked)
-                mark = "<strong>{}</strong> ★" if first else "{}"
-                shown.append(Html(mark.format(f"{value:.6g}") + at))
-            rows.append((code(name), what, *shown))
-    note = "<p>★: the best of the runs.</p>"
-    return note + grid(("metric", "", *names), rows) if rows else ""
+        lasts = [(float(each[name][1][-1]), None) if name in each else None for each in metrics]
+        rows.append((named(name), "final", *_marked(name, lasts)))
+        if any(bests):
+            rows.append(("", "best", *_marked(name, bests)))
+    return "<p>★: the best of the runs.</p>" + grid(("metric", "", *names), rows, kind="compared") if rows else ""
+
+
+def _marked(name: str, values: Sequence[tuple[float, float | None] | None]) -> Iterator[str]:
+    """Values and steps of runs as HTML, with a star at the best of several."""
+    known = [-direction(name) * pair[0] for pair in values if pair and math.isfinite(pair[0])]
+    for pair in values:
+        if pair is None:
+            yield ""
+            continue
+        at = "" if pair[1] is None else f" <small>at step {pair[1]:g}</small>"
+        first = direction(name) and len(known) > 1 and -direction(name) * pair[0] == min(known)
+        yield Html((f"<strong>{pair[0]:.5g}</strong>\u00a0★" if first else f"{pair[0]:.5g}") + at)
 
 
 def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str:
@@ -553,10 +582,10 @@ def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str
     if not keys:
         return "None."
     mark = Html('<span title="differs">≠</span>')
-    rows = [(mark if key in differing else "", code(key), *(each.get(key, "—") for each in settings)) for key in keys]
+    rows = [(mark if key in differing else "", named(key), *(each.get(key, "—") for each in settings)) for key in keys]
     rows.sort(key=lambda row: row[0] != mark)
     note = f"{len(differing)} of {len(keys)} differ (≠)." if differing else f"All {len(same)} are the same."
-    return f"<p>{note}</p>" + grid(("", "", *names), rows, marked=len(differing))
+    return f"<p>{note}</p>" + grid(("", "", *names), rows, kind="compared", marked=len(differing))
 
 
 # ---- a history in a notebook
@@ -564,10 +593,12 @@ def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str
 
 def history_html(history: History) -> str:
     """The HTML fragment of `fnet.History`: a table and the curves, in the colours of the notebook."""
-    epochs = {name: (np.arange(1, len(values) + 1), values) for name, values in history.epochs.items()}
-    table = numbers(epochs, "epoch") or "<p>No epoch was completed.</p>"
-    took = f"<p>compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s</p>"
-    return f'<div class="fnet-run"><style>{STYLE}</style>{table}{charts(panels_of_history(history))}{took}</div>'
+    parts = series_of(history)
+    rows = [row for trained, evaluated, x_label in parts for row in numbers({**trained, **evaluated}, x_label)]
+    curves = charts([panel for part in parts for panel in panels_of(*part)])
+    took = f"<p>Compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s.</p>"
+    table = grid(NUMBERS, rows) or "<p>No epoch and no evaluation was completed.</p>"
+    return f'<div class="fnet-run"><style>{STYLE}</style>{table}{curves}{took}</div>'
 
 
 # ---- HTML
@@ -580,7 +611,7 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
     ids = {name: re.sub(r"\W+", "-", name.lower()) for name in sections}
     links = "".join(f'<li><a href="#{ids[name]}">{escape(name)}</a></li>' for name in sections)
     body = "".join(
-        f'<section id="{ids[name]}" aria-labelledby="{ids[name]}-title"><h2 id="{ids[name]}-title">{escape(name)}</h2>\n'
+        f'<section aria-labelledby="{ids[name]}"><h2 id="{ids[name]}">{escape(name)}</h2>\n'
         + (content if content.startswith("<") else f'<p class="none">{escape(content)}</p>')
         + "</section>\n"
         for name, content in sections.items()
@@ -596,10 +627,10 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
         f'<nav aria-label="sections"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n'
         f"<footer><p>Written {escape(_time(time.time()))} by fnet.</p></footer></body></html>\n"
     )
-    return _replace(path, page.encode())
+    return _replace(path, page.encode(errors="replace"))
 
 
-def grid(head: Sequence[str], rows: Sequence[Sequence[Any]], marked: int = 0) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "", marked: int = 0) -> str:
     """A table that scrolls within itself, nothing where there are no rows; the first ``marked`` rows stand out."""
     if not rows:
         return ""
@@ -609,7 +640,13 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[Any]], marked: int = 0) ->
         for i, row in enumerate(rows)
     )
     label = " ".join(name for name in head if name) or "settings"
-    return f"{scrolled(label)}<table><thead><tr>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    table = f'<table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f"{scrolled(label)}{table}</div>"
+
+
+def named(name: str) -> Html:
+    """A name that may break behind its slashes, or its underscores where it has none."""
+    return Html("<code>" + re.sub("(/)" if "/" in name else "(_)", r"\1<wbr>", escape(name)) + "</code>")
 
 
 def pairs(values: Mapping[str, str]) -> str:
@@ -633,7 +670,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (value or "—") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> float:
@@ -647,8 +688,8 @@ def _scientific(value: Any) -> str:
     return f"{_number(value):.1e}"
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.3f}" if whole else ""
+def _share(part, whole) -> str:
+    return f"{part / whole:.2f}" if whole else ""
 
 
 def _time(seconds: float) -> str:
@@ -665,48 +706,60 @@ def _replace(path: Path, data: bytes) -> Path:
 
 STYLE = """
 .fnet-run { font: 15px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-.fnet-run .scroll { overflow-x: auto; max-width: 100%; }
-.fnet-run table { border-collapse: collapse; margin: 0; }
+.fnet-run .scroll { overflow-x: auto; max-width: 100%; margin-bottom: .8em; }
+.fnet-run table { border-collapse: collapse; margin: 0; font-size: 14px; }
 .fnet-run th, .fnet-run td { padding: .25em .9em .25em 0; text-align: left; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid rgba(128, 128, 128, .3); background: none; }
 .fnet-run th { font-weight: 600; }
+.fnet-run td code { white-space: normal; }
 .fnet-run code { font: 13px ui-monospace, monospace; background: none; color: inherit; }
-.fnet-run .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24em), 1fr));
+.fnet-run .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr));
   gap: 1.2em 1.5em; }
 .fnet-run .chart { margin: 0; max-width: 38em; }
 .fnet-run .chart > svg { display: block; width: 100%; height: auto; }
 .fnet-run .chart figcaption { font-weight: 600; }
 .fnet-run .legend { display: flex; flex-wrap: wrap; gap: 0 1em; margin: 0; padding: 0; list-style: none;
-  font-size: 13px;  overflow-wrap: anywhere; }
+  font-size: 13px; overflow-wrap: anywhere; }
+@media (max-width: 32em) {
+  .fnet-run table, .fnet-run td code { font-size: 12.5px; }
+  .fnet-run th, .fnet-run td { padding-right: .55em; }
+}
 """
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; background: light-dark(#fff, #14161a); color: light-dark(#1b1d21, #e6e7ea); }
 body { margin: 0; }
 header, nav, main, footer { max-width: 88em; margin: 0 auto; padding: 0 1.2em; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34em), 1fr)); column-gap: 3em; }
+section { min-width: 0; padding: 1em 0 1.4em; border-top: 1px solid rgba(128, 128, 128, .35); }
+section:has(.charts, .pictures, .compared, .alert) { grid-column: 1 / -1; }
+section p { margin: .2em 0 .6em; }
 h1 { font-size: 1.6em; line-height: 1.2; margin: .8em 0 .3em; overflow-wrap: anywhere; }
 h2 { font-size: 1.2em; margin: 0 0 .5em; }
 header p, header ul { margin: .3em 0; overflow-wrap: anywhere; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: .6em 0; padding: 0; list-style: none; }
 a { color: light-dark(#0b5cad, #7db8f5); }
-section { padding: 1em 0 1.2em; border-top: 1px solid rgba(128, 128, 128, .35); }
-footer, .none { opacity: .75; }
+footer, .none, .note { opacity: .75; }
+.pill { display: inline-block; padding: 0 .6em; border-radius: 1em; font-size: 13px; font-weight: 600; }
 .warning { color: light-dark(#8a3b00, #ffb877); }
 .runs { padding: 0; list-style: none; }
 .runs p { display: inline; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20em), 1fr)); gap: 0 2em; margin: 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17em), 1fr)); gap: 0 2em; margin: 0; }
 dl div { display: flex; justify-content: space-between; gap: 1em; padding: .2em 0;
   border-bottom: 1px solid rgba(128, 128, 128, .3); }
-dd { margin: 0; text-align: right; overflow-wrap: anywhere; min-width: 0; }
-dt { overflow-wrap: anywhere; opacity: .8; }
-.marked td { background: color-mix(in srgb, #d9680a 14%, transparent); }
-.confusion caption { text-align: left; opacity: .75; padding-bottom: .5em; }
-.confusion th, .confusion td { padding: .25em .5em; text-align: right; font-size: 13px; }
-.confusion tbody th { text-align: left; padding-left: 0; }
-.hit { background: color-mix(in srgb, #1f77b4 calc(var(--share) * 65%), transparent); }
-.miss { background: color-mix(in srgb, #d9680a calc(var(--share) * 90%), transparent); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5em, 1fr)); gap: 1em;
-  margin: 0; padding: 0;  list-style: none; }
+dt { flex: none; max-width: 60%; overflow-wrap: anywhere; opacity: .8; }
+dd { margin: 0; min-width: 0; text-align: right; overflow-wrap: anywhere; }
+.fnet-run .compared td { white-space: normal; overflow-wrap: anywhere; min-width: 5.5em; max-width: 24em; }
+.fnet-run .compared td:first-child { min-width: 0; }
+.fnet-run .compared td:has(code) { min-width: 0; overflow-wrap: normal; }
+.fnet-run .compared small { white-space: nowrap; opacity: .75; }
+.fnet-run .marked td { background: color-mix(in srgb, #d9680a 14%, transparent); }
+.fnet-run .confusion th, .fnet-run .confusion td { padding: .25em .45em; text-align: right; font-size: 13px; }
+.fnet-run .confusion tbody th { text-align: left; padding-left: 0; }
+.fnet-run .confusion .hit { background: color-mix(in srgb, #1f77b4 calc(var(--share) * 65%), transparent); }
+.fnet-run .confusion .miss { background: color-mix(in srgb, #d9680a calc(var(--share) * 90%), transparent); }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.4em, 1fr)); gap: 1em;
+  margin: 0; padding: 0; list-style: none; }
 .pictures figure { margin: 0; font-size: 13px; line-height: 1.35; overflow-wrap: anywhere; }
 .pictures img { display: block; width: 100%; max-width: 12em; image-rendering: pixelated; border-radius: 4px;
   margin-bottom: .3em; }

@@ -1,0 +1,478 @@
+"""Weights for other programs, and inference without the model's code (needs safetensors and flatbuffers).
+
+    save_weights("mlp.safetensors", params)                          leaves by their paths, such as dense_0/w
+    params = load_weights("mlp.safetensors", like=params)
+    names = torch_names(params, {"dense_0": "0.*", "dense_1": "2.*"})   as torch.nn.Sequential calls them
+    save_weights("torch.safetensors", params, names)                 and back with load_weights(..., names)
+
+    export_inference(model, params, state, x, "mlp.inference")       y = load_inference("mlp.inference")(x)
+
+A *name map* is None (the paths themselves), a mapping of paths to names, or a list of `Rule`s. Nothing is pickled, and
+no file that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from fnet.layers.recurrent import LSTMCarry
+from fnet.types import Layer, PyTree, apply, named_leaves
+
+FORMAT = "1"  # of the files of export_inference
+Arrays = dict[str, np.ndarray]
+
+jax.export.register_namedtuple_serialization(LSTMCarry, serialized_name="fnet.LSTMCarry")
+
+
+class ExportError(ValueError):
+    """A file or a name map cannot be used; the message names it, what was expected, what was found and the remedy."""
+
+
+class Rule(NamedTuple):
+    """How some leaves of a tree are stored: ``store(*leaves)`` are the tensors, and ``restore(*tensors)`` the leaves.
+
+    Both take and return tuples of NumPy arrays. ``Rule(("dense_0/w",), ("fc.weight",), lambda w: (w.T,), lambda w:
+    (w.T,))`` transposes.
+    """
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    store: Callable[..., tuple] = lambda *leaves: leaves
+    restore: Callable[..., tuple] = lambda *tensors: tensors
+
+
+class Flattened(NamedTuple):
+    """For `torch_names`: the name of a dense layer behind a flattened convolution of so many channels.
+
+    fnet flattens images as (H, W, C), PyTorch as (C, H, W), so the rows of the weights stand in another order.
+    """
+
+    name: str
+    channels: int
+
+
+Names = Mapping[str, str] | Sequence[Rule] | None
+
+
+def save_weights(path: str | Path, params: PyTree, names: Names = None) -> None:
+    """Write the leaves of any tree of arrays to a safetensors file, in their dtypes (float16 and bfloat16 too).
+
+    Raises ExportError for a file that exists, for two leaves of one name, and for a name map that does not fit.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_weights(f"{folder}/a.safetensors", {"dense_0": {"w": jnp.ones((2, 3))}}, {"dense_0/w": "kernel"})
+    ...     load_weights(f"{folder}/a.safetensors", {"dense_0": {"w": jnp.zeros((2, 3))}}, {"dense_0/w": "kernel"})
+    {'dense_0': {'w': Array([[1., 1., 1.],
+           [1., 1., 1.]], dtype=float32)}}
+    """
+    _require_new(path)
+    with _whole(path) as part:
+        part.write_bytes(_serialized(to_tensors(params, names)))
+
+
+def load_weights(path: str | Path, like: PyTree, names: Names = None) -> PyTree:
+    """The tree that `save_weights` wrote; ``like`` has its structure, shapes and dtypes (arrays or shapes).
+
+    Raises ExportError for a file that is not safetensors', and where it does not hold exactly the tensors of ``like``:
+    it names every one that is missing, not expected, or of another shape or dtype.
+    """
+    arrays, _ = _read(path)
+    return from_tensors(arrays, like, names, where=str(path))
+
+
+def to_tensors(params: PyTree, names: Names = None) -> Arrays:
+    """The leaves as NumPy arrays by name. PyTorch takes them as ``{name: torch.from_numpy(a) for name, a in ...}``."""
+    return _stored({path: np.asarray(leaf) for path, leaf in _leaves(params)}, _rules(params, names))
+
+
+def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, *, where: str = "tensors") -> PyTree:
+    """The tree that `to_tensors` took apart; errors as in `load_weights`, which begin with ``where``."""
+    shapes, rules = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in _leaves(like)}, _rules(like, names)
+    expected, found = _stored(shapes, rules), {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    owner = {name: ", ".join(rule.paths) for rule in rules for name in rule.names}
+    label = lambda name: name if owner.get(name, name) == name else f"{owner[name]} (as {name})"  # noqa: E731
+    differing = [
+        f"{label(name)}: expected {_kind(expected.get(name))}, found {_kind(found.get(name))}"
+        for name in {**expected, **found}
+        if _kind(expected.get(name)) != _kind(found.get(name))
+    ]
+    if differing:
+        raise ExportError(
+            f"{where} is not of this model: {'; '.join(differing)}. Give the model it is of, or its names"
+        )
+    leaves = {}
+    for rule in rules:
+        leaves |= zip(rule.paths, rule.restore(*(found[name] for name in rule.names)), strict=True)
+    # a copy: jax on CPU may take a NumPy array's memory as it is, and that is the file's
+    made = {path: jnp.array(leaves[path]) for path in shapes}
+    for path, leaf in shapes.items():
+        if made[path].shape != leaf.shape or made[path].dtype != leaf.dtype:
+            raise ExportError(
+                f"{path} was restored as {_kind(made[path])}; expected {_kind(leaf)}: mend its Rule, or set "
+                "jax_enable_x64 for 64 bits"
+            )
+    return jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[str, ...]]) -> list[Rule]:
+    """The name map between a tree and a ``state_dict`` of PyTorch, from the layers' paths and the modules' names.
+
+    In a module's name ``*`` stands for its parameters', so ``"0.*"`` is ``0.weight`` and ``0.bias``:
+
+    >>> import fnet
+    >>> params, _ = fnet.init(fnet.mlp(4, 2), jax.random.key(0), jnp.ones((1, 3)))
+    >>> names = torch_names(params, {"dense_0": "0.*", "dense_1": "2.*"})
+    >>> {name: tensor.shape for name, tensor in to_tensors(params, names).items()}
+    {'0.bias': (4,), '0.weight': (4, 3), '2.bias': (2,), '2.weight': (2, 4)}
+
+    What a layer is shows in its leaves:
+
+    - dense, conv: PyTorch has features out first, ``(O, I)`` and ``(O, I, H, W)``. Behind `flatten` of a convolution
+      with C channels give ``Flattened("3.*", C)``.
+    - rnn, lstm, gru (``reset_after``): ``"lstm.*_l0"``, with ``_l1`` for the second of PyTorch's layers and
+      ``_l0_reverse`` for its second direction. PyTorch has two biases, which add: ours goes to the first and the
+      second is 0 (of a gru it holds that within the reset gate's product); read back, they are added.
+    - embedding, or a leaf by itself: as it is. A table that PyTorch holds twice has two names,
+      ``("embedding.*", "head.*")``; read back, they must agree.
+    - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
+
+    PyTorch takes images as (B, C, H, W). A transposed convolution has the leaves of a convolution, whose rule is wrong
+    for it: write a `Rule`. Raises ExportError for a path that is not there, for leaves of no such layer, and for leaves
+    that no module has.
+    """
+    rules, leaves = [], dict(named_leaves(params))
+    for path, given in modules.items():
+        start = f"{path}/" if path else ""
+        within = {name.removeprefix(start): leaf for name, leaf in leaves.items() if name.startswith(start)}
+        within |= {"": leaves[path]} if path in leaves else {}
+        if not within:
+            raise ExportError(f"torch_names: no leaf is at {path!r}; expected the path of one of {', '.join(leaves)}")
+        channels = given.channels if isinstance(given, Flattened) else None
+        patterns = (given.name,) if isinstance(given, Flattened) else (given,) if isinstance(given, str) else given
+        for rule in _torch_rules(path, within, channels):
+            paths = tuple(f"{start}{name}" if name else path for name in rule.paths)
+            named = tuple(pattern.replace("*", name) for pattern in patterns for name in rule.names)
+            rules.append(_repeated(rule._replace(paths=paths, names=named), len(patterns)))
+    without = leaves.keys() - {path for rule in rules for path in rule.paths}
+    if without:
+        raise ExportError(
+            f"torch_names: {', '.join(sorted(without))} have no module; expected a name for the layer of each"
+        )
+    return rules
+
+
+def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None) -> list[Rule]:
+    """The rules of one layer, by its own leaves and PyTorch's own names."""
+    names = set(leaves)
+    same = {"b": "bias", "scale": "weight", "bias": "bias", "table": "weight", "": "weight"}
+    rules = [Rule((name,), (same[name],)) for name in sorted(names & same.keys())]
+    if names in ({""}, {"table"}) or (names and names <= {"scale", "bias"}):
+        return rules
+    if names == {"mean", "var"}:
+        tensors = ("running_mean", "running_var", "num_batches_tracked")
+        count = np.zeros((), np.int64)
+        return [Rule(("mean", "var"), tensors, lambda m, v: (m, v, count), lambda m, v, count: (m, v))]
+    if names in ({"w"}, {"w", "b"}) and channels:
+        (size, units), rows = leaves["w"].shape, leaves["w"].shape[0] // channels
+        if size % channels:
+            raise ExportError(f"torch_names: {path} has {size} features in; expected a multiple of {channels} channels")
+        flat = lambda w: (w.reshape(rows, channels, units).transpose(2, 1, 0).reshape(units, size),)  # noqa: E731
+        back = lambda w: (w.reshape(units, channels, rows).transpose(2, 1, 0).reshape(size, units),)  # noqa: E731
+        return [*rules, Rule(("w",), ("weight",), flat, back)]
+    if names in ({"w"}, {"w", "b"}):  # (*kernel, I, O) and (O, I, *kernel)
+        spatial = tuple(range(leaves["w"].ndim - 2))
+        axes = (len(spatial) + 1, len(spatial), *spatial)
+        return [*rules, _turned("w", "weight", axes)]
+    gates = leaves["recurrent/w"].shape[1] // leaves["recurrent/w"].shape[0] if "recurrent/w" in names else 0
+    if gates and names >= {"input/w"}:
+        weights = [_turned("input/w", "weight_ih", (1, 0)), _turned("recurrent/w", "weight_hh", (1, 0))]
+        rest, biases = names - {"input/w", "recurrent/w"}, ("bias_ih", "bias_hh")
+        if not rest:
+            return weights
+        if rest == {"b"} and gates in (1, 4):
+            return [*weights, Rule(("b",), biases, lambda b: (b, np.zeros_like(b)), lambda b, c: (b + c,))]
+        if rest == {"b", "recurrent/b"} and gates == 3:
+            return [*weights, Rule(("b", "recurrent/b"), biases, _gru_biases, _from_gru_biases)]
+    raise ExportError(
+        f"torch_names: {path} has the leaves {', '.join(sorted(names))}; expected those of dense, conv, embedding, a "
+        "normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule"
+    )
+
+
+def _turned(leaf: str, tensor: str, axes: tuple[int, ...]) -> Rule:
+    back = tuple(np.argsort(axes))
+    return Rule((leaf,), (tensor,), lambda w: (w.transpose(axes),), lambda w: (w.transpose(back),))
+
+
+def _gru_biases(b, c):
+    """Of fnet's b (3 H) and c (H), which stands inside the product with the reset gate: PyTorch's two of (3 H)."""
+    return b, np.concatenate([np.zeros(2 * len(c), c.dtype), c])
+
+
+def _from_gru_biases(first, second):
+    units = len(second) // 3
+    return np.concatenate([first[: 2 * units] + second[: 2 * units], first[2 * units :]]), second[2 * units :]
+
+
+def _repeated(rule: Rule, times: int) -> Rule:
+    """The same tensors under as many names."""
+    if times == 1:
+        return rule
+    size = len(rule.names) // times
+
+    def restore(*tensors):
+        for i, tensor in enumerate(tensors):
+            if tensor.tobytes() != tensors[i % size].tobytes():
+                raise ExportError(
+                    f"{rule.names[i]} and {rule.names[i % size]} differ; expected one tensor under both names, which "
+                    f"is {', '.join(rule.paths)}"
+                )
+        return rule.restore(*tensors[:size])
+
+    return rule._replace(store=lambda *leaves: tuple(rule.store(*leaves)) * times, restore=restore)
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+class Inference(NamedTuple):
+    """A model's forward as a function of its inputs alone, called like the function it holds."""
+
+    call: Callable[[PyTree], PyTree]
+    platforms: tuple[str, ...]  # that it was compiled for, such as cpu, cuda, tpu
+    inputs: str  # what it takes, such as float32[b, 784]
+
+    def __call__(self, x: PyTree) -> PyTree:
+        return self.call(x)
+
+
+def export_inference(
+    model: Layer,
+    params: PyTree,
+    state: PyTree,
+    x: PyTree,
+    path: str | Path,
+    *,
+    any_batch: bool = False,
+    platforms: Sequence[str] | None = None,
+) -> Inference:
+    """Write ``apply(model, params, state, x)`` to one file, as a program and its weights; returns what it reads back.
+
+    The program takes inputs of the shapes and dtypes of ``x``; with ``any_batch`` their first axis may have any size.
+    ``platforms`` are those it can run on, such as ``("cpu", "cuda")``, by default the one at hand, which must be among
+    them: before the file is put in its place, what was read back from it is run on ``x``, and must give the bits of
+    the model's own compiled forward. The weights are arguments of the program, since XLA rounds otherwise where they
+    are constants; the file is safetensors', with the weights under their paths.
+
+    Raises ExportError for a file that exists, a model that cannot be exported like this, and bits that differ.
+    """
+    _require_flatbuffers()
+    _require_new(path)
+    here = jax.export.default_export_platform()
+    if platforms is not None and here not in platforms:
+        raise ExportError(f"platforms are {', '.join(platforms)}; expected {here} among them, where it is checked")
+    weights = {"params": params, "state": state}
+    arrays, structure = to_tensors(weights), jax.tree.structure(weights)
+
+    def forward(leaves, x):
+        tree = jax.tree.unflatten(structure, leaves)
+        return apply(model, tree["params"], tree["state"], x)
+
+    x = jax.tree.map(jnp.asarray, x)
+    batch = jax.export.symbolic_shape("b") if any_batch else ()
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*batch, *leaf.shape[len(batch) :]), leaf.dtype), x)
+    try:
+        exported = jax.export.export(jax.jit(forward), platforms=platforms)(jax.tree.leaves(weights), shapes)
+        program = exported.serialize()
+    except Exception as error:  # of the model's own code, of jax, of XLA
+        remedy = "with any_batch=False it is for inputs of the size of x" if any_batch else "see the error above"
+        raise ExportError(f"{model.name} cannot be exported ({_first_line(error)}); {remedy}") from error
+    arrays = {**arrays, "program": np.frombuffer(program, np.uint8)}
+    about = {"fnet_inference": FORMAT, "order": json.dumps(list(arrays)), "sha256": _digest(arrays)}
+    with _whole(path) as part:
+        part.write_bytes(_serialized(arrays, about))
+        inference = _inference(part, path)
+        compiled = jax.jit(lambda params, state, x: apply(model, params, state, x))
+        if _bits(compiled(params, state, x)) != _bits(inference(x)):
+            raise ExportError(
+                f"{model.name}: what was read back from {path} gives other bits than its compiled forward; expected "
+                "the same: report it"
+            )
+    return inference
+
+
+def load_inference(path: str | Path) -> Inference:
+    """What `export_inference` wrote: ``load_inference(path)(x)`` are the outputs.
+
+    It is compiled at its first call for inputs of one shape. Raises ExportError for a file that is none or is not as
+    it was written, and one for other platforms; the call raises it for inputs that do not fit.
+    """
+    return _inference(path, path)
+
+
+def _inference(path: str | Path, name: str | Path) -> Inference:
+    """What is in the file at ``path``; errors call it ``name``."""
+    _require_flatbuffers()
+    arrays, about = _read(path)
+    if about.get("fnet_inference") != FORMAT:
+        raise ExportError(
+            f"{name} holds {', '.join(list(arrays)[:4]) or 'nothing'} and has format {about.get('fnet_inference')}; "
+            f"expected format {FORMAT}: give a file that export_inference of this fnet wrote"
+        )
+    if (found := _digest(arrays)) != (expected := about.get("sha256", "none")):
+        raise ExportError(
+            f"{name} is not what was written: expected SHA-256 {expected[:12]}…, found {found[:12]}…; export it again"
+        )
+    try:
+        *weights, program = (arrays[name] for name in json.loads(about["order"]))
+        exported = jax.export.deserialize(bytearray(program.tobytes()))
+    except Exception as error:  # of flatbuffers, of jax
+        raise ExportError(
+            f"{name} cannot be read by this jax, {jax.__version__} ({_first_line(error)}); expected one that is not "
+            "older than the jax that wrote it: install that, or export again"
+        ) from error
+    if (here := jax.export.default_export_platform()) not in exported.platforms:
+        raise ExportError(
+            f"{name} is for {', '.join(exported.platforms)}; expected {here}, which is here: export it with "
+            f"platforms=({', '.join(map(repr, (*exported.platforms, here)))})"
+        )
+    weights, run = [jnp.array(leaf) for leaf in weights], jax.jit(exported.call)
+    takes = ", ".join(aval.str_short() for aval in exported.in_avals[len(weights) :])
+
+    def call(x: PyTree) -> PyTree:
+        try:
+            return run(weights, x)
+        except (ValueError, TypeError) as error:
+            given = ", ".join(_kind(jnp.asarray(leaf)) for leaf in jax.tree.leaves(x))
+            raise ExportError(f"{name} takes {takes}, found {given} ({_first_line(error)})") from error
+
+    return Inference(call, exported.platforms, takes)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _rules(like: PyTree, names: Names) -> list[Rule]:
+    """The name map as rules that hold every leaf once, and every name once."""
+    paths = [path for path, _ in _leaves(like)]
+    if names is None or isinstance(names, Mapping):
+        given = names or {}
+        rules = [Rule((path,), (given.get(path, path),)) for path in paths]
+        taken = [*paths, *given.keys() - set(paths)]
+    else:
+        rules = list(names)
+        taken = [path for rule in rules for path in rule.paths]
+    stored = [name for rule in rules for name in rule.names]
+    faults = [
+        f"leaf {path}: expected {int(path in paths)} times, found {taken.count(path)} times"
+        for path in dict.fromkeys([*paths, *taken])
+        if taken.count(path) != int(path in paths)
+    ]
+    faults += [f"name {name}: expected once, found {n} times" for name, n in Counter(stored).items() if n > 1]
+    if faults:
+        raise ExportError(f"the name map does not fit the tree: {'; '.join(faults)}")
+    return rules
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves by path, as arrays or shapes."""
+    leaves = [(path, leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in named_leaves(tree)]
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, np.number) and leaf.dtype != bool:
+            raise ExportError(
+                f"{path} is of dtype {leaf.dtype}; expected numbers: leave it out (of a key, its key_data)"
+            )
+    return leaves
+
+
+def _stored(leaves: Arrays, rules: Sequence[Rule]) -> Arrays:
+    stored = {}
+    for rule in rules:
+        stored |= zip(rule.names, rule.store(*(leaves[path] for path in rule.paths)), strict=True)
+    return stored
+
+
+def _kind(array) -> str:
+    return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _serialized(arrays: Arrays, about: dict[str, str] | None = None) -> bytes:
+    # safetensors writes an array's memory as it lies, whatever its strides
+    return _safetensors().save({name: np.require(array, requirements="C") for name, array in arrays.items()}, about)
+
+
+def _read(path: str | Path) -> tuple[Arrays, dict[str, str]]:
+    """The tensors of a safetensors file, and what it says of itself."""
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} cannot be read ({_first_line(error)}); expected a whole safetensors file") from error
+
+
+def _digest(arrays: Arrays) -> str:
+    """Of names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}:{_kind(array)};".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _bits(tree: PyTree):
+    return jax.tree.structure(tree), [(_kind(leaf), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def _require_new(path: str | Path) -> None:
+    if Path(path).exists():
+        raise ExportError(f"{path} exists already and is left as it is; expected a file that does not: name another")
+
+
+@contextlib.contextmanager
+def _whole(path: str | Path):
+    """A file to write that becomes ``path`` if nothing is raised."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written ({error}); expected a folder with room that can be") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+
+
+def _safetensors():
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("weights in files need safetensors: pip install 'fnet[runs]'") from error
+    return safetensors.numpy
+
+
+def _require_flatbuffers() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:  # by which jax.export writes
+        raise ImportError("exported inference needs flatbuffers: pip install 'fnet[runs]'")
