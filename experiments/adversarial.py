@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import load_images, new_run_folder
+from experiments.common import Options, load_images, new_run_folder, open_console
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -46,7 +46,7 @@ ATTACKS = ("noise", "FGSM", "PGD", "PGD on the other")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Attack a plain and an adversarially trained convolutional network."""
 
     epsilon: float = 0.2  # the change a pixel that training defends against; pixels go from 0 to 1
@@ -59,8 +59,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the attacks
     test_size: int = 1000  # of the 5,000 digits
     attacked: int = 300  # of the test digits
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/adversarial/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def network() -> fnet.Layer:
@@ -163,11 +161,10 @@ def measures(x: np.ndarray, labels: np.ndarray, epsilon: float, attacked: dict) 
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train both networks from every seed, attack them, print the tables, draw; returns what was measured."""
-    console = console or Console()
+    console = open_console(config, "adversarial", console)
     if not 0 < config.epsilon < 1 or not all(0 <= epsilon < 1 for epsilon in config.epsilons):
         raise SystemExit(f"epsilon = {config.epsilon}, epsilons = {config.epsilons}; expected numbers between 0 and 1")
-    folder, begin = new_run_folder(config.run_dir, "adversarial", config.name), time.perf_counter()
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder, begin = new_run_folder(config, "adversarial"), time.perf_counter()
     near = int(np.argmin(np.abs(np.array(config.epsilons) - config.epsilon)))  # the attack to look at
     trainings = {"plain": False, f"trained at ε = {config.epsilon:g}": True}
     trainers = {name: jax.jit(partial(train_seed, config, robust)) for name, robust in trainings.items()}

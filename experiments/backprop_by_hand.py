@@ -34,6 +34,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fnet
+from experiments.common import Options, open_console
 from fnet import tap
 from fnet.gradcheck.report import LeafCheck
 from fnet.types import Mean, stream
@@ -53,7 +54,7 @@ FAULTS = {  # the value whose gradient each makes wrong first, and what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Derive the backward of a character model by hand, audit it, and audit it again with one wrong line."""
 
     fault: Literal["batch", "total", "tanh", "inverse", "bessel", "square", "mean", "table"] = "square"  # wrong line
@@ -246,7 +247,7 @@ def report_table(right: fnet.gradcheck.Report, wrong: fnet.gradcheck.Report, fau
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Audit the derivation, audit it with one wrong line, compare the compact forms, train; returns the findings."""
-    console = console or Console()
+    console = open_console(config, "backprop_by_hand", console, takes=())
     with jax.enable_x64(True):
         words = read_words()
         alphabet = "." + "".join(sorted(set("".join(words))))

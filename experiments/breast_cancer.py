@@ -20,7 +20,6 @@ Legend: N cases, M runs (seeds × folds), B cases of a part, F = 30 features.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy
 from fnet.report import engine_table, plot_confusion
@@ -43,7 +42,7 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Cross-validate a small network on the 569 cases of the Wisconsin breast cancer set."""
 
     hidden: tuple[int, ...] = (16,)  # widths of the hidden layers; logistic regression, beside it, has none
@@ -52,8 +51,6 @@ class Config:
     epochs: int = 40
     folds: int = 5
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its own partition, parameters and orders
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/breast_cancer/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- the folds -------------------------------------------------------------------------------------------------------
@@ -146,9 +143,8 @@ def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Cross-validate by both engines and without hidden layers, print the table, draw; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "breast_cancer", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "breast_cancer", console)
+    folder = new_run_folder(config, "breast_cancer")
     x, y = load()
     folds_of = [assign_folds(y, config.folds, seed) for seed in config.seeds]
     train_data, test_data = make_parts(x, y, folds_of, config.folds)

@@ -36,10 +36,10 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import FOLDER, Options, length, new_run_folder, open_console
 from fnet.layers import lstm
 from fnet.models import gpt, recurrent_lm
-from fnet.observers import jsonl, progress
+from fnet.observers import progress
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
 from fnet.schedules import warmup_cosine
@@ -51,7 +51,7 @@ TARGET = 2.3  # bits per character on CPython's text
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a language model of characters and let it write."""
 
     model: Literal["lstm", "gpt"] = "lstm"
@@ -71,8 +71,6 @@ class Config:
     prompt: str | None = None  # what the sample begins with; None takes the first 40 characters of the validation part
     temperature: float = 0.7
     top_k: int = 20
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/char_language_model/NAME
-    name: str | None = None  # None takes the time of day
 
 
 DEFAULTS = {"lstm": {"epochs": 8, "learning_rate": 5e-3}, "gpt": {"epochs": 3, "learning_rate": 3e-3}}
@@ -135,11 +133,12 @@ def validation_bits(config: Config, model: fnet.Layer, params, state, ids: np.nd
     return float(result["loss"].value) / math.log(2)
 
 
-def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, observers):
+def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, observers, folder: Path):
     """One run from its seed; returns its last state and its history."""
     key, loss = jax.random.key(seed), fnet.softmax_cross_entropy
     assert config.epochs and config.learning_rate
-    steps = config.epochs * -(-len(data.targets) // config.batch_size)
+    epochs = length(config, data)
+    steps = epochs * -(-len(data.targets) // config.batch_size)
     if steps <= config.warmup_steps:
         raise SystemExit(f"warmup_steps = {config.warmup_steps}; expected less than {steps}, the steps of the run")
     rate = warmup_cosine(config.learning_rate, config.warmup_steps, steps)
@@ -147,8 +146,9 @@ def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, ob
     params, state = fnet.init(model, stream(key, "model"), data.inputs[:1])
     step = fnet.make_step(ENGINES[config.engine](model, loss), optimizer)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    options = {"epochs": config.epochs, "batch_size": config.batch_size, "observers": observers}
-    return fnet.fit(step, start, data, **options)
+    run = fnet.Run(folder, {**dataclasses.asdict(config), "seed": seed}, resume=config.resume)
+    options = {"batch_size": config.batch_size, "observers": observers, "run": run, "explain": config.explain}
+    return fnet.fit(step, start, data, epochs=epochs, **options)
 
 
 def write(config: Config, model: fnet.Layer, ts: fnet.TrainState, vocabulary: str, prompt: str, key) -> str:
@@ -165,7 +165,8 @@ def write(config: Config, model: fnet.Layer, ts: fnet.TrainState, vocabulary: st
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, measure, let it write; returns what was measured, by seed where it depends on it."""
-    console, begin = console or Console(), time.perf_counter()
+    takes = (*FOLDER, "steps", "resume")
+    console, begin = open_console(config, "char_language_model", console, takes), time.perf_counter()
     given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     config = dataclasses.replace(config, **{**DEFAULTS[config.model], **given})
     text = load(config.text)
@@ -177,8 +178,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         raise SystemExit(f"{len(train_ids)} characters to train on; expected more than length = {config.length}")
     prompt = text[end : end + 40] if config.prompt is None else config.prompt
     encode(prompt, vocabulary)  # before anything is trained
-    folder = new_run_folder(config.run_dir, "char_language_model", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder = new_run_folder(config, "char_language_model")
     digest = hashlib.sha256(text.encode()).hexdigest()
     console.print(f"{len(text)} characters, {len(vocabulary)} different ones, sha256 {digest}", soft_wrap=True)
 
@@ -186,12 +186,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     bits, runs, sample = counted_bits(train_ids, validation_ids, len(vocabulary)), {}, ""
     for seed in config.seeds:
         title = f"{config.model}, seed {seed}"
-        observers = [progress(title, console), jsonl(folder / "metrics.jsonl", seed=seed)]
-        ts, history = train_one(config, seed, data, model, observers)
+        ts, history = train_one(config, seed, data, model, [progress(title, console)], folder / f"seed_{seed}")
         runs[seed] = {
             "bits": validation_bits(config, model, ts.params, ts.state, validation_ids),
             "training bits": history.epochs["loss"] / math.log(2),
-            "characters a second": len(history.epochs["loss"]) * (end - 1) / history.run_seconds,
+            "characters a second": len(history.epochs["loss"]) * (end - 1) / max(history.run_seconds, 1e-9),
             "compile seconds": history.compile_seconds,
         }
         sample = sample or write(config, model, ts, vocabulary, prompt, stream(jax.random.key(seed), "sample"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import jax
 from rich.console import Console
 
 import fnet
+from fnet.training import steps_per_epoch
 from fnet.types import stream
 
 
@@ -31,46 +33,52 @@ class Options:
     cache: Path | None = Path("~/.cache/fnet/jax")  # jax's compilation cache; None compiles everything anew
 
 
-def begin(config: Options, experiment: str, console: Console | None, takes: Sequence[str] = ()) -> tuple[Console, Path]:
-    """The console to print on and the run's folder, made, with its config.json; the compilation cache is on.
+FOLDER = ("run_dir", "name")
 
-    ``takes`` are those of the options seed, engine, steps and resume that have an effect in the experiment. An option
-    that has none, a folder that exists and a run to resume that does not are refused with SystemExit.
+
+def open_console(
+    config: Options, experiment: str, console: Console | None = None, takes: Sequence[str] = FOLDER
+) -> Console:
+    """The console of an experiment, after its options are checked; the compilation cache is on from here.
+
+    ``takes`` are those of run_dir, name, seed, engine, steps and resume that have an effect, beside those that its own
+    configuration declares. Any other that is given is refused with SystemExit.
     """
+    own = {*takes, *inspect.get_annotations(type(config))}
     default = {field.name: field.default for field in dataclasses.fields(Options)}
-    for option in ("seed", "engine", "steps", "resume"):
-        if option not in takes and getattr(config, option) != default[option]:
+    for option in ("run_dir", "name", "seed", "engine", "steps", "resume"):
+        if option not in own and getattr(config, option) != default[option]:
             raise SystemExit(f"{experiment}: --{option} would do nothing here; leave it out")
-    if config.steps is not None and config.steps < 1:
-        raise SystemExit(f"{experiment}: --steps {config.steps}; expected at least 1")
-    root = Path(config.run_dir) / experiment
-    folder = (
-        latest(root)
-        if config.resume and config.name is None
-        else root / (config.name or time.strftime("%Y%m%d-%H%M%S"))
-    )
-    if config.resume and not folder.is_dir():
-        raise SystemExit(
-            f"{folder} is not there; expected the folder of a run to resume: leave --resume out to begin one"
-        )
-    if not config.resume:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise SystemExit(f"{folder} exists already and is left as it is: choose another --name") from None
-        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-        (folder / "config.json").write_text(text + "\n")
     settings: Any = jax.config
     if config.cache is not None and not settings.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if config.quiet:
-        console = Console(quiet=True)
-    console = console or Console()
+    console = Console(quiet=True) if config.quiet else console or Console()
     if config.explain:
         explain(console)
-    return console, folder
+    return console
+
+
+def new_run_folder(config: Options, experiment: str) -> Path:
+    """Make and return the run's folder with its config.json; with ``--resume``, that of the run to continue.
+
+    A folder that exists is refused with SystemExit, and so is one to resume that does not.
+    """
+    root = Path(config.run_dir) / experiment
+    if config.resume:
+        folder = latest(root) if config.name is None else root / config.name
+        if not folder.is_dir():
+            raise SystemExit(f"{folder} is not there; expected a run's folder: leave --resume out to begin one")
+        return folder
+    folder = root / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SystemExit(f"{folder} exists already and is left as it is: choose another --name") from None
+    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+    (folder / "config.json").write_text(text + "\n")
+    return folder
 
 
 def latest(root: Path) -> Path:
@@ -86,21 +94,24 @@ def explain(console: Console) -> None:
     settings: Any = jax.config
     console.print(f"compilation cache: {settings.jax_compilation_cache_dir or 'off'}", highlight=False, soft_wrap=True)
 
-    def compiled(event: str, seconds: float, **about):
+    def compiled(event: str, seconds: float, **about: str | int):
         if event == "/jax/core/compile/backend_compile_duration":
             console.print(f"explain: {about.get('fun_name', 'a program')} in {seconds:.2f} s", highlight=False)
 
-    def cached(event: str, **_):
+    def cached(event: str, **_: str | int):
         if event == "/jax/compilation_cache/cache_hits":
             console.print("explain: from the compilation cache:", highlight=False, end=" ")
 
-    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_duration_secs_listener(compiled)  # pyright: ignore[reportArgumentType]
     jax.monitoring.register_event_listener(cached)
 
 
-def length(config: Any) -> dict[str, int]:
-    """Where a run ends, for `fnet.fit`: at the experiment's epochs, or at ``--steps``."""
-    return {"epochs": config.epochs} if config.steps is None else {"steps": config.steps}
+def length(config: Any, data: fnet.Batch) -> int:
+    """The epochs at which a run ends: the experiment's, or those of ``--steps``."""
+    per_epoch = steps_per_epoch(data, config.batch_size)
+    if config.steps is not None and (config.steps < 1 or config.steps % per_epoch):
+        raise SystemExit(f"--steps {config.steps}; expected a multiple of {per_epoch}, the steps of an epoch")
+    return config.epochs if config.steps is None else config.steps // per_epoch
 
 
 def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batch, fnet.Batch]:

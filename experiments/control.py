@@ -22,7 +22,6 @@ Legend: B flights, T time steps; x the state: position m, angle rad (0 is uprigh
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.initializers import lecun_normal
 from fnet.layers import tanh
 from fnet.report import engine_table
@@ -48,7 +47,7 @@ SHOWN = (0.5, 2.0, 4.0)  # m: the starts from rest of the picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a policy through a differentiable cart-pole and compare it with an LQR on the same cost."""
 
     hidden: tuple[int, ...] = (32,)  # widths of the policy's hidden layers, tanh after each
@@ -61,8 +60,6 @@ class Config:
     epochs: int = 250
     learning_rate: float = 5e-3  # Adam's at the start; it falls to 0 along half a cosine
     seeds: tuple[int, ...] = (0, 1, 2)  # of the parameters, the starts and their order; all train in one program
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/control/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- the system ------------------------------------------------------------------------------------------------------
@@ -169,9 +166,8 @@ def judge(policy, config: Config, starts, final) -> dict[str, jax.Array]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Solve, audit, train, compare and draw; returns what was measured, by policy and kind of start."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "control", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "control", console)
+    folder = new_run_folder(config, "control")
     a, b = linearised(config.dt)
     gain, final = riccati(a, b, Q, np.array([[R]]))
     poles = np.abs(np.linalg.eigvals(a - b @ gain)).max(), np.abs(np.linalg.eigvals(a)).max()

@@ -31,7 +31,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.initializers import zeros
 from fnet.layers import dense, freeze, identity, relu, serial, sigmoid
 from fnet.losses import binary_cross_entropy, softmax_cross_entropy
@@ -43,7 +43,7 @@ from fnet.types import Layer, stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a denoising autoencoder on unlabelled digits, then a linear probe on its code."""
 
     code: int = 256  # H, entries of the code
@@ -58,8 +58,6 @@ class Config:
     decays: tuple[float, ...] = (0.001, 0.01, 0.1)  # of the probe's weights
     probe_updates: int = 100  # full-batch, by Adam at 0.03
     seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the noise
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/denoising_autoencoder/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def load(config: Config, seed: int) -> tuple[fnet.Batch, fnet.Batch, fnet.Batch]:
@@ -197,13 +195,12 @@ def rows_of(config: Config, before, after, images) -> dict[str, tuple[Layer, obj
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Pretrain, probe, compare and draw; returns what was measured."""
-    console = console or Console()
+    console = open_console(config, "denoising_autoencoder", console)
     if not 0 < config.mask < 1:
         raise SystemExit(f"mask = {config.mask}; expected between 0 and 1: without noise there is nothing to restore")
     data = {seed: load(config, seed) for seed in config.seeds}
     few(data[config.seeds[0]][0], max(config.labels))
-    folder = new_run_folder(config.run_dir, "denoising_autoencoder", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder = new_run_folder(config, "denoising_autoencoder")
 
     train_unlabelled = jax.jit(partial(pretrain, config))
     probes: dict[str, Callable] = {}

@@ -16,7 +16,6 @@ is taken before every update, to tell apart what an update saw and what it did. 
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -34,7 +33,7 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Descend on the 8x8 digits by full batches, mini-batches and single examples."""
 
     hidden: tuple[int, ...] = ()  # widths of hidden layers; none is softmax regression
@@ -46,15 +45,12 @@ class Config:
     window: int = 500  # the last updates, over which noise and rises are counted
     test_size: int = 357  # of the 1,797 digits; the other 1,440 are trained on
     seed: int = 0  # of the split, the parameters and the order of the examples
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/descent_modes/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Descend in the three modes, print the table and draw the costs; returns what was measured, by mode."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "descent_modes", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "descent_modes", console)
+    folder = new_run_folder(config, "descent_modes")
     key = jax.random.key(config.seed)
     digits = fnet.data.sklearn_digits()
     n = len(digits.targets) - config.test_size

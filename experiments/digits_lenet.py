@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import load_images, new_run_folder
+from experiments.common import Options, load_images, new_run_folder, open_console
 from fnet.metrics import accuracy, confusion
 from fnet.models import lenet5
 from fnet.report import engine_table, plot_confusion, summary
@@ -40,7 +40,7 @@ ENGINES = {"backprop": fnet.backprop, "autodiff": fnet.autodiff}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train LeNet-5 on handwritten digits, from several seeds."""
 
     engine: Literal["backprop", "autodiff"] = "backprop"  # by hand, or by jax
@@ -51,8 +51,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
     test_size: int = 1000  # of the 5,000 digits
     held_out: int = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/digits_lenet/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -120,9 +118,8 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 def measure(experiment: str, model: fnet.Layer, config, console: Console | None = None) -> dict:
     """Train ``model`` from every seed, print the tables and write the run folder; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, experiment, config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, experiment, console)
+    folder = new_run_folder(config, experiment)
     table = summary(model, jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), "float32"))
     console.print(str(table), markup=False, highlight=False, soft_wrap=True)
     results, seconds = train_seeds(config, model, console)

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, begin, length
+from experiments.common import FOLDER, Options, length, new_run_folder, open_console
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.observers import progress
 from fnet.report import (
@@ -71,7 +71,8 @@ def compiled_cost(step, ts, batch) -> dict[str, float]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train by both engines, print the comparison and write the run folder; returns what was measured."""
-    console, folder = begin(config, "digits_mlp", console, takes=("seed", "engine", "steps", "resume"))
+    console = open_console(config, "digits_mlp", console, takes=(*FOLDER, "seed", "engine", "steps", "resume"))
+    folder = new_run_folder(config, "digits_mlp")
     key = jax.random.key(config.seed)
     with console.status("reading the digits and drawing the parameters"):
         train_data, test_data = load(config, stream(key, "split"))
@@ -98,7 +99,7 @@ def run(config: Config, console: Console | None = None) -> dict:
             step,
             start,
             train_data,
-            **length(config),
+            epochs=length(config, train_data),
             batch_size=config.batch_size,
             evaluate=evaluate,
             validation=test_data,

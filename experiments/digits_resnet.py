@@ -13,20 +13,20 @@ state: tests normalise by the running statistics that the training has gathered.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
 
 import fnet
+from experiments.common import Options
 from experiments.digits_lenet import measure
 from fnet.layers import batch_norm, conv, relu
 from fnet.models import resnet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a residual network on handwritten digits, from several seeds."""
 
     blocks: tuple[int, ...] = (1, 1, 1)  # basic blocks of each stage: two convolutions each
@@ -39,8 +39,6 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
     test_size: int = 1000  # of the 5,000 digits
     held_out: int = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/digits_resnet/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def network(config: Config) -> fnet.Layer:

@@ -17,11 +17,9 @@ Legend: B examples, T steps in time, F features, K classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from html import escape
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -35,7 +33,7 @@ from rich.markup import escape as as_text
 from rich.table import Table
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet import losses
 from fnet.gradcheck import Report
 from fnet.layers.recurrent import LSTMCarry
@@ -54,15 +52,13 @@ FAULTS = {  # activation: what its backward does wrong, and that backward
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Audit every layer, loss and model of fnet."""
 
     only: tuple[str, ...] = ()  # the audits whose names begin with one of these; none given: all
     fault: Literal["relu", "sigmoid", "softmax", "tanh"] | None = None  # the activation whose backward is made wrong
     batch_size: int = 32  # digits in the audit of 784-128-64-10
     seed: int = 0  # of the inputs, the parameters and the choice of digits
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/gradient_audit/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def constructors(fault: str | None) -> SimpleNamespace:
@@ -302,12 +298,11 @@ def index_page(reports: dict[str, Report], pages: dict[str, str]) -> str:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Run the audits, print the table, write the run folder; returns the reports and the names of those that failed."""
-    console = console or Console()
+    console = open_console(config, "gradient_audit", console)
     chosen = {name: audit for name, audit in audits(config).items() if name.startswith(config.only or "")}
     if not chosen:
         raise SystemExit(f"--only {' '.join(config.only)}: no audit begins so; there are {', '.join(audits(config))}")
-    folder = new_run_folder(config.run_dir, "gradient_audit", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder = new_run_folder(config, "gradient_audit")
 
     reports = {}
     with console.status("") as status:

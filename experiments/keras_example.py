@@ -17,7 +17,6 @@ Legend: N examples, 10 classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -28,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import FOLDER, Options, length, new_run_folder, open_console
 from fnet.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
-from fnet.observers import jsonl, progress
+from fnet.observers import progress
 from fnet.report.plots import new_figure
 from fnet.types import stream
 
@@ -40,7 +39,7 @@ CLAIMED = {1: (2.3, 0.10), 10: (1.5, 0.40), 50: (0.3, 0.90)}  # the text's loss 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train the sources' Keras example on random inputs with random labels."""
 
     examples: int = 1000
@@ -49,8 +48,6 @@ class Config:
     batch_size: int = 32
     epochs: int = 50
     seed: int = 0  # of the data, the parameters and the order of the examples
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/keras_example/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def random_data(config: Config, key) -> fnet.Batch:
@@ -68,9 +65,8 @@ def split_last(data: fnet.Batch, share: float) -> tuple[fnet.Batch, fnet.Batch]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, print the comparison and write the run folder; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "keras_example", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "keras_example", console, takes=(*FOLDER, "engine", "steps", "resume"))
+    folder = new_run_folder(config, "keras_example")
     key = jax.random.key(config.seed)
     with console.status("drawing the data and the parameters"):
         training, validation = split_last(random_data(config, stream(key, "data")), config.validation_split)
@@ -78,25 +74,27 @@ def run(config: Config, console: Console | None = None) -> dict:
         params, state = fnet.init(model, stream(key, "model"), training.inputs[:1])
 
     optimizer = fnet.adam(config.learning_rate, eps=1e-7, variant="keras")
-    gradient = fnet.backprop(model, loss, {"accuracy": accuracy})
+    gradient = getattr(fnet, config.engine or "backprop")(model, loss, {"accuracy": accuracy})
     step = fnet.make_step(gradient, optimizer, monitors={"gradient_norm": gradient_norms})
     _, history = fnet.fit(
         step,
         fnet.init_train_state(params, optimizer, stream(key, "run"), state),
         training,
-        epochs=config.epochs,
+        epochs=length(config, training),
         batch_size=config.batch_size,
         evaluate=fnet.make_evaluate(model, loss, {"accuracy": accuracy}),
         validation=validation,
-        observers=[progress("training", console), jsonl(folder / "metrics.jsonl")],
+        observers=[progress("training", console)],
+        run=fnet.Run(folder / "training", config, resume=config.resume),
+        explain=config.explain,
     )
 
     curves, held_out = history.epochs, len(validation.inputs)
     training_columns = ("loss\nclaimed", "loss\nmeasured", "accuracy\nclaimed", "accuracy\nmeasured")
     table = Table("epoch", *training_columns, "validation\nloss", "validation\naccuracy", box=SIMPLE)
     table.title = f"{config.examples} random examples, the last {held_out} held out"
-    for epoch in sorted({*CLAIMED, config.epochs}):
-        if epoch <= config.epochs:
+    for epoch in sorted({*CLAIMED, len(curves["loss"])}):
+        if epoch <= len(curves["loss"]):
             now = {name: values[epoch - 1] for name, values in curves.items()}
             claims = [f"≈ {CLAIMED[epoch][0]:.1f}", f"≈ {CLAIMED[epoch][1]:.0%}"] if epoch in CLAIMED else ["", ""]
             training_cells = claims[0], f"{now['loss']:.4f}", claims[1], f"{now['accuracy']:.1%}"

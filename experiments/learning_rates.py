@@ -17,7 +17,6 @@ great, and more epochs lower the first and raise the second; training pays up to
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -36,7 +35,7 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Sweep the learning rate of plain gradient descent on the 8x8 digits in one program."""
 
     rates: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
@@ -45,8 +44,6 @@ class Config:
     hidden: tuple[int, ...] = (64, 32)  # widths of the hidden layers
     test_size: int = 357  # of the 1,797 digits; the other 1,440 are trained on
     seed: int = 0  # of the split, the parameters and the order of the examples
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/learning_rates/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def load(config: Config) -> tuple[fnet.Batch, ...]:
@@ -77,9 +74,8 @@ def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train at every rate, print the table, draw the curves; returns what was measured, by rate."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "learning_rates", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "learning_rates", console)
+    folder = new_run_folder(config, "learning_rates")
     data, traces = load(config), 0
 
     def member(rate, *data):

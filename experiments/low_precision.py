@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy
 from fnet.optimizers import dynamic_loss_scale, master_weights
@@ -46,7 +45,7 @@ WITHIN = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train in 16 bits and compare with float32."""
 
     seeds: int = 5  # of the split, the parameters and the order of the examples
@@ -55,8 +54,6 @@ class Config:
     rate: float = 3e-4  # small, so that updates are below bfloat16's rounding
     hidden: int = 32
     test_size: int = 357  # of the 1,797 digits
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/low_precision/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def train_in(config: Config, way: str, key, digits: fnet.Batch) -> dict:
@@ -83,9 +80,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     """Train in every way from every seed; returns accuracies by way."""
     if config.seeds < 1:
         raise ValueError(f"low_precision: seeds = {config.seeds}; expected at least 1")
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "low_precision", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "low_precision", console)
+    folder = new_run_folder(config, "low_precision")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
     keys, results, rows = jax.random.split(jax.random.key(0), config.seeds), {}, {}
     for way in WAYS:

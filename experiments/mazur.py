@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
+from experiments.common import Options, open_console
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
 from fnet.types import weighted_mean
@@ -52,7 +53,7 @@ PRINTED = {  # by the post, to the last digit
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Reproduce Mazur's worked example by hand and by autodiff."""
 
     updates: int = 10_000  # before the last rows; the post makes 10,000
@@ -125,7 +126,7 @@ def agrees(value: float, printed: str) -> bool:
 
 def run(config: Config, console: Console | None = None) -> dict[str, dict[str, float]]:
     """Print the table; returns its columns, each a dict by quantity."""
-    console = console or Console()
+    console = open_console(config, "mazur", console, takes=())
     with jax.enable_x64(True), console.status("running the example by three gradient engines"):
         model, params, state, data = example()
         engines = {

@@ -25,7 +25,6 @@ Legend: 1 example, I = 2 inputs, H = 3 hidden units, 1 output; fnet keeps W and 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -37,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
 from fnet.report.plots import new_figure
@@ -48,7 +47,7 @@ NAMES = ["z", "a", "ŷ", "L", "∂L/∂ŷ", "∂L/∂W_o", "∂L/∂b_o", "∂L/
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Draw a 2-3-1 network with its values and gradients, and check them against the formulas by hand."""
 
     inputs: tuple[float, float] = (0.6, -0.4)
@@ -56,8 +55,6 @@ class Config:
     learning_rate: float = 0.1  # of plain gradient descent
     updates: int = 10  # between the two pictures
     seeds: tuple[int, ...] = (0, 1, 2)  # of the weights; the pictures show the first
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/network_graph/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- the numbers, three times ----------------------------------------------------------------------------------------
@@ -153,9 +150,8 @@ def descend(config: Config, params, x: np.ndarray):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Compute all numbers three times for every seed, print the table and draw the graph; returns the numbers."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "network_graph", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "network_graph", console)
+    folder = new_run_folder(config, "network_graph")
     x, y = np.array(config.inputs), config.target
     numbers, losses = {}, []
     with jax.enable_x64(True), console.status("computing everything three times"):

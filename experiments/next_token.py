@@ -12,7 +12,6 @@ Legend: 1 example, K = 4 tokens; z logits, p = softmax(z), y one-hot.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.layers import softmax
 from fnet.report.plots import new_figure
 
@@ -37,12 +36,10 @@ TARGET = TOKENS.index("azul")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Predict the token after "El cielo es" from four logits, and learn from the answer once."""
 
     learning_rate: float = 1.0  # of the one step on the logits
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/next_token/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def explain(e: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float] | None]]:
@@ -84,9 +81,8 @@ def compute(config: Config) -> dict:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Print the tables and draw the bars; returns all numbers."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "next_token", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "next_token", console)
+    folder = new_run_folder(config, "next_token")
     r = compute(config)
 
     e, total = r["exponentials"], r["exponentials"].sum()

@@ -16,7 +16,6 @@ Epochs and steps are counted to where the value falls below the target for good.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -54,7 +53,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Compare five optimizers on the 8x8 digits and in a narrow quadratic valley."""
 
     digits: Rates = Rates(sgd=1.0, momentum=0.1, nesterov=0.1, rmsprop=0.01, adam=0.03)
@@ -68,8 +67,6 @@ class Config:
     condition: float = 100.0  # the valley's greatest curvature; its least is 1
     steps: int = 2000  # in the valley
     seed: int = 0
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/optimizer_comparison/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def train_digits(config: Config, model, make, rate, start, key, data):
@@ -105,9 +102,8 @@ def descend_valley(config: Config, make, rate, degrees):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train and descend with every optimizer, print tables and advice, draw; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "optimizer_comparison", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "optimizer_comparison", console)
+    folder = new_run_folder(config, "optimizer_comparison")
     key = jax.random.key(config.seed)
     train_data, test_data = fnet.split(fnet.data.sklearn_digits(), (1440, 357), stream(key, "split"))
     model, keys = fnet.mlp(*config.hidden, 10), jax.random.split(stream(key, "starts"), config.starts)

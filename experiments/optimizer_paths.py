@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet import optimizers
 from fnet.optimizers import minimize_lbfgs
 from fnet.report import engine_table
@@ -91,7 +91,7 @@ DRAWN = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "nadam", "lion")  # of
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Draw the paths of optimizers on functions with known minima."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
@@ -101,8 +101,6 @@ class Config:
     rates: int = 25  # from low to high by a constant factor
     low: float = 1e-4
     high: float = 10.0
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/optimizer_paths/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def path(problem: Problem, name: str, steps: int, rate) -> jax.Array:
@@ -140,8 +138,8 @@ def run(config: Config, console: Console | None = None) -> dict:
         for name in given:
             if name not in known:
                 raise ValueError(f"optimizer_paths: no {what} {name!r}; expected some of {', '.join(known)}")
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "optimizer_paths", config.name)
+    console = open_console(config, "optimizer_paths", console)
+    folder = new_run_folder(config, "optimizer_paths")
     rates, results = np.geomspace(config.low, config.high, config.rates), {}
     with jax.enable_x64(True):
         for title in config.problems:

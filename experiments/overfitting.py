@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -44,7 +44,7 @@ from fnet.types import Layer, Optimizer, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Bias and variance on a known function; capacity against data and cures of overfitting on the 8x8 digits."""
 
     sets: int = 100  # training sets drawn anew
@@ -65,8 +65,6 @@ class Config:
     cure_epochs: int = 150
     learning_rate: float = 0.01  # Adam's, everywhere
     seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the training sets
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/overfitting/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def decayed(optimizer: Optimizer, decay) -> Optimizer:
@@ -277,9 +275,8 @@ def choose(pairs, curves: dict[str, np.ndarray]) -> dict[str, dict]:
 def run(config: Config, console: Console | None = None) -> dict:
     """The three studies: tables, pictures, results.json; returns what was measured."""
     check(config)
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "overfitting", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "overfitting", console)
+    folder = new_run_folder(config, "overfitting")
     with console.status(f"{config.sets} training sets of a known function, for {len(config.units)} networks"):
         by_units, by_cure = study_function(config)
     with console.status("capacity against data"):

@@ -16,7 +16,6 @@ Legend: 4 examples, 2 features, E epochs.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms
@@ -41,7 +40,7 @@ ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Learn AND, OR and XOR by Rosenblatt's rule, and XOR by a hidden layer."""
 
     epochs: int = 1000  # of Rosenblatt's rule
@@ -49,8 +48,6 @@ class Config:
     learning_rate: float = 0.5  # its gradient descent's
     updates: int = 2000  # its full-batch updates
     seed: int = 0  # of its start
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/perceptron/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def rosenblatt(targets, epochs: int):
@@ -114,9 +111,8 @@ def step_gradients(config: Config) -> dict[str, dict[str, dict[str, float]]]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Learn, print what was learned and draw it; returns the numbers."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "perceptron", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "perceptron", console)
+    folder = new_run_folder(config, "perceptron")
     with console.status("learning"):
         learn = jax.jit(jax.vmap(partial(rosenblatt, epochs=config.epochs)))  # the three targets at once
         learned = map(np.asarray, learn(jnp.asarray(list(TARGETS.values()))))

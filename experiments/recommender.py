@@ -22,7 +22,6 @@ Legend: U users, I items, K factors, N entries, B entries of a batch, r the rank
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.losses import squared_error
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -42,7 +41,7 @@ from fnet.types import stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Factorise seeded ratings of known rank, at several ranks at once, by autodiff and by hand."""
 
     users: int = 300
@@ -56,8 +55,6 @@ class Config:
     batch_size: int = 600
     epochs: int = 50
     seeds: tuple[int, ...] = (0, 1, 2)  # of the ratings, the split, the start and the order
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/recommender/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- the ratings -----------------------------------------------------------------------------------------------------
@@ -173,9 +170,8 @@ def attainable(config: Config, entries: int) -> float:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train at every rank, and at the true one by hand too, print the table, draw; returns what was measured."""
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "recommender", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "recommender", console)
+    folder = new_run_folder(config, "recommender")
     data = [make_ratings(config, seed) for seed in config.seeds]
     training, test = (jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), *(d[i] for d in data)) for i in (0, 1))
     keys = jax.vmap(jax.random.key)(jnp.array(config.seeds))

@@ -41,7 +41,7 @@ from rich.console import Console
 from scipy.stats import rankdata
 
 import fnet
-from experiments.common import load_images, new_run_folder
+from experiments.common import Options, load_images, new_run_folder, open_console
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -57,7 +57,7 @@ LAYERS = ("dense_1", "dense_0", "conv_1", "conv_0")  # from the top
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a small convolutional network on the digits and look at what it looks at."""
 
     images: int = 100  # of the test digits, in the checks
@@ -72,8 +72,6 @@ class Config:
     split_seed: int = 0  # all networks are trained on the same 4,000 digits and look at the same others
     test_size: int = 1000  # of the 5,000 digits
     tolerance: float = 0.01  # of completeness: mean |Σ map − (z(x) − z(empty))| over mean |z(x) − z(empty)|
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/saliency/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def network() -> fnet.Layer:
@@ -194,11 +192,10 @@ def by_autodiff(params, state, x, labels) -> jax.Array:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, map, check, print the tables, draw; returns what was measured."""
-    console = console or Console()
+    console = open_console(config, "saliency", console)
     if config.wiped_out[0] != 0:
         raise SystemExit(f"wiped_out = {config.wiped_out}; expected 0 first: the logit that the others are compared to")
-    folder, begin = new_run_folder(config.run_dir, "saliency", config.name), time.perf_counter()
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder, begin = new_run_folder(config, "saliency"), time.perf_counter()
     train_data, test_data = load_images(config.split_seed, config.test_size)
     keys = [jax.random.key(seed) for seed in config.seeds]
     train, maps, check, wipe, compare = (

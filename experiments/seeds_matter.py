@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet import optimizers
 from fnet.metrics import accuracy
 from fnet.population import crossed, grid, student, train_population
@@ -39,7 +39,7 @@ NAMES = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "adamw", "nadam", "rad
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """The spread over seeds of every optimizer at its tuned rate, and which differences are real."""
 
     optimizers: tuple[str, ...] = NAMES
@@ -50,8 +50,6 @@ class Config:
     hidden: int = 32
     test_size: int = 357  # of the 1,797 digits
     validation_size: int = 240
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/seeds_matter/NAME
-    name: str | None = None  # None takes the time of day
 
     @property
     def rates(self) -> np.ndarray:
@@ -103,9 +101,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     for what, count, least in (("seeds", config.seeds, 2), ("tuning_seeds", config.tuning_seeds, 1)):
         if count < least:
             raise ValueError(f"seeds_matter: {what} = {count}; expected at least {least}")
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "seeds_matter", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "seeds_matter", console)
+    folder = new_run_folder(config, "seeds_matter")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
     tuning = jax.random.split(jax.random.key(1), config.tuning_seeds)
     keys = jax.random.split(jax.random.key(0), config.seeds)

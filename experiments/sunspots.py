@@ -38,7 +38,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.initializers import normal
 from fnet.layers import dense, gru, serial
 from fnet.losses import squared_error
@@ -48,7 +48,7 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Forecast the yearly sunspot numbers."""
 
     units: int = 12  # of the GRU
@@ -63,8 +63,6 @@ class Config:
     validation_size: int = 100  # years
     test_size: int = 80
     resamples: int = 4000  # of the bootstrap
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/sunspots/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +207,7 @@ def gain_interval(errors_a, errors_b, resamples: int, block: int = 11) -> tuple[
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Choose, train, test, draw; returns what was measured."""
-    console = console or Console()
+    console = open_console(config, "sunspots", console)
     if config.updates % config.every or config.updates < config.every:
         raise SystemExit(f"updates = {config.updates}; expected a multiple of every = {config.every}")
     years, x = load()
@@ -219,8 +217,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         raise SystemExit(
             f"{begin} years remain to train on; expected more than {2 * config.orders}: make a part smaller"
         )
-    folder = new_run_folder(config.run_dir, "sunspots", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder = new_run_folder(config, "sunspots")
 
     others = references(config, x, begin, test)
     linear = next(name for name in others if name.startswith("AR"))

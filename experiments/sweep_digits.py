@@ -14,8 +14,6 @@ setting, the test digits are looked at.
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +21,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
@@ -31,7 +29,7 @@ from fnet.types import require_counts, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Sweep Adam's rate and b1 over seeds on the 8x8 digits in one program."""
 
     rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -44,8 +42,6 @@ class Config:
     test_size: int = 357  # for the setting chosen; the other 1,080 are trained on
     memory: float | None = None  # bytes that the program may take; None takes what is there
     seed: int = 0  # of the split and of the seeds
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/sweep_digits/NAME
-    name: str | None = None  # None takes the time of day
 
 
 def load(config: Config) -> tuple[fnet.Batch, ...]:
@@ -73,7 +69,7 @@ def train(config: Config, hyper, key, train_data: fnet.Batch, validation: fnet.B
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train all members, rank the settings, test the chosen one; returns what was measured."""
-    console = console or Console()
+    console = open_console(config, "sweep_digits", console)
     require_counts("sweep_digits", seeds=config.seeds, epochs=config.epochs)
     train_data, validation, test_data = load(config)
     keys = jax.random.split(stream(jax.random.key(config.seed), "seeds"), config.seeds)
@@ -83,8 +79,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         return train(config, hyper, key, *data)
 
     check_range(member, hyper, keys, (train_data, validation))  # a number out of range leaves no folder
-    folder = new_run_folder(config.run_dir, "sweep_digits", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    folder = new_run_folder(config, "sweep_digits")
     with console.status(f"{len(keys)} members, {config.epochs} epochs each"):
         population = train_population(member, hyper, keys, train_data, validation, memory=config.memory)
     each = population.run_seconds / len(keys) / config.epochs

@@ -31,10 +31,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import fnet
+from experiments.common import Options, open_console
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Audit the source texts' recursion with several losses, outputs and hidden activations."""
 
     sizes: tuple[int, ...] = (4, 5, 3)  # units of the inputs, of each hidden layer and of the outputs
@@ -209,7 +210,7 @@ def missing_factor(params, x, y) -> dict[str, jax.Array]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Audit every case and print the verdicts; returns the reports and the missing factor."""
-    console = console or Console()
+    console = open_console(config, "textbook_backprop", console, takes=())
     with jax.enable_x64(True):
         params, x, y = example(config)
         with console.status("auditing"):

@@ -40,7 +40,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import new_run_folder
+from experiments.common import Options, new_run_folder, open_console
 from fnet.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
 from fnet.metrics import accuracy, gradient_norms
@@ -51,7 +51,7 @@ from fnet.types import Layer, Mean, stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Gradients in deep and in recurrent networks: vanishing, exploding, cured."""
 
     depths: tuple[int, ...] = (2, 50)  # hidden layers
@@ -71,8 +71,6 @@ class Config:
     recurrent_rates: tuple[float, ...] = (0.001, 0.01, 0.03)
     limit: float = 1.0  # of the gradient's global norm
     seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the order of the examples
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/vanishing_gradients/NAME
-    name: str | None = None  # None takes the time of day
 
 
 # --- deep networks ---------------------------------------------------------------------------------------------------
@@ -290,9 +288,8 @@ def train_recurrent(config: Config) -> dict:
 def run(config: Config, console: Console | None = None) -> dict:
     """Measure, train, print the tables, draw; returns what was measured."""
     check(config)
-    console = console or Console()
-    folder = new_run_folder(config.run_dir, "vanishing_gradients", config.name)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    console = open_console(config, "vanishing_gradients", console)
+    folder = new_run_folder(config, "vanishing_gradients")
     parts, keys = load(config), jax.vmap(jax.random.key)(jnp.array(config.seeds))
     start, deep = {}, {}  # by (activation, method) and for the first also depth
     for activation in ACTIVATIONS:

@@ -608,7 +608,7 @@ def test_the_extras_are_those_of_the_packages_metadata(monkeypatch):
         'orbax-checkpoint>=0.12 ; extra == "runs"',
         "safetensors>=0.7; extra == 'runs'",
         "fnet[runs,streams]; extra == 'experiments'",
-        "pyright[nodejs]>=1.1; python_version > '3' and extra == 'experiments'",
+        "pyright[nodejs]>=1.9; python_version > '3' and extra == 'experiments'",
         "grain; extra == 'streams'",
     ]
     installed = {"orbax-checkpoint": "0.12.0rc1", "safetensors": "0.6.9", "pyright": "1.10.0"}
