@@ -140,7 +140,7 @@ def test_a_language_model_writes_after_its_prompt(language):
     assert results["sample"].startswith(results["prompt"])
     assert len(results["sample"]) == 40 + config.sample and set(results["sample"]) <= set(TEXT)
     assert results["sample"] in text
-    assert written(results["folder"]) == {"config.json", "metrics.jsonl", "results.json", "bits.png", "sample.txt"}
+    assert written(results["folder"]) == {"config.json", "seed_0", "results.json", "bits.png", "sample.txt"}
 
 
 def test_a_language_model_is_reproducible_and_the_engines_agree(language, tmp_path_factory, text_file):
