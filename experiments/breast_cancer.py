@@ -101,14 +101,13 @@ def train_fold(config: Config, hidden, engine, key, train_data: fnet.Batch, test
     """A whole run as a function of its key and its parts: probabilities of the test part ``(B,)``, curves ``(E,)``."""
     model, loss, optimizer = fnet.mlp(*hidden, 1), binary_cross_entropy, fnet.adam(config.learning_rate)
     params, state = model.init(stream(key, "model"), train_data.inputs[:1])
-    evaluate = fnet.make_evaluate(model, loss, {"accuracy": binary_accuracy})
     ts, _, epochs = fnet.train(
         fnet.make_step(engine(model, loss), optimizer),
         fnet.init_train_state(params, optimizer, stream(key, "run"), state),
         train_data,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        evaluate=lambda params, state, parts: {p: evaluate(params, state, data) for p, data in parts.items()},
+        evaluate=fnet.make_evaluate(model, loss, {"accuracy": binary_accuracy}),
         validation={"training": train_data, "test": test_data},
     )
     logits = fnet.apply(model, ts.params, ts.state, test_data.inputs)[:, 0]

@@ -59,11 +59,7 @@ def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch
     model, loss, optimizer = fnet.mlp(*config.hidden, 10), fnet.softmax_cross_entropy, fnet.sgd(rate)
     params, state = model.init(stream(key, "model"), train_data.inputs[:1])
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    on_data = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
-
-    def evaluate(params, state, parts):
-        return {part: on_data(params, state, data) for part, data in parts.items()}
-
+    evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
     parts = {"train": train_data, "test": test_data}
     options = {"epochs": config.epochs, "batch_size": config.batch_size, "evaluate": evaluate, "validation": parts}
     step = fnet.make_step(fnet.backprop(model, loss), optimizer)

@@ -85,11 +85,7 @@ def train_all(model: Layer, decay, key, data: fnet.Batch, parts: dict, epochs: i
     """A run by Adam on all of ``data`` at once: loss and accuracy on ``parts`` by epoch ``(E,)``, or at the end."""
     params, state = model.init(stream(key, "model"), data.inputs)
     loss, optimizer = fnet.softmax_cross_entropy, decayed(fnet.adam(config.learning_rate), decay)
-    on_part = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
-
-    def evaluate(params, state, parts):
-        return {name: on_part(params, state, part) for name, part in parts.items()}
-
+    evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
     ts, _, measured = fnet.train(
         fnet.make_step(fnet.backprop(model, loss), optimizer),
         fnet.init_train_state(params, optimizer, stream(key, "run"), state),
@@ -100,7 +96,7 @@ def train_all(model: Layer, decay, key, data: fnet.Batch, parts: dict, epochs: i
         evaluate=evaluate if each_epoch else None,
         validation=parts,
     )
-    measured = measured or evaluate(ts.params, ts.state, parts)
+    measured = measured or {name: evaluate(ts.params, ts.state, part) for name, part in parts.items()}
     return {f"{part} {name}": mean.value for part, means in measured.items() for name, mean in means.items()}
 
 

@@ -156,7 +156,7 @@ def train_member(config: Config, gradient, rank, key, training: fnet.Batch, test
         training,
         epochs=config.epochs,
         batch_size=config.batch_size,
-        evaluate=lambda params, state, parts: {name: rmse(params, part) for name, part in parts.items()},
+        evaluate=lambda params, state, part: rmse(params, part),
         validation={"training": training, "held out": test},
     )
     return ts.params, errors
