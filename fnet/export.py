@@ -96,7 +96,8 @@ def load_weights(path: str | Path, like: PyTree, names: Names = None) -> PyTree:
 
 def to_tensors(params: PyTree, names: Names = None) -> Arrays:
     """The leaves as NumPy arrays by name. PyTorch takes them as ``{name: torch.from_numpy(a) for name, a in ...}``."""
-    return _stored({path: np.asarray(leaf) for path, leaf in _leaves(params)}, _rules(params, names))
+    # copies here and below, since whoever has the tensors may write into them
+    return _stored({path: np.array(leaf) for path, leaf in _leaves(params)}, _rules(params, names))
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, *, where: str = "tensors") -> PyTree:
@@ -117,7 +118,6 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, 
     leaves = {}
     for rule in rules:
         leaves |= zip(rule.paths, rule.restore(*(found[name] for name in rule.names)), strict=True)
-    # a copy: jax on CPU may take a NumPy array's memory as it is, and that is the file's
     made = {path: jnp.array(leaves[path]) for path in shapes}
     for path, leaf in shapes.items():
         if made[path].shape != leaf.shape or made[path].dtype != leaf.dtype:

@@ -290,20 +290,19 @@ def profile(folder: str | Path, first: int, last: int) -> Observer:
     on it from there on. Raises ValueError unless ``0 <= first < last``.
     """
     require(0 <= first < last, f"profile: first = {first} and last = {last}; expected 0 <= first < last")
-    began: int | None = None
-    done = False
+    at = "before"
 
     def observe(event: Event) -> None:
-        nonlocal began, done
-        at_boundary = event.kind in ("compile", "chunk") and (began is None or event.step > began)
-        if began is not None and not done and (event.kind == "end" or (at_boundary and event.step >= last)):
-            done = True
-            jax.profiler.stop_trace()
-        elif began is None and at_boundary and event.step >= first:
+        nonlocal at
+        at_boundary = event.kind in ("compile", "chunk")
+        if at == "before" and at_boundary and event.step >= first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # else every Python call of the host is on it
             jax.profiler.start_trace(str(folder), profiler_options=options)
-            began = event.step
+            at = "within"
+        elif at == "within" and (event.kind == "end" or (at_boundary and event.step >= last)):
+            at = "after"
+            jax.profiler.stop_trace()
 
     return observe
 

@@ -477,12 +477,13 @@ def test_a_comparison_marks_what_differs_and_the_best(pair, tmp_path):
     assert len(marked) == 1 and "<code>rate</code></td><td>0.1</td><td>0.2</td>" in marked[0] and "≠" in marked[0]
     assert "<code>layers/<wbr>hidden</code></td><td>[8]</td><td>[8]</td>" in configurations
     numbers = re.sub(r"\s", " ", section(text, "Final and best numbers"))
-    assert "<code>loss</code></td><td>final</td><td>0.6</td><td><strong>0.5</strong> ★</td>" in numbers
-    best = "<td>best</td><td><strong>0.4</strong> ★ <small>at step 20</small></td><td>0.5 <small>at step 20</small>"
+    assert "<code>loss</code></td><td>final</td><td>0.6</td><td><strong>0.5 ★</strong></td>" in numbers
+    best = "<td>best</td><td><strong>0.4 ★</strong> <small>at step 20</small></td><td>0.5 <small>at step 20</small>"
     assert best in numbers
-    assert "<code>accuracy</code></td><td>final</td><td>0.4</td><td><strong>0.5</strong> ★</td>" in numbers
+    assert "<code>accuracy</code></td><td>final</td><td>0.4</td><td><strong>0.5 ★</strong></td>" in numbers
     curves = hovers(section(text, "Curves"))
     assert set(curves) == {"A, training", "B, training"}
+    assert re.findall(r'stroke-width="([\d.]+)" stroke-opacity="([\d.]+)"', text) == [("5", "0.5"), ("1.8", "1")] * 2
     np.testing.assert_array_equal(curves["B, training"][:3, :2], [[10, 0.9], [20, 0.5], [30, 0.5]])
 
 
@@ -585,6 +586,14 @@ def test_a_history_without_an_epoch_is_shown():
     history = History({}, {}, {}, 0.0, 0.0)
     assert "no epoch" in history.plot().axes[0].texts[0].get_text()
     assert "No epoch" in history._repr_html_()
+
+
+def test_a_history_names_what_its_picture_needs_and_is_shown_without(real, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=re.escape("matplotlib: pip install 'fnet[experiments]'")):
+        real[1].plot()
+    assert "<svg" in real[1]._repr_html_() and write_report(real[0]).exists()
 
 
 # ---- python -m fnet

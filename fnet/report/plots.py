@@ -30,13 +30,14 @@ Series = tuple[np.ndarray, np.ndarray]  # where (n,), and the values (n, ...)
 
 
 class Line(NamedTuple):
-    """A curve with a name; ``dash`` is SVG's pattern, and ``y`` may hold what is not finite."""
+    """A curve with a name; ``dash`` is SVG's pattern, ``y`` may hold what is not finite, a wide one is translucent."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
     colour: str = COLOURS[0]
     dash: str = ""
+    width: float = 1.8
 
 
 class Panel(NamedTuple):
@@ -197,11 +198,16 @@ def _styled(lines: Sequence[tuple[str, Series]]) -> list[Line]:
     few = len(lines) <= len(DASHES)
     dashes = [DASHES[(i if few else i // len(COLOURS)) % len(DASHES)] for i in range(len(lines))]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(lines))]
-    return [Line(name, x, y, *look) for (name, (x, y)), *look in zip(lines, colours, dashes, strict=True)]
+    looks = zip(lines, colours, dashes, strict=True)
+    return [Line(name, x, y, colour, dash) for (name, (x, y)), colour, dash in looks]
 
 
 def plot_history(history: History, path: str | Path | None = None):
     """The figure of `fnet.History.plot`: a panel for each metric; written as PNG if there is a ``path``."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("History.plot needs matplotlib: pip install 'fnet[experiments]'") from error
     panels = [panel for part in series_of(history) for panel in panels_of(*part)]
     columns = min(3, max(1, len(panels)))
     figure, axes = new_figure(columns, height=3.2, width=4.6, rows=max(1, math.ceil(len(panels) / columns)))
@@ -266,8 +272,11 @@ def line_chart(panel: Panel) -> str:
         x, y = _thinned(np.asarray(line.x), np.where(ok, line.y, np.nan))
         across, height = place(x, y)
         name = escape(line.name, quote=True)
-        style = f'stroke="{line.colour}" stroke-width="1.8" fill="none" stroke-dasharray="{line.dash}"'
-        parts.append(f'<path d="{_path(across, height)}" {style}><title>{name}</title></path>')
+        opacity = 0.5 if line.width > 2 else 1
+        style = f'stroke="{line.colour}" stroke-width="{line.width}" stroke-opacity="{opacity}" fill="none"'
+        parts.append(
+            f'<path d="{_path(across, height)}" {style} stroke-dasharray="{line.dash}"><title>{name}</title></path>'
+        )
         for i in np.unique(np.linspace(0, len(x) - 1, min(len(x), HOVERS)).astype(int)) if len(x) else ():
             if np.isfinite(height[i]):
                 shown = f"{name}: {y[i]:.6g} at {escape(panel.x_label)} {x[i]:g}"

@@ -534,7 +534,8 @@ def overlaid(names: Sequence[str], runs: Sequence[Reading]) -> list[Panel]:
             whole = [line for line in panel.lines if line.name == "all"]
             for j, line in enumerate(whole or panel.lines):
                 x = line.x / length if by_epoch and length else line.x
-                look = {"colour": COLOURS[i % len(COLOURS)], "dash": DASHES[j % len(DASHES)]}
+                # the first run is drawn wide beneath the others, so that curves that coincide are both seen
+                look = {"colour": COLOURS[i % len(COLOURS)], "dash": DASHES[j % len(DASHES)], "width": 1.8 if i else 5}
                 title = f"{panel.title}/all" if whole else panel.title
                 panels.setdefault(title, []).append(line._replace(name=f"{name}, {line.name}", x=x, **look))
     return [Panel(title, "epoch" if by_epoch else "step", lines) for title, lines in panels.items()]
@@ -571,7 +572,7 @@ def _marked(name: str, values: Sequence[tuple[float, float | None] | None]) -> I
             continue
         at = "" if pair[1] is None else f" <small>at step {pair[1]:g}</small>"
         first = direction(name) and len(known) > 1 and -direction(name) * pair[0] == min(known)
-        yield Html((f"<strong>{pair[0]:.5g}</strong>\u00a0★" if first else f"{pair[0]:.5g}") + at)
+        yield Html((f"<strong>{pair[0]:.5g} ★</strong>" if first else f"{pair[0]:.5g}") + at)
 
 
 def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str:
@@ -750,9 +751,9 @@ dl div { display: flex; justify-content: space-between; gap: 1em; padding: .2em 
 dt { flex: none; max-width: 60%; overflow-wrap: anywhere; opacity: .8; }
 dd { margin: 0; min-width: 0; text-align: right; overflow-wrap: anywhere; }
 .fnet-run .compared td { white-space: normal; overflow-wrap: anywhere; min-width: 5.5em; max-width: 24em; }
-.fnet-run .compared td:first-child { min-width: 0; }
-.fnet-run .compared td:has(code) { min-width: 0; overflow-wrap: normal; }
-.fnet-run .compared small { white-space: nowrap; opacity: .75; }
+.fnet-run .compared td:nth-child(-n + 2) { min-width: 0; overflow-wrap: normal; }
+.fnet-run .compared strong, .fnet-run .compared small { white-space: nowrap; }
+.fnet-run .compared small { opacity: .75; }
 .fnet-run .marked td { background: color-mix(in srgb, #d9680a 14%, transparent); }
 .fnet-run .confusion th, .fnet-run .confusion td { padding: .25em .45em; text-align: right; font-size: 13px; }
 .fnet-run .confusion tbody th { text-align: left; padding-left: 0; }
