@@ -118,7 +118,7 @@ def fit(
                 tell("compile", position, took=seconds["compile"])
             begin = time.perf_counter()
             for chunk in (
-                () if halted else chunks(plan, program, ts, chunk_steps, keep, run.save_every if run else None)
+                () if program is None else chunks(plan, program, ts, chunk_steps, keep, run.save_every if run else None)
             ):
                 if check_finite and not chunk.finite:
                     ts = ts if chunk.before is None else chunk.before
@@ -139,7 +139,8 @@ def fit(
                 if (number := caught()) is not None:
                     save(wait=True)
                     name = signal.Signals(number).name
-                    print(f"{name}: the run is saved at step {position} in {folder.folder}", file=sys.stderr)
+                    where = folder.folder if folder else ""
+                    print(f"{name}: the run is saved at step {position} in {where}", file=sys.stderr)
                     raise Interrupted(128 + number)
                 if halted or chunk.outputs.stopped:
                     break

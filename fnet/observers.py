@@ -48,7 +48,7 @@ def progress(title: str = "training", console=None) -> Observer:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.text import Text
     except ImportError as error:
-        raise ImportError("progress needs rich: pip install 'fnet[experiments]'") from error
+        raise ImportError("progress needs rich: pip install 'fnet[runs]'") from error
 
     console = console or Console()
     alive = console.is_terminal and os.environ.get("CI", "").lower() not in ("true", "1")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fnet
@@ -114,9 +115,7 @@ def run(folder=None, *, epochs=6, source="memory", optimizer="noisy", observers=
 
 def digest(ts: fnet.TrainState) -> str:
     """All bits of a state."""
-    words = jax.tree.map(
-        lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a, ts
-    )
+    words = jax.tree.map(lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, ts)
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(words))).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -25,3 +26,14 @@ def test_the_pages_code_runs(page, capsys):
         assert "explain: compiled in" in printed and "batch_size was 32 and is 16" in printed
     else:
         assert not re.search(r"\bwrong\b", printed) and "scale_and_shift_0/a" in printed
+
+
+def test_the_tutorials_cells_run_in_order():
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 7 and all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for i, cell in enumerate(code):
+            exec(compile(cell, f"tutorial.ipynb cell {i}", "exec"), names)
+    assert all(jax.tree.leaves(names["same"])) and names["report"].ok
