@@ -27,7 +27,7 @@ from fnet.data.streams import is_read_ahead
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
 from fnet.nonfinite import NonFiniteError, replay
-from fnet.plan import Plan, check_position, check_run, examples_between, order_at
+from fnet.plan import Plan, check_position, check_run, described, examples_between, order_at
 from fnet.runs import Run, open_run
 from fnet.stopping import Reducer, with_stopping
 from fnet.training import Step
@@ -87,7 +87,11 @@ def fit(
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
-        recorder, resumed, stream = Recorder(plan.per_epoch), folder.restore(ts) if folder else None, None
+        recorder, resumed, stream = (
+            Recorder(plan.per_epoch),
+            folder.restore(ts, described(plan)) if folder else None,
+            None,
+        )
         if resumed:
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
@@ -104,7 +108,7 @@ def fit(
             halted |= ask(observers, event)
 
         def save(wait: bool = False) -> None:
-            if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream}):
+            if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": described(plan)}):
                 tell("checkpoint", position)
             if folder and wait:
                 folder.wait()
@@ -149,7 +153,8 @@ def fit(
             if folder:
                 folder.summarize(summary(plan, ts, first, position, seconds, program))
         except BaseException as error:
-            saves = [lambda: save(wait=True)] if isinstance(error, Exception) else []
+            lost = isinstance(error, NonFiniteError) and error.state is None  # no copy was kept, and ts is donated
+            saves = [lambda: save(wait=True)] if isinstance(error, Exception) and not lost else []
             for last in (*saves, lambda: tell("end", position)):
                 try:
                     last()

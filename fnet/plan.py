@@ -98,6 +98,18 @@ def check_run(
     return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, capacity)
 
 
+def described(plan: Plan) -> dict[str, Any]:
+    """What of a plan must be the same when a run is resumed: where it stands in its data depends on it."""
+    leaves = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)]
+    return {
+        "examples": plan.examples,
+        "an example": leaves,
+        "batch_size": plan.batch_size,
+        "shuffle": plan.shuffle,
+        "steps between evaluations": plan.every if plan.evaluate else None,
+    }
+
+
 def check_position(ts: TrainState, plan: Plan) -> None:
     """Require that there is something left to run."""
     if (position := int(ts.step)) >= plan.end:

@@ -79,7 +79,7 @@ class OpenRun:
         self._latest: dict[str, Any] = {}  # the last evaluation's results
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]] | None:
+    def restore(self, like: TrainState, plan: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
         """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins."""
         rows = self._read_metrics()
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
@@ -87,6 +87,16 @@ class OpenRun:
             self._write_metrics([])
             return None
         ts, meta = load_checkpoint(list(steps.values())[-1], like)
+        differing = [
+            f"{name}: expected {value!r} (as saved), found {plan[name]!r}"
+            for name, value in meta["plan"].items()
+            if value != plan[name]
+        ]
+        if differing:
+            raise RunError(
+                f"{self.folder} was run on other data or in other steps: {'; '.join(differing)}. "
+                "Resume it with its own, or name another folder"
+            )
         differing = [
             f"{name}: expected {value!r} (as saved), found {environment().get(name)!r}"
             for name, value in meta["environment"].items()

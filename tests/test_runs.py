@@ -242,6 +242,24 @@ def test_another_configuration_is_named(folder):
     assert "optimizer: expected 'noisy' (as begun), found 'adam'. Resume it with its own" in message
 
 
+def test_other_data_and_another_batch_size_are_named(folder):
+    step, ts, arrays, evaluate = resumable.parts()
+    run = fnet.Run(folder, {"optimizer": "noisy"}, resume=True)
+    fewer = fnet.Batch(*(array[:40] for array in arrays))
+    options = {"epochs": 9, "run": run, "stop": fnet.early_stopping("validation_loss", patience=100)}
+    options |= {"evaluate": evaluate, "validation": arrays}
+    before = files(folder)
+    with pytest.raises(
+        fnet.RunError, match=r"other data or in other steps: examples: expected 53 \(as saved\), found 40"
+    ):
+        fnet.fit(step, ts, fewer, batch_size=8, evaluate_every=(4, "steps"), **options)
+    with pytest.raises(
+        fnet.RunError, match=r"batch_size: expected 8 \(as saved\), found 9; steps between evaluations: "
+    ):
+        fnet.fit(step, ts, fnet.Batch(*arrays), batch_size=9, evaluate_every=(1, "epochs"), **options)
+    assert files(folder) == before
+
+
 def test_a_configuration_may_be_a_dataclass_and_its_free_names_may_change(tmp_path):
     @dataclasses.dataclass
     class Config:
