@@ -3,9 +3,10 @@
 Libraries are imported where they are used.
 """
 
+from fnet.report.folder import save_audit, save_evaluation
 from fnet.report.model import summary
 from fnet.report.plots import plot_confusion, plot_curves, plot_rate_curve, plot_schedules
-from fnet.report.run import save_audit, save_evaluation, write_comparison, write_report
+from fnet.report.run import write_comparison, write_report
 from fnet.report.tables import difference_table, engine_table, schedule_table
 
 __all__ = [

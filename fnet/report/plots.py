@@ -180,9 +180,14 @@ def natural(name: str) -> tuple:
     return head, tail not in ("", "all"), [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", tail)]
 
 
+def drawn(y: np.ndarray) -> np.ndarray:
+    """Which values a chart shows: the finite ones, but for such as leave no room for a margin."""
+    return np.abs(y) < 1e300
+
+
 def is_logarithmic(lines: Sequence[Line]) -> bool:
-    """Whether all that is finite is positive and spans more than a factor of 20."""
-    values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+    """Whether all that is drawn is positive and spans more than a factor of 20."""
+    values = np.concatenate([line.y[drawn(line.y)] for line in lines])
     return bool(values.size and values.min() > 0 and values.max() > 20 * values.min())
 
 
@@ -245,7 +250,7 @@ def line_chart(panel: Panel) -> str:
     Text has the colour of its surroundings. A curve is interrupted where it is not finite, and its name counts that.
     """
     log = is_logarithmic(panel.lines)
-    finite = [np.abs(line.y) < 1e300 for line in panel.lines]  # more leaves no room for a margin
+    finite = [drawn(line.y) for line in panel.lines]
     xs = np.concatenate([np.asarray(line.x, np.float64) for line in panel.lines])
     ys = np.concatenate([line.y[ok] for line, ok in zip(panel.lines, finite, strict=True)])
     x_low, x_high = _widened(xs, 0.0)
