@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ class HostLeaf(NamedTuple):
 def host_leaves(tree: PyTree) -> list[HostLeaf]:
     """The leaves of a tree on the host, by path and in order."""
     named = [(path, jnp.asarray(leaf)) for path, leaf in named_leaves(tree)]
+    if twice := [path for path, count in Counter(path for path, _ in named).items() if count > 1]:
+        raise CheckpointError(f"two leaves have the path {twice[0]!r}; expected one: rename what has '/' in its name")
     arrays = jax.device_get([_words(leaf) for _, leaf in named])
     return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named, arrays, strict=True)]
 

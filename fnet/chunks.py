@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.data.arrays import check_data, count_examples
+from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.streams import Read, Stream, ahead, joined, read_rows, read_stream
 from fnet.plan import Plan, dry_run, order_at
 from fnet.stopping import Reducer, decide, stopped
@@ -137,10 +137,12 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
     such as an epoch's last, runs by itself.
     """
     position, key = int(ts.step), jnp.copy(ts.key)
-    wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    settings: Any = jax.config
+    wide, partitionable = settings.jax_enable_x64, settings.jax_threefry_partitionable
 
     def order_of(epoch):
-        with jax.enable_x64(wide):  # jax's contexts hold in the thread that enters them
+        # jax's contexts hold in the thread that enters them
+        with jax.enable_x64(wide), jax.threefry_partitionable(partitionable):
             return order_at(plan, key, epoch)
 
     if isinstance(plan.data, Stream):
@@ -165,7 +167,7 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
         taken: list[Read] = []
         while len(taken) < most:
             read = waiting.popleft() if waiting else next(reads)
-            if taken and len(read.batch.inputs) != len(taken[0].batch.inputs):
+            if taken and jax.tree.map(np.shape, read.batch) != jax.tree.map(np.shape, taken[0].batch):
                 waiting.appendleft(read)
                 break
             taken.append(read)
@@ -178,11 +180,10 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
             most = min(size, end - position, every - position % every if plan.evaluate else size)
             taken = take(most)
             if len(taken) == 1:
-                ts, now = one(ts, check_data(taken[0].batch))
+                ts, now = one(ts, on_device(taken, 1))
                 metrics.append(jax.tree.map(lambda a: np.asarray(a)[None], now))
             else:
-                n, batches = len(taken), [read.batch for read in taken]
-                whole = check_data(joined([*batches, *batches[:1] * (size - n)]))
+                n, whole = len(taken), on_device(taken, size)
                 parts = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), whole)
                 ts, now = loop(ts, parts, jnp.asarray(n, jnp.int32))
                 metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
@@ -200,6 +201,21 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
         yield call
     finally:
         reads.close()
+
+
+def on_device(reads: list[Read], size: int) -> Batch:
+    """The batches joined, with copies of the first up to ``size`` of them; DataError names the batch that is wrong."""
+    batches = [read.batch for read in reads]
+    try:
+        return check_data(joined([*batches, *batches[:1] * (size - len(reads))]), part=True)
+    except DataError:
+        for read in reads:  # which of them it is, and where in it
+            try:
+                check_data(read.batch, name="batch", part=True)
+            except DataError as error:
+                where = "of the stream" if read.rows is None else f"of the rows {read.rows}"
+                raise DataError(f"a batch {where}: {error}") from None
+        raise
 
 
 def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:
@@ -228,11 +244,12 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
                 for i, leaf in enumerate(jax.tree.leaves(read.batch))
                 if np.issubdtype(np.asarray(leaf).dtype, np.integer) and np.size(leaf)
             }
-            known = {i: extremes.get(i, (leaf.max() + 1, leaf.min() - 1)) for i, leaf in integers.items()}
-            now = {i: (min(known[i][0], leaf.min()), max(known[i][1], leaf.max())) for i, leaf in integers.items()}
+            ends = {i: (int(leaf.min()), int(leaf.max())) for i, leaf in integers.items()}
+            known = {i: extremes.get(i, (low, low)) for i, (low, _) in ends.items()}
+            now = {i: (min(known[i][0], low), max(known[i][1], high)) for i, (low, high) in ends.items()}
             if now != extremes:
                 rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
-                dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch))
+                dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch, part=True))
                 extremes = now
             yield read
     finally:

@@ -16,6 +16,16 @@ from fnet.plan import Plan
 from fnet.training import Step
 from fnet.types import PyTree, TrainState, named_leaves
 
+TRACED_UNDER = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_debug_nans",
+    "jax_default_device",
+)  # settings that a program depends on
+
 
 @functools.lru_cache(maxsize=8)
 def programs(step: Step) -> dict[Any, Any]:
@@ -33,8 +43,10 @@ def compiled(plan: Plan, ts: TrainState, keep: bool, explain: bool) -> tuple[Cal
         "stop": plan.stop,
         "capacity": plan.capacity,
     }
+    settings: Any = jax.config
+    traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
     known, arrays = programs(plan.step), {"state": ts, "data": plan.data, "validation": plan.validation}
-    signature = tuple(options.items()), leaves_of(arrays), jax.tree.structure(arrays)
+    signature = tuple({**options, **traced_under}.items()), leaves_of(arrays), jax.tree.structure(arrays)
     begin = time.perf_counter()
     reason = reason_to_compile(signature, known)
     with cache_hits() as cached:
@@ -42,6 +54,8 @@ def compiled(plan: Plan, ts: TrainState, keep: bool, explain: bool) -> tuple[Cal
             function = jax.jit(functools.partial(run_chunk, step=plan.step, **options), donate_argnums=0)
             arguments = ts, jnp.asarray(0, jnp.int32), plan.data, plan.validation
             known[signature] = function.lower(*arguments).compile()
+        else:
+            known[signature] = known.pop(signature)  # the latest stands at the end
     took = time.perf_counter() - begin if reason else 0.0
     if explain:
         print(explanation(known[signature], reason, took, cached, ts, keep), flush=True)

@@ -7,12 +7,13 @@ host reads the metrics of the one before.
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from fnet.data.arrays import check_data
 from fnet.data.streams import is_read_ahead
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
-from fnet.nonfinite import NonFiniteError, replay
+from fnet.nonfinite import NonFiniteError, bad_leaf, replay
 from fnet.plan import Plan, check_position, check_run, described, examples_between, order_at
 from fnet.runs import Run, open_run
 from fnet.stopping import Reducer, with_stopping
@@ -83,7 +84,7 @@ def fit(
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
     )
-    ts = with_stopping(stop, jax.tree.map(jnp.copy, ts))  # ours to donate
+    ts = with_stopping(stop, jax.tree.map(jnp.array, ts))  # copies, ours to donate
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
@@ -95,6 +96,8 @@ def fit(
         if resumed:
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
+        if resumed and stop is not None:
+            check_rule(stop, ts)
         if resumed and int(ts.step) == plan.end:
             return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan)
@@ -103,9 +106,17 @@ def fit(
 
         def tell(kind: str, at: int, metrics=None, took: float = 0.0, examples: int = 0) -> None:
             nonlocal halted
+            metrics = copy.deepcopy(metrics)  # the observer's own
             made, epochs = at // plan.per_epoch, -(-plan.end // plan.per_epoch)
             event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts)
             halted |= ask(observers, event)
+
+        def leave_if_asked() -> None:
+            if (number := caught()) is not None and folder:
+                save(wait=True)
+                name = signal.Signals(number).name
+                print(f"{name}: the run is saved at step {position} in {folder.folder}", file=sys.stderr)
+                raise Interrupted(128 + number)
 
         def save(wait: bool = False) -> None:
             if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": described(plan)}):
@@ -120,10 +131,10 @@ def fit(
             elif not halted:
                 program, seconds["compile"] = compiled(plan, ts, keep, explain)
                 tell("compile", position, took=seconds["compile"])
-            begin = time.perf_counter()
-            for chunk in (
-                () if program is None else chunks(plan, program, ts, chunk_steps, keep, run.save_every if run else None)
-            ):
+            begin, mine = time.perf_counter(), ts
+            ts = copied(ts) if keep else ts  # what the host holds; the other is donated to the first chunk
+            ends = [] if run is None else [n for n in (run.save_every, run.keep_best and plan.every) if n]
+            for chunk in () if program is None else chunks(plan, program, mine, ts, chunk_steps, keep, ends):
                 if check_finite and not chunk.finite:
                     ts = ts if chunk.before is None else chunk.before
                     raise not_finite(plan, chunk, folder.folder if folder else None)
@@ -140,12 +151,7 @@ def fit(
                     tell(kind, at, metrics)
                 if folder and folder.due(position):
                     save()
-                if (number := caught()) is not None:
-                    save(wait=True)
-                    name = signal.Signals(number).name
-                    where = folder.folder if folder else ""
-                    print(f"{name}: the run is saved at step {position} in {where}", file=sys.stderr)
-                    raise Interrupted(128 + number)
+                leave_if_asked()
                 if halted or chunk.outputs.stopped:
                     break
             seconds["run"] = time.perf_counter() - begin
@@ -153,7 +159,7 @@ def fit(
             if folder:
                 folder.summarize(summary(plan, ts, first, position, seconds, program))
         except BaseException as error:
-            lost = isinstance(error, NonFiniteError) and error.state is None  # no copy was kept, and ts is donated
+            lost = ts.step.is_deleted()  # where no copies are kept it was donated
             saves = [lambda: save(wait=True)] if isinstance(error, Exception) and not lost else []
             for last in (*saves, lambda: tell("end", position)):
                 try:
@@ -162,7 +168,19 @@ def fit(
                     error.add_note(f"and then {type(second).__name__}: {second}")
             raise
         tell("end", position)
+        leave_if_asked()
     return ts, recorder.history(seconds["compile"], seconds["run"])
+
+
+def check_rule(stop: Reducer, ts: TrainState) -> None:
+    """Require that a resumed run has the numbers of its rule to stop."""
+    saved, given = (getattr(state, "hyper", {}) for state in (ts.stopping, stop.init(ts)))
+    for name in {**saved, **given}:
+        if name not in saved or name not in given or saved[name] != given[name]:
+            raise ValueError(
+                f"stop has {name} = {given.get(name)}, but the run was saved with {saved.get(name)}; "
+                "expected the same: resume it with its own rule"
+            )
 
 
 def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program) -> dict[str, Any]:
@@ -214,7 +232,7 @@ class Chunk(NamedTuple):
     def finite(self) -> bool:
         made = int(self.outputs.step) - self.first
         loss = self.outputs.metrics.get("loss") if isinstance(self.outputs.metrics, Mapping) else None
-        return bool(self.outputs.finite) and (loss is None or bool(np.isfinite(jax.tree.leaves(loss)[0][:made]).all()))
+        return bool(self.outputs.finite) and all(np.isfinite(leaf[:made]).all() for leaf in jax.tree.leaves(loss))
 
 
 @jax.jit
@@ -223,27 +241,41 @@ def copied(ts: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, ts)
 
 
-def chunks(plan: Plan, program: Callable, ts: TrainState, length: int | None, keep: bool, save_every: int | None):
+def chunks(
+    plan: Plan,
+    program: Callable,
+    ts: TrainState,
+    kept: TrainState | None,
+    length: int | None,
+    keep: bool,
+    ends: Sequence[int],
+) -> Iterator[Chunk]:
     """The run's chunks one after another. While one is looked at the next one runs, if copies are kept.
 
-    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second.
+    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second; all end
+    at multiples of each of ``ends``. ``kept`` is a copy of ``ts``, which is donated.
     """
     sent, trial, waiting = int(ts.step), 1, deque()
-    kept = copied(ts) if keep else None
+    kept = kept if keep else None
     begin = time.perf_counter()
     while sent < plan.end or waiting:
         if sent < plan.end and len(waiting) < (2 if keep and length else 1):
             count = min(length or trial, plan.capacity, plan.end - sent)
-            count = min(count, save_every - sent % save_every) if save_every else count
+            count = min([count, *(every - sent % every for every in ends)])
             begin = begin if waiting else time.perf_counter()
             ts, outputs = program(ts, jnp.asarray(count, jnp.int32), plan.data, plan.validation)
             before, kept = kept, copied(ts) if keep else None
-            waiting.append((sent, outputs, before, kept if keep else ts))
+            waiting.append((sent, count, outputs, before, kept if keep else ts))
             sent += count
             continue
-        first, outputs, before, after = waiting.popleft()
+        first, count, outputs, before, after = waiting.popleft()
         outputs = jax.device_get(outputs._replace(reads=()))._replace(reads=outputs.reads)
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        if int(outputs.step) != first + count and not outputs.stopped:
+            raise ValueError(
+                f"{count} steps led from step {first} to step {int(outputs.step)}; expected a step function that "
+                "counts, TrainState.step + 1, as fnet.make_step does"
+            )
         if length is None:
             each = seconds / max(1, int(outputs.step) - first)
             if trial == 1:
@@ -266,13 +298,16 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
 
     def batches():
         for read in chunk.outputs.reads:
-            yield read.rows, check_data(read.batch)
+            yield read.rows, check_data(read.batch, part=True)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
             rows = order[begin : begin + plan.batch_size]
             yield rows.tolist(), jax.tree.map(lambda a, rows=rows: a[rows], plan.data)
 
+    if leaf := bad_leaf(before):
+        message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"
+        return NonFiniteError(message, None, None)
     found = replay(plan.step, before, batches())
     if found is None:
         message = f"a loss or parameter was not finite between steps {chunk.first} and {last}, but is in a replay"

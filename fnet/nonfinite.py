@@ -7,7 +7,7 @@ operation by operation, and names the first that makes a number that is not fini
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.interpret import evaluate
-from fnet.types import PyTree, TrainState, named_leaves
+from fnet.types import Mean, PyTree, TrainState, named_leaves
 
 
 class NonFinite(NamedTuple):
@@ -51,15 +51,23 @@ def replay(step: Callable, ts: TrainState, batches: Iterable[tuple[list[int] | N
     jitted = jax.jit(step)
     for rows, batch in batches:
         new, metrics = jitted(ts, batch)
-        loss = metrics["loss"].value if "loss" in metrics else jnp.zeros(())
+        loss = loss_of(metrics)
         leaf = bad_leaf(new)
-        if leaf or not np.isfinite(loss):
+        if leaf or not np.isfinite(loss).all():
             stage, layer, operation, source = locate(step, ts, batch)
-            if stage == "forward" and np.isfinite(loss):  # autodiff computes factors of the derivative beforehand
+            if stage == "forward" and np.isfinite(loss).all():  # autodiff computes factors of the derivative beforehand
                 stage = "backward"
-            return NonFinite(int(ts.step), stage, layer, operation, source, leaf, rows, float(loss))
+            return NonFinite(int(ts.step), stage, layer, operation, source, leaf, rows, float(loss.sum()))
         ts = new
     return None
+
+
+def loss_of(metrics: PyTree) -> np.ndarray:
+    """The numbers that a step calls its loss, none if it has none: a `Mean`, a number or a tree of such."""
+    found = metrics.get("loss") if isinstance(metrics, Mapping) else None
+    means = jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, Mean))
+    values = [np.ravel(np.asarray(mean.sum if isinstance(mean, Mean) else mean, np.float64)) for mean in means]
+    return np.concatenate(values) if values else np.zeros(0)
 
 
 def bad_leaf(ts: TrainState) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
 from fnet.stopping import Reducer, decide, with_stopping
-from fnet.training import Step, epoch_order, evaluate_on, results_by_name, steps_per_epoch
+from fnet.training import Step, epoch_order, evaluate_on, named_metrics, results_by_name, steps_per_epoch
 from fnet.types import Batch, LayerError, PyTree, TrainState, named_leaves
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
@@ -62,7 +62,7 @@ def check_run(
         data, n = Batch(*data), count_examples(Batch(*data))
         if not isinstance(batch_size, int) or not 1 <= batch_size <= n:
             raise DataError(f"batch_size = {batch_size!r}; expected a whole number from 1 to {n}")
-        known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data))
+        known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data), part=True)
         per_epoch = steps_per_epoch(data, batch_size)
     else:
         if batch_size is None:
@@ -77,6 +77,9 @@ def check_run(
             raise ValueError(
                 f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
             )
+    for name, _ in named_metrics(jax.eval_shape(step, ts, sample)[1]):
+        if name in ("kind", "step", "epoch"):
+            raise ValueError(f"a metric is called {name!r}, which rows of metrics have already; expected another name")
     results = {}
     if evaluate:
         sets = validation if isinstance(validation, Mapping) else {"validation": validation}

@@ -63,7 +63,9 @@ class Run(NamedTuple):
     save_seconds: float = 60.0
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # steps: a checkpoint of a multiple is never deleted
-    keep_best: str | None = None  # a result's name, e.g. "validation_loss": the checkpoint that has the least stays too
+    keep_best: str | None = (
+        None  # a result's name, "validation_loss": each evaluation is saved, and the least one stays
+    )
     greatest: bool = False  # of keep_best
     free: tuple[str, ...] = ("epochs", "steps", "run_dir", "name", "resume", "quiet", "explain", "cache")
 
@@ -76,7 +78,7 @@ class OpenRun:
         self.checkpoints = folder / "checkpoints"
         self.saved_at = time.monotonic()
         self.last_saved: int | None = None
-        self._latest: dict[str, Any] = {}  # the last evaluation's results
+        self._evaluated: tuple[int, dict[str, Any]] = (-1, {})  # the last evaluation's step and results
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
     def restore(self, like: TrainState, plan: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
@@ -106,7 +108,6 @@ class OpenRun:
             message = "; ".join(differing)
             warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {message}", RunWarning, stacklevel=4)
         self.last_saved = meta["step"]
-        self._latest = meta["results"]
         rows = [row for row in rows if row["step"] <= meta["step"]]
         self._write_metrics(rows)
         return ts, meta, rows
@@ -115,13 +116,15 @@ class OpenRun:
         """Append a row to the metrics."""
         numbers = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if kind == "evaluation":
-            self._latest = numbers
+            self._evaluated = step, numbers
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due here."""
         if self.run.save_every and step % self.run.save_every == 0:
+            return True
+        if self.run.keep_best and self._evaluated[0] == step:
             return True
         return time.monotonic() - self.saved_at >= self.run.save_seconds
 
@@ -131,7 +134,8 @@ class OpenRun:
         step = int(ts.step)
         if step == self.last_saved:
             return False
-        meta = {**meta, "config": self.config, "environment": environment(), "results": self._latest}
+        results = self._evaluated[1] if self._evaluated[0] == step else {}  # those of this very state
+        meta = {**meta, "config": self.config, "environment": environment(), "results": results}
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
@@ -186,12 +190,15 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     _check(run)
     folder, config = Path(run.folder).absolute(), _plain(run.config)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if held and not run.resume and held != [".lock"]:
+    begun = {".lock", "checkpoints", "config.part"}  # what a process leaves that is killed before it writes config.json
+    if set(held) <= begun and not any((folder / "checkpoints").glob("*")):
+        held = []
+    if held and not run.resume:
         raise RunError(
             f"{folder} holds {', '.join(sorted(held)[:4])} already and is left as it is; expected an empty folder: "
             "resume the run that is there with resume=True, or name another"
         )
-    if held and run.resume and "config.json" not in held and held != [".lock"]:
+    if held and "config.json" not in held:
         raise RunError(f"{folder} holds {', '.join(sorted(held)[:4])} and no config.json; expected the folder of a run")
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -227,6 +234,7 @@ def environment() -> dict[str, Any]:
         "x64": bool(settings.jax_enable_x64),
         "matmul_precision": settings.jax_default_matmul_precision,
         "prng": settings.jax_default_prng_impl,
+        "threefry_partitionable": bool(settings.jax_threefry_partitionable),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -255,7 +263,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _compare_config(run: Run, folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    names = sorted(n for n in {**saved, **given} if n not in run.free and saved.get(n) != given.get(n))
+    differs = lambda name: json.dumps(saved.get(name)) != json.dumps(given.get(name))  # noqa: E731 (NaN is not NaN)
+    names = sorted(name for name in {**saved, **given} if name not in run.free and differs(name))
     if names:
         lines = [
             f"{n}: expected {saved.get(n, 'nothing')!r} (as begun), found {given.get(n, 'nothing')!r}" for n in names

@@ -74,6 +74,8 @@ def early_stopping(
             raise KeyError(f"early_stopping: no metric is called {metric!r}; there are {', '.join(results)}")
         result = results[metric]
         value = sign * jnp.asarray(result.value if isinstance(result, Mean) else result, own.best.dtype)
+        if value.shape != ():
+            raise ValueError(f"early_stopping: {metric} has shape {value.shape}; expected one number")
         better = jnp.isfinite(value) & (value < own.best - own.hyper["least_change"])
         since = jnp.where(better, 0, own.since + 1)
         kept = (ts.params, ts.state) if keep_weights else ()

@@ -130,7 +130,12 @@ def evaluate_on(evaluate: Callable, ts: TrainState, validation: PyTree) -> PyTre
 def results_by_name(results: PyTree, validation: PyTree) -> dict[str, Any]:
     """What `evaluate_on` gave, as one dict: ``validation_loss``, or with a set's name in front, ``test_loss``."""
     sets = results if isinstance(validation, Mapping) else {"validation": results}
-    return {f"{prefix}_{name}": value for prefix, tree in sets.items() for name, value in named_metrics(tree)}
+    found = [(f"{prefix}_{name}", value) for prefix, tree in sets.items() for name, value in named_metrics(tree)]
+    if len(dict(found)) < len(found):
+        names = [name for name, _ in found]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two results are called {twice!r}; expected one: give a validation set another name")
+    return dict(found)
 
 
 def named_metrics(metrics: PyTree) -> list[tuple[str, Any]]:

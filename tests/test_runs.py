@@ -409,3 +409,72 @@ def test_a_run_that_makes_no_sense_is_refused_before_its_folder_is_made(changes,
     with pytest.raises(fnet.RunError, match=re.escape(message)), open_run(fnet.Run(tmp_path / "a")._replace(**changes)):
         pass
     assert not (tmp_path / "a").exists()
+
+
+# --- what a second pair of eyes broke --------------------------------------------------------------------------------
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
+    def late(event):
+        if event.kind == "checkpoint" and event.step == 42:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(fnet.Interrupted) as caught:
+        resumable.run(tmp_path / "run", observers=[late])
+    assert caught.value.code == 143
+    assert digest(resumable.run(tmp_path / "run")[0]) == digest(resumable.run(None)[0])
+
+
+def test_a_folder_that_was_only_begun_is_begun_anew(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "config.part").write_text("{")
+    assert digest(resumable.run(tmp_path / "run")[0]) == digest(resumable.run(None)[0])
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path):
+    step, ts, arrays, evaluate = resumable.parts()
+    run = fnet.Run(tmp_path / "run", save_every=7, keep_last=1, keep_best="validation_loss")
+    options = {"batch_size": 8, "evaluate": evaluate, "validation": arrays, "evaluate_every": (4, "steps")}
+    _, history = fnet.fit(step, ts, fnet.Batch(*arrays), epochs=6, run=run, **options)
+    best = int(history.evaluations["step"][history.evaluations["validation_loss"].argmin()])
+    assert set(saved_steps(tmp_path / "run" / "checkpoints")) == {best, 42}
+
+
+def test_an_error_of_the_data_within_the_first_chunk_leaves_a_checkpoint(tmp_path):
+    step, ts, arrays, _ = resumable.parts()
+    batches = [(arrays[0][:8], arrays[1][:8])] * 3 + [(np.full((8, 6), np.nan, np.float32), arrays[1][:8])]
+    with pytest.raises(fnet.DataError, match=r"a batch of the stream: batch.inputs\[0, 0\] = nan") as caught:
+        fnet.fit(step, ts, fnet.data.Stream(batches, 4), epochs=1, chunk_steps=4, run=fnet.Run(tmp_path / "run"))
+    assert not hasattr(caught.value, "__notes__") and list(saved_steps(tmp_path / "run" / "checkpoints")) == [0]
+
+
+def test_another_rule_to_stop_is_named(folder):
+    step, ts, arrays, evaluate = resumable.parts()
+    with pytest.raises(
+        ValueError, match=r"stop has patience = 5.0, but the run was saved with 100.0; expected the same"
+    ):
+        fnet.fit(
+            step,
+            ts,
+            fnet.Batch(*arrays),
+            epochs=6,
+            batch_size=8,
+            evaluate=evaluate,
+            validation=arrays,
+            evaluate_every=(4, "steps"),
+            stop=fnet.early_stopping("validation_loss", patience=5),
+            run=fnet.Run(folder, {"optimizer": "noisy"}, resume=True),
+        )
+
+
+def test_a_configuration_with_nan_is_the_same_when_it_is_resumed(tmp_path):
+    run = fnet.Run(tmp_path / "run", {"x": float("nan")})
+    for resume in (False, True):
+        with open_run(run._replace(resume=resume)):
+            pass
+
+
+def test_two_leaves_of_one_path_are_refused_before_they_are_saved():
+    with pytest.raises(fnet.CheckpointError, match="two leaves have the path 'a/b'; expected one"):
+        host_leaves({"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)})

@@ -753,3 +753,126 @@ def test_where_a_run_ends_and_is_evaluated_is_checked(changes, error, message):
     step, ts, data, _ = problem()
     with pytest.raises(error, match=message):
         fnet.fit(step, ts, data, **{"epochs": 2, "batch_size": 8, **changes})
+
+
+# --- what a second pair of eyes broke --------------------------------------------------------------------------------
+
+
+def linear(metrics=lambda loss: {"loss": loss}):
+    """Least squares by SGD on a dict of inputs, and its start."""
+
+    def step(ts, batch):
+        def loss(w):
+            return ((batch.inputs["a"] @ w - batch.targets) ** 2).mean()
+
+        value, grad = jax.value_and_grad(loss)(ts.params)
+        return ts._replace(step=ts.step + 1, params=ts.params - 0.1 * grad), metrics(value)
+
+    return step, TrainState(jnp.asarray(0, jnp.int32), jnp.zeros(3), (), (), jax.random.key(0))
+
+
+def test_batches_of_a_stream_keep_their_sizes_whatever_their_containers():
+    rng = np.random.default_rng(0)
+    sizes = (4, 4, 2, 2, 4, 2)
+    batches = [
+        ({"a": rng.normal(size=(n, 3)).astype(np.float32)}, rng.normal(size=n).astype(np.float32)) for n in sizes
+    ]
+    step, ts = linear()
+    end, history = fnet.fit(step, ts, Stream(batches, 3), epochs=2, chunk_steps=100)
+    w = np.zeros(3)
+    for (x, y), loss in zip(((b[0]["a"], b[1]) for b in batches), history.steps["loss"], strict=True):
+        np.testing.assert_allclose(loss, ((x @ w - y) ** 2).mean(), rtol=1e-5)
+        w = w - 0.1 * 2 * x.T @ (x @ w - y) / len(y)
+    np.testing.assert_allclose(end.params, w, rtol=1e-5)
+
+
+def test_a_program_is_compiled_anew_under_other_settings_of_jax(capsys):
+    step, ts, data, _ = problem()
+    fnet.fit(step, ts, data, steps=3, batch_size=8)
+    with jax.threefry_partitionable(False):
+        other, _ = fnet.fit(step, ts, data, steps=3, batch_size=8, explain=True)
+        expected, _ = loop(step, ts, jax.tree.map(lambda a: a, data), 1, 8)
+        assert "jax_threefry_partitionable was True and is False" in capsys.readouterr().out
+        order = np.asarray(epoch_order(ts.key, 0, EXAMPLES))
+    by_hand = ts
+    for begin in range(0, 24, 8):
+        by_hand, _ = jax.jit(step)(by_hand, jax.tree.map(lambda a, rows=order[begin : begin + 8]: a[rows], data))
+    chex.assert_trees_all_close(other.params, by_hand.params, rtol=1e-5, atol=1e-7)
+    assert int(expected.step) == 7
+
+
+@pytest.mark.parametrize("metrics", [lambda loss: {"loss": loss}, lambda loss: {"loss": {"a": loss[None]}}])
+def test_a_loss_that_is_no_mean_is_diagnosed_too(metrics):
+    step, ts = linear(metrics)
+    data = fnet.Batch({"a": np.full((8, 3), 1e20, np.float32)}, np.zeros(8, np.float32))
+    with pytest.raises(fnet.NonFiniteError) as caught:
+        fnet.fit(step, ts._replace(params=jnp.ones(3)), data, epochs=1, batch_size=4)
+    assert caught.value.found.step == 0 and len(caught.value.found.examples) == 4
+
+
+def test_a_start_that_is_not_finite_is_called_so():
+    step, ts = linear()
+    data = fnet.Batch({"a": np.ones((8, 3), np.float32)}, np.zeros(8, np.float32))
+    with pytest.raises(fnet.NonFiniteError, match="the state that the run begins with at step 0 is not finite: params"):
+        fnet.fit(step, ts._replace(params=jnp.full(3, jnp.nan)), data, epochs=1, batch_size=4)
+
+
+def test_what_an_observer_does_to_its_metrics_stays_with_it():
+    step, ts, data, _ = problem()
+
+    def meddler(event):
+        if isinstance(event.metrics, dict):
+            event.metrics["loss"] = 123.0
+            event.metrics["mine"] = 1.0
+
+    _, history = fnet.fit(step, ts, data, epochs=2, batch_size=8, observers=[meddler])
+    assert "mine" not in history.epochs and (history.epochs["loss"] < 10).all()
+
+
+def test_a_batch_of_mapped_data_may_weigh_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(8, FEATURES)).astype(np.float32), np.arange(8) % CLASSES, np.repeat([0.0, 1.0], 4)
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for path, array in zip(paths, arrays, strict=True):
+        np.save(path, array)
+    step, ts, _, _ = problem()
+    options = {"epochs": 1, "batch_size": 4, "shuffle": False}
+    expected, _ = fnet.fit(step, ts, fnet.Batch(*arrays), **options)
+    end, _ = fnet.fit(step, ts, open_arrays(*paths), **options)
+    assert_same_bits(end, expected)
+
+
+def test_a_bad_example_of_mapped_data_is_named_by_its_batch(tmp_path):
+    step, ts, data, _ = problem()
+    inputs = np.array(data.inputs)
+    inputs[41, 2] = np.nan
+    np.save(tmp_path / "x.npy", inputs)
+    np.save(tmp_path / "y.npy", data.targets)
+    mapped = open_arrays(tmp_path / "x.npy", tmp_path / "y.npy")
+    message = r"a batch of the rows \[.*\b41\b.*\]: batch.inputs\[\d, 2\] = nan; .* \(1 value in all\)"
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(step, ts, mapped, epochs=1, batch_size=8, chunk_steps=7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda ts: ts, "1 steps led from step 0 to step 0; expected a step function that counts"),
+    ],
+)
+def test_a_step_that_does_not_count_is_named(changes, message):
+    data = fnet.Batch(np.ones((8, 3), np.float32), np.zeros(8, np.float32))
+    with pytest.raises(ValueError, match=message):
+        fnet.fit(lambda ts, batch: (changes(ts), {}), linear()[1], data, epochs=1, batch_size=4)
+
+
+def test_names_that_would_collide_are_refused():
+    data = fnet.Batch({"a": np.ones((8, 3), np.float32)}, np.zeros(8, np.float32))
+    step, ts = linear(lambda loss: {"loss": loss, "step": loss})
+    with pytest.raises(ValueError, match="a metric is called 'step', which rows of metrics have already"):
+        fnet.fit(step, ts, data, epochs=1, batch_size=4)
+    step, ts = linear()
+    with pytest.raises(ValueError, match="two results are called 'a_b_loss'; expected one"):
+        evaluate = lambda params, state, held: {"loss": params.sum(), "b_loss": params.sum()}  # noqa: E731
+        sets = {"a": data, "a_b": data}
+        fnet.fit(step, ts, data, epochs=1, batch_size=4, evaluate=evaluate, validation=sets)

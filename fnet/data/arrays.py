@@ -23,7 +23,9 @@ class DataError(ValueError):
     """The data do not fit the run; the message names the field, the value, what was expected and the remedy."""
 
 
-def check_data(data: Batch | tuple, *, batch_size: SupportsIndex | None = None, name: str = "data") -> Batch:
+def check_data(
+    data: Batch | tuple, *, batch_size: SupportsIndex | None = None, name: str = "data", part: bool = False
+) -> Batch:
     """The data as arrays on the device, or a `DataError` that says what is wrong with them.
 
     Dtypes are kept as far as jax holds them: without x64, float64 becomes float32 and int64 becomes int32, and a value
@@ -34,6 +36,7 @@ def check_data(data: Batch | tuple, *, batch_size: SupportsIndex | None = None, 
             ``(N, ...)``. NumPy arrays are copied.
         batch_size: if given, must be a whole number from 1 to N.
         name: what the messages call the data, e.g. ``"validation"``.
+        part: these are some of the examples, so that all of their weights may be 0.
 
     Raises:
         DataError: no examples; arrays of different N or without a first axis; a dtype that is not real numbers; a value
@@ -60,7 +63,7 @@ def check_data(data: Batch | tuple, *, batch_size: SupportsIndex | None = None, 
     paths, leaves = zip(*_leaves(batch, name), strict=True)
     arrays = [_to_device(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     batch = jax.tree.unflatten(jax.tree.structure(batch), arrays)
-    return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name))
+    return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name, part))
 
 
 def count_examples(data: Batch, name: str = "data") -> int:
@@ -180,14 +183,14 @@ def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str) -> None
         raise DataError(f"{path}[{where}] = {host[index]}; {expected} ({total} {many} in all)")
 
 
-def _check_weights(weights: Any, name: str) -> jax.Array:
+def _check_weights(weights: Any, name: str, part: bool) -> jax.Array:
     if not isinstance(weights, jax.Array):
         raise DataError(
             f"{name}.weights is a {type(weights).__name__}; expected one array, shaped like the loss' values"
         )
     host = np.asarray(weights)
     _refuse(f"{name}.weights", host, host < 0, "expected 0 or more: 0 leaves an example out")
-    if not host.any():
+    if not host.any() and not part:
         raise DataError(
             f"{name}.weights sum to 0; expected one above 0 at least: weights=None counts every example once"
         )

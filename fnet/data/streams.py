@@ -9,6 +9,7 @@ batches, in an order of its own; where it stands is saved with the run. Both are
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -83,7 +84,14 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
             raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
         iterator.set_state(state)
     for element in iterator:
-        yield Read(Batch(*element), None, iterator.get_state() if hasattr(iterator, "get_state") else None)
+        held = iterator.get_state() if hasattr(iterator, "get_state") else None
+        try:
+            json.dumps(held)
+        except TypeError as error:
+            raise DataError(
+                f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
+            ) from error
+        yield Read(Batch(*element), None, held)
         step += 1
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
 
