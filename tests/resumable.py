@@ -139,7 +139,7 @@ def main() -> None:
         source=options.source,
         optimizer=options.optimizer,
         observers=[say],
-        **({"files": options.folder} if options.source == "mapped" else {}),
+        **({"files": Path(options.folder).parent} if options.source == "mapped" else {}),
     )
     print("end", digest(ts), flush=True)
 

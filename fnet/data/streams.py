@@ -136,7 +136,8 @@ def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
         except BaseException as error:  # handed to whoever waits
             put(error)
 
-    threading.Thread(target=work, name="fnet-reader", daemon=True).start()
+    thread = threading.Thread(target=work, name="fnet-reader", daemon=True)
+    thread.start()
     try:
         while True:
             item = waiting.get()
@@ -145,6 +146,7 @@ def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
             yield item
     finally:
         closed.set()
+        thread.join()  # within jax at the interpreter's end it would abort the process
 
 
 def joined(batches: list[Batch]) -> Batch:
