@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.types import PyTree, named_leaves
+from fnet.files import first_line
+from fnet.types import PyTree, by_path
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)")
@@ -45,11 +45,9 @@ class HostLeaf(NamedTuple):
 
 def host_leaves(tree: PyTree) -> list[HostLeaf]:
     """The leaves of a tree on the host, by path and in order."""
-    named = [(path, jnp.asarray(leaf)) for path, leaf in named_leaves(tree)]
-    if twice := [path for path, count in Counter(path for path, _ in named).items() if count > 1]:
-        raise CheckpointError(f"two leaves have the path {twice[0]!r}; expected one: rename what has '/' in its name")
-    arrays = jax.device_get([_words(leaf) for _, leaf in named])
-    return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named, arrays, strict=True)]
+    named = _named(tree)
+    arrays = jax.device_get([_words(leaf) for leaf in named.values()])
+    return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named.items(), arrays, strict=True)]
 
 
 def save_checkpoint(
@@ -82,7 +80,7 @@ def save_checkpoint(
         os.rename(part, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} could not be written ({_first_line(error)}); expected a folder with room that can be written to; "
+            f"{path} could not be written ({first_line(error)}); expected a folder with room that can be written to; "
             "the checkpoints before it are whole"
         ) from error
     return path
@@ -95,14 +93,10 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
     shape or dtype (all of them named), and where a leaf is not what was saved.
     """
     path, meta = Path(path).absolute(), read_meta(path)
-    expected = {name: jnp.asarray(leaf) for name, leaf in named_leaves(like)}
-    _compare(
-        path, {name: _kind(leaf) for name, leaf in expected.items()}, {f["path"]: f["kind"] for f in meta["leaves"]}
-    )
-    arrays = {
-        f["path"]: np.zeros(_words(expected[f["path"]]).shape, _words(expected[f["path"]]).dtype)
-        for f in meta["leaves"]
-    }
+    expected, found = _named(like), {saved["path"]: saved["kind"] for saved in meta["leaves"]}
+    _compare(path, {name: _kind(leaf) for name, leaf in expected.items()}, found)
+    words = {name: _words(expected[name]) for name in found}
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in words.items()}
     places = {f"{i:05d}": name for i, (name, a) in enumerate(arrays.items()) if a.size}
     ocp, checkpointer = _orbax()
     try:
@@ -172,6 +166,13 @@ def _orbax():
     return ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts))
 
 
+def _named(tree: PyTree) -> dict[str, jax.Array]:
+    try:
+        return {path: jnp.asarray(leaf) for path, leaf in by_path(tree).items()}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -213,13 +214,9 @@ def _verify_files(path: Path) -> None:
             raise _damaged(path / name, ValueError(f"expected SHA-256 {want}, found {have}"))
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-
-
 def _damaged(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path} is damaged or not fnet's ({_first_line(error)}); expected a checkpoint as fnet wrote it: "
+        f"{path} is damaged or not fnet's ({first_line(error)}); expected a checkpoint as fnet wrote it: "
         "delete its folder to continue from the checkpoint before it"
     )
 

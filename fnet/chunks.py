@@ -18,8 +18,8 @@ import numpy as np
 from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.streams import Read, Stream, ahead, joined, read_rows, read_stream
 from fnet.plan import Plan, dry_run, order_at
-from fnet.stopping import Reducer, decide, stopped
-from fnet.training import Step, epoch_order, evaluate_on, results_by_name, rows_of, steps_per_epoch
+from fnet.stopping import Reducer, stopped
+from fnet.training import Step, epoch_order, evaluated, rows_of, steps_per_epoch
 from fnet.types import Batch, PyTree, TrainState
 
 READ_BYTES = 32_000_000  # of batches that are sent to the device at a time
@@ -61,17 +61,6 @@ def run_chunk(
     def one(ts, rows):
         return step(ts, rows_of(data, rows))
 
-    def evaluated(ts):
-        results = results_by_name(evaluate_on(evaluate, ts, validation), validation) if evaluate else {}
-        return decide(stop, ts, results), results
-
-    def room(abstract, length):
-        return jax.tree.map(lambda a: jnp.zeros((length, *jnp.shape(a)), a.dtype), abstract)
-
-    def put(buffers, row, values):
-        write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, row, 0)  # noqa: E731
-        return jax.tree.map(write, buffers, values)
-
     def segment(carry):
         """Steps up to the end of the chunk, the epoch's full batches or the next evaluation; then what is due there."""
         ts, order, done, metrics, at, results, rows = carry
@@ -103,7 +92,7 @@ def run_chunk(
         if evaluate:
 
             def at_boundary(ts, at, results, row):
-                ts, now = evaluated(ts)
+                ts, now = evaluated(ts, validation, evaluate, stop)
                 return ts, at.at[row].set(ts.step), put(results, row, now), row + 1
 
             arguments = ts, at, results, rows
@@ -112,12 +101,23 @@ def run_chunk(
 
     metrics = room(jax.eval_shape(one, ts, jnp.zeros(batch_size, jnp.int32))[1], capacity)
     slots = capacity // every + 1 if evaluate else 0
-    results = room(jax.eval_shape(evaluated, ts)[1], slots)
+    results = room(jax.eval_shape(lambda ts: evaluated(ts, validation, evaluate, stop), ts)[1], slots)
     zero = jnp.zeros((), jnp.int32)
     carry = ts, order_of(ts), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
     going = lambda carry: (carry[2] < count) & ~stopped(carry[0])  # noqa: E731
     ts, _, _, metrics, at, results, _ = jax.lax.while_loop(going, segment, carry)
     return ts, Outputs(jnp.copy(ts.step), metrics, results, at, all_finite(ts), jnp.copy(stopped(ts)))
+
+
+def room(abstract: PyTree, rows: int) -> PyTree:
+    """Buffers for so many values of each of these shapes."""
+    return jax.tree.map(lambda a: jnp.zeros((rows, *jnp.shape(a)), a.dtype), abstract)
+
+
+def put(buffers: PyTree, row, values: PyTree) -> PyTree:
+    """The buffers with the values in a row."""
+    write = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(buffer, value, row, 0)  # noqa: E731
+    return jax.tree.map(write, buffers, values)
 
 
 def all_finite(ts: TrainState) -> jax.Array:
@@ -155,11 +155,7 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
     loop = jax.jit(functools.partial(run_batches, step=plan.step), donate_argnums=0)
     one = jax.jit(plan.step, donate_argnums=0)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def evaluated(ts, validation):
-        results = results_by_name(evaluate_on(plan.evaluate, ts, validation), validation) if plan.evaluate else {}
-        return decide(plan.stop, ts, results), results
-
+    at_boundary = jax.jit(functools.partial(evaluated, evaluate=plan.evaluate, stop=plan.stop), donate_argnums=0)
     waiting: deque[Read] = deque()
 
     def take(most: int) -> list[Read]:
@@ -190,7 +186,7 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
             used += taken
             position += len(taken)
             if plan.evaluate and position % every == 0:
-                ts, now = evaluated(ts, validation)
+                ts, now = at_boundary(ts, validation)
                 results.append(jax.tree.map(np.asarray, now))
                 at.append(position)
         stack = lambda join, trees: jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else {}  # noqa: E731
@@ -222,13 +218,12 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
     """The first ``count`` of the batches ``(C, B, ...)``, one after another."""
     capacity = count_examples(batches)
     abstract = jax.eval_shape(step, ts, jax.tree.map(lambda a: a[0], batches))[1]
-    metrics = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), abstract)
+    metrics = room(abstract, capacity)
 
     def body(i, carry):
         ts, metrics = carry
         ts, now = step(ts, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches))
-        put = lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, i, 0)  # noqa: E731
-        return ts, jax.tree.map(put, metrics, now)
+        return ts, put(metrics, i, now)
 
     return jax.lax.fori_loop(0, count, body, (ts, metrics))
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -25,9 +25,10 @@ from fnet.chunks import Outputs, reading
 from fnet.compiled import compiled
 from fnet.data.arrays import check_data
 from fnet.data.streams import is_read_ahead
+from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
-from fnet.nonfinite import NonFiniteError, bad_leaf, replay
+from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.plan import Plan, check_position, check_run, described, examples_between, order_at
 from fnet.runs import Run, open_run
 from fnet.stopping import Reducer, with_stopping
@@ -88,18 +89,14 @@ def fit(
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
-        recorder, resumed, stream = (
-            Recorder(plan.per_epoch),
-            folder.restore(ts, described(plan)) if folder else None,
-            None,
-        )
-        if resumed:
+        recorder, stream = Recorder(plan.per_epoch), None
+        if folder and (resumed := folder.restore(ts, described(plan))):
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
-        if resumed and stop is not None:
-            check_rule(stop, ts)
-        if resumed and int(ts.step) == plan.end:
-            return ts, recorder.history(0.0, 0.0)  # it had ended
+            if stop is not None:
+                check_rule(stop, ts)
+            if int(ts.step) == plan.end:
+                return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan)
         first = position = int(ts.step)
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
@@ -134,7 +131,9 @@ def fit(
             begin, mine = time.perf_counter(), ts
             ts = copied(ts) if keep else ts  # what the host holds; the other is donated to the first chunk
             ends = [] if run is None else [n for n in (run.save_every, run.keep_best and plan.every) if n]
-            for chunk in () if program is None else chunks(plan, program, mine, ts, chunk_steps, keep, ends):
+            for chunk in (
+                () if program is None else chunks(plan, program, mine, ts if keep else None, chunk_steps, ends)
+            ):
                 if check_finite and not chunk.finite:
                     ts = ts if chunk.before is None else chunk.before
                     raise not_finite(plan, chunk, folder.folder if folder else None)
@@ -230,9 +229,11 @@ class Chunk(NamedTuple):
 
     @property
     def finite(self) -> bool:
+        """Whether its losses, and the parameters and the model's state at its end, are finite."""
         made = int(self.outputs.step) - self.first
-        loss = self.outputs.metrics.get("loss") if isinstance(self.outputs.metrics, Mapping) else None
-        return bool(self.outputs.finite) and all(np.isfinite(leaf[:made]).all() for leaf in jax.tree.leaves(loss))
+        return bool(self.outputs.finite) and all(
+            np.isfinite(loss[:made]).all() for loss in losses_of(self.outputs.metrics)
+        )
 
 
 @jax.jit
@@ -247,16 +248,14 @@ def chunks(
     ts: TrainState,
     kept: TrainState | None,
     length: int | None,
-    keep: bool,
     ends: Sequence[int],
 ) -> Iterator[Chunk]:
     """The run's chunks one after another. While one is looked at the next one runs, if copies are kept.
 
     Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second; all end
-    at multiples of each of ``ends``. ``kept`` is a copy of ``ts``, which is donated.
+    at multiples of each of ``ends``. ``kept`` is a copy of ``ts``, which is donated; None if no copies are kept.
     """
-    sent, trial, waiting = int(ts.step), 1, deque()
-    kept = kept if keep else None
+    sent, trial, waiting, keep = int(ts.step), 1, deque(), kept is not None
     begin = time.perf_counter()
     while sent < plan.end or waiting:
         if sent < plan.end and len(waiting) < (2 if keep and length else 1):
@@ -314,6 +313,7 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
     else:
         message = f"not finite: {found}"
     if folder is not None and found is not None:
-        (folder / "nonfinite.json").write_text(json.dumps(found._asdict(), indent=2) + "\n")
+        with whole_file(folder / "nonfinite.json") as part:
+            part.write_text(json.dumps(found._asdict(), indent=2) + "\n")
         message += f". Written to {folder / 'nonfinite.json'}"
     return NonFiniteError(f"{message}. The state at step {chunk.first} is the last good one", found, before)

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.files import first_line, whole_file
 from fnet.layers.recurrent import LSTMCarry
 from fnet.types import Layer, PyTree, apply, named_leaves
 
@@ -303,7 +303,7 @@ def export_inference(
         program = exported.serialize()
     except Exception as error:  # of the model's own code, of jax, of XLA
         remedy = "with any_batch=False it is for inputs of the size of x" if any_batch else "see the error above"
-        raise ExportError(f"{model.name} cannot be exported ({_first_line(error)}); {remedy}") from error
+        raise ExportError(f"{model.name} cannot be exported ({first_line(error)}); {remedy}") from error
     arrays = {**arrays, "program": np.frombuffer(program, np.uint8)}
     about = {"fnet_inference": FORMAT, "order": json.dumps(list(arrays)), "sha256": _digest(arrays)}
     with _whole(path) as part:
@@ -345,7 +345,7 @@ def _inference(path: str | Path, name: str | Path) -> Inference:
         exported = jax.export.deserialize(bytearray(program.tobytes()))
     except Exception as error:  # of flatbuffers, of jax
         raise ExportError(
-            f"{name} cannot be read by this jax, {jax.__version__} ({_first_line(error)}); expected one that is not "
+            f"{name} cannot be read by this jax, {jax.__version__} ({first_line(error)}); expected one that is not "
             "older than the jax that wrote it: install that, or export again"
         ) from error
     if (here := jax.export.default_export_platform()) not in exported.platforms:
@@ -361,7 +361,7 @@ def _inference(path: str | Path, name: str | Path) -> Inference:
             return run(weights, x)
         except (ValueError, TypeError) as error:
             given = ", ".join(_kind(jnp.asarray(leaf)) for leaf in jax.tree.leaves(x))
-            raise ExportError(f"{name} takes {takes}, found {given} ({_first_line(error)})") from error
+            raise ExportError(f"{name} takes {takes}, found {given} ({first_line(error)})") from error
 
     return Inference(call, exported.platforms, takes)
 
@@ -427,7 +427,7 @@ def _read(path: str | Path) -> tuple[Arrays, dict[str, str]]:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} cannot be read ({_first_line(error)}); expected a whole safetensors file") from error
+        raise ExportError(f"{path} cannot be read ({first_line(error)}); expected a whole safetensors file") from error
 
 
 def _digest(arrays: Arrays) -> str:
@@ -449,20 +449,12 @@ def _require_new(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _whole(path: str | Path):
-    """A file to write that becomes ``path`` if nothing is raised."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    """`whole_file` with this module's error."""
     try:
-        yield part
-        os.replace(part, path)
+        with whole_file(path) as part:
+            yield part
     except OSError as error:
         raise ExportError(f"{path} cannot be written ({error}); expected a folder with room that can be") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
 
 
 def _safetensors():

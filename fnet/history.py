@@ -112,7 +112,7 @@ class Recorder:
         """What a chunk that began at step ``first`` completed: ("evaluation" or "epoch", step, metrics), in order."""
         last = int(outputs.step)
         made = slice(last - first)
-        rows = {name: Mean(m.sum[made], m.count[made]) for name, m in to_host(outputs.metrics).items()}
+        rows = to_host(jax.tree.map(lambda a: a[made], outputs.metrics))
         results = to_host(outputs.results)
         evaluated = {int(step): i for i, step in enumerate(outputs.evaluated) if step}  # no evaluation is at step 0
         self.steps.append({name: mean.value for name, mean in rows.items()})

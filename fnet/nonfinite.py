@@ -51,23 +51,22 @@ def replay(step: Callable, ts: TrainState, batches: Iterable[tuple[list[int] | N
     jitted = jax.jit(step)
     for rows, batch in batches:
         new, metrics = jitted(ts, batch)
-        loss = loss_of(metrics)
-        leaf = bad_leaf(new)
-        if leaf or not np.isfinite(loss).all():
+        losses, leaf = losses_of(metrics), bad_leaf(new)
+        finite = all(np.isfinite(loss).all() for loss in losses)
+        if leaf or not finite:
             stage, layer, operation, source = locate(step, ts, batch)
-            if stage == "forward" and np.isfinite(loss).all():  # autodiff computes factors of the derivative beforehand
+            if stage == "forward" and finite:  # autodiff computes factors of the derivative beforehand
                 stage = "backward"
-            return NonFinite(int(ts.step), stage, layer, operation, source, leaf, rows, float(loss.sum()))
+            return NonFinite(int(ts.step), stage, layer, operation, source, leaf, rows, float(sum(map(np.sum, losses))))
         ts = new
     return None
 
 
-def loss_of(metrics: PyTree) -> np.ndarray:
-    """The numbers that a step calls its loss, none if it has none: a `Mean`, a number or a tree of such."""
+def losses_of(metrics: PyTree) -> list[np.ndarray]:
+    """The numbers that a step calls its loss, none if it has none: a `Mean`'s sum, a number or a tree of such."""
     found = metrics.get("loss") if isinstance(metrics, Mapping) else None
     means = jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, Mean))
-    values = [np.ravel(np.asarray(mean.sum if isinstance(mean, Mean) else mean, np.float64)) for mean in means]
-    return np.concatenate(values) if values else np.zeros(0)
+    return [np.asarray(mean.sum if isinstance(mean, Mean) else mean, np.float64) for mean in means]
 
 
 def bad_leaf(ts: TrainState) -> str:

@@ -24,6 +24,7 @@ from zipfile import ZipFile
 import jax
 import numpy as np
 
+from fnet.files import whole_file
 from fnet.history import Event
 from fnet.metrics import DECADES, magnitude_edges
 from fnet.plan import in_steps
@@ -144,7 +145,6 @@ def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = 
             raise ValueError(f"csv: {path} has the columns {', '.join(header)}; expected {expected}: name another file")
         # the last row may have been cut off by whatever ended the process
         kept = [row for row in rows[1:] if len(row) == len(header) and int(row[1]) <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _whole(path) as part, part.open("w", newline="") as file:
             writer(file, lineterminator="\n").writerows([header, *kept] if header else [])
 
@@ -394,11 +394,10 @@ def _numbered(kind: str, folder: str | Path, resume: bool) -> Callable[[Event, s
 
 @contextlib.contextmanager
 def _whole(path: Path):
-    """A file to write that becomes ``path`` when it is complete."""
+    """`whole_file`, in a folder that is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    yield part
-    os.replace(part, path)
+    with whole_file(path) as part:
+        yield part
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.data.arrays import DataError, check_data, count_examples
+from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
-from fnet.stopping import Reducer, decide, with_stopping
-from fnet.training import Step, epoch_order, evaluate_on, named_metrics, results_by_name, steps_per_epoch
+from fnet.stopping import Reducer, with_stopping
+from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
 from fnet.types import Batch, LayerError, PyTree, TrainState, named_leaves
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
@@ -60,8 +60,7 @@ def check_run(
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
     elif is_read_ahead(data):
         data, n = Batch(*data), count_examples(Batch(*data))
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= n:
-            raise DataError(f"batch_size = {batch_size!r}; expected a whole number from 1 to {n}")
+        check_batch_size(batch_size, n)
         known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data), part=True)
         per_epoch = steps_per_epoch(data, batch_size)
     else:
@@ -77,7 +76,8 @@ def check_run(
             raise ValueError(
                 f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
             )
-    for name, _ in named_metrics(jax.eval_shape(step, ts, sample)[1]):
+    metrics = jax.eval_shape(step, ts, sample)[1]
+    for name, _ in named_metrics(metrics):
         if name in ("kind", "step", "epoch"):
             raise ValueError(f"a metric is called {name!r}, which rows of metrics have already; expected another name")
     results = {}
@@ -87,17 +87,10 @@ def check_run(
         for name, held in checked.items():
             dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
         validation = checked if isinstance(validation, Mapping) else checked["validation"]
-        results = jax.eval_shape(lambda ts, sets: evaluate_on(evaluate, ts, sets), ts, validation)
-        if stop is not None:
-            jax.eval_shape(
-                lambda ts, sets: decide(
-                    stop, with_stopping(stop, ts), results_by_name(evaluate_on(evaluate, ts, sets), sets)
-                ),
-                ts,
-                validation,
-            )
+        decided = lambda ts, sets: evaluated(with_stopping(stop, ts), sets, evaluate, stop)  # noqa: E731
+        results = jax.eval_shape(decided, ts, validation)[1]
     end = steps or epochs * per_epoch
-    capacity = chunk_capacity(step, ts, sample, every, results)
+    capacity = chunk_capacity(metrics, every, results)
     return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, capacity)
 
 
@@ -136,9 +129,8 @@ def in_steps(name: str, every: Any, per_epoch: int) -> int:
     return every[0] * (per_epoch if every[1] == "epochs" else 1)
 
 
-def chunk_capacity(step: Step, ts: TrainState, sample: Batch, every: int, results: PyTree) -> int:
+def chunk_capacity(metrics: PyTree, every: int, results: PyTree) -> int:
     """C: as many steps as have room for what they and their evaluations measure, whatever the length of the run."""
-    metrics = jax.eval_shape(step, ts, sample)[1]
     sizes = [sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (metrics, results)]
     each, evaluation = (max(1, METRIC_BYTES // max(1, size)) for size in sizes)
     return min(CHUNK_STEPS, each, every * evaluation)

@@ -32,11 +32,11 @@ from fnet.checkpoint import (
     delete_checkpoint,
     host_leaves,
     load_checkpoint,
-    read_meta,
     save_checkpoint,
     saved_steps,
     sweep,
 )
+from fnet.files import whole_file
 from fnet.types import TrainState
 
 
@@ -74,11 +74,11 @@ class OpenRun:
     """A run's folder while it is held; checkpoints are written by a thread of its own, one at a time."""
 
     def __init__(self, run: Run, folder: Path, config: dict[str, Any]):
-        self.run, self.folder, self.config = run, folder, config
+        self.run, self.folder, self.config, self.environment = run, folder, config, environment()
         self.checkpoints = folder / "checkpoints"
         self.saved_at = time.monotonic()
         self.last_saved: int | None = None
-        self._evaluated: tuple[int, dict[str, Any]] = (-1, {})  # the last evaluation's step and results
+        self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
     def restore(self, like: TrainState, plan: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
@@ -89,34 +89,24 @@ class OpenRun:
             self._write_metrics([])
             return None
         ts, meta = load_checkpoint(list(steps.values())[-1], like)
-        differing = [
-            f"{name}: expected {value!r} (as saved), found {plan[name]!r}"
-            for name, value in meta["plan"].items()
-            if value != plan[name]
-        ]
-        if differing:
+        if differing := _differences(meta["plan"], plan, "as saved"):
             raise RunError(
-                f"{self.folder} was run on other data or in other steps: {'; '.join(differing)}. "
+                f"{self.folder} was run on other data or in other steps: {differing}. "
                 "Resume it with its own, or name another folder"
             )
-        differing = [
-            f"{name}: expected {value!r} (as saved), found {environment().get(name)!r}"
-            for name, value in meta["environment"].items()
-            if environment().get(name) != value
-        ]
-        if differing:
-            message = "; ".join(differing)
-            warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {message}", RunWarning, stacklevel=4)
+        if differing := _differences(meta["environment"], self.environment, "as saved"):
+            warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {differing}", RunWarning, stacklevel=4)
         self.last_saved = meta["step"]
         rows = [row for row in rows if row["step"] <= meta["step"]]
         self._write_metrics(rows)
+        self._results = {row["step"]: row for row in rows if row["kind"] == "evaluation"}
         return ts, meta, rows
 
     def record(self, kind: str, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Append a row to the metrics."""
         numbers = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if kind == "evaluation":
-            self._evaluated = step, numbers
+            self._results[step] = numbers
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
 
@@ -124,7 +114,7 @@ class OpenRun:
         """Whether a checkpoint is due here."""
         if self.run.save_every and step % self.run.save_every == 0:
             return True
-        if self.run.keep_best and self._evaluated[0] == step:
+        if self.run.keep_best and step in self._results:
             return True
         return time.monotonic() - self.saved_at >= self.run.save_seconds
 
@@ -134,8 +124,8 @@ class OpenRun:
         step = int(ts.step)
         if step == self.last_saved:
             return False
-        results = self._evaluated[1] if self._evaluated[0] == step else {}  # those of this very state
-        meta = {**meta, "config": self.config, "environment": environment(), "results": results}
+        results = self._results.get(step, {})
+        meta = {**meta, "config": self.config, "environment": self.environment, "results": results}
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
@@ -160,7 +150,7 @@ class OpenRun:
         if self.run.keep_every:
             kept |= {step for step in steps if step % self.run.keep_every == 0}
         if self.run.keep_best:
-            results = {step: read_meta(path)["results"].get(self.run.keep_best) for step, path in steps.items()}
+            results = {step: self._results.get(step, {}).get(self.run.keep_best) for step in steps}
             known = {step: value for step, value in results.items() if value is not None and np.isfinite(value)}
             if known:
                 kept.add((max if self.run.greatest else min)(known, key=lambda step: known[step]))
@@ -178,10 +168,8 @@ class OpenRun:
         return rows
 
     def _write_metrics(self, rows) -> None:
-        path = self.folder / "metrics.jsonl"
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(part, path)
+        with whole_file(self.folder / "metrics.jsonl") as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
@@ -190,7 +178,11 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     _check(run)
     folder, config = Path(run.folder).absolute(), _plain(run.config)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    begun = {".lock", "checkpoints", "config.part"}  # what a process leaves that is killed before it writes config.json
+    begun = {
+        ".lock",
+        "checkpoints",
+        ".config.json.part",
+    }  # what a process leaves that is killed before it writes config.json
     if set(held) <= begun and not any((folder / "checkpoints").glob("*")):
         held = []
     if held and not run.resume:
@@ -210,9 +202,9 @@ def open_run(run: Run) -> Iterator[OpenRun]:
         if (folder / "config.json").exists():
             _compare_config(run, folder, json.loads((folder / "config.json").read_text()), config)
         _write_json(folder / "config.json", config)
-        _write_json(folder / "environment.json", environment())
         sweep(folder / "checkpoints")
         opened = OpenRun(run, folder, config)
+        _write_json(folder / "environment.json", opened.environment)
         try:
             yield opened
         finally:
@@ -263,16 +255,20 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _compare_config(run: Run, folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    differs = lambda name: json.dumps(saved.get(name)) != json.dumps(given.get(name))  # noqa: E731 (NaN is not NaN)
-    names = sorted(name for name in {**saved, **given} if name not in run.free and differs(name))
-    if names:
-        lines = [
-            f"{n}: expected {saved.get(n, 'nothing')!r} (as begun), found {given.get(n, 'nothing')!r}" for n in names
-        ]
+    held, now = ({name: value for name, value in c.items() if name not in run.free} for c in (saved, given))
+    if differing := _differences(held, now, "as begun"):
         raise RunError(
-            f"{folder} is a run of another configuration: {'; '.join(lines)}. "
+            f"{folder} is a run of another configuration: {differing}. "
             "Resume it with its own, which config.json holds, or name another folder"
         )
+
+
+def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], when: str) -> str:
+    """What is not the same in both, in words; nothing where all is. NaN is NaN here."""
+    names = sorted(n for n in {**saved, **given} if json.dumps(saved.get(n)) != json.dumps(given.get(n)))
+    return "; ".join(
+        f"{n}: expected {saved.get(n, 'nothing')!r} ({when}), found {given.get(n, 'nothing')!r}" for n in names
+    )
 
 
 def _lock(folder: Path, lock) -> None:
@@ -293,6 +289,5 @@ def _lock(folder: Path, lock) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")

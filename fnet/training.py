@@ -138,6 +138,14 @@ def results_by_name(results: PyTree, validation: PyTree) -> dict[str, Any]:
     return dict(found)
 
 
+def evaluated(
+    ts: TrainState, validation: PyTree, evaluate: Callable | None, stop: Reducer | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """``ts`` after what is decided on an evaluation, and its results by name."""
+    results = results_by_name(evaluate_on(evaluate, ts, validation), validation) if evaluate else {}
+    return decide(stop, ts, results), results
+
+
 def named_metrics(metrics: PyTree) -> list[tuple[str, Any]]:
     """The `Mean`s and numbers of a tree, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(metrics, is_leaf=lambda leaf: isinstance(leaf, Mean))

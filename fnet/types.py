@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -259,6 +260,15 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their readable paths; raises ValueError where two have one path."""
+    leaves = named_leaves(tree)
+    for (path, _), (following, _) in pairwise(sorted(leaves, key=lambda leaf: leaf[0])):
+        if path == following:
+            raise ValueError(f"two leaves have the path {path!r}; expected one: rename what has '/' in its name")
+    return dict(leaves)
 
 
 def parameter_paths(model: Layer, x: PyTree) -> list[str]:

@@ -428,7 +428,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
 def test_a_folder_that_was_only_begun_is_begun_anew(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / ".lock").touch()
-    (tmp_path / "run" / "config.part").write_text("{")
+    (tmp_path / "run" / ".config.json.part").write_text("{")
     assert digest(resumable.run(tmp_path / "run")[0]) == digest(resumable.run(None)[0])
 
 

@@ -59,7 +59,7 @@ def check_data(
             raise DataError(f"{path} has dtype {dtype}; expected booleans, integers or floats: {remedy}")
     examples = count_examples(batch, name)
     if batch_size is not None:
-        _check_batch_size(batch_size, examples, name)
+        check_batch_size(batch_size, examples, name)
     paths, leaves = zip(*_leaves(batch, name), strict=True)
     arrays = [_to_device(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     batch = jax.tree.unflatten(jax.tree.structure(batch), arrays)
@@ -149,7 +149,8 @@ def _length(path: str, leaf: Any) -> int:
     raise DataError(f"{path} = {leaf!r} has no axis of examples; expected an array of shape (examples, ...): {remedy}")
 
 
-def _check_batch_size(batch_size: Any, examples: int, name: str) -> None:
+def check_batch_size(batch_size: Any, examples: int, name: str = "data") -> None:
+    """Require a whole number from 1 to the number of examples."""
     expected = f"expected a whole number from 1 to {examples}, the number of examples in {name}"
     try:
         whole = operator.index(batch_size)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, named_leaves, wide
+from fnet.types import Optimizer, PyTree, Schedule, by_path, named_leaves, wide
 
 Mask = str | Sequence[str] | Callable[[str, Any], bool] | None
 
@@ -242,15 +241,6 @@ def _dtype(leaf):
 
 def _is_float(leaf) -> bool:
     return jnp.issubdtype(_dtype(leaf), jnp.floating)
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their readable paths; raises ValueError where two have one path."""
-    leaves = named_leaves(tree)
-    for (path, _), (following, _) in pairwise(sorted(leaves, key=lambda leaf: leaf[0])):
-        if path == following:
-            raise ValueError(f"two leaves have the path {path!r}; expected one: rename what has '/' in its name")
-    return dict(leaves)
 
 
 def check_like(params: PyTree, name: str, tree: PyTree) -> None:

@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 
 from fnet.optimizers.common import (
     as_arrays,
-    by_path,
     check_between,
     check_counts,
     check_floats,
@@ -29,7 +28,7 @@ from fnet.optimizers.common import (
     shown_numbers,
 )
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Transform, named_leaves, wide
+from fnet.types import Optimizer, PyTree, Transform, by_path, named_leaves, wide
 
 
 def of_optimizer(name: str, doc: str) -> property:

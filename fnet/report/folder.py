@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -20,9 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fnet.checkpoint import saved_steps
-from fnet.report.html import (
-    _replace,
-)
+from fnet.files import whole_file
 from fnet.report.plots import (
     Series,
     natural,
@@ -45,7 +42,10 @@ def save_audit(folder: str | Path, report: Report) -> Path:
 
     RunError where the folder is not a run's. An audit that is there already is replaced.
     """
-    return _replace(_run_folder(folder) / "audit.json", (report.to_json() + "\n").encode())
+    path = _run_folder(folder) / "audit.json"
+    with whole_file(path) as part:
+        part.write_text(report.to_json() + "\n")
+    return path
 
 
 def save_evaluation(
@@ -113,10 +113,10 @@ def save_evaluation(
         arrays["names"] = np.asarray([str(name) for name in names])
     if pictures is not None:
         arrays["pictures"] = pictures(index)
-    part = folder / "evaluation.part.npz"
-    np.savez_compressed(part, **arrays)
-    os.replace(part, folder / "evaluation.npz")
-    return folder / "evaluation.npz"
+    path = folder / "evaluation.npz"
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    return path
 
 
 def _pictures(inputs, n: int, images: tuple[int, ...] | None) -> Callable[[np.ndarray], np.ndarray] | None:

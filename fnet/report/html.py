@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fnet.files import whole_file
 from fnet.report.audit import Html, cell
 
 GENERATOR = '<meta name="generator" content="fnet">'
@@ -40,7 +40,9 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
         f'<nav aria-label="sections"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n'
         f"<footer><p>Written {escape(_time(time.time()))} by fnet.</p></footer></body></html>\n"
     )
-    return _replace(path, page.encode(errors="replace"))
+    with whole_file(path) as part:
+        part.write_bytes(page.encode(errors="replace"))
+    return path
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "", marked: int = 0) -> str:
@@ -107,14 +109,6 @@ def _share(part, whole) -> str:
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def _replace(path: Path, data: bytes) -> Path:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
-    return path
 
 
 STYLE = """
