@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, load_images, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, load_images, new_run_folder, open_console
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -121,7 +121,7 @@ def train_seed(config: Config, robust: bool, key, train_data: fnet.Batch, test_d
     """A whole run as a function of its key: parameters, state, test accuracy by epoch, loss by epoch."""
     model, steps = network(), config.epochs * -(-len(train_data.targets) // config.batch_size)
     optimizer = fnet.adam(cosine(config.learning_rate, steps))
-    step = fnet.make_step(fnet.backprop(model, LOSS), optimizer)
+    step = fnet.make_step(engine_of(config)(model, LOSS), optimizer)
     params, state = model.init(stream(key, "model"), train_data.inputs[:1])
     ts, updates, epochs = fnet.train(
         on_attacked(step, model, config, steps) if robust else step,
@@ -161,7 +161,7 @@ def measures(x: np.ndarray, labels: np.ndarray, epsilon: float, attacked: dict) 
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train both networks from every seed, attack them, print the tables, draw; returns what was measured."""
-    console = open_console(config, "adversarial", console)
+    console = open_console(config, "adversarial", console, takes=(*FOLDER, "engine"))
     if not 0 < config.epsilon < 1 or not all(0 <= epsilon < 1 for epsilon in config.epsilons):
         raise SystemExit(f"epsilon = {config.epsilon}, epsilons = {config.epsilons}; expected numbers between 0 and 1")
     folder, begin = new_run_folder(config, "adversarial"), time.perf_counter()

@@ -36,17 +36,15 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, length, new_run_folder, open_console
+from experiments.common import ENGINES, FOLDER, Options, new_run_folder, open_console, train
 from fnet.layers import lstm
 from fnet.models import gpt, recurrent_lm
-from fnet.observers import progress
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
 from fnet.schedules import warmup_cosine
 from fnet.transforms import clip_by_global_norm
 from fnet.types import stream
 
-ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 TARGET = 2.3  # bits per character on CPython's text
 
 
@@ -133,12 +131,11 @@ def validation_bits(config: Config, model: fnet.Layer, params, state, ids: np.nd
     return float(result["loss"].value) / math.log(2)
 
 
-def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, observers, folder: Path):
+def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, console: Console, folder: Path):
     """One run from its seed; returns its last state and its history."""
     key, loss = jax.random.key(seed), fnet.softmax_cross_entropy
     assert config.epochs and config.learning_rate
-    epochs = length(config, data)
-    steps = epochs * -(-len(data.targets) // config.batch_size)
+    steps = config.epochs * -(-len(data.targets) // config.batch_size)
     if steps <= config.warmup_steps:
         raise SystemExit(f"warmup_steps = {config.warmup_steps}; expected less than {steps}, the steps of the run")
     rate = warmup_cosine(config.learning_rate, config.warmup_steps, steps)
@@ -146,9 +143,8 @@ def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, ob
     params, state = fnet.init(model, stream(key, "model"), data.inputs[:1])
     step = fnet.make_step(ENGINES[config.engine](model, loss), optimizer)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    run = fnet.Run(folder, {**dataclasses.asdict(config), "seed": seed}, resume=config.resume)
-    options = {"batch_size": config.batch_size, "observers": observers, "run": run, "explain": config.explain}
-    return fnet.fit(step, start, data, epochs=epochs, **options)
+    own, title = dataclasses.replace(config, seed=seed), f"{config.model}, seed {seed}"
+    return train(own, title, folder, step, start, data, console)
 
 
 def write(config: Config, model: fnet.Layer, ts: fnet.TrainState, vocabulary: str, prompt: str, key) -> str:
@@ -185,8 +181,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     model, data = make_model(config, len(vocabulary)), windows(train_ids, config.length, config.length)
     bits, runs, sample = counted_bits(train_ids, validation_ids, len(vocabulary)), {}, ""
     for seed in config.seeds:
-        title = f"{config.model}, seed {seed}"
-        ts, history = train_one(config, seed, data, model, [progress(title, console)], folder / f"seed_{seed}")
+        ts, history = train_one(config, seed, data, model, console, folder / f"seed_{seed}")
         runs[seed] = {
             "bits": validation_bits(config, model, ts.params, ts.state, validation_ids),
             "training bits": history.epochs["loss"] / math.log(2),

@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 import fnet
+from fnet.observers import progress
 from fnet.training import steps_per_epoch
 from fnet.types import stream
 
@@ -34,6 +35,12 @@ class Options:
 
 
 FOLDER = ("run_dir", "name")
+ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
+
+
+def engine_of(config: Options):
+    """The gradient engine of ``--engine``; by hand where none is given."""
+    return ENGINES[config.engine or "backprop"]
 
 
 def open_console(
@@ -104,6 +111,27 @@ def explain(console: Console) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(compiled)  # pyright: ignore[reportArgumentType]
     jax.monitoring.register_event_listener(cached)
+
+
+def train(config: Any, title: str, folder: Path, step, start: fnet.TrainState, data, console: Console, **options):
+    """`fnet.fit` as the options say: how long, in which folder, resumed or not; what cannot be is a SystemExit.
+
+    ``config`` with all that the run depends on is kept in ``folder``, so that only a run of the same is resumed.
+    """
+    try:
+        return fnet.fit(
+            step,
+            start,
+            data,
+            epochs=length(config, data),
+            batch_size=config.batch_size,
+            observers=[progress(title, console)],
+            run=fnet.Run(folder, config, resume=config.resume),
+            explain=config.explain,
+            **options,
+        )
+    except (fnet.RunError, fnet.CheckpointError, fnet.NonFiniteError) as error:
+        raise SystemExit(f"{title}: {error}") from error
 
 
 def length(config: Any, data: fnet.Batch) -> int:

@@ -31,7 +31,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.initializers import zeros
 from fnet.layers import dense, freeze, identity, relu, serial, sigmoid
 from fnet.losses import binary_cross_entropy, softmax_cross_entropy
@@ -97,7 +97,7 @@ def pretrain(config: Config, key, images):
     """Parameters before and after the training ``(2, ...)``, and the loss of each epoch; no label is given."""
     model, optimizer = make_autoencoder(config), fnet.adam(config.learning_rate)
     params, state = model.init(stream(key, "model"), images)
-    step = fnet.make_step(noisy(fnet.backprop(model, binary_cross_entropy), config.mask), optimizer)
+    step = fnet.make_step(noisy(engine_of(config)(model, binary_cross_entropy), config.mask), optimizer)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
     data = fnet.Batch(images, images)
     ts, losses, _ = fnet.train(step, start, data, epochs=config.epochs, batch_size=config.batch_size)
@@ -163,7 +163,7 @@ def probe(config: Config, features: Layer, params, decay, labelled: fnet.Batch, 
     """Train a probe with weight decay on the labelled digits; its accuracy on each part, and its parameters."""
     model = make_probe(features)
     fresh, state = model.init(jax.random.key(0), labelled.inputs)
-    engine, optimizer = fnet.backprop(model, softmax_cross_entropy), fnet.adam(0.03)
+    engine, optimizer = engine_of(config)(model, softmax_cross_entropy), fnet.adam(0.03)
 
     def decayed(params, state, batch, key):  # the gradient of ½ decay ‖w‖² besides, for the probe's weights alone
         grads, state, metrics = engine(params, state, batch, key)
@@ -195,7 +195,7 @@ def rows_of(config: Config, before, after, images) -> dict[str, tuple[Layer, obj
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Pretrain, probe, compare and draw; returns what was measured."""
-    console = open_console(config, "denoising_autoencoder", console)
+    console = open_console(config, "denoising_autoencoder", console, takes=(*FOLDER, "engine"))
     if not 0 < config.mask < 1:
         raise SystemExit(f"mask = {config.mask}; expected between 0 and 1: without noise there is nothing to restore")
     data = {seed: load(config, seed) for seed in config.seeds}

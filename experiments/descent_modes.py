@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -49,7 +49,7 @@ class Config(Options):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Descend in the three modes, print the table and draw the costs; returns what was measured, by mode."""
-    console = open_console(config, "descent_modes", console)
+    console = open_console(config, "descent_modes", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "descent_modes")
     key = jax.random.key(config.seed)
     digits = fnet.data.sklearn_digits()
@@ -59,7 +59,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     model, loss, optimizer = fnet.mlp(*config.hidden, 10), fnet.softmax_cross_entropy, fnet.sgd(config.learning_rate)
     params, state = fnet.init(model, stream(key, "model"), train_data.inputs[:1])
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    step = fnet.make_step(engine_of(config)(model, loss), optimizer)
     evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
 
     @partial(jax.jit, static_argnames=("batch_size", "epochs"))

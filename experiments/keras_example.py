@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import FOLDER, Options, length, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console, train
 from fnet.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
-from fnet.observers import progress
 from fnet.report.plots import new_figure
 from fnet.types import stream
 
@@ -74,20 +73,11 @@ def run(config: Config, console: Console | None = None) -> dict:
         params, state = fnet.init(model, stream(key, "model"), training.inputs[:1])
 
     optimizer = fnet.adam(config.learning_rate, eps=1e-7, variant="keras")
-    gradient = getattr(fnet, config.engine or "backprop")(model, loss, {"accuracy": accuracy})
+    gradient = engine_of(config)(model, loss, {"accuracy": accuracy})
     step = fnet.make_step(gradient, optimizer, monitors={"gradient_norm": gradient_norms})
-    _, history = fnet.fit(
-        step,
-        fnet.init_train_state(params, optimizer, stream(key, "run"), state),
-        training,
-        epochs=length(config, training),
-        batch_size=config.batch_size,
-        evaluate=fnet.make_evaluate(model, loss, {"accuracy": accuracy}),
-        validation=validation,
-        observers=[progress("training", console)],
-        run=fnet.Run(folder / "training", config, resume=config.resume),
-        explain=config.explain,
-    )
+    start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
+    watched = {"evaluate": fnet.make_evaluate(model, loss, {"accuracy": accuracy}), "validation": validation}
+    _, history = train(config, "training", folder / "training", step, start, training, console, **watched)
 
     curves, held_out = history.epochs, len(validation.inputs)
     training_columns = ("loss\nclaimed", "loss\nmeasured", "accuracy\nclaimed", "accuracy\nmeasured")

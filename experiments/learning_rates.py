@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -62,7 +62,7 @@ def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch
     evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
     parts = {"train": train_data, "test": test_data}
     options = {"epochs": config.epochs, "batch_size": config.batch_size, "evaluate": evaluate, "validation": parts}
-    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    step = fnet.make_step(engine_of(config)(model, loss), optimizer)
     _, updates, epochs = fnet.train(step, start, train_data, **options)
     epochs = {f"{part} {name}": mean.value for part, means in epochs.items() for name, mean in means.items()}
     return {"update loss": updates["loss"].value, **epochs}  # (E, S), and (E,) each
@@ -70,7 +70,7 @@ def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train at every rate, print the table, draw the curves; returns what was measured, by rate."""
-    console = open_console(config, "learning_rates", console)
+    console = open_console(config, "learning_rates", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "learning_rates")
     data, traces = load(config), 0
 

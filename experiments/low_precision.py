@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy
 from fnet.optimizers import dynamic_loss_scale, master_weights
@@ -69,7 +69,7 @@ def train_in(config: Config, way: str, key, digits: fnet.Batch) -> dict:
     test, train = (jax.tree.map(lambda a, r=rows: a[r], digits) for rows in jnp.split(order, [config.test_size]))
     params, state = model.init(stream(key, "model"), digits.inputs[:1])
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    step = fnet.make_step(engine_of(config)(model, loss), optimizer)
     end, metrics, _ = fnet.train(step, start, train, epochs=config.epochs, batch_size=config.batch_size)
     measured = fnet.make_evaluate(model, loss, {"accuracy": accuracy})(end.params, end.state, test)
     skipped = end.opt_state.skipped if scaled else jnp.zeros((), jnp.int32)
@@ -80,10 +80,10 @@ def run(config: Config, console: Console | None = None) -> dict:
     """Train in every way from every seed; returns accuracies by way."""
     if config.seeds < 1:
         raise ValueError(f"low_precision: seeds = {config.seeds}; expected at least 1")
-    console = open_console(config, "low_precision", console)
+    console = open_console(config, "low_precision", console, takes=(*FOLDER, "engine", "seed"))
     folder = new_run_folder(config, "low_precision")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
-    keys, results, rows = jax.random.split(jax.random.key(0), config.seeds), {}, {}
+    keys, results, rows = jax.random.split(jax.random.key(config.seed), config.seeds), {}, {}
     for way in WAYS:
         with console.status(way):
             trained = jax.jit(jax.vmap(lambda key, digits, way=way: train_in(config, way, key, digits), (0, None)))

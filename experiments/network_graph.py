@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
 from fnet.report.plots import new_figure
@@ -141,7 +141,7 @@ def furthest(columns: dict[str, dict[str, np.ndarray]]) -> float:
 def descend(config: Config, params, x: np.ndarray):
     """The parameters after ``updates`` steps down the gradient by hand, and the loss before each."""
     model, optimizer = make_model(), fnet.sgd(config.learning_rate)
-    step = fnet.make_step(fnet.backprop(model, half_squared_error), optimizer)
+    step = fnet.make_step(engine_of(config)(model, half_squared_error), optimizer)
     start = fnet.init_train_state(params, optimizer, jax.random.key(0), {name: () for name in params})
     data = fnet.Batch(jnp.asarray(x)[None], jnp.array([[config.target]]))
     ts, metrics, _ = fnet.train(step, start, data, epochs=config.updates, batch_size=1)
@@ -150,7 +150,7 @@ def descend(config: Config, params, x: np.ndarray):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Compute all numbers three times for every seed, print the table and draw the graph; returns the numbers."""
-    console = open_console(config, "network_graph", console)
+    console = open_console(config, "network_graph", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "network_graph")
     x, y = np.array(config.inputs), config.target
     numbers, losses = {}, []

@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -74,7 +74,7 @@ def train_digits(config: Config, model, make, rate, start, key, data):
     loss, optimizer = fnet.softmax_cross_entropy, make(rate)
     params, state = start
     ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    step = fnet.make_step(engine_of(config)(model, loss), optimizer)
     options = {"epochs": config.epochs, "batch_size": config.batch_size, "validation": data}
     ts, _, results = fnet.train(step, ts, data, evaluate=fnet.make_evaluate(model, loss), **options)
     return results["loss"].value, (ts.params, ts.state)
@@ -102,7 +102,7 @@ def descend_valley(config: Config, make, rate, degrees):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train and descend with every optimizer, print tables and advice, draw; returns what was measured."""
-    console = open_console(config, "optimizer_comparison", console)
+    console = open_console(config, "optimizer_comparison", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "optimizer_comparison")
     key = jax.random.key(config.seed)
     train_data, test_data = fnet.split(fnet.data.sklearn_digits(), (1440, 357), stream(key, "split"))

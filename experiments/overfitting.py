@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -87,7 +87,7 @@ def train_all(model: Layer, decay, key, data: fnet.Batch, parts: dict, epochs: i
     loss, optimizer = fnet.softmax_cross_entropy, decayed(fnet.adam(config.learning_rate), decay)
     evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy})
     ts, _, measured = fnet.train(
-        fnet.make_step(fnet.backprop(model, loss), optimizer),
+        fnet.make_step(engine_of(config)(model, loss), optimizer),
         fnet.init_train_state(params, optimizer, stream(key, "run"), state),
         data,
         epochs=epochs,
@@ -125,7 +125,7 @@ def learn_sets(config: Config, units: int, rates, decays, grid):
         model = serial(dense(units), tanh(), drop, dense(units), tanh(), drop, dense(1))
         params, state = model.init(stream(key, "model"), data.inputs)
         optimizer = decayed(fnet.adam(config.learning_rate), decay)
-        step = fnet.make_step(fnet.backprop(model, fnet.losses.squared_error), optimizer)
+        step = fnet.make_step(engine_of(config)(model, fnet.losses.squared_error), optimizer)
         ts, learned = fnet.init_train_state(params, optimizer, stream(key, "run"), state), []
         for updates in (config.stop, config.updates - config.stop):
             ts, _, _ = fnet.train(step, ts, data, epochs=updates, batch_size=config.points, shuffle=False)
@@ -271,7 +271,7 @@ def choose(pairs, curves: dict[str, np.ndarray]) -> dict[str, dict]:
 def run(config: Config, console: Console | None = None) -> dict:
     """The three studies: tables, pictures, results.json; returns what was measured."""
     check(config)
-    console = open_console(config, "overfitting", console)
+    console = open_console(config, "overfitting", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "overfitting")
     with console.status(f"{config.sets} training sets of a known function, for {len(config.units)} networks"):
         by_units, by_cure = study_function(config)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import ENGINES, Options, new_run_folder, open_console
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms
@@ -36,7 +36,6 @@ from fnet.report.plots import new_figure
 
 POINTS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
 TARGETS = {"AND": [0.0, 0.0, 0.0, 1.0], "OR": [0.0, 1.0, 1.0, 1.0], "XOR": [0.0, 1.0, 1.0, 0.0]}
-ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 
 
 @dataclasses.dataclass(frozen=True)

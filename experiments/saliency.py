@@ -41,7 +41,7 @@ from rich.console import Console
 from scipy.stats import rankdata
 
 import fnet
-from experiments.common import Options, load_images, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, load_images, new_run_folder, open_console
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -86,7 +86,7 @@ def train_seed(config: Config, key, train_data: fnet.Batch, test_data: fnet.Batc
     params, state = model.init(stream(key, "model"), train_data.inputs[:1])
     optimizer = fnet.adam(cosine(config.learning_rate, steps))
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    step = fnet.make_step(fnet.backprop(model, LOSS), optimizer)
+    step = fnet.make_step(engine_of(config)(model, LOSS), optimizer)
     ts, *_ = fnet.train(step, start, train_data, epochs=config.epochs, batch_size=config.batch_size)
     tested = fnet.make_evaluate(model, LOSS, {"accuracy": accuracy})(ts.params, ts.state, test_data)
     return ts.params, ts.state, tested["accuracy"].value
@@ -192,7 +192,7 @@ def by_autodiff(params, state, x, labels) -> jax.Array:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, map, check, print the tables, draw; returns what was measured."""
-    console = open_console(config, "saliency", console)
+    console = open_console(config, "saliency", console, takes=(*FOLDER, "engine"))
     if config.wiped_out[0] != 0:
         raise SystemExit(f"wiped_out = {config.wiped_out}; expected 0 first: the logit that the others are compared to")
     folder, begin = new_run_folder(config, "saliency"), time.perf_counter()

@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet import optimizers
 from fnet.metrics import accuracy
 from fnet.population import crossed, grid, student, train_population
@@ -70,7 +70,7 @@ def run_of(config: Config, name: str):
         optimizer = getattr(optimizers, name)(hyper["learning_rate"])
         params, state = model.init(stream(key, "model"), digits.inputs[:1])
         start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-        step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+        step = fnet.make_step(engine_of(config)(model, loss), optimizer)
         end, _, _ = fnet.train(step, start, part(training), epochs=config.epochs, batch_size=config.batch_size)
         results = {}
         for what, rows in (("validation", validation), ("test", test)):
@@ -101,7 +101,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     for what, count, least in (("seeds", config.seeds, 2), ("tuning_seeds", config.tuning_seeds, 1)):
         if count < least:
             raise ValueError(f"seeds_matter: {what} = {count}; expected at least {least}")
-    console = open_console(config, "seeds_matter", console)
+    console = open_console(config, "seeds_matter", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "seeds_matter")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
     tuning = jax.random.split(jax.random.key(1), config.tuning_seeds)

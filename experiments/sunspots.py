@@ -38,7 +38,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.initializers import normal
 from fnet.layers import dense, gru, serial
 from fnet.losses import squared_error
@@ -154,7 +154,7 @@ def train_member(config: Config, updates: int, key, known, z, zero):
     """
     model, optimizer = make_model(config), fnet.adam(config.learning_rate)
     params, state = model.init(stream(key, "model"), known)
-    step = fnet.make_step(varied(fnet.backprop(model, squared_error), config, zero), optimizer)
+    step = fnet.make_step(varied(engine_of(config)(model, squared_error), config, zero), optimizer)
     data = fnet.Batch(known[:, :-1], known[:, 1:])  # one example, the whole sequence
 
     def stretch(ts, _):
@@ -207,7 +207,7 @@ def gain_interval(errors_a, errors_b, resamples: int, block: int = 11) -> tuple[
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Choose, train, test, draw; returns what was measured."""
-    console = open_console(config, "sunspots", console)
+    console = open_console(config, "sunspots", console, takes=(*FOLDER, "engine"))
     if config.updates % config.every or config.updates < config.every:
         raise SystemExit(f"updates = {config.updates}; expected a multiple of every = {config.every}")
     years, x = load()

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.metrics import accuracy
 from fnet.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
@@ -57,7 +57,7 @@ def train(config: Config, hyper, key, train_data: fnet.Batch, validation: fnet.B
     model, loss, optimizer = fnet.mlp(*config.hidden, 10), fnet.softmax_cross_entropy, fnet.adam(**hyper)
     params, state = fnet.init(model, stream(key, "model"), train_data.inputs[:1])
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    step = fnet.make_step(fnet.backprop(model, loss), optimizer)
+    step = fnet.make_step(engine_of(config)(model, loss), optimizer)
     end, updates, _ = fnet.train(step, start, train_data, epochs=config.epochs, batch_size=config.batch_size)
     measured = fnet.make_evaluate(model, loss, {"accuracy": accuracy})(end.params, end.state, validation)
     return {
@@ -69,7 +69,7 @@ def train(config: Config, hyper, key, train_data: fnet.Batch, validation: fnet.B
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train all members, rank the settings, test the chosen one; returns what was measured."""
-    console = open_console(config, "sweep_digits", console)
+    console = open_console(config, "sweep_digits", console, takes=(*FOLDER, "engine"))
     require_counts("sweep_digits", seeds=config.seeds, epochs=config.epochs)
     train_data, validation, test_data = load(config)
     keys = jax.random.split(stream(jax.random.key(config.seed), "seeds"), config.seeds)

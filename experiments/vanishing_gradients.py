@@ -40,7 +40,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
 from fnet.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
 from fnet.metrics import accuracy, gradient_norms
@@ -180,7 +180,7 @@ def train_deep(config: Config, structure: str, activation: str, parts: dict) -> 
     params, state = draw_starts(config, structure, activation, config.train_depth, batch, keys)
 
     def member(params, state, key, parts, rate):
-        optimizer, gradient = fnet.sgd(rate), fnet.backprop(model, loss)
+        optimizer, gradient = fnet.sgd(rate), engine_of(config)(model, loss)
         ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
         step, data = fnet.make_step(gradient, optimizer), parts["train"]
         ts, metrics, _ = fnet.train(step, ts, data, epochs=config.epochs, batch_size=config.batch_size)
@@ -270,7 +270,7 @@ def train_recurrent(config: Config) -> dict:
         optimizer = fnet.chain(clip_by_global_norm(limit), fnet.sgd(rate))
         ts = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
         whole_norm = {"gradient_norm": lambda grads: gradient_norms(grads)["all"]}  # before it is clipped
-        step = fnet.make_step(fnet.backprop(model, loss), optimizer, whole_norm)
+        step = fnet.make_step(engine_of(config)(model, loss), optimizer, whole_norm)
         _, metrics, _ = fnet.train(step, ts, data, epochs=config.recurrent_epochs, batch_size=config.batch_size)
         return {name: metrics[name].value for name in ("loss", "gradient_norm")}  # (E, updates an epoch)
 
@@ -288,7 +288,7 @@ def train_recurrent(config: Config) -> dict:
 def run(config: Config, console: Console | None = None) -> dict:
     """Measure, train, print the tables, draw; returns what was measured."""
     check(config)
-    console = open_console(config, "vanishing_gradients", console)
+    console = open_console(config, "vanishing_gradients", console, takes=(*FOLDER, "engine"))
     folder = new_run_folder(config, "vanishing_gradients")
     parts, keys = load(config), jax.vmap(jax.random.key)(jnp.array(config.seeds))
     start, deep = {}, {}  # by (activation, method) and for the first also depth

@@ -126,11 +126,27 @@ def all_finite(ts: TrainState) -> jax.Array:
     return functools.reduce(jnp.logical_and, (jnp.isfinite(a).all() for a in floats), jnp.array(True))
 
 
+def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
+    """`run_chunk` for this plan, compiled."""
+    options = {
+        "step": plan.step,
+        "batch_size": plan.batch_size,
+        "shuffle": plan.shuffle,
+        "evaluate": plan.evaluate,
+        "every": plan.every if plan.evaluate else 0,
+        "stop": plan.stop,
+        "capacity": plan.capacity,
+    }
+    count = jnp.asarray(0, jnp.int32)
+    arguments = {"state": ts, "count": count, "data": plan.data, "validation": plan.validation}
+    return compile(run_chunk, options, arguments)
+
+
 # --- data that are read ahead ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
+def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterator[Callable]:
     """The function that makes a chunk of data that a thread reads ahead, with the arguments and outputs of `run_chunk`.
 
     Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; a batch of another size,
@@ -152,11 +168,26 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
     most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
     size = max(1, min(most, READ_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(plan.sample)))))
     reads = labels_checked(plan, ts, ahead(reads, 2 * size))
-    loop = jax.jit(functools.partial(run_batches, step=plan.step), donate_argnums=0)
-    one = jax.jit(plan.step, donate_argnums=0)
-
-    at_boundary = jax.jit(functools.partial(evaluated, evaluate=plan.evaluate, stop=plan.stop), donate_argnums=0)
     waiting: deque[Read] = deque()
+    programs: dict[Any, Callable] = {}  # by their shapes
+
+    def program(ts, batches, count=None):
+        """That of one batch, or of ``count`` batches; compiled at the first of these shapes."""
+        shapes = count is None, *(leaf.shape for leaf in jax.tree.leaves(batches))
+        if shapes not in programs:
+            several = {} if count is None else {"count": count}
+            arguments = {"state": ts, "batch" if count is None else "batches": batches, **several}
+            programs[shapes] = compile(run_batch if count is None else run_batches, {"step": plan.step}, arguments)
+        return programs[shapes]
+
+    some = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape), a.dtype), plan.sample)
+    program(ts, plan.sample)
+    if size > 1:
+        program(ts, some, jnp.asarray(0, jnp.int32))
+    at_boundary = None
+    if plan.evaluate:
+        options = {"evaluate": plan.evaluate, "stop": plan.stop}
+        at_boundary = compile(evaluated, options, {"state": ts, "validation": plan.validation})
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
@@ -176,16 +207,18 @@ def reading(plan: Plan, ts: TrainState, state: Any) -> Iterator[Callable]:
             most = min(size, end - position, every - position % every if plan.evaluate else size)
             taken = take(most)
             if len(taken) == 1:
-                ts, now = one(ts, on_device(taken, 1))
+                batch = on_device(taken, 1)
+                ts, now = program(ts, batch)(ts, batch)
                 metrics.append(jax.tree.map(lambda a: np.asarray(a)[None], now))
             else:
                 n, whole = len(taken), on_device(taken, size)
                 parts = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), whole)
-                ts, now = loop(ts, parts, jnp.asarray(n, jnp.int32))
+                number = jnp.asarray(n, jnp.int32)
+                ts, now = program(ts, parts, number)(ts, parts, number)
                 metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken
             position += len(taken)
-            if plan.evaluate and position % every == 0:
+            if at_boundary and position % every == 0:
                 ts, now = at_boundary(ts, validation)
                 results.append(jax.tree.map(np.asarray, now))
                 at.append(position)
@@ -212,6 +245,11 @@ def on_device(reads: list[Read], size: int) -> Batch:
                 where = "of the stream" if read.rows is None else f"of the rows {read.rows}"
                 raise DataError(f"a batch {where}: {error}") from None
         raise
+
+
+def run_batch(ts: TrainState, batch: Batch, *, step: Step) -> tuple[TrainState, PyTree]:
+    """A step."""
+    return step(ts, batch)
 
 
 def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:

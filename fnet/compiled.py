@@ -1,4 +1,4 @@
-"""Compiling the chunk's program once, and saying why (`fit(explain=True)`)."""
+"""Compiling each program of a run once, and saying why (`fit(explain=True)`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from fnet.chunks import run_chunk
-from fnet.plan import Plan
 from fnet.training import Step
 from fnet.types import PyTree, TrainState, named_leaves
 
@@ -27,38 +24,38 @@ TRACED_UNDER = (
 )  # settings that a program depends on
 
 
-@functools.lru_cache(maxsize=8)
-def programs(step: Step) -> dict[Any, Any]:
-    """The compiled programs of a step, by what they were compiled for, the latest at the end."""
+@functools.lru_cache(maxsize=24)
+def programs(step: Step, function: Callable) -> dict[Any, Any]:
+    """The programs that a function of a step was compiled to, by what for, the latest at the end."""
     return {}
 
 
-def compiled(plan: Plan, ts: TrainState, keep: bool, explain: bool) -> tuple[Callable, float]:
-    """The chunk's program, and how long it took to compile: nothing where an earlier run has compiled the same."""
-    options = {
-        "batch_size": plan.batch_size,
-        "shuffle": plan.shuffle,
-        "evaluate": plan.evaluate,
-        "every": plan.every if plan.evaluate else 0,
-        "stop": plan.stop,
-        "capacity": plan.capacity,
-    }
+def compiled(
+    function: Callable,
+    owner: Step,
+    options: Mapping[str, Any],
+    arguments: Mapping[str, PyTree],
+    explain: bool,
+) -> tuple[Callable, float]:
+    """``function(*arguments, **options)`` compiled, and how long that took: 0 where a run of ``owner`` had it compiled.
+
+    The first of the arguments, the state, is donated.
+    """
     settings: Any = jax.config
     traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
-    known, arrays = programs(plan.step), {"state": ts, "data": plan.data, "validation": plan.validation}
-    signature = tuple({**options, **traced_under}.items()), leaves_of(arrays), jax.tree.structure(arrays)
+    known = programs(owner, function)
+    signature = tuple({**options, **traced_under}.items()), leaves_of(arguments), jax.tree.structure(arguments)
     begin = time.perf_counter()
     reason = reason_to_compile(signature, known)
     with cache_hits() as cached:
         if reason:
-            function = jax.jit(functools.partial(run_chunk, step=plan.step, **options), donate_argnums=0)
-            arguments = ts, jnp.asarray(0, jnp.int32), plan.data, plan.validation
-            known[signature] = function.lower(*arguments).compile()
+            program = jax.jit(functools.partial(function, **options), donate_argnums=0)
+            known[signature] = program.lower(*arguments.values()).compile()
         else:
             known[signature] = known.pop(signature)  # the latest stands at the end
     took = time.perf_counter() - begin if reason else 0.0
     if explain:
-        print(explanation(known[signature], reason, took, cached, ts, keep), flush=True)
+        print(explanation(function.__name__, known[signature], reason, took, cached), flush=True)
     return known[signature], took
 
 
@@ -100,26 +97,37 @@ def cache_hits():
         jax.monitoring.unregister_event_listener(listen)
 
 
-def explanation(program, reason: str, took: float, cached: Mapping[str, int], ts: TrainState, keep: bool) -> str:
-    """What `fit(explain=True)` prints, a line each."""
+def explanation(name: str, program, reason: str, took: float, cached: Mapping[str, int]) -> str:
+    """What `fit(explain=True)` prints of a program, a line each."""
     memory = program.memory_analysis()
-    state = sum(leaf.nbytes for leaf in jax.tree.leaves(ts))
+    arguments, donated, scratch = (
+        size / 1e6 for size in (memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+    )
+    again = "not compiled again: same step, shapes, dtypes, options"
+    hits = f" (compilation cache: {cached['hits']} hits, {cached['misses']} misses)" if sum(cached.values()) else ""
+    return said(
+        f"{name} {f'compiled in {took:.2f} s{hits}: {reason}' if reason else again}",
+        f"{name}: {arguments:.3f} MB of arguments, of which {donated:.3f} MB, the state, are donated and changed in "
+        f"place; {scratch:.3f} MB of scratch memory",
+    )
+
+
+def circumstances(ts: TrainState, keep: bool) -> str:
+    """What `fit(explain=True)` prints of a run, a line each."""
     settings: Any = jax.config
-    folder = settings.jax_compilation_cache_dir
-    where = f"{cached['hits']} hits, {cached['misses']} misses in {folder}" if folder else "off"
     device = jax.devices()[0]
     in_use = (device.memory_stats() or {}).get("bytes_in_use")
-    held = f"{in_use / 1e6:.1f} MB in use" if in_use else "not told by this backend"
-    precision = settings.jax_default_matmul_precision or "the backend's default"
-    donated = memory.alias_size_in_bytes / 1e6
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(ts)) / 1e6
     copies = "a copy is kept at each chunk's end" if keep else "no copies are kept"
-    sizes = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
-    lines = [
-        f"compiled in {took:.2f} s: {reason}" if reason else "not compiled again: same step, shapes, dtypes, options",
-        f"compilation cache: {where}",
-        f"state: {state / 1e6:.3f} MB, of which {donated:.3f} MB are donated and changed in place; {copies}",
-        f"program: {sizes[0]:.3f} MB of arguments, {sizes[1]:.3f} MB of scratch memory",
+    precision = settings.jax_default_matmul_precision or "the backend's default"
+    return said(
+        f"state: {state:.3f} MB; {copies}",
         f"products: {precision} precision; 64-bit numbers are {'on' if settings.jax_enable_x64 else 'off'}",
-        f"memory of {device.device_kind}: {held}",
-    ]
+        f"compilation cache: {settings.jax_compilation_cache_dir or 'off'}",
+        f"memory of {device.device_kind}: {f'{in_use / 1e6:.1f} MB in use' if in_use else 'not told by this backend'}",
+    )
+
+
+def said(*lines: str) -> str:
+    """The lines as they are printed."""
     return "\n".join(f"explain: {line}" for line in lines)

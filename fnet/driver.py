@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.chunks import Outputs, reading
-from fnet.compiled import compiled
+from fnet.chunks import Outputs, in_memory, reading
+from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data
 from fnet.data.streams import is_read_ahead
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
-from fnet.plan import Plan, check_position, check_run, described, examples_between, order_at
+from fnet.plan import Plan, check_position, check_result, check_run, described, examples_between, order_at
 from fnet.runs import Run, open_run
 from fnet.stopping import Reducer, with_stopping
 from fnet.training import Step
@@ -85,19 +85,20 @@ def fit(
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
     )
+    if run and run.keep_best is not None:
+        check_result("Run: keep_best", run.keep_best, plan)
     ts = with_stopping(stop, jax.tree.map(jnp.array, ts))  # copies, ours to donate
+    about = described(plan, ts)
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, stream = Recorder(plan.per_epoch), None
-        if folder and (resumed := folder.restore(ts, described(plan))):
+        if folder and (resumed := folder.restore(ts, about)):
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
-            if stop is not None:
-                check_rule(stop, ts)
             if int(ts.step) == plan.end:
                 return ts, recorder.history(0.0, 0.0)  # it had ended
-        check_position(ts, plan)
+        check_position(ts, plan, folder and folder.folder)
         first = position = int(ts.step)
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
 
@@ -108,6 +109,11 @@ def fit(
             event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts)
             halted |= ask(observers, event)
 
+        def compile(function: Callable, options, arguments) -> Callable:
+            made, took = compiled(function, step, options, arguments, explain)
+            seconds["compile"] += took
+            return made
+
         def leave_if_asked() -> None:
             if (number := caught()) is not None and folder:
                 save(wait=True)
@@ -116,19 +122,22 @@ def fit(
                 raise Interrupted(128 + number)
 
         def save(wait: bool = False) -> None:
-            if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": described(plan)}):
+            if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": about}):
                 tell("checkpoint", position)
             if folder and wait:
                 folder.wait()
 
         try:
             tell("start", position)
-            if not halted and is_read_ahead(plan.data):
-                program = stack.enter_context(reading(plan, ts, stream))
-            elif not halted:
-                program, seconds["compile"] = compiled(plan, ts, keep, explain)
+            if explain:
+                print(circumstances(ts, keep), flush=True)
+            if not halted:
+                if is_read_ahead(plan.data):
+                    program = stack.enter_context(reading(plan, ts, stream, compile))
+                else:
+                    program = in_memory(plan, ts, compile)
                 tell("compile", position, took=seconds["compile"])
-            begin, mine = time.perf_counter(), ts
+            begin, mine, before = time.perf_counter(), ts, seconds["compile"]
             ts = copied(ts) if keep else ts  # what the host holds; the other is donated to the first chunk
             ends = [] if run is None else [n for n in (run.save_every, run.keep_best and plan.every) if n]
             for chunk in (
@@ -153,7 +162,7 @@ def fit(
                 leave_if_asked()
                 if halted or chunk.outputs.stopped:
                     break
-            seconds["run"] = time.perf_counter() - begin
+            seconds["run"] = time.perf_counter() - begin - (seconds["compile"] - before)
             save(wait=True)
             if folder:
                 folder.summarize(summary(plan, ts, first, position, seconds, program))
@@ -169,17 +178,6 @@ def fit(
         tell("end", position)
         leave_if_asked()
     return ts, recorder.history(seconds["compile"], seconds["run"])
-
-
-def check_rule(stop: Reducer, ts: TrainState) -> None:
-    """Require that a resumed run has the numbers of its rule to stop."""
-    saved, given = (getattr(state, "hyper", {}) for state in (ts.stopping, stop.init(ts)))
-    for name in {**saved, **given}:
-        if name not in saved or name not in given or saved[name] != given[name]:
-            raise ValueError(
-                f"stop has {name} = {given.get(name)}, but the run was saved with {saved.get(name)}; "
-                "expected the same: resume it with its own rule"
-            )
 
 
 def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program) -> dict[str, Any]:
@@ -252,10 +250,11 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The run's chunks one after another. While one is looked at the next one runs, if copies are kept.
 
-    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second; all end
-    at multiples of each of ``ends``. ``kept`` is a copy of ``ts``, which is donated; None if no copies are kept.
+    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second: twice or
+    half as many steps as before where it took less than half or more than twice that. All end at multiples of each of
+    ``ends``. ``kept`` is a copy of ``ts``, which is donated; None if no copies are kept.
     """
-    sent, trial, waiting, keep = int(ts.step), 1, deque(), kept is not None
+    sent, trial, waiting, keep, given = int(ts.step), 1, deque(), kept is not None, length
     begin = time.perf_counter()
     while sent < plan.end or waiting:
         if sent < plan.end and len(waiting) < (2 if keep and length else 1):
@@ -281,6 +280,8 @@ def chunks(
                 trial = max(2, min(plan.capacity, int(CHUNK_SECONDS / 10 / each)))
             else:
                 length = max(1, min(plan.capacity, int(CHUNK_SECONDS / each)))
+        elif given is None and count == length and not CHUNK_SECONDS / 2 <= seconds <= CHUNK_SECONDS * 2:
+            length = max(1, min(plan.capacity, 2 * length if seconds < CHUNK_SECONDS else length // 2))
         yield Chunk(first, outputs, before, after, seconds)
 
 

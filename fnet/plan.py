@@ -12,9 +12,10 @@ import numpy as np
 
 from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
+from fnet.runs import RunError
 from fnet.stopping import Reducer, with_stopping
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
-from fnet.types import Batch, LayerError, PyTree, TrainState, named_leaves
+from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
 METRIC_BYTES = 16_000_000
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     per_epoch: int  # S
     end: int  # the step at which the run ends
     every: int  # steps from one evaluation to the next
+    results: dict[str, Any]  # an evaluation's, as shapes
     capacity: int  # C
 
 
@@ -91,11 +93,18 @@ def check_run(
         results = jax.eval_shape(decided, ts, validation)[1]
     end = steps or epochs * per_epoch
     capacity = chunk_capacity(metrics, every, results)
-    return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, capacity)
+    return Plan(
+        step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, results, capacity
+    )
 
 
-def described(plan: Plan) -> dict[str, Any]:
-    """What of a plan must be the same when a run is resumed: where it stands in its data depends on it."""
+def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
+    """What must be the same when a run is resumed: where it stands in its data, and what its checkpoint overrides.
+
+    These are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
+    """
+    numbers = {path: _shortest(leaf) for path, leaf in named_leaves(ts) if "hyper" in path.split("/")}
+    key = jax.random.key_data(ts.key) if jnp.issubdtype(ts.key.dtype, jax.dtypes.prng_key) else ts.key
     leaves = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)]
     return {
         "examples": plan.examples,
@@ -103,16 +112,37 @@ def described(plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "shuffle": plan.shuffle,
         "steps between evaluations": plan.every if plan.evaluate else None,
+        "key": np.asarray(key).tolist(),
+        **numbers,
     }
 
 
-def check_position(ts: TrainState, plan: Plan) -> None:
+def _shortest(numbers: Any) -> Any:
+    """The numbers as they are written: 0.1, where float32 holds 0.10000000149011612."""
+    array = np.asarray(numbers)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.tolist()
+    return np.array([float(str(number)) for number in array.ravel()]).reshape(array.shape).tolist()
+
+
+def check_result(what: str, name: str, plan: Plan) -> None:
+    """Require that an evaluation gives one number of this name."""
+    if name not in plan.results:
+        there = ", ".join(plan.results) or "none, as the run has no evaluation"
+        raise ValueError(f"{what} = {name!r}; expected the name of a result of the evaluation: {there}")
+    result = plan.results[name]
+    shape = jnp.shape(result.sum if isinstance(result, Mean) else result)
+    if shape != ():
+        raise ValueError(f"{what} = {name!r}, which has shape {shape}; expected a result that is one number")
+
+
+def check_position(ts: TrainState, plan: Plan, folder: Any = None) -> None:
     """Require that there is something left to run."""
     if (position := int(ts.step)) >= plan.end:
-        epochs = plan.end / plan.per_epoch
-        raise ValueError(
-            f"the run is to end at step {plan.end}, after epoch {epochs:g}, but its state stands at step {position}: "
-            "epochs and steps are counted from step 0, so give where the run is to end"
+        what, error = (f"the run in {folder}", RunError) if folder else ("the state", ValueError)
+        raise error(
+            f"{what} stands at step {position}, but is to end at step {plan.end}, after epoch "
+            f"{plan.end / plan.per_epoch:g}; epochs and steps are counted from step 0: give a later end"
         )
 
 

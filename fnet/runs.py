@@ -91,7 +91,7 @@ class OpenRun:
         ts, meta = load_checkpoint(list(steps.values())[-1], like)
         if differing := _differences(meta["plan"], plan, "as saved"):
             raise RunError(
-                f"{self.folder} was run on other data or in other steps: {differing}. "
+                f"{self.folder} was run on other data or with other numbers: {differing}. "
                 "Resume it with its own, or name another folder"
             )
         if differing := _differences(meta["environment"], self.environment, "as saved"):

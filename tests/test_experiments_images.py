@@ -102,28 +102,44 @@ def test_lenet_learns_and_leaves_numbers_and_pictures(lenet):
     results, text, _ = lenet
     losses = results["curves"]["training loss"]
     assert losses.shape == (1, 2) and losses[0, 1] < losses[0, 0] < 3
-    assert files(results) == {"config.json", "results.json", "curves.png", "confusion.png"}
+    assert files(results) == {"config.json", "results.json", "curves.png", "confusion.png", "seed_0"}
     assert json.loads((results["folder"] / "results.json").read_text())["parameters"] == 61706
     assert "conv_1" in text and "61,706" in text
 
 
-def test_both_engines_take_the_same_run(x64):
+def train_tiny(tmp_path, data, **settings):
+    """The curves of a run of `digits_lenet` on a tiny network."""
+    config, model = digits_lenet.Config(batch_size=10, **settings), tiny_network()
+    parts = digits_lenet.learning(config, model, len(data[0].targets))
+    folder, console = tmp_path / config.engine, Console(file=io.StringIO())
+    return digits_lenet.train_seed(config, model, parts, 0, data, folder, console)
+
+
+def test_both_engines_take_the_same_run(x64, tmp_path):
     data = [fnet.Batch(*small_images(seed, count, np.float64)) for seed, count in ((0, 40), (1, 30))]
-    runs = {}
-    for engine in ("backprop", "autodiff"):
-        config = digits_lenet.Config(engine=engine, epochs=5, batch_size=10)
-        runs[engine] = jax.jit(partial(digits_lenet.train_seed, config, tiny_network()))(jax.random.key(0), *data)
+    by_hand, by_autodiff = (train_tiny(tmp_path, data, engine=name, epochs=5) for name in ("backprop", "autodiff"))
     for name in ("training loss", "test loss"):
-        np.testing.assert_allclose(runs["backprop"][name], runs["autodiff"][name], rtol=1e-9)
+        np.testing.assert_allclose(by_hand[name], by_autodiff[name], rtol=1e-9)
 
 
-def test_the_rate_is_adams_alone_until_it_ends_at_zero(key):
+def test_the_rate_is_adams_alone_until_it_ends_at_zero(tmp_path):
     # with a rate that is 0 from the first update on, nothing moves
     data = [fnet.Batch(*small_images(seed, 20)) for seed in (0, 1)]
-    config = digits_lenet.Config(learning_rate=0.0, epochs=2, batch_size=10, shift=0)
-    run = jax.jit(partial(digits_lenet.train_seed, config, tiny_network()))(key, *data)
+    run = train_tiny(tmp_path, data, learning_rate=0.0, epochs=2, shift=0)
     np.testing.assert_allclose(run["training loss"][0], run["training loss"][1], rtol=1e-6)
     np.testing.assert_array_equal(run["test loss"][0], run["test loss"][1])
+
+
+def test_a_run_that_was_cut_is_resumed_with_the_schedule_that_it_began_with(tmp_path):
+    options = SHORT | {"run_dir": tmp_path, "test_size": 4500, "held_out": 400, "epochs": 3}
+    silent = lambda **own: digits_lenet.run(digits_lenet.Config(**options, **own), Console(file=io.StringIO()))  # noqa: E731
+    straight = silent(name="straight")
+    silent(name="cut", steps=4)
+    with pytest.raises(SystemExit, match=r"seed 0: .*cut/seed_0 stands at step 4,.* is to end at step 2"):
+        silent(name="cut", resume=True, steps=2)
+    resumed = silent(name="cut", resume=True)
+    for name, curve in straight["curves"].items():
+        np.testing.assert_array_equal(resumed["curves"][name], curve)
 
 
 @pytest.mark.parametrize("experiment", [digits_lenet, digits_resnet])
@@ -158,7 +174,7 @@ def test_the_residual_network_is_tested_by_its_running_statistics(tmp_path_facto
     params, state = model.init(stream(key, "model"), train_data.inputs[:1])
     at_start = fnet.make_evaluate(model, fnet.softmax_cross_entropy)(params, state, held_out)["loss"].value
     assert abs(results["curves"]["test loss"][0, 0] - at_start) > 1e-4
-    assert files(results) == {"config.json", "results.json", "curves.png", "confusion.png"}
+    assert files(results) == {"config.json", "results.json", "curves.png", "confusion.png", "seed_0"}
     assert "test accuracy" in text
 
 

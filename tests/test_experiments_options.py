@@ -60,6 +60,12 @@ def test_folders_and_steps_that_will_not_do_are_refused(tmp_path):
         keras(tmp_path, steps=3)
 
 
+def test_a_run_that_stands_beyond_its_end_is_refused_in_a_line(tmp_path):
+    keras(tmp_path, name="a", steps=4)
+    with pytest.raises(SystemExit, match=r"training: .*a/training stands at step 4,.* is to end at step 2"):
+        keras(tmp_path, name="a", resume=True, steps=2)
+
+
 def test_quiet_prints_nothing(tmp_path, capsys):
     _, text = keras(tmp_path, name="q", steps=2, quiet=True)
     assert text == capsys.readouterr().out == ""

@@ -250,7 +250,7 @@ def test_other_data_and_another_batch_size_are_named(folder):
     options |= {"evaluate": evaluate, "validation": arrays}
     before = files(folder)
     with pytest.raises(
-        fnet.RunError, match=r"other data or in other steps: examples: expected 53 \(as saved\), found 40"
+        fnet.RunError, match=r"other data or with other numbers: examples: expected 53 \(as saved\), found 40"
     ):
         fnet.fit(step, ts, fewer, batch_size=8, evaluate_every=(4, "steps"), **options)
     with pytest.raises(
@@ -449,11 +449,23 @@ def test_an_error_of_the_data_within_the_first_chunk_leaves_a_checkpoint(tmp_pat
     assert not hasattr(caught.value, "__notes__") and list(saved_steps(tmp_path / "run" / "checkpoints")) == [0]
 
 
-def test_another_rule_to_stop_is_named(folder):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rule", "stopping/hyper/patience: expected 100.0 (as saved), found 5.0"),
+        ("rate", "hyper/learning_rate/peak: expected 0.01 (as saved), found 0.5"),
+        ("key", "key: expected [0, 1] (as saved), found [0, 9]"),
+    ],
+)
+def test_numbers_that_a_checkpoint_would_override_are_named(what, message, folder):
     step, ts, arrays, evaluate = resumable.parts()
-    with pytest.raises(
-        ValueError, match=r"stop has patience = 5.0, but the run was saved with 100.0; expected the same"
-    ):
+    if what == "rate":
+        change = lambda path, leaf: jnp.asarray(0.5) if "peak" in jax.tree_util.keystr(path) else leaf  # noqa: E731
+        ts = ts._replace(opt_state=jax.tree_util.tree_map_with_path(change, ts.opt_state))
+    if what == "key":
+        ts = ts._replace(key=jax.random.key(9))
+    before = files(folder)
+    with pytest.raises(fnet.RunError, match=re.escape(message)):
         fnet.fit(
             step,
             ts,
@@ -463,9 +475,10 @@ def test_another_rule_to_stop_is_named(folder):
             evaluate=evaluate,
             validation=arrays,
             evaluate_every=(4, "steps"),
-            stop=fnet.early_stopping("validation_loss", patience=5),
+            stop=fnet.early_stopping("validation_loss", patience=5 if what == "rule" else 100),
             run=fnet.Run(folder, {"optimizer": "noisy"}, resume=True),
         )
+    assert files(folder) == before
 
 
 def test_a_configuration_with_nan_is_the_same_when_it_is_resumed(tmp_path):

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -411,7 +412,9 @@ def test_validation_data_are_checked_too():
 def test_a_finished_state_is_refused_rather_than_run_for_no_steps():
     step, ts, data, _ = problem()
     end, _ = fnet.fit(step, ts, data, epochs=2, batch_size=8)
-    with pytest.raises(ValueError, match="is to end at step 14, after epoch 2, but its state stands at step 14"):
+    with pytest.raises(
+        ValueError, match="the state stands at step 14, but is to end at step 14, after epoch 2; epochs and"
+    ):
         fnet.fit(step, end, data, epochs=2, batch_size=8)
     further, _ = fnet.fit(step, end, data, epochs=3, batch_size=8)
     assert int(further.step) == 21
@@ -550,9 +553,12 @@ def test_explain_says_what_is_compiled_and_why(capsys):
     step, ts, data, _ = problem(optimizer=fnet.sgd(0.1))
     fnet.fit(step, ts, data, steps=2, batch_size=8, explain=True)
     first = capsys.readouterr().out
-    assert re.search(r"explain: compiled in \d+\.\d+ s: the first run of this step", first)
+    assert re.search(
+        r"explain: run_chunk compiled in \d+\.\d+ s[^:]*(: \d hits, \d misses\))?: the first run of this step", first
+    )
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(ts)) / 1e6
-    assert f"explain: state: {state:.3f} MB, of which {state:.3f} MB are donated" in first
+    assert f"explain: state: {state:.3f} MB; a copy is kept at each chunk's end" in first
+    assert f"MB of arguments, of which {state:.3f} MB, the state, are donated and changed in place; " in first
     assert "64-bit numbers are off" in first and "compilation cache:" in first
     fnet.fit(step, ts, data, steps=2, batch_size=8, explain=True)
     assert "not compiled again: same step, shapes, dtypes, options" in capsys.readouterr().out
@@ -564,6 +570,52 @@ def test_explain_says_what_is_compiled_and_why(capsys):
     weak = {**ts.params, "dense_1": {**ts.params["dense_1"], "b": jnp.full(3, 0.5)}}
     fnet.fit(step, ts._replace(params=weak), fewer, steps=1, batch_size=10, explain=True)
     assert "state/params/dense_1/b was float32(3,) and is float32(3,) weak" in capsys.readouterr().out
+
+
+def test_programs_of_data_that_are_read_ahead_are_compiled_before_the_run_and_explained(on_disk, capsys):
+    step, ts, data, evaluate = problem(optimizer=fnet.sgd(0.1))
+    told = []
+    options = {"batch_size": 8, "evaluate": evaluate, "validation": data, "explain": True}
+    _, history = fnet.fit(step, ts, on_disk, epochs=2, **options, observers=[told.append])
+    out = capsys.readouterr().out
+    for name in ("run_batch", "run_batches", "evaluated"):
+        assert re.search(
+            rf"explain: {name} compiled in \d+\.\d+ s[^:]*(: \d hits, \d misses\))?: the first run of this step", out
+        )
+    assert "run_batch compiled in" in out.split("batch/inputs was float32(8, 6) and is float32(5, 6)")[0]
+    compilation = next(event for event in told if event.kind == "compile")
+    assert 0 < compilation.seconds < history.compile_seconds  # the smaller last batch is compiled when it comes
+    _, again = fnet.fit(step, ts, on_disk, epochs=2, **options)
+    assert "compiled in" not in capsys.readouterr().out and again.compile_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("cost", "lengths"),
+    [
+        (lambda call, count: 1.0 if call < 2 else 0.001 * count, [1, 2, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256]),
+        (lambda call, count: count * (0.0625 if call < 2 else 1.0), [1, 2, 8, 4, 2, 1, 1, 1]),
+        (lambda call, count: count / 128, [1, 6, 64, 64, 64]),
+    ],
+)
+def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, monkeypatch):
+    step, ts, data, _ = problem()
+    clock, calls, told, in_memory = [0.0], [], [], fnet.driver.in_memory
+
+    def timed(*arguments):
+        program = in_memory(*arguments)
+
+        def call(ts, count, *rest):
+            clock[0] += cost(len(calls), int(count))
+            calls.append(int(count))
+            return program(ts, count, *rest)
+
+        return call
+
+    monkeypatch.setattr(fnet.driver, "in_memory", timed)
+    monkeypatch.setattr(fnet.driver, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    fnet.fit(step, ts, data, steps=sum(lengths), batch_size=8, keep=False, observers=[told.append])
+    assert calls == lengths
+    assert [event.step for event in told if event.kind == "chunk"] == np.cumsum(lengths).tolist()
 
 
 # --- what is not finite ----------------------------------------------------------------------------------------------
