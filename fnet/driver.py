@@ -29,7 +29,7 @@ from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
-from fnet.plan import Plan, check_position, check_result, check_run, described, examples_between, order_at
+from fnet.plan import Plan, check_kinds, check_position, check_result, check_run, described, examples_between, order_at
 from fnet.runs import Run, open_run
 from fnet.stopping import Reducer, with_stopping
 from fnet.training import Step
@@ -80,8 +80,10 @@ def fit(
 
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the
     step is traced: `DataError` names what is wrong with the data or the labels, `LayerError` where the model and the
-    data do not fit, `RunError` and `CheckpointError` a folder that cannot be used, `ValueError` any other argument.
+    data do not fit, `RunError` and `CheckpointError` a folder that cannot be used, `TypeError` and
+    `ValueError` any other argument.
     """
+    check_kinds(step, ts, evaluate, stop, observers, run)
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
     )

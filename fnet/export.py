@@ -380,14 +380,15 @@ def _rules(like: PyTree, names: Names) -> list[Rule]:
         rules = list(names)
         taken = [path for rule in rules for path in rule.paths]
     stored = [name for rule in rules for name in rule.names]
-    faults = [
-        f"leaf {path}: expected {int(path in paths)} times, found {taken.count(path)} times"
-        for path in dict.fromkeys([*paths, *taken])
-        if taken.count(path) != int(path in paths)
-    ]
-    faults += [f"name {name}: expected once, found {n} times" for name, n in Counter(stored).items() if n > 1]
+    faults = [f"the leaf {path} has no name" for path in paths if path not in taken]
+    faults += [f"there is no leaf {path}" for path in dict.fromkeys(taken) if path not in paths]
+    faults += [f"the leaf {path} is named {n} times" for path, n in Counter(taken).items() if n > 1]
+    faults += [f"the name {name} is given {n} times" for name, n in Counter(stored).items() if n > 1]
     if faults:
-        raise ExportError(f"the name map does not fit the tree: {'; '.join(faults)}")
+        raise ExportError(
+            f"the name map does not fit the tree: {'; '.join(faults)}; expected every leaf once, under a name of its "
+            "own"
+        )
     return rules
 
 

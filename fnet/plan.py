@@ -12,7 +12,7 @@ import numpy as np
 
 from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
-from fnet.runs import RunError
+from fnet.runs import Run, RunError
 from fnet.stopping import Reducer, with_stopping
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
 from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves
@@ -38,6 +38,28 @@ class Plan(NamedTuple):
     every: int  # steps from one evaluation to the next
     results: dict[str, Any]  # an evaluation's, as shapes
     capacity: int  # C
+
+
+def check_kinds(step, ts, evaluate, stop, observers, run) -> None:
+    """Require that the arguments are what they are called; TypeError names the one that is not."""
+    wanted = {
+        "ts": (ts, TrainState, "a TrainState, as fnet.init_train_state makes one"),
+        "stop": (stop, Reducer | None, "a Reducer, as fnet.early_stopping makes one"),
+        "run": (run, Run | None, "fnet.Run(folder)"),
+    }
+    for name, (given, kind, expected) in wanted.items():
+        if not isinstance(given, kind):
+            raise TypeError(f"{name} is {_short(given)}; expected {expected}")
+    functions = {"step": step, **({} if evaluate is None else {"evaluate": evaluate})}
+    functions |= {f"observers[{i}]": observer for i, observer in enumerate(observers)}
+    for name, given in functions.items():
+        if not callable(given):
+            raise TypeError(f"{name} is {_short(given)}; expected a function")
+
+
+def _short(value: Any) -> str:
+    """Numbers and text as they are, of anything else the type."""
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def check_run(
@@ -128,7 +150,7 @@ def _shortest(numbers: Any) -> Any:
 def check_result(what: str, name: str, plan: Plan) -> None:
     """Require that an evaluation gives one number of this name."""
     if name not in plan.results:
-        there = ", ".join(plan.results) or "none, as the run has no evaluation"
+        there = ", ".join(plan.results) or "there is none without evaluate and validation"
         raise ValueError(f"{what} = {name!r}; expected the name of a result of the evaluation: {there}")
     result = plan.results[name]
     shape = jnp.shape(result.sum if isinstance(result, Mean) else result)
@@ -153,6 +175,7 @@ def in_steps(name: str, every: Any, per_epoch: int) -> int:
         or len(every) != 2
         or every[1] not in ("steps", "epochs")
         or not isinstance(every[0], int)
+        or isinstance(every[0], bool)
         or every[0] < 1
     ):
         raise ValueError(f"{name} = {every!r}; expected (n, 'steps') or (n, 'epochs') with a whole n of at least 1")

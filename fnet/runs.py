@@ -36,7 +36,7 @@ from fnet.checkpoint import (
     saved_steps,
     sweep,
 )
-from fnet.files import whole_file
+from fnet.files import first_line, whole_file
 from fnet.types import TrainState
 
 
@@ -185,13 +185,16 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     }  # what a process leaves that is killed before it writes config.json
     if set(held) <= begun and not any((folder / "checkpoints").glob("*")):
         held = []
+    if held and "config.json" not in held:
+        raise RunError(
+            f"{folder} holds {', '.join(sorted(held)[:4])} and no config.json, and is left as it is; expected a run's "
+            "folder or an empty one: name another"
+        )
     if held and not run.resume:
         raise RunError(
             f"{folder} holds {', '.join(sorted(held)[:4])} already and is left as it is; expected an empty folder: "
             "resume the run that is there with resume=True, or name another"
         )
-    if held and "config.json" not in held:
-        raise RunError(f"{folder} holds {', '.join(sorted(held)[:4])} and no config.json; expected the folder of a run")
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -200,7 +203,7 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     with lock:
         _lock(folder, lock)
         if (folder / "config.json").exists():
-            _compare_config(run, folder, json.loads((folder / "config.json").read_text()), config)
+            _compare_config(run, folder, _read_config(folder / "config.json"), config)
         _write_json(folder / "config.json", config)
         sweep(folder / "checkpoints")
         opened = OpenRun(run, folder, config)
@@ -252,6 +255,18 @@ def _plain(config: Any) -> dict[str, Any]:
             f"Run: config is a {type(config).__name__}; expected a dataclass or a mapping of names to values"
         )
     return json.loads(json.dumps(dict(fields), default=str))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if not isinstance(saved := json.loads(path.read_text()), dict):
+            raise ValueError("it holds no names and values")
+    except ValueError as error:
+        raise RunError(
+            f"{path} cannot be read ({first_line(error)}); expected the configuration that the run began with, as "
+            "JSON: put it there, or name another folder"
+        ) from error
+    return saved
 
 
 def _compare_config(run: Run, folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -57,7 +57,8 @@ def early_stopping(
     The best parameters and model state are kept (`best_weights`) unless ``keep_weights`` is False, which saves their
     memory. As in Keras' EarlyStopping, with ``restore_best_weights`` left to the caller.
 
-    Raises ValueError for a patience below 1 or a negative change, and KeyError for a metric that is not there.
+    Raises ValueError for a patience that is not above 0, a negative change, and, when a run is checked, for a metric
+    that is not there or is not one number.
     """
     check_numbers("early_stopping", positive=True, patience=patience)
     check_numbers("early_stopping", least_change=least_change)
@@ -71,7 +72,7 @@ def early_stopping(
 
     def update(own: StoppingState, ts: TrainState, results) -> StoppingState:
         if metric not in results:
-            raise KeyError(f"early_stopping: no metric is called {metric!r}; there are {', '.join(results)}")
+            raise ValueError(f"early_stopping: no result is called {metric!r}; expected one of {', '.join(results)}")
         result = results[metric]
         value = sign * jnp.asarray(result.value if isinstance(result, Mean) else result, own.best.dtype)
         if value.shape != ():

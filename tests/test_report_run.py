@@ -417,29 +417,6 @@ def test_inputs_that_are_pictures_are_kept_and_png_holds_their_pixels(tmp_path, 
         assert "pictures" not in stored.files
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"outputs": np.zeros((4, 3, 2))}, "outputs have shape (4, 3, 2); expected logits (N, K)"),
-        ({"targets": np.zeros(4)}, "targets are float64(4,); expected integers (4,), one for each row of outputs"),
-        ({"targets": np.zeros(3, int)}, "targets are int64(3,); expected integers (4,)"),
-        ({"targets": np.array([0, 1, 3, 0])}, "the target of example 2 is 3; expected 0 to 2, as outputs have 3"),
-        ({"weights": np.ones(3)}, "weights have shape (3,); expected (4,), one for each example"),
-        ({"names": ["a"]}, "1 names; expected 3, one for each class of the outputs"),
-        ({"worst": 1.5}, "worst = 1.5; expected a whole number of at least 0"),
-        ({"images": (3, 3)}, "images = (3, 3), and inputs have shape (4, 8); expected 4 of as many numbers as (H, W)"),
-        ({"images": (8,)}, "images = (8,), and inputs have shape (4, 8)"),
-    ],
-)
-def test_an_evaluation_that_does_not_fit_is_refused_before_it_is_written(tmp_path, changes, message):
-    folder = folder_of(tmp_path / "a")
-    given = {"outputs": np.zeros((4, 3)), "targets": np.zeros(4, int), "weights": None} | changes
-    outputs, targets, weights = (given.pop(name) for name in ("outputs", "targets", "weights"))
-    with pytest.raises(ValueError, match="save_evaluation: " + re.escape(message)):
-        save_evaluation(folder, outputs, fnet.Batch(np.zeros((4, 8)), targets, weights), **given)
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-
-
 def test_of_many_classes_the_most_frequent_confusions_are_listed(tmp_path):
     folder, rng = folder_of(tmp_path / "a"), np.random.default_rng(0)
     targets = np.r_[np.arange(50), np.full(5, 17)]

@@ -112,32 +112,3 @@ def test_the_order_of_the_examples_stands_outside_of_what_a_stopped_member_skips
     (steps,) = [eqn for eqn in body.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 6]  # full batches
     sorts = lambda jaxpr: [place for place in walk(jaxpr) if place.eqn.primitive.name == "sort"]  # noqa: E731
     assert sorts(body) and not sorts(steps.params["jaxpr"].jaxpr)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: early_stopping("loss", 0), ValueError, "early_stopping: patience = 0; expected 0 < patience"),
-        (
-            lambda: early_stopping("loss", 2, least_change=-1),
-            ValueError,
-            "early_stopping: least_change = -1; expected 0",
-        ),
-        (lambda: early_stopping("loss", "2"), TypeError, "early_stopping: patience = '2'; expected a number"),
-    ],
-)
-def test_bad_numbers_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_a_metric_that_is_not_there_is_named_before_anything_runs():
-    step, ts, data, evaluate = problem()
-    with pytest.raises(KeyError, match="no metric is called 'loss'; there are validation_accuracy, validation_loss"):
-        fnet.fit(
-            step, ts, data, epochs=1, batch_size=8, evaluate=evaluate, validation=data, stop=early_stopping("loss", 2)
-        )
-    with pytest.raises(ValueError, match="stop is given without evaluate; expected evaluate and validation"):
-        fnet.fit(step, ts, data, epochs=1, batch_size=8, stop=early_stopping("loss", 2))
-    with pytest.raises(ValueError, match="best_weights: the state holds none"):
-        fnet.best_weights(ts)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from fnet.data.arrays import DataError
+from fnet.files import first_line
 from fnet.types import Batch
 
 
@@ -52,7 +53,10 @@ def open_arrays(inputs: str | Path, targets: str | Path, weights: str | Path | N
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be mapped ({error}); expected a .npy file that numpy.save wrote") from error
+            reason = first_line(error) if isinstance(error, OSError) else "it is no array, or one of objects"
+            raise DataError(
+                f"{path} cannot be mapped ({reason}); expected a .npy file that numpy.save wrote"
+            ) from error
 
     return Batch(mapped(inputs), mapped(targets), None if weights is None else mapped(weights))
 
@@ -100,12 +104,17 @@ def first_batch(stream: Stream) -> Batch:
     """What a stream gives first; DataError where it is no stream that can be read anew."""
     if not isinstance(stream.steps_per_epoch, int) or stream.steps_per_epoch < 1:
         raise DataError(f"Stream: steps_per_epoch = {stream.steps_per_epoch!r}; expected a whole number of at least 1")
-    if iter(stream.source) is stream.source:
+    try:
+        begun = iter(stream.source)
+    except TypeError:
+        kind = type(stream.source).__name__
+        raise DataError(f"Stream: the source is of type {kind}; expected an iterable of batches") from None
+    if begun is stream.source:
         raise DataError(
-            f"Stream: the source is an iterator, {type(stream.source).__name__}, which gives its batches but once; "
+            f"Stream: the source is an iterator, {type(begun).__name__}, which gives its batches but once; "
             "expected an iterable that begins anew, such as a list or a grain dataset"
         )
-    for element in stream.source:
+    for element in begun:
         if not isinstance(element, tuple) or len(element) not in (2, 3):
             raise DataError(
                 f"Stream: the source gives a {type(element).__name__}; expected (inputs, targets) or a Batch"
