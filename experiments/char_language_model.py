@@ -36,7 +36,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, new_run_folder, open_console, train
+from experiments.common import ENGINES, FOLDER, Options, length, new_run_folder, open_console, train
 from fnet.layers import lstm
 from fnet.models import gpt, recurrent_lm
 from fnet.report import engine_table
@@ -174,11 +174,12 @@ def run(config: Config, console: Console | None = None) -> dict:
         raise SystemExit(f"{len(train_ids)} characters to train on; expected more than length = {config.length}")
     prompt = text[end : end + 40] if config.prompt is None else config.prompt
     encode(prompt, vocabulary)  # before anything is trained
-    folder = new_run_folder(config, "char_language_model")
     digest = hashlib.sha256(text.encode()).hexdigest()
     console.print(f"{len(text)} characters, {len(vocabulary)} different ones, sha256 {digest}", soft_wrap=True)
 
     model, data = make_model(config, len(vocabulary)), windows(train_ids, config.length, config.length)
+    length(config, data)  # an option that cannot be leaves no folder
+    folder = new_run_folder(config, "char_language_model")
     bits, runs, sample = counted_bits(train_ids, validation_ids, len(vocabulary)), {}, ""
     for seed in config.seeds:
         ts, history = train_one(config, seed, data, model, console, folder / f"seed_{seed}")

@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 import fnet
+from fnet.data.arrays import check_batch_size
 from fnet.observers import progress
 from fnet.training import steps_per_epoch
 from fnet.types import stream
@@ -55,7 +56,7 @@ def open_console(
     default = {field.name: field.default for field in dataclasses.fields(Options)}
     for option in ("run_dir", "name", "seed", "engine", "steps", "resume"):
         if option not in own and getattr(config, option) != default[option]:
-            raise SystemExit(f"{experiment}: --{option} would do nothing here; leave it out")
+            raise SystemExit(f"{experiment}: --{option.replace('_', '-')} would do nothing here; leave it out")
     settings: Any = jax.config
     if config.cache is not None and not settings.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.expanduser()))
@@ -73,27 +74,32 @@ def new_run_folder(config: Options, experiment: str) -> Path:
     A folder that exists is refused with SystemExit, and so is one to resume that does not.
     """
     root = Path(config.run_dir) / experiment
+    if config.name is not None and (config.name in ("", ".", "..") or Path(config.name).name != config.name):
+        raise SystemExit(f"--name {config.name!r}; expected the name of one folder: --run-dir says where it lies")
     if config.resume:
         folder = latest(root) if config.name is None else root / config.name
-        if not folder.is_dir():
-            raise SystemExit(f"{folder} is not there; expected a run's folder: leave --resume out to begin one")
+        if not (folder / "config.json").is_file():
+            raise SystemExit(f"{folder} is no run's folder; expected one to resume: leave --resume out to begin one")
         return folder
     folder = root / (config.name or time.strftime("%Y%m%d-%H%M%S"))
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
-        raise SystemExit(f"{folder} exists already and is left as it is: choose another --name") from None
-    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-    (folder / "config.json").write_text(text + "\n")
+        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+        (folder / "config.json").write_text(text + "\n")
+    except FileExistsError as error:
+        what = folder if folder.exists() else error.filename
+        raise SystemExit(f"{what} exists already and is left as it is: choose another --name or --run-dir") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be made ({error.strerror}): choose another --name or --run-dir") from None
     return folder
 
 
 def latest(root: Path) -> Path:
-    """The experiment's folder that was changed last."""
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    if not folders:
+    """The experiment's run that was begun last."""
+    begun = list(root.glob("*/config.json"))
+    if not begun:
         raise SystemExit(f"{root} holds no run; expected one to resume: leave --resume out to begin one")
-    return max(folders, key=lambda path: path.stat().st_mtime)
+    return max(begun, key=lambda path: path.stat().st_mtime).parent
 
 
 def explain(console: Console) -> None:
@@ -135,7 +141,11 @@ def train(config: Any, title: str, folder: Path, step, start: fnet.TrainState, d
 
 
 def length(config: Any, data: fnet.Batch) -> int:
-    """The epochs at which a run ends: the experiment's, or those of ``--steps``."""
+    """The epochs at which a run ends: the experiment's, or those of ``--steps``; SystemExit where there are none."""
+    try:
+        check_batch_size(config.batch_size, len(data.targets))
+    except fnet.DataError as error:
+        raise SystemExit(f"--{error}") from None
     per_epoch = steps_per_epoch(data, config.batch_size)
     if config.steps is not None and (config.steps < 1 or config.steps % per_epoch):
         raise SystemExit(f"--steps {config.steps}; expected a multiple of {per_epoch}, the steps of an epoch")

@@ -28,7 +28,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, load_images, new_run_folder, open_console, train
+from experiments.common import ENGINES, FOLDER, Options, length, load_images, new_run_folder, open_console, train
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.models import lenet5
 from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
@@ -118,6 +118,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 def measure(experiment: str, model: fnet.Layer, config, console: Console | None = None) -> dict:
     """Train ``model`` from every seed, print the tables and write the run folder; returns what was measured."""
     console = open_console(config, experiment, console, takes=(*FOLDER, "engine", "steps", "resume"))
+    length(config, load_images(0, config.test_size, config.held_out)[0])  # an option that cannot be leaves no folder
     folder = new_run_folder(config, experiment)
     table = summary(model, jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), "float32"))
     console.print(str(table), markup=False, highlight=False, soft_wrap=True)

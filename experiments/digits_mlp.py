@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, new_run_folder, open_console, train
+from experiments.common import ENGINES, FOLDER, Options, length, new_run_folder, open_console, train
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import (
     difference_table,
@@ -71,7 +71,6 @@ def compiled_cost(step, ts, batch) -> dict[str, float]:
 def run(config: Config, console: Console | None = None) -> dict:
     """Train by both engines, print the comparison and write the run folder; returns what was measured."""
     console = open_console(config, "digits_mlp", console, takes=(*FOLDER, "seed", "engine", "steps", "resume"))
-    folder = new_run_folder(config, "digits_mlp")
     key = jax.random.key(config.seed)
     with console.status("reading the digits and drawing the parameters"):
         train_data, test_data = load(config, stream(key, "split"))
@@ -83,7 +82,9 @@ def run(config: Config, console: Console | None = None) -> dict:
         f"JAX {jax.__version__} on {jax.default_backend()}"
     )
 
+    length(config, train_data)  # an option that cannot be leaves no folder
     loss, optimizer = fnet.softmax_cross_entropy, fnet.adam(config.learning_rate)
+    folder = new_run_folder(config, "digits_mlp")
     evaluate = fnet.make_evaluate(model, loss, {"accuracy": accuracy}, batch_size=1000)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
     rows = np.arange(config.batch_size)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console, train
+from experiments.common import FOLDER, Options, engine_of, length, new_run_folder, open_console, train
 from fnet.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
 from fnet.report.plots import new_figure
@@ -65,14 +65,15 @@ def split_last(data: fnet.Batch, share: float) -> tuple[fnet.Batch, fnet.Batch]:
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, print the comparison and write the run folder; returns what was measured."""
     console = open_console(config, "keras_example", console, takes=(*FOLDER, "engine", "steps", "resume"))
-    folder = new_run_folder(config, "keras_example")
     key = jax.random.key(config.seed)
     with console.status("drawing the data and the parameters"):
         training, validation = split_last(random_data(config, stream(key, "data")), config.validation_split)
         model, loss = fnet.mlp(128, 64, CLASSES, weights=glorot_uniform()), fnet.softmax_cross_entropy
         params, state = fnet.init(model, stream(key, "model"), training.inputs[:1])
 
+    length(config, training)  # an option that cannot be leaves no folder
     optimizer = fnet.adam(config.learning_rate, eps=1e-7, variant="keras")
+    folder = new_run_folder(config, "keras_example")
     gradient = engine_of(config)(model, loss, {"accuracy": accuracy})
     step = fnet.make_step(gradient, optimizer, monitors={"gradient_norm": gradient_norms})
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)

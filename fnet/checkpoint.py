@@ -2,7 +2,7 @@
 
     folder/step_000000250/state          the arrays, as orbax keeps them
     folder/step_000000250/meta           JSON: the step; path, dtype, shape and SHA-256 of every leaf; what the run adds
-    folder/step_000000250/manifest.json  the SHA-256 of every file
+    folder/step_000000250/manifest.json  the SHA-256 of every file, and the results of the evaluation made here
 
 Nothing is pickled, and nothing that is read can run code. A checkpoint is written under another name and renamed when
 it is complete; one that is deleted is renamed first.
@@ -64,7 +64,7 @@ def save_checkpoint(
     free = shutil.disk_usage(path.parent).free
     if free < 1.1 * size + 100_000:
         raise CheckpointError(
-            f"{path} needs {size / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; expected room for it: "
+            f"{path} needs {size / 1e6:.3f} MB and {free / 1e6:.3f} MB are free; expected room for it: "
             "free some, or choose another folder; the checkpoints before it are whole"
         )
     described = [{"path": leaf.path, "kind": leaf.kind, "sha256": _digest(leaf.array)} for leaf in leaves]
@@ -76,7 +76,7 @@ def save_checkpoint(
         with checkpointer:
             state = ocp.args.StandardSave(arrays or {"none": np.zeros(1)})
             checkpointer.save(part, ocp.args.Composite(state=state, meta=ocp.args.JsonSave(meta)))
-        (part / "manifest.json").write_text(json.dumps(_hashes(part), indent=1))
+        write_manifest(part, meta.get("results", {}))
         os.rename(part, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -138,21 +138,42 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 def saved_steps(folder: str | Path) -> dict[int, Path]:
     """The complete checkpoints in a folder by step, the oldest first."""
-    found = {int(match[1]): path for path in Path(folder).glob("step_*") if (match := _NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    found = [path for path in Path(folder).glob("step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
 
 
 def delete_checkpoint(path: Path) -> None:
     """Delete it so that at no moment a part of it looks whole."""
     gone = path.with_name(f".deleted_{path.name}")
     os.rename(path, gone)
-    shutil.rmtree(gone)
+    _remove(gone)
 
 
 def sweep(folder: str | Path) -> None:
     """Remove what a killed process left of a checkpoint that it wrote or deleted."""
     for path in (*Path(folder).glob(".deleted_*"), *Path(folder).glob(".writing_*")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder and what is in it; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def write_manifest(path: Path, results: Mapping[str, Any]) -> None:
+    """Write manifest.json of the files that are in the folder."""
+    (path / "manifest.json").write_text(json.dumps({"results": results, "files": _hashes(path)}, indent=1))
+
+
+def saved_results(path: Path) -> dict[str, Any]:
+    """The results of the evaluation that was made at a checkpoint; none where none was, or the manifest is damaged."""
+    try:
+        return dict(json.loads((path / "manifest.json").read_text())["results"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _orbax():
@@ -161,7 +182,7 @@ def _orbax():
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise ImportError("checkpoints need orbax: pip install 'fnet[runs]'") from error
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it logs as an error, pages of it, it raises too
     parts = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts))
 
@@ -183,8 +204,10 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _as_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """The array as ``like`` is: a key, and on its devices."""
     leaf = jnp.array(array)
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+    leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+    return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
 
 
 def _kind(leaf: jax.Array) -> str:
@@ -205,12 +228,16 @@ def _hashes(path: Path) -> dict[str, str]:
 def _verify_files(path: Path) -> None:
     """Require the files that were written: what orbax and tensorstore say of damaged ones is long and helps nobody."""
     try:
-        expected = json.loads((path / "manifest.json").read_text())
+        expected = json.loads((path / "manifest.json").read_text())["files"]
         found = _hashes(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    for name in {**expected, **found}:
-        if (want := expected.get(name, "no such file")[:12]) != (have := found.get(name, "no such file")[:12]):
+    if more := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{path} holds {', '.join(more[:5])}, which fnet did not write; expected its own files alone: move it away"
+        )
+    for name in expected:
+        if (want := expected[name][:12]) != (have := found.get(name, "no such file")[:12]):
             raise _damaged(path / name, ValueError(f"expected SHA-256 {want}, found {have}"))
 
 
@@ -227,7 +254,8 @@ def _compare(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) 
     if names:
         lines = [f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in names[:5]]
         more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+        halved = all(str(expected.get(n)).replace("32", "64") == str(found.get(n)).replace("32", "64") for n in names)
         raise CheckpointError(
-            f"{path} is of another model or optimizer: {'; '.join(lines)}{more}. "
-            "Give the one it was saved from, or another folder to start in"
+            f"{path} is of another {'jax_enable_x64' if halved else 'model or optimizer'}: {'; '.join(lines)}{more}. "
+            f"{'Set it as it was' if halved else 'Give the one it was saved from'}, or another folder to start in"
         )

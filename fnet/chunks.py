@@ -152,7 +152,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; a batch of another size,
     such as an epoch's last, runs by itself.
     """
-    position, key = int(ts.step), jnp.copy(ts.key)
+    position, key = int(ts.step), jax.tree.map(jnp.copy, ts.key)
     settings: Any = jax.config
     wide, partitionable = settings.jax_enable_x64, settings.jax_threefry_partitionable
 
@@ -267,8 +267,13 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
 
 
 def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:
-    """The same batches; those with a label or id beyond all before them are traced with it, so that it is checked."""
+    """The same batches; those with a label or id beyond all before them, or of another kind, are traced first."""
+
+    def kind(batch: Batch):
+        return jax.tree.structure(batch), *((a.shape[1:], a.dtype) for a in map(np.asarray, jax.tree.leaves(batch)))
+
     extremes: dict[int, tuple[Any, Any]] = {}
+    kinds: set[Any] = set()
     like = jax.eval_shape(lambda ts: ts, ts)
     try:
         for read in reads:
@@ -280,7 +285,8 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
             ends = {i: (int(leaf.min()), int(leaf.max())) for i, leaf in integers.items()}
             known = {i: extremes.get(i, (low, low)) for i, (low, _) in ends.items()}
             now = {i: (min(known[i][0], low), max(known[i][1], high)) for i, (low, high) in ends.items()}
-            if now != extremes:
+            if now != extremes or kind(read.batch) not in kinds:
+                kinds.add(kind(read.batch))
                 rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
                 dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch, part=True))
                 extremes = now

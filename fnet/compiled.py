@@ -49,8 +49,7 @@ def compiled(
     reason = reason_to_compile(signature, known)
     with cache_hits() as cached:
         if reason:
-            program = jax.jit(functools.partial(function, **options), donate_argnums=0)
-            known[signature] = program.lower(*arguments.values()).compile()
+            known[signature] = lowered(functools.partial(function, **options), *arguments.values()).compile()
         else:
             known[signature] = known.pop(signature)  # the latest stands at the end
     took = time.perf_counter() - begin if reason else 0.0
@@ -59,12 +58,26 @@ def compiled(
     return known[signature], took
 
 
+def lowered(function: Callable, ts: TrainState, *rest: PyTree):
+    """The program that donates its first argument, and returns the state on the devices where it was."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, ts)
+    spread = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
+    if not spread:
+        return jax.jit(function, donate_argnums=0).lower(ts, *rest)
+    # else XLA is free to choose others, and the program would not take its own state
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None)).lower(ts, *rest)
+
+
 def leaves_of(tree: PyTree) -> tuple:
-    """Each leaf's path, dtype, shape and weak type."""
-    return tuple(
-        (path, f"{leaf.dtype}{tuple(leaf.shape)}{' weak' if getattr(leaf, 'weak_type', False) else ''}")
-        for path, leaf in named_leaves(tree)
-    )
+    """Each leaf's path, dtype, shape, weak type, and its devices where they are not the default."""
+
+    def about(leaf) -> str:
+        sharding = getattr(leaf, "sharding", None)
+        usual = sharding is None or sharding.device_set == {jax.devices()[0]}
+        weak = " weak" if getattr(leaf, "weak_type", False) else ""
+        return f"{leaf.dtype}{tuple(leaf.shape)}{weak}{'' if usual else f' on {sharding}'}"
+
+    return tuple((path, about(leaf)) for path, leaf in named_leaves(tree))
 
 
 def reason_to_compile(signature, known: Mapping) -> str:
@@ -73,12 +86,14 @@ def reason_to_compile(signature, known: Mapping) -> str:
         return ""
     if not known:
         return "the first run of this step"
-    for old, new in zip(list(known)[-1][:2], signature[:2], strict=True):
-        before, now = dict(old), dict(new)
-        for name in {**now, **before}:
-            if before.get(name) != now.get(name):
-                return f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
-    return "the containers of the state or the data are others"
+    before, now = (dict([*options, *leaves]) for options, leaves, _ in (list(known)[-1], signature))
+    changes = [
+        f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    ]
+    more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return "; ".join(changes[:3]) + more or "the containers of the state or the data are others"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data
@@ -29,9 +30,19 @@ from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
-from fnet.plan import Plan, check_kinds, check_position, check_result, check_run, described, examples_between, order_at
-from fnet.runs import Run, open_run
-from fnet.stopping import Reducer, with_stopping
+from fnet.plan import (
+    Plan,
+    check_kinds,
+    check_position,
+    check_result,
+    check_run,
+    check_start,
+    described,
+    examples_between,
+    order_at,
+)
+from fnet.runs import Run, RunError, open_run
+from fnet.stopping import Reducer, stopped, with_stopping
 from fnet.training import Step
 from fnet.types import PyTree, TrainState
 
@@ -84,29 +95,33 @@ def fit(
     `ValueError` any other argument.
     """
     check_kinds(step, ts, evaluate, stop, observers, run)
+    ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
+    check_start(ts, stop)
+    ts = with_stopping(stop, ts)
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
-    ts = with_stopping(stop, jax.tree.map(jnp.array, ts))  # copies, ours to donate
     about = described(plan, ts)
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, stream = Recorder(plan.per_epoch), None
+        rows = []
         if folder and (resumed := folder.restore(ts, about)):
             ts, meta, rows = resumed
             recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
-            if int(ts.step) == plan.end:
+            if int(ts.step) == plan.end or bool(stopped(ts)):
                 return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan, folder and folder.folder)
+        if folder:
+            folder.begin(rows)
         first = position = int(ts.step)
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
 
         def tell(kind: str, at: int, metrics=None, took: float = 0.0, examples: int = 0) -> None:
             nonlocal halted
-            metrics = copy.deepcopy(metrics)  # the observer's own
             made, epochs = at // plan.per_epoch, -(-plan.end // plan.per_epoch)
             event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts)
             halted |= ask(observers, event)
@@ -170,7 +185,7 @@ def fit(
                 folder.summarize(summary(plan, ts, first, position, seconds, program))
         except BaseException as error:
             lost = ts.step.is_deleted()  # where no copies are kept it was donated
-            saves = [lambda: save(wait=True)] if isinstance(error, Exception) and not lost else []
+            saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
             for last in (*saves, lambda: tell("end", position)):
                 try:
                     last()
@@ -205,7 +220,7 @@ def ask(observers: Sequence[Callable[[Event], str | None]], event: Event) -> boo
     for observer in observers:
         name = getattr(observer, "__qualname__", repr(observer))
         try:
-            answer = observer(event)
+            answer = observer(event._replace(metrics=copy.deepcopy(event.metrics)))  # its own
         except Exception as error:
             errors.append((name, error))
             continue

@@ -14,7 +14,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
 def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False) -> Gradient:
     """Gradients of ``Σ w ℓ / Σ w`` by `jax.value_and_grad` of the model's forward.
 
-    ``metrics`` maps names to functions of ``(outputs, targets)`` that give one value per example, as a loss does. With
+    ``metrics`` maps names, but for "loss", to functions of ``(outputs, targets)`` that give one value per example. With
     ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
     """
+    refuse_names(metrics or {}, ["loss"])
 
     def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
@@ -53,6 +54,7 @@ def backprop(
     model: Layer, loss: Loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False
 ) -> Gradient:
     """The same gradients by the hand-derived backwards of the loss and of each layer; no autodiff takes part."""
+    refuse_names(metrics or {}, ["loss"])
 
     def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
@@ -99,6 +101,7 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
             total = jnp.asarray(count, m.dtype).sum()
             return Mean(m * total, total)
 
+        refuse_names(metrics, ["loss"])
         measured = {name: m if isinstance(m, Mean) else mean(m) for name, m in {"loss": value, **metrics}.items()}
         return grads, new_state, measured
 
@@ -163,6 +166,12 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
     for name, metric in (metrics or {}).items():
         measured[name] = weighted_mean(metric(outputs, batch.targets), batch.weights, values.ndim)
     return measured
+
+
+def refuse_names(given: Iterable[str], taken: Iterable[str]) -> None:
+    """Raise ValueError where a metric would take another's place."""
+    for name in {*given} & {*taken}:
+        raise ValueError(f"a metric is called {name!r}, as one that is measured already; expected another name")
 
 
 def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array, factor=None) -> PyTree:

@@ -38,7 +38,7 @@ class Event(NamedTuple):
 class History(NamedTuple):
     """What a run measured, by name: ``loss``, ``validation_loss``, ``gradient_norm/dense_0``."""
 
-    epochs: dict[str, np.ndarray]  # (E, ...), training means, and results where an epoch ended with an evaluation
+    epochs: dict[str, np.ndarray]  # (E, ...), training means, and results where one ended with an evaluation; "epoch"
     steps: dict[str, np.ndarray]  # (E S, ...), training, of the steps that this call made
     evaluations: dict[str, np.ndarray]  # (evaluations, ...), and the "step" of each
     compile_seconds: float
@@ -58,10 +58,12 @@ class History(NamedTuple):
         """Write the epochs to the file ``path``, or to epochs.csv in that folder; returns the file.
 
         A row an epoch, counted from 1, and a column a metric; arrays have a column for each entry: ``name/0``,
-        ``confusion/1/2``. Numbers are written so that they read back the same. FileExistsError where there is a file.
+        ``confusion/1/2``. Numbers are written so that they read back the same. FileExistsError where there is a file,
+        ValueError where two columns would have one name.
 
         >>> import tempfile
-        >>> epochs = {"loss": np.array([0.5, 0.25]), "share": np.array([[1.0, 0.0], [0.5, 0.5]])}
+        >>> share = np.array([[1.0, 0.0], [0.5, 0.5]])
+        >>> epochs = {"epoch": np.array([1, 2]), "loss": np.array([0.5, 0.25]), "share": share}
         >>> history = History(epochs, {}, {}, 0.0, 0.0)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     print(history.to_csv(folder).read_text().strip())
@@ -70,10 +72,13 @@ class History(NamedTuple):
         2,0.25,0.5,0.5
         """
         path = Path(path) / "epochs.csv" if Path(path).is_dir() else Path(path)
-        columns: dict[str, list] = {"epoch": list(range(1, 1 + max(map(len, self.epochs.values()), default=0)))}
+        columns: dict[str, list] = {"epoch": []}
         for name, values in self.epochs.items():
             for index in np.ndindex(values.shape[1:]):
-                columns["/".join([name, *map(str, index)])] = values[(slice(None), *index)].tolist()
+                column = "/".join([name, *map(str, index)])
+                if columns.get(column):
+                    raise ValueError(f"two columns are called {column!r}; expected one: give a metric another name")
+                columns[column] = values[(slice(None), *index)].tolist()
         try:
             with path.open("x", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
@@ -103,7 +108,7 @@ class Recorder:
         of_kind = lambda kind, without: [  # noqa: E731
             {name: value for name, value in row.items() if name not in without} for row in rows if row["kind"] == kind
         ]
-        self.epochs = of_kind("epoch", ("kind", "step", "epoch"))
+        self.epochs = of_kind("epoch", ("kind", "step"))
         self.evaluations = of_kind("evaluation", ("kind", "epoch"))
         self.last_means: dict[str, Any] = {}  # of the chunk that was added last
         self._partial = {name: Mean(*map(np.asarray, pair)) for name, pair in (partial or {}).items()}
@@ -126,8 +131,9 @@ class Recorder:
                 told.append(("evaluation", step, now))
             if step in ends:
                 self._take(rows, begin - first, step - first)
-                self.epochs.append({**{name: mean.value for name, mean in self._partial.items()}, **now})
-                told.append(("epoch", step, self.epochs[-1]))
+                means = {**{name: mean.value for name, mean in self._partial.items()}, **now}
+                self.epochs.append({"epoch": np.asarray(int(step) // self.per_epoch), **means})
+                told.append(("epoch", step, means))
                 self._partial, begin = {}, step
         self._take(rows, begin - first, last - first)
         return told

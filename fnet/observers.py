@@ -12,7 +12,7 @@ is continued, it goes on with them: what they hold from the step on where the ru
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,20 +108,6 @@ def _of_sets(metrics: Mapping[str, Any]) -> list[str]:
 # --- numbers in files ------------------------------------------------------------------------------------------------
 
 
-def jsonl(path: str | Path, **fields) -> Observer:
-    """Append one JSON object per epoch to the file at ``path``: ``fields``, the epoch, the step and every metric."""
-    path = Path(path)
-
-    def observe(event: Event) -> None:
-        if event.kind == "epoch":
-            numbers = {name: np.asarray(value).tolist() for name, value in event.metrics.items()}
-            row = {**fields, "epoch": event.epoch, "step": event.step, **numbers}
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    return observe
-
-
 def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = False) -> Observer:
     """Append one row per epoch to the file at ``path``: the epoch, the step and every metric.
 
@@ -138,13 +124,15 @@ def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = 
     header: list[str] = []
 
     def start(step: int) -> None:
-        rows = list(reader(path.read_text().splitlines())) if path.exists() else []
+        rows = list(reader(io.StringIO(path.read_text()))) if path.exists() else []
         header[:] = rows[0] if rows else wanted or []
         if header[:2] not in ([], ["epoch", "step"]) or (wanted or header) != header:
             expected = ", ".join(wanted or ("epoch", "step", "..."))
             raise ValueError(f"csv: {path} has the columns {', '.join(header)}; expected {expected}: name another file")
+        if odd := [row for row in rows[1:-1] if len(row) != len(header) or not row[1].isdecimal()]:
+            raise ValueError(f"csv: {path} has the row {odd[0]}; expected one number a column: mend or delete it")
         # the last row may have been cut off by whatever ended the process
-        kept = [row for row in rows[1:] if len(row) == len(header) and int(row[1]) <= step]
+        kept = [row for row in rows[1:] if len(row) == len(header) and row[1].isdecimal() and int(row[1]) <= step]
         with _whole(path) as part, part.open("w", newline="") as file:
             writer(file, lineterminator="\n").writerows([header, *kept] if header else [])
 

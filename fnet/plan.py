@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ import numpy as np
 from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
 from fnet.runs import Run, RunError
-from fnet.stopping import Reducer, with_stopping
+from fnet.stopping import Reducer, stopped, with_stopping
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
-from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves
+from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves, require_counts
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
 METRIC_BYTES = 16_000_000
@@ -36,7 +37,8 @@ class Plan(NamedTuple):
     per_epoch: int  # S
     end: int  # the step at which the run ends
     every: int  # steps from one evaluation to the next
-    results: dict[str, Any]  # an evaluation's, as shapes
+    metrics: dict[str, Any]  # a step's, and an evaluation's results, as shapes
+    results: dict[str, Any]
     capacity: int  # C
 
 
@@ -50,11 +52,13 @@ def check_kinds(step, ts, evaluate, stop, observers, run) -> None:
     for name, (given, kind, expected) in wanted.items():
         if not isinstance(given, kind):
             raise TypeError(f"{name} is {_short(given)}; expected {expected}")
+    if not isinstance(observers, Sequence):
+        raise TypeError(f"observers is {_short(observers)}; expected a list of functions")
     functions = {"step": step, **({} if evaluate is None else {"evaluate": evaluate})}
     functions |= {f"observers[{i}]": observer for i, observer in enumerate(observers)}
     for name, given in functions.items():
-        if not callable(given):
-            raise TypeError(f"{name} is {_short(given)}; expected a function")
+        if not callable(given) or not isinstance(given, Hashable):
+            raise TypeError(f"{name} is {_short(given)}; expected a function, one that can be hashed")
 
 
 def _short(value: Any) -> str:
@@ -66,9 +70,7 @@ def check_run(
     step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
 ) -> Plan:
     """Everything that can be known to fail before it is computed."""
-    for name, value in {"epochs": epochs, "steps": steps, "chunk_steps": chunk_steps}.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} = {value!r}; expected a whole number of at least 1")
+    require_counts("fit", epochs=epochs, steps=steps, chunk_steps=chunk_steps)
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs = {epochs} and steps = {steps}; expected one of them: where the run ends")
     if (evaluate is None) != (validation is None):
@@ -76,6 +78,7 @@ def check_run(
         raise ValueError(f"{missing} is not given; expected evaluate and validation together, or neither")
     if stop is not None and evaluate is None:
         raise ValueError("stop is given without evaluate; expected evaluate and validation, whose results it looks at")
+    batch_size = int(batch_size) if isinstance(batch_size, np.integer) else batch_size
     if isinstance(data, Stream):
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
@@ -101,23 +104,62 @@ def check_run(
                 f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
             )
     metrics = jax.eval_shape(step, ts, sample)[1]
-    for name, _ in named_metrics(metrics):
-        if name in ("kind", "step", "epoch"):
-            raise ValueError(f"a metric is called {name!r}, which rows of metrics have already; expected another name")
     results = {}
     if evaluate:
         sets = validation if isinstance(validation, Mapping) else {"validation": validation}
+        if not sets:
+            raise ValueError("validation holds no set; expected a Batch, or a mapping of names to Batches")
         checked = {name: check_data(held, name=name) for name, held in sets.items()}
         for name, held in checked.items():
             dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
         validation = checked if isinstance(validation, Mapping) else checked["validation"]
         decided = lambda ts, sets: evaluated(with_stopping(stop, ts), sets, evaluate, stop)  # noqa: E731
         results = jax.eval_shape(decided, ts, validation)[1]
-    end = steps or epochs * per_epoch
-    capacity = chunk_capacity(metrics, every, results)
-    return Plan(
-        step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, per_epoch, end, every, results, capacity
+    check_metrics([*named_metrics(metrics), *results.items()])
+    named, end = dict(named_metrics(metrics)), int(steps or epochs * per_epoch)
+    run = per_epoch, end, every, named, results, chunk_capacity(metrics, every, results)
+    return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, *run)
+
+
+def check_metrics(metrics: list[tuple[str, Any]]) -> None:
+    """Require of what is measured that each has a name of its own and holds real numbers."""
+    names = [name for name, _ in metrics]
+    for name, metric in metrics:
+        if name in ("", "kind", "step", "epoch"):
+            raise ValueError(
+                f"a metric is called {name!r}; expected another name, as rows of metrics have that already"
+                if name
+                else "the metrics are one number without a name; expected a dict of metrics by name"
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"two metrics or results are called {name!r}; expected one: give one of them another name")
+        for leaf in jax.tree.leaves(metric):
+            real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+            if not real or not math.prod(leaf.shape):
+                raise ValueError(
+                    f"the metric {name!r} is {leaf.dtype}{leaf.shape}; expected real numbers, one at least"
+                )
+
+
+def check_start(ts: TrainState, stop: Reducer | None) -> None:
+    """Require that the state was not stopped, and that ``stop`` is the rule that it goes on with."""
+    if bool(jnp.any(stopped(ts))):
+        raise ValueError(
+            f"the state was stopped by its rule at step {int(ts.step)}; expected one that goes on: "
+            "ts._replace(stopping=()) begins without its rule, or anew with another"
+        )
+    if stop is None or ts.stopping == ():
+        return
+    own, given = (
+        {name: leaf for name, leaf in named_leaves(state) if "hyper" in name.split("/")}
+        for state in (ts.stopping, stop.init(ts))
     )
+    for name in {**own, **given}:
+        if name not in own or name not in given or not np.array_equal(own[name], given[name]):
+            raise ValueError(
+                f"stop has {name.removeprefix('hyper/')} = {given.get(name)}, and the state's rule {own.get(name)}; "
+                "expected the same: ts._replace(stopping=()) begins anew with the one given"
+            )
 
 
 def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
@@ -126,17 +168,37 @@ def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
     These are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
     """
     numbers = {path: _shortest(leaf) for path, leaf in named_leaves(ts) if "hyper" in path.split("/")}
-    key = jax.random.key_data(ts.key) if jnp.issubdtype(ts.key.dtype, jax.dtypes.prng_key) else ts.key
     leaves = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)]
     return {
         "examples": plan.examples,
         "an example": leaves,
         "batch_size": plan.batch_size,
         "shuffle": plan.shuffle,
+        "rows": None if isinstance(plan.data, Stream) else _rows_digest(plan.data),
+        "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
+        "rule to stop": plan.stop.about if plan.stop else None,
         "steps between evaluations": plan.every if plan.evaluate else None,
-        "key": np.asarray(key).tolist(),
+        "key": jax.tree.map(_words, ts.key),
         **numbers,
     }
+
+
+def _words(key: jax.Array) -> list[int]:
+    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return np.asarray(words).tolist()
+
+
+def _rows_digest(data: Batch) -> str:
+    """A hash of 64 of the data's examples, evenly spread."""
+    rows = np.unique(np.linspace(0, count_examples(data) - 1, 64).astype(int))
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(data):
+        digest.update(np.ascontiguousarray(np.asarray(leaf)[rows]).tobytes())
+    return f"SHA-256 {digest.hexdigest()[:12]}…"
+
+
+def _shape(metric: Any) -> tuple[int, ...]:
+    return tuple(jnp.shape(metric.sum if isinstance(metric, Mean) else metric))
 
 
 def _shortest(numbers: Any) -> Any:
@@ -152,9 +214,7 @@ def check_result(what: str, name: str, plan: Plan) -> None:
     if name not in plan.results:
         there = ", ".join(plan.results) or "there is none without evaluate and validation"
         raise ValueError(f"{what} = {name!r}; expected the name of a result of the evaluation: {there}")
-    result = plan.results[name]
-    shape = jnp.shape(result.sum if isinstance(result, Mean) else result)
-    if shape != ():
+    if (shape := _shape(plan.results[name])) != ():
         raise ValueError(f"{what} = {name!r}, which has shape {shape}; expected a result that is one number")
 
 

@@ -11,6 +11,7 @@ folder/checkpoints/      `fnet.checkpoint`
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
 import platform
@@ -33,11 +34,12 @@ from fnet.checkpoint import (
     host_leaves,
     load_checkpoint,
     save_checkpoint,
+    saved_results,
     saved_steps,
     sweep,
 )
 from fnet.files import first_line, whole_file
-from fnet.types import TrainState
+from fnet.types import TrainState, require_counts
 
 
 class RunError(ValueError):
@@ -81,33 +83,41 @@ class OpenRun:
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
-    def restore(self, like: TrainState, plan: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
-        """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins."""
-        rows = self._read_metrics()
+    def restore(self, like: TrainState, about: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
+        """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins.
+
+        Nothing is written: `begin` does, once the run is known to go on.
+        """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
         if not steps:
-            self._write_metrics([])
             return None
         ts, meta = load_checkpoint(list(steps.values())[-1], like)
-        if differing := _differences(meta["plan"], plan, "as saved"):
+        if differing := _differences(meta["plan"], about, "as saved"):
             raise RunError(
                 f"{self.folder} was run on other data or with other numbers: {differing}. "
                 "Resume it with its own, or name another folder"
             )
+        rows = [row for row in self._read_metrics() if row["step"] <= meta["step"]]
         if differing := _differences(meta["environment"], self.environment, "as saved"):
             warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {differing}", RunWarning, stacklevel=4)
         self.last_saved = meta["step"]
-        rows = [row for row in rows if row["step"] <= meta["step"]]
-        self._write_metrics(rows)
-        self._results = {row["step"]: row for row in rows if row["kind"] == "evaluation"}
         return ts, meta, rows
+
+    def begin(self, rows: list[dict[str, Any]]) -> None:
+        """Write what a run has from its beginning on, and the metrics as far as it continues."""
+        with _written(self.folder):
+            _write_json(self.folder / "config.json", self.config)
+            _write_json(self.folder / "environment.json", self.environment)
+            with whole_file(self.folder / "metrics.jsonl") as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (self.folder / "nonfinite.json").unlink(missing_ok=True)
 
     def record(self, kind: str, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Append a row to the metrics."""
         numbers = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if kind == "evaluation":
             self._results[step] = numbers
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with _written(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
 
     def due(self, step: int) -> bool:
@@ -132,7 +142,8 @@ class OpenRun:
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Write what the call did and took."""
-        _write_json(self.folder / "summary.json", summary)
+        with _written(self.folder):
+            _write_json(self.folder / "summary.json", summary)
 
     def wait(self) -> None:
         """Until what is being written is complete."""
@@ -150,7 +161,7 @@ class OpenRun:
         if self.run.keep_every:
             kept |= {step for step in steps if step % self.run.keep_every == 0}
         if self.run.keep_best:
-            results = {step: self._results.get(step, {}).get(self.run.keep_best) for step in steps}
+            results = {step: saved_results(path).get(self.run.keep_best) for step, path in steps.items()}
             known = {step: value for step, value in results.items() if value is not None and np.isfinite(value)}
             if known:
                 kept.add((max if self.run.greatest else min)(known, key=lambda step: known[step]))
@@ -160,16 +171,35 @@ class OpenRun:
     def _read_metrics(self) -> list[dict[str, Any]]:
         """The rows on disk; the last may have been cut off by whatever ended the process."""
         path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        if not path.exists():
+            warnings.warn(f"{path} is not there: the run's history begins anew", RunWarning, stacklevel=5)
+            return rows
+        lines = path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                rows.append(_row(line))
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break
+                raise RunError(
+                    f"{path}, line {number}: {line[:80]!r} is no row of metrics ({first_line(error)}); expected an "
+                    "object with kind, step, epoch and numbers: mend or delete that line"
+                ) from error
         return rows
 
-    def _write_metrics(self, rows) -> None:
-        with whole_file(self.folder / "metrics.jsonl") as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+def _row(line: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; ValueError where it is none."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.get("kind") not in ("evaluation", "epoch"):
+        raise ValueError('no object of the kind "evaluation" or "epoch"')
+    for name in ("step", "epoch"):
+        if type(row.get(name)) is not int:
+            raise ValueError(f"{name} is {row.get(name)!r}")
+    for name, value in row.items():
+        if name != "kind" and np.asarray(value).dtype.kind not in "bif":
+            raise ValueError(f"{name} is no number")
+    return row
 
 
 @contextmanager
@@ -195,23 +225,33 @@ def open_run(run: Run) -> Iterator[OpenRun]:
             f"{folder} holds {', '.join(sorted(held)[:4])} already and is left as it is; expected an empty folder: "
             "resume the run that is there with resume=True, or name another"
         )
-    try:
+    with _written(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error}); expected a folder that can: name another") from error
     with lock:
-        _lock(folder, lock)
+        with _written(folder):
+            _lock(folder, lock)
         if (folder / "config.json").exists():
             _compare_config(run, folder, _read_config(folder / "config.json"), config)
-        _write_json(folder / "config.json", config)
-        sweep(folder / "checkpoints")
+        with _written(folder):
+            sweep(folder / "checkpoints")
         opened = OpenRun(run, folder, config)
-        _write_json(folder / "environment.json", opened.environment)
         try:
             yield opened
         finally:
             opened.close()
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """RunError where what is written within cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written to ({first_line(error)}); expected a folder that can, on a disk with room: "
+            "name another, or free some"
+        ) from error
 
 
 def environment() -> dict[str, Any]:
@@ -239,22 +279,30 @@ def _fnet_version() -> str:
 
 
 def _check(run: Run) -> None:
-    for name in ("save_every", "keep_last", "keep_every"):
-        value = getattr(run, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise RunError(f"Run: {name} = {value!r}; expected a whole number of at least 1")
-    if not run.save_seconds > 0:
+    require_counts("Run", save_every=run.save_every, keep_last=run.keep_last, keep_every=run.keep_every)
+    if run.keep_last is None:
+        raise RunError("Run: keep_last = None; expected a whole number of at least 1: keep_every=1 keeps them all")
+    if not isinstance(run.save_seconds, (int, float)) or not run.save_seconds > 0:
         raise RunError(f"Run: save_seconds = {run.save_seconds!r}; expected a number above 0")
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """The configuration as JSON holds it."""
-    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    if not isinstance(fields, Mapping):
-        raise RunError(
-            f"Run: config is a {type(config).__name__}; expected a dataclass or a mapping of names to values"
-        )
-    return json.loads(json.dumps(dict(fields), default=str))
+def _plain(config: Any, name: str = "config") -> Any:
+    """The configuration as JSON holds it; RunError names what it cannot hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping) and all(isinstance(key, str) for key in config):
+        return {key: _plain(value, f"{name}[{key!r}]") for key, value in config.items()}
+    if name != "config" and isinstance(config, (list, tuple, set, frozenset, np.ndarray, jax.Array)):
+        values = sorted(config, key=repr) if isinstance(config, (set, frozenset)) else config
+        return [_plain(value, f"{name}[{i}]") for i, value in enumerate(values)]
+    if name != "config" and isinstance(config, np.generic):
+        return config.item()
+    if name != "config" and (config is None or isinstance(config, (str, int, float))):
+        return config
+    if name != "config" and isinstance(config, (Path, np.dtype, type, enum.Enum)):
+        return str(config)
+    expected = "a dataclass or a mapping of names to values" if name == "config" else "what JSON holds"
+    raise RunError(f"Run: {name} is of type {type(config).__name__}; expected {expected}, as it is stored in a file")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Reducer(NamedTuple):
 
     init: Callable[[TrainState], Any]
     update: Callable[[Any, TrainState, Mapping[str, Any]], Any]
+    about: str = "a rule to stop"  # what it looks at; a run is resumed with a rule of which the same is said
 
 
 class StoppingState(NamedTuple):
@@ -89,7 +90,7 @@ def early_stopping(
             jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, own.weights),
         )
 
-    return Reducer(init, update)
+    return Reducer(init, update, f"early_stopping by the {'greatest' if greatest else 'least'} {metric}")
 
 
 def best_weights(ts: TrainState) -> TrainState:

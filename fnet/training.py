@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.data.arrays import DataError, count_examples
-from fnet.gradients import Gradient, measure
+from fnet.gradients import Gradient, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import Batch, Layer, Mean, Optimizer, PyTree, TrainState, apply, stream
 
@@ -49,6 +49,7 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
         with jax.named_scope("optimizer"):
             params, opt_state = optimizer.update(grads, ts.opt_state, ts.params, value=metrics["loss"].value)
         watched = {name: monitor(grads) for name, monitor in (monitors or {}).items()}
+        refuse_names(watched, [*metrics, "learning_rate"])
         watched["learning_rate"] = opt_state.rate
         metrics = {**metrics, **jax.tree.map(lambda value: Mean(value, jnp.ones_like(value)), watched)}
         return ts._replace(step=ts.step + 1, params=params, state=state, opt_state=opt_state), metrics
@@ -81,6 +82,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
 
     With ``batch_size`` the data pass in slices of it (and a smaller last one), so that memory does not grow with them.
     """
+    refuse_names(metrics or {}, ["loss"])
 
     def on_batch(params, state, batch):
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)

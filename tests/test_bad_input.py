@@ -27,7 +27,7 @@ from fnet.export import (
     torch_names,
 )
 from fnet.history import History
-from fnet.metrics import gradient_histograms
+from fnet.metrics import accuracy, gradient_histograms
 from fnet.observers import histograms, profile, samples, tensorboard, time_limit
 from fnet.report import save_evaluation, write_report
 from tests.test_training import problem
@@ -43,7 +43,7 @@ def fit(**changes):
     """A run that would be fine but for the changes; its observers must hear of no step."""
     step, ts, data, _ = problem()
     given = {"step": step, "ts": ts, "data": data, "epochs": 2, "batch_size": 8, "chunk_steps": 3} | changes
-    observers = [*given.pop("observers", ()), steps.append]
+    observers = given.pop("observers_are", [*given.pop("observers", ()), steps.append])
     return fnet.fit(given.pop("step"), given.pop("ts"), given.pop("data"), observers=observers, **given)
 
 
@@ -64,6 +64,49 @@ def chatty(event):
 def growing(ts, batch):
     params = {**ts.params, "dense_0": {**ts.params["dense_0"], "b": jnp.zeros(9)}}
     return ts._replace(step=ts.step + 1, params=params), {}
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, ts, batch):
+        return ts, {}
+
+
+def measuring(metrics):
+    """A step that measures these."""
+    return lambda ts, batch: (ts._replace(step=ts.step + 1), metrics)
+
+
+def with_metric(name, monitors=None):
+    gradient = fnet.backprop(fnet.mlp(8, 3), fnet.softmax_cross_entropy, {name: accuracy})
+    return fnet.make_step(gradient, fnet.adam(0.01), monitors)
+
+
+def plain_loss(params, batch, key):
+    return params["dense_0"]["b"].sum()
+
+
+def stopped_state(changes=100.0):
+    """That of a run whose rule asks for changes."""
+    step, ts, data, _ = problem()
+    stop = fnet.early_stopping("validation_loss", 1, least_change=changes)
+    return fnet.fit(step, ts, data, epochs=2, batch_size=8, stop=stop, **EVALUATED)[0]
+
+
+def another_rule():
+    step, ts, data, _ = problem()
+    options = {"batch_size": 8, **EVALUATED}
+    by_loss, by_accuracy = (fnet.early_stopping(f"validation_{name}", 3) for name in ("loss", "accuracy"))
+    fnet.fit(step, ts, data, epochs=1, stop=by_loss, run=fnet.Run("run"), **options)
+    return fit(**EVALUATED, stop=by_accuracy, run=fnet.Run(there("run"), resume=True))
+
+
+def spoiled(name: str, content: str) -> Path:
+    """The folder of a run that stands at step 3, one of its files with other content."""
+    folder = begun()
+    (folder / name).write_text(content)
+    return there(folder)
 
 
 def smaller():
@@ -105,18 +148,34 @@ def begun(**config) -> Path:
     return there("run")
 
 
-def saved(outputs=np.zeros((4, 3)), targets=np.zeros(4, int), weights=None, **options):
+def saved(outputs=np.zeros((4, 3)), targets=np.zeros(4, int), weights=None, inputs=np.zeros((4, 8)), **options):
     """An evaluation of 4 examples of 3 classes, but for the changes."""
     Path("run").mkdir()
-    (Path("run") / "config.json").write_text("{}")
+    for name in ("config.json", "metrics.jsonl"):
+        (Path("run") / name).write_text("{}")
     there("run")
-    save_evaluation("run", outputs, fnet.Batch(np.zeros((4, 8)), targets, weights), **options)
+    save_evaluation("run", outputs, fnet.Batch(inputs, targets, weights), **options)
+
+
+def experiment() -> Path:
+    """The folder of an experiment with one run."""
+    (Path("first") / "run").mkdir(parents=True)
+    for name in ("config.json", "run/config.json", "run/metrics.jsonl"):
+        (Path("first") / name).write_text("{}")
+    return there("first")
+
+
+class OfTorch:
+    """As PyTorch's tensors of bfloat16 are."""
+
+    def __array__(self, *args, **options):
+        raise TypeError("Got unsupported ScalarType BFloat16")
 
 
 CASES = {
     # --- the arguments of fit
-    "no epochs": (lambda: fit(epochs=0), ValueError, "epochs = 0; expected a whole number of at least 1"),
-    "half an epoch": (lambda: fit(epochs=2.5), ValueError, "epochs = 2.5; expected a whole number of at least 1"),
+    "no epochs": (lambda: fit(epochs=0), ValueError, "fit: epochs = 0; expected at least 1"),
+    "half an epoch": (lambda: fit(epochs=2.5), ValueError, "fit: epochs = 2.5; expected a whole number of at least 1"),
     "no end": (
         lambda: fit(epochs=None),
         ValueError,
@@ -127,8 +186,8 @@ CASES = {
         ValueError,
         "epochs = 2 and steps = 3; expected one of them: where the run ends",
     ),
-    "no steps": (lambda: fit(epochs=None, steps=0), ValueError, "steps = 0; expected a whole number of at least 1"),
-    "no chunk": (lambda: fit(chunk_steps=0), ValueError, "chunk_steps = 0; expected a whole number of at least 1"),
+    "no steps": (lambda: fit(epochs=None, steps=0), ValueError, "fit: steps = 0; expected at least 1"),
+    "no chunk": (lambda: fit(chunk_steps=0), ValueError, "fit: chunk_steps = 0; expected at least 1"),
     "no batch size": (
         lambda: fit(batch_size=None),
         DataError,
@@ -209,7 +268,11 @@ CASES = {
         "the state stands at step 14, but is to end at step 14, after epoch 2; epochs and steps "
         "are counted from step 0: give a later end",
     ),
-    "an observer that is none": (lambda: fit(observers=[3]), TypeError, "observers[0] is 3; expected a function"),
+    "an observer that is none": (
+        lambda: fit(observers=[3]),
+        TypeError,
+        "observers[0] is 3; expected a function, one that can be hashed",
+    ),
     "an observer that answers a number": (
         lambda: fit(observers=[chatty]),
         ValueError,
@@ -221,16 +284,42 @@ CASES = {
         TypeError,
         "ts is a dict; expected a TrainState, as fnet.init_train_state makes one",
     ),
-    "a step that is none": (lambda: fit(step=0.1), TypeError, "step is 0.1; expected a function"),
+    "a step that is none": (
+        lambda: fit(step=0.1),
+        TypeError,
+        "step is 0.1; expected a function, one that can be hashed",
+    ),
     "an evaluation that is none": (
         lambda: fit(evaluate="accuracy", validation=BATCH),
         TypeError,
-        "evaluate is 'accuracy'; expected a function",
+        "evaluate is 'accuracy'; expected a function, one that can be hashed",
     ),
     "a metric as rule to stop": (
         lambda: fit(**EVALUATED, stop="validation_loss"),
         TypeError,
         "stop is 'validation_loss'; expected a Reducer, as fnet.early_stopping makes one",
+    ),
+    "an observer without a list": (
+        lambda: fit(observers_are=steps.append),
+        TypeError,
+        "observers is a builtin_function_or_method; expected a list of functions",
+    ),
+    "a state that was stopped": (
+        lambda: fit(ts=stopped_state()),
+        ValueError,
+        "the state was stopped by its rule at step 14; expected one that goes on: "
+        "ts._replace(stopping=()) begins without its rule, or anew with another",
+    ),
+    "another rule than the state's": (
+        lambda: fit(**EVALUATED, ts=stopped_state(0), stop=fnet.early_stopping("validation_loss", 7)),
+        ValueError,
+        "stop has patience = 7.0, and the state's rule 1.0; expected the same: "
+        "ts._replace(stopping=()) begins anew with the one given",
+    ),
+    "validation without a set": (
+        lambda: fit(evaluate=EVALUATE, validation={}),
+        ValueError,
+        "validation holds no set; expected a Batch, or a mapping of names to Batches",
     ),
     # --- its step
     "a step that grows": (
@@ -247,7 +336,48 @@ CASES = {
     "a metric of a name that is taken": (
         lambda: fit(step=lambda ts, batch: (ts._replace(step=ts.step + 1), {"epoch": 1.0})),
         ValueError,
-        "a metric is called 'epoch', which rows of metrics have already; expected another name",
+        "a metric is called 'epoch'; expected another name, as rows of metrics have that already",
+    ),
+    "a step that cannot be hashed": (
+        lambda: fit(step=Unhashable()),
+        TypeError,
+        "step is a Unhashable; expected a function, one that can be hashed",
+    ),
+    "two metrics of one name": (
+        lambda: fit(step=measuring({"a": {"b": 1.0}, "a/b": 2.0})),
+        ValueError,
+        "two metrics or results are called 'a/b'; expected one: give one of them another name",
+    ),
+    "a metric of the name of a result": (
+        lambda: fit(**EVALUATED, step=measuring({"validation_loss": 1.0})),
+        ValueError,
+        "two metrics or results are called 'validation_loss'; expected one: give one of them another name",
+    ),
+    "a metric without a name": (
+        lambda: fit(step=measuring(1.0)),
+        ValueError,
+        "the metrics are one number without a name; expected a dict of metrics by name",
+    ),
+    "a complex metric": (
+        lambda: fit(step=measuring({"a": jnp.ones(2, complex)})),
+        ValueError,
+        "the metric 'a' is complex64(2,); expected real numbers, one at least",
+    ),
+    "a metric of no numbers": (
+        lambda: fit(step=measuring({"a": jnp.ones((0, 3))})),
+        ValueError,
+        "the metric 'a' is float32(0, 3); expected real numbers, one at least",
+    ),
+    "a metric called loss": (
+        lambda: fit(step=with_metric("loss")),
+        ValueError,
+        "a metric is called 'loss', as one that is measured already; expected another name",
+    ),
+    "a monitor called as a metric": (
+        lambda: fit(step=with_metric("accuracy", {"accuracy": lambda grads: jnp.ones(())})),
+        DataError,
+        "data, examples [0, 5] (those with the least and the greatest label or id): a metric is "
+        "called 'accuracy', as one that is measured already; expected another name",
     ),
     # --- its data
     "data as a dict": (
@@ -346,17 +476,17 @@ CASES = {
     # --- its folder
     "save_every 0": (
         lambda: fit(run=fnet.Run("a", save_every=0)),
-        RunError,
-        "Run: save_every = 0; expected a whole number of at least 1",
+        ValueError,
+        "Run: save_every = 0; expected at least 1",
     ),
     "keep_last 1.5": (
         lambda: fit(run=fnet.Run("a", keep_last=1.5)),
-        RunError,
+        ValueError,
         "Run: keep_last = 1.5; expected a whole number of at least 1",
     ),
     "keep_every True": (
         lambda: fit(run=fnet.Run("a", keep_every=True)),
-        RunError,
+        ValueError,
         "Run: keep_every = True; expected a whole number of at least 1",
     ),
     "save_seconds 0": (
@@ -364,10 +494,30 @@ CASES = {
         RunError,
         "Run: save_seconds = 0; expected a number above 0",
     ),
+    "keep_last None": (
+        lambda: fit(run=fnet.Run("a", keep_last=None)),
+        RunError,
+        "Run: keep_last = None; expected a whole number of at least 1: keep_every=1 keeps them all",
+    ),
+    "save_seconds as text": (
+        lambda: fit(run=fnet.Run("a", save_seconds="5")),
+        RunError,
+        "Run: save_seconds = '5'; expected a number above 0",
+    ),
+    "a function in the configuration": (
+        lambda: fit(run=fnet.Run("a", {"rate": {"f": plain_loss}})),
+        RunError,
+        "Run: config['rate']['f'] is of type function; expected what JSON holds, as it is stored in a file",
+    ),
+    "a configuration by numbers": (
+        lambda: fit(run=fnet.Run("a", {(1, 2): 3})),
+        RunError,
+        "Run: config is of type dict; expected a dataclass or a mapping of names to values, as it is stored in a file",
+    ),
     "a list as configuration": (
         lambda: fit(run=fnet.Run("a", config=[1, 2])),
         RunError,
-        "Run: config is a list; expected a dataclass or a mapping of names to values",
+        "Run: config is of type list; expected a dataclass or a mapping of names to values, as it is stored in a file",
     ),
     "keep_best without evaluation": (
         lambda: fit(run=fnet.Run("a", keep_best="validation_loss")),
@@ -405,8 +555,9 @@ CASES = {
     "a file as folder": (
         lambda: fit(run=fnet.Run(text("a.txt"))),
         RunError,
-        "{at}/a.txt cannot be written to ([Errno 20] Not a directory: '{at}/a.txt/checkpoints'); "
-        "expected a folder that can: name another",
+        "{at}/a.txt cannot be written to (NotADirectoryError: [Errno 20] Not a directory: "
+        "'{at}/a.txt/checkpoints'); expected a folder that can, on a disk with room: name "
+        "another, or free some",
     ),
     "another configuration": (
         lambda: fit(run=fnet.Run(begun(rate=0.1), {"rate": 0.2}, resume=True)),
@@ -432,10 +583,51 @@ CASES = {
         lambda: fit(data=fnet.Batch(X[:40], Y[:40]), run=fnet.Run(begun(), resume=True)),
         RunError,
         "{at}/run was run on other data or with other numbers: examples: expected 53 (as saved), "
-        "found 40. Resume it with its own, or name another folder",
+        "found 40; rows: expected 'SHA-256 70b9c02cea7a…' (as saved), found 'SHA-256 "
+        "aed4137d2727…'. Resume it with its own, or name another folder",
+    ),
+    "other data of the same shapes": (
+        lambda: fit(data=fnet.Batch(2 * X, Y), run=fnet.Run(begun(), resume=True)),
+        RunError,
+        "{at}/run was run on other data or with other numbers: rows: expected 'SHA-256 "
+        "70b9c02cea7a…' (as saved), found 'SHA-256 c9abd0c72ed3…'. Resume it with its own, or "
+        "name another folder",
+    ),
+    "other metrics than before": (
+        lambda: fit(step=measuring({"a": 1.0}), run=fnet.Run(begun(), resume=True)),
+        RunError,
+        "{at}/run was run on other data or with other numbers: metrics: expected ['accuracy()', "
+        "'gradient_norm/all()', 'gradient_norm/dense_0()', 'gradient_norm/dense_1()', "
+        "'learning_rate()', 'loss()'] (as saved), found ['a()']. Resume it with its own, or name "
+        "another folder",
+    ),
+    "another rule than before": (
+        lambda: another_rule(),
+        RunError,
+        "{at}/run was run on other data or with other numbers: rule to stop: expected "
+        "'early_stopping by the least validation_loss' (as saved), found 'early_stopping by the "
+        "least validation_accuracy'. Resume it with its own, or name another folder",
+    ),
+    "metrics with a blank line": (
+        lambda: fit(run=fnet.Run(spoiled("metrics.jsonl", "\n{}\n"), resume=True)),
+        RunError,
+        "{at}/run/metrics.jsonl, line 1: b'\\n' is no row of metrics (JSONDecodeError: Expecting "
+        "value: line 2 column 1 (char 1)); expected an object with kind, step, epoch and numbers:"
+        " mend or delete that line",
+    ),
+    "metrics of text": (
+        lambda: fit(
+            run=fnet.Run(
+                spoiled("metrics.jsonl", '{"kind": "epoch", "step": 1, "epoch": 1, "loss": "low"}\n'), resume=True
+            )
+        ),
+        RunError,
+        '{at}/run/metrics.jsonl, line 1: b\'{"kind": "epoch", "step": 1, "epoch": 1, "loss": '
+        '"low"}\\n\' is no row of metrics (ValueError: loss is no number); expected an object with '
+        "kind, step, epoch and numbers: mend or delete that line",
     ),
     "another batch size than before": (
-        lambda: fit(batch_size=9, run=fnet.Run(begun(), resume=True)),
+        lambda: fit(batch_size=9, run=fnet.Run(begun(epochs=3), {"epochs": 99}, resume=True)),
         RunError,
         "{at}/run was run on other data or with other numbers: batch_size: expected 8 (as saved),"
         " found 9. Resume it with its own, or name another folder",
@@ -583,6 +775,54 @@ CASES = {
         "save_evaluation: images = (8,), and inputs have shape (4, 8); expected 4 of as many "
         "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures",
     ),
+    "pictures of sizes below 0": (
+        lambda: saved(inputs=np.zeros((4, 64)), images=(-8, -8)),
+        ValueError,
+        "save_evaluation: images = (-8, -8), and inputs have shape (4, 64); expected 4 of as many "
+        "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures",
+    ),
+    "pictures of one number": (
+        lambda: saved(images=8),
+        ValueError,
+        "save_evaluation: images = 8, and inputs have shape (4, 8); expected 4 of as many "
+        "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures",
+    ),
+    "pictures without pixels": (
+        lambda: saved(inputs=np.zeros((4, 0, 5))),
+        ValueError,
+        "save_evaluation: images = (0, 5), and inputs have shape (4, 0, 5); expected 4 of as many "
+        "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures",
+    ),
+    "pictures of text": (
+        lambda: saved(inputs=np.full((4, 2, 2), "a")),
+        ValueError,
+        "save_evaluation: inputs of shape (4, 2, 2) are <U1; expected real numbers for pictures of (2, 2): give those, "
+        "or images=() for no pictures",
+    ),
+    "a weight below 0": (
+        lambda: saved(weights=np.array([1.0, 0.0, -2.0, 1.0])),
+        ValueError,
+        "save_evaluation: the weight of example 2 is -2; expected a finite number of at least 0: 0 leaves the example "
+        "out",
+    ),
+    "a weight that is NaN": (
+        lambda: saved(weights=np.array([1.0, np.nan, np.inf, 1.0])),
+        ValueError,
+        "save_evaluation: the weight of example 1 is nan; expected a finite number of at least 0: 0 leaves the example "
+        "out",
+    ),
+    "the page of an experiment": (
+        lambda: write_report(experiment()),
+        RunError,
+        "first holds config.json, run, and no metrics.jsonl; expected the folder of a run, which fit(run=fnet.Run(...))"
+        " makes: name one of those within, as first/run",
+    ),
+    "a page in no folder": (
+        lambda: write_report(begun(), "gone/a.html"),
+        FileNotFoundError,
+        "gone/a.html cannot be written (No such file or directory); expected gone to be a folder that can be written "
+        "to: make it, or name another file",
+    ),
     "an evaluation for a thesis": (
         lambda: save_evaluation(folder("thesis", "thesis.tex"), np.eye(2), ([], [0, 1])),
         RunError,
@@ -673,6 +913,41 @@ CASES = {
         lambda: torch_names(DENSE, {"dense_0": Flattened("0.*", 4)}),
         ExportError,
         "torch_names: dense_0 has 6 features in; expected a multiple of 4 channels",
+    ),
+    "weights in no folder": (
+        lambda: save_weights("gone/a", {"a": jnp.ones(2)}),
+        ExportError,
+        "gone/a cannot be written (No such file or directory); expected gone to be a folder with room that can be",
+    ),
+    "the name that safetensors keeps for itself": (
+        lambda: save_weights("a", {"a": jnp.ones(2)}, {"a": "__metadata__"}),
+        ExportError,
+        "a leaf is named __metadata__, which is what safetensors calls its own; expected another name: give it one in "
+        "the name map",
+    ),
+    "weights of 4 bits": (
+        lambda: save_weights("a", {"dense": {"w": jnp.ones(2, jnp.int4)}}),
+        ExportError,
+        "dense/w is of dtype int4, which safetensors does not write and read; expected one of bool, float16, float32, "
+        "float64, bfloat16, complex64, int8, int16, int32, int64, uint8, uint16, uint32, uint64: convert it",
+    ),
+    "a rule that stores one tensor of two": (
+        lambda: to_tensors({"a": jnp.ones(2)}, [Rule(("a",), ("x", "y"))]),
+        ExportError,
+        "the Rule of a: store returned 1 arrays; expected a tuple of 2, for x, y: mend the Rule",
+    ),
+    "a rule that restores an array": (
+        lambda: from_tensors(
+            {"x": np.ones(1, np.float32)}, {"a": jnp.ones(1)}, [Rule(("a",), ("x",), restore=lambda x: x)]
+        ),
+        ExportError,
+        "the Rule of a: restore returned ndarray; expected a tuple of 1, for a: mend the Rule",
+    ),
+    "a tensor of PyTorch's bfloat16": (
+        lambda: from_tensors({"w": OfTorch()}, {"w": jnp.ones(2)}),
+        ExportError,
+        "w is no array to NumPy (TypeError: Got unsupported ScalarType BFloat16); expected one: of PyTorch's write a "
+        "safetensors file, which load_weights reads in any dtype, or give tensor.detach().float()",
     ),
     "two leaves of one path": (
         lambda: to_tensors({"a/b": X, "a": {"b": X}}),

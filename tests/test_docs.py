@@ -23,7 +23,7 @@ def test_the_pages_code_runs(page, capsys):
     printed = capsys.readouterr().out
     if page == "training":
         assert "epoch 5/5" in printed and "forward of dense_0: dot_general gives" in printed
-        assert "explain: compiled in" in printed and "batch_size was 32 and is 16" in printed
+        assert "explain: run_chunk compiled in" in printed and "batch_size was 32 and is 16" in printed
     else:
         assert not re.search(r"\bwrong\b", printed) and "scale_and_shift_0/a" in printed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import re
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ def test_an_option_without_effect_is_refused(option):
 
 def keras(tmp_path, **options):
     out = io.StringIO()
-    config = keras_example.Config(run_dir=tmp_path, examples=80, batch_size=32, epochs=4, **options)
+    config = keras_example.Config(**{"run_dir": tmp_path, "examples": 80, "batch_size": 32, "epochs": 4, **options})
     with jax.numpy_dtype_promotion("standard"):
         return keras_example.run(config, Console(file=out, width=100)), out.getvalue()
 
@@ -54,10 +55,40 @@ def test_a_run_cut_by_steps_is_resumed_to_the_straight_ones_bits(tmp_path, capsy
 def test_folders_and_steps_that_will_not_do_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no run; expected one to resume: leave --resume out"):
         keras(tmp_path, resume=True)
-    with pytest.raises(SystemExit, match="keras_example/b is not there; expected a run's folder"):
+    with pytest.raises(SystemExit, match="keras_example/b is no run's folder; expected one to resume: leave --resume"):
         keras(tmp_path, resume=True, name="b")
-    with pytest.raises(SystemExit, match="--steps 3; expected a multiple of 2, the steps of an epoch"):
-        keras(tmp_path, steps=3)
+    for name in ("", "..", "a/b", "/tmp/a"):
+        with pytest.raises(SystemExit, match=re.escape(f"--name {name!r}; expected the name of one folder")):
+            keras(tmp_path, name=name)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"file.* cannot be made \(Not a directory\): choose another --name or"):
+        keras(tmp_path / "file", name="a")
+    with pytest.raises(SystemExit, match=r"cannot be made \(File name too long\)"):
+        keras(tmp_path, name=300 * "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "--steps 3; expected a multiple of 2, the steps of an epoch"),
+        ({"batch_size": 0}, "--batch_size = 0; expected a whole number from 1 to 64"),
+    ],
+)
+def test_an_option_that_cannot_be_leaves_no_folder(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        keras(tmp_path, name="a", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_runs_folder_is_taken_up(tmp_path):
+    keras(tmp_path, name="base", steps=2)
+    others = tmp_path / "keras_example" / "others"
+    others.mkdir()
+    (others / "curves.png").write_text("mine")
+    resumed, _ = keras(tmp_path, resume=True, steps=4)
+    assert resumed["folder"].name == "base" and (others / "curves.png").read_text() == "mine"
+    with pytest.raises(SystemExit, match="others is no run's folder"):
+        keras(tmp_path, resume=True, name="others")
 
 
 def test_a_run_that_stands_beyond_its_end_is_refused_in_a_line(tmp_path):

@@ -6,12 +6,12 @@ import functools
 import gc
 import io
 import itertools
-import json
 import re
 import struct
 import tempfile
 import time
 import weakref
+from csv import reader
 from pathlib import Path
 
 import jax
@@ -27,7 +27,6 @@ from fnet.metrics import accuracy, confusion, gradient_histograms, gradient_norm
 from fnet.observers import (
     csv,
     histograms,
-    jsonl,
     profile,
     progress,
     samples,
@@ -66,19 +65,6 @@ def told(kind, step, metrics=None, state=None, **fields):
     """An event of a run of 12 steps in 4 epochs."""
     event = fnet.Event(kind, step, 12, step // PER_EPOCH, 4, metrics or {}, 0.5, 100, state)
     return event._replace(**fields)
-
-
-def test_jsonl_appends_one_row_an_epoch_with_every_metric(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kept": true}\n')
-    _, history = small_fit([jsonl(path, engine="backprop")])
-    kept, *rows = map(json.loads, path.read_text().splitlines())
-    assert kept == {"kept": True}
-    assert [(row["engine"], row["epoch"], row["step"]) for row in rows] == [("backprop", i, 3 * i) for i in (1, 2, 3)]
-    for name, values in history.epochs.items():
-        np.testing.assert_array_equal([row[name] for row in rows], values)
-    assert {"loss", "validation_loss", "validation_accuracy", "learning_rate", "gradient_norm/dense_0"} <= set(rows[0])
-    np.testing.assert_allclose(np.sum(rows[0]["confusion"]), 1)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -219,6 +205,22 @@ def test_a_csv_that_exists_or_has_other_columns_is_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="has the columns epoch, step, loss; expected epoch, step, accuracy: name"):
         small_fit([csv(path, names=["accuracy"], resume=True)])
     assert path.read_text() == "epoch,step,loss\n"
+    path.write_text("epoch,step,loss\n1,x,2\n2,14,3\n")
+    with pytest.raises(
+        ValueError, match=r"has the row \['1', 'x', '2'\]; expected one number a column: mend or delete"
+    ):
+        small_fit([csv(path, resume=True)])
+    assert path.read_text() == "epoch,step,loss\n1,x,2\n2,14,3\n"
+
+
+def test_a_csv_with_a_line_break_in_a_name_is_continued(tmp_path):
+    path, metrics = tmp_path / "run.csv", {"a\nb": 1.5}
+    for step in (3, 6):
+        observe = csv(path, resume=step > 3)
+        observe(told("start", step - 3, {}, ()))
+        observe(told("epoch", step, metrics, ()))
+    with path.open(newline="") as file:
+        assert list(reader(file)) == [["epoch", "step", "a\nb"], ["1", "3", "1.5"], ["2", "6", "1.5"]]
 
 
 # --- tensorboard -----------------------------------------------------------------------------------------------------
@@ -477,7 +479,6 @@ def test_a_loss_that_is_not_finite_ends_a_run_that_does_not_check():
 def all_observers(folder):
     return [
         progress("run", Console(file=io.StringIO(), width=80, force_terminal=True)),
-        jsonl(folder / "run.jsonl"),
         csv(folder / "run.csv"),
         tensorboard(folder / "events", histograms=(1, "steps")),
         histograms(folder / "histograms", every=(1, "steps")),

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.checkpoint import _hashes, host_leaves, load_checkpoint, save_checkpoint, saved_steps
+from fnet.checkpoint import host_leaves, load_checkpoint, save_checkpoint, saved_results, saved_steps, write_manifest
 from fnet.runs import RunWarning, open_run
+from fnet.types import TrainState
 from tests import resumable
+from tests.conftest import on_two_devices
 from tests.resumable import digest
 from tests.test_training import assert_same_bits
 
@@ -230,10 +232,10 @@ def test_a_configuration_may_be_a_dataclass_and_its_free_names_may_change(tmp_pa
         data: Path
 
     run = fnet.Run(tmp_path / "run", Config(0.1, 2, Path("x")))
-    with open_run(run):
-        pass
-    with open_run(run._replace(config=Config(0.1, 5, Path("x")), resume=True)):
-        pass
+    with open_run(run) as opened:
+        opened.begin([])
+    with open_run(run._replace(config=Config(0.1, 5, Path("x")), resume=True)) as opened:
+        opened.begin([])
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"rate": 0.1, "epochs": 5, "data": "x"}
     with (
         pytest.raises(fnet.RunError, match=re.escape("rate: expected 0.1 (as begun), found 0.2")),
@@ -295,7 +297,7 @@ def test_a_folder_that_cannot_be_written_to_is_named():
 def test_a_disk_without_room_stops_the_run_and_leaves_the_checkpoints_before(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(fnet.CheckpointError, match=r"needs .* MB and 0.0 MB are free; expected room for it"):
+    with pytest.raises(fnet.CheckpointError, match=r"needs .* MB and 0.001 MB are free; expected room for it"):
         resumable.run(folder)
     monkeypatch.undo()
     assert digest(resumable.run(folder)[0]) == digest(resumable.run(None)[0])
@@ -319,7 +321,7 @@ def test_other_circumstances_are_said_at_resume(folder):
         meta = path / "meta" / "metadata"
         saved = json.loads(meta.read_text())
         meta.write_text(json.dumps({**saved, "environment": {**saved["environment"], "jax": "0.1", "threads": 999}}))
-        (path / "manifest.json").write_text(json.dumps(_hashes(path)))
+        write_manifest(path, {})
     with pytest.warns(
         RunWarning, match=r"not to the bit perhaps: jax: expected '0.1' \(as saved\).*threads: expected 999"
     ):
@@ -415,10 +417,139 @@ def test_numbers_that_a_checkpoint_would_override_are_named(what, message, folde
 def test_a_configuration_with_nan_is_the_same_when_it_is_resumed(tmp_path):
     run = fnet.Run(tmp_path / "run", {"x": float("nan")})
     for resume in (False, True):
-        with open_run(run._replace(resume=resume)):
-            pass
+        with open_run(run._replace(resume=resume)) as opened:
+            opened.begin([])
 
 
 def test_two_leaves_of_one_path_are_refused_before_they_are_saved():
     with pytest.raises(fnet.CheckpointError, match="two leaves have the path 'a/b'; expected one"):
         host_leaves({"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)})
+
+
+# --- what a third pair of eyes broke ---------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_known_without_the_metrics(tmp_path):
+    run = {"epochs": 3, "keep_best": "validation_loss", "keep_last": 1}
+    resumable.run(tmp_path / "run", **run)
+    checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
+    losses = {step: saved_results(path)["validation_loss"] for step, path in checkpoints.items() if saved_results(path)}
+    best = min(losses, key=losses.get)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.warns(RunWarning, match=r"metrics.jsonl is not there: the run's history begins anew"):
+        _, history = resumable.run(tmp_path / "run", **run | {"epochs": 5})
+    after = saved_steps(tmp_path / "run" / "checkpoints")
+    kept = {step: saved_results(path).get("validation_loss", np.inf) for step, path in after.items()}
+    assert min(kept.values()) <= losses[best] and (best in after or min(kept.values()) < losses[best])
+    assert history.epochs["epoch"].tolist() == [4, 5]
+
+
+class Mutable(resumable.Reader):
+    """A reader whose state is its own dict, which it goes on to change."""
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.state = {"at": 0}
+
+    def __next__(self):
+        self.at = self.state["at"]
+        self.state["at"] += 1
+        return super().__next__()
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = dict(state)
+
+
+def test_a_streams_state_is_what_it_was_when_it_was_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "Reader", Mutable)
+    resumed_is_straight(tmp_path, source="stream", epochs=6)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_an_observer_that_leaves_loses_nothing(error, tmp_path):
+    def leave(event):
+        if event.kind == "chunk" and event.step >= 13:
+            raise error
+
+    with pytest.raises(type(error)):
+        resumable.run(tmp_path / "run", observers=[leave], save_seconds=1e9)
+    assert list(saved_steps(tmp_path / "run" / "checkpoints"))[-1] >= 13
+    assert digest(resumable.run(tmp_path / "run")[0]) == digest(resumable.run(None)[0])
+
+
+def test_what_is_no_checkpoint_is_left_alone(folder):
+    (folder / "checkpoints" / "step_3").write_text("mine")
+    (folder / "checkpoints" / ".writing_x").write_text("half")
+    end, _ = resumable.run(folder)
+    assert digest(end) == digest(resumable.run(None)[0])
+    assert (folder / "checkpoints" / "step_3").read_text() == "mine"
+
+
+def test_a_file_beside_a_checkpoints_own_is_named_and_not_the_checkpoint_given_up(folder):
+    (latest(folder) / ".DS_Store").write_text("finder")
+    message = refused(folder, fnet.CheckpointError, r"step_\d+ holds .DS_Store, which fnet did not write")
+    assert "move it away" in message and "delete" not in message
+
+
+def test_a_refused_resume_leaves_configuration_and_environment(tmp_path):
+    step, ts, arrays, _ = resumable.parts()
+    data, run = fnet.Batch(*arrays), fnet.Run(tmp_path / "run", {"epochs": 3})
+    fnet.fit(step, ts, data, epochs=1, batch_size=8, run=run)
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    before = files(tmp_path / "run")
+    other = run._replace(config={"epochs": 99}, resume=True)
+    for options in ({"batch_size": 9, "epochs": 2}, {"batch_size": 8, "steps": 2}):
+        with pytest.raises(fnet.RunError):
+            fnet.fit(step, ts, data, run=other, **options)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_64_bits_names_the_setting(tmp_path, x64):
+    ts = TrainState(jnp.asarray(3, jnp.int32), jnp.ones(2), (), (), jax.random.key(0))
+    path = save_checkpoint(tmp_path, 3, host_leaves(ts))
+    with jax.enable_x64(False), pytest.raises(fnet.CheckpointError, match="is of another jax_enable_x64: params"):
+        load_checkpoint(path, ts._replace(params=jnp.ones(2, jnp.float32)))
+
+
+def test_what_was_not_finite_is_forgotten_when_the_run_goes_on(tmp_path):
+    step, ts, arrays, _ = resumable.parts()
+    run = fnet.Run(tmp_path / "run")
+    data = fnet.Batch(*arrays)
+    fnet.fit(step, ts, data, epochs=1, batch_size=8, run=run)
+    (tmp_path / "run" / "nonfinite.json").write_text("{}")
+    fnet.fit(step, ts, data, epochs=2, batch_size=8, run=run._replace(resume=True))
+    assert not (tmp_path / "run" / "nonfinite.json").exists()
+
+
+def test_a_state_on_several_devices_stays_there_also_when_it_is_resumed(tmp_path):
+    out = on_two_devices(f"""
+import jax, numpy as np, fnet
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+data = fnet.Batch(x, (x[:, 0] > 0).astype(np.int32))
+model, optimizer = fnet.mlp(6, 2), fnet.adamw(0.01, weight_decay=0.1)
+params, state = fnet.init(model, jax.random.key(0), x[:1])
+step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
+start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+plain, _ = fnet.fit(step, start, data, epochs=3, batch_size=8, chunk_steps=2)
+split = lambda leaf: NamedSharding(mesh, P("d") if leaf.ndim and leaf.shape[0] == 6 else P())
+spread = jax.device_put(start, jax.tree.map(split, start))
+options = dict(batch_size=8, chunk_steps=2)
+end, _ = fnet.fit(step, spread, data, epochs=3, **options)
+run = fnet.Run({str(tmp_path / "run")!r})
+fnet.fit(step, spread, data, epochs=1, run=run, **options)
+again, _ = fnet.fit(step, spread, data, epochs=3, run=run._replace(resume=True), **options)
+for ts in (end, again):
+    assert ts.params["dense_1"]["w"].sharding.spec == P("d"), ts.params["dense_1"]["w"].sharding
+    for a, b in zip(jax.tree.leaves(ts.params), jax.tree.leaves(plain.params)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+second = jax.device_put(start, jax.devices()[1])
+moved, _ = fnet.fit(step, second, jax.device_put(data, jax.devices()[1]), epochs=1, **options)
+assert moved.params["dense_1"]["w"].devices() == {{jax.devices()[1]}}
+print("fine")
+""")
+    assert out.split()[-1] == "fine"

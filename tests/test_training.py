@@ -797,3 +797,38 @@ def test_a_bad_example_of_mapped_data_is_named_by_its_batch(tmp_path):
     message = r"a batch of the rows \[.*\b41\b.*\]: batch.inputs\[\d, 2\] = nan; .* \(1 value in all\)"
     with pytest.raises(fnet.DataError, match=message):
         fnet.fit(step, ts, mapped, epochs=1, batch_size=8, chunk_steps=7)
+
+
+def test_a_state_of_ones_own_needs_no_key_and_may_hold_numbers(tmp_path):
+    def step(ts, batch):
+        return ts._replace(step=ts.step + 1, params={"w": ts.params["w"] + batch.inputs.sum()}), {"w": ts.params["w"]}
+
+    start = TrainState(0, {"w": 0.5}, (), (), None)
+    data = fnet.Batch(np.ones((8, 3)), np.zeros(8))
+    files = [tmp_path / f"{name}.npy" for name in ("inputs", "targets")]
+    for file, array in zip(files, data[:2], strict=True):
+        np.save(file, array)
+    for held in (data, open_arrays(*files)):
+        run = fnet.Run(tmp_path / f"run_{type(held.inputs).__name__}")
+        end, _ = fnet.fit(step, start, held, epochs=2, batch_size=np.int64(4), shuffle=False, run=run)
+        assert float(end.params["w"]) == 48.5 and end.key is None
+
+
+def test_a_stream_may_give_lists_and_what_it_gives_later_is_checked_too():
+    step, ts, data, _ = problem()
+    x, y = np.asarray(data.inputs[:8]), np.asarray(data.targets[:8])
+    of_tuples, _ = fnet.fit(step, ts, Stream([(x, y)] * 3, 3), epochs=1)
+    assert_same_bits(fnet.fit(step, ts, Stream([[x, y]] * 3, 3), epochs=1)[0], of_tuples)
+    with pytest.raises(fnet.DataError, match="Stream: the source gives a dict; expected"):
+        fnet.fit(step, ts, Stream([(x, y), {"x": x}], 2), epochs=1)
+    with pytest.raises(fnet.LayerError, match="expected 6 features, got 5") as caught:
+        fnet.fit(step, ts, Stream([(x, y), (x[:, :5], y)], 2), epochs=1)
+    assert any("in a batch, examples" in note for note in caught.value.__notes__)
+
+
+def test_each_observer_has_metrics_of_its_own():
+    step, ts, data, _ = problem()
+    seen = []
+    spoil = lambda event: event.metrics.clear()  # noqa: E731
+    fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[spoil, lambda event: seen.append(dict(event.metrics))])
+    assert all("loss" in metrics for metrics in seen if metrics) and any(seen)

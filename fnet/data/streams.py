@@ -90,14 +90,20 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
     for element in iterator:
         held = iterator.get_state() if hasattr(iterator, "get_state") else None
         try:
-            json.dumps(held)
+            held = json.loads(json.dumps(held))  # the iterator may go on with its own
         except TypeError as error:
             raise DataError(
                 f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
             ) from error
-        yield Read(Batch(*element), None, held)
+        yield Read(_as_batch(element), None, held)
         step += 1
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
+
+
+def _as_batch(element: Any) -> Batch:
+    if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
+        raise DataError(f"Stream: the source gives a {type(element).__name__}; expected (inputs, targets) or a Batch")
+    return Batch(*element)
 
 
 def first_batch(stream: Stream) -> Batch:
@@ -115,11 +121,7 @@ def first_batch(stream: Stream) -> Batch:
             "expected an iterable that begins anew, such as a list or a grain dataset"
         )
     for element in begun:
-        if not isinstance(element, tuple) or len(element) not in (2, 3):
-            raise DataError(
-                f"Stream: the source gives a {type(element).__name__}; expected (inputs, targets) or a Batch"
-            )
-        return Batch(*element)
+        return _as_batch(element)
     raise DataError("Stream: the source is empty; expected at least 1 batch")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f77b4", "#d9680a", "#2b9a2b", "#d1495b", "#8e6bbf", "#a8705f", "#c957a8", "#0f94a3")  # on white and black
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
+ROUNDS = ("", "15 3 ", "10 3 ", "4 3 ")  # what is before the dashes, by how often all colours have been used
 VECTOR = 12  # entries of a vector that are drawn
 Series = tuple[np.ndarray, np.ndarray]  # where (n,), and the values (n, ...)
 
@@ -70,10 +71,9 @@ def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
             width = 5.0 if i == 0 and len(runs) > 1 else 1.5
             for key, style, what in ((name, "-", "training"), (f"validation_{name}", "--", "validation")):
                 if key in run:
-                    epochs = np.arange(1, len(run[key]) + 1)
                     label = f"{title}, {what}" if name != "gradient_norm/all" else title
                     ax.plot(
-                        epochs,
+                        run["epoch"],
                         run[key],
                         style,
                         color=f"C{i}",
@@ -143,10 +143,15 @@ def plot_confusion(counts: np.ndarray, path: str | Path, names: Sequence[str] | 
 # ---- what is drawn where
 
 
-def panels_of(trained: Mapping[str, Series], evaluated: Mapping[str, Series], x_label: str) -> list[Panel]:
-    """Panels by metric, loss and accuracy first: what was measured in training, and on each of the validation sets."""
+def panels_of(
+    trained: Mapping[str, Series], evaluated: Mapping[str, Series], x_label: str, known: Sequence[str] = ()
+) -> list[Panel]:
+    """Panels by metric, loss and accuracy first: what was measured in training, and on each of the validation sets.
+
+    ``known`` are training metrics that are drawn elsewhere.
+    """
     panels: dict[str, list[tuple[str, Series]]] = {name: [] for name in ("loss", "accuracy")}
-    sets = _sets(list(trained), list(evaluated))
+    sets = _sets([*trained, *known], list(evaluated))
     columns = [(name, "training", series) for name, series in trained.items()]
     for full, series in evaluated.items():
         prefix = next((prefix for prefix in sets if full.startswith(f"{prefix}_")), "")
@@ -163,21 +168,22 @@ def panels_of(trained: Mapping[str, Series], evaluated: Mapping[str, Series], x_
     return [Panel(title, x_label, _styled(lines)) for title, lines in panels.items() if lines]
 
 
-def series_of(history: History) -> list[tuple[dict[str, Series], dict[str, Series], str]]:
+def series_of(history: History) -> list[tuple[dict[str, Series], dict[str, Series], str, Sequence[str]]]:
     """What `panels_of` takes: a run by epoch, and by step the evaluations that are not those of the epochs' ends."""
     results = {name: values for name, values in history.evaluations.items() if name != "step"}
-    epochs = {name: (np.arange(1, len(values) + 1), values) for name, values in history.epochs.items()}
+    epochs = {name: (history.epochs["epoch"], values) for name, values in history.epochs.items() if name != "epoch"}
     trained = {name: series for name, series in epochs.items() if name not in results}
     if all(name in epochs and np.array_equal(epochs[name][1], results[name], equal_nan=True) for name in results):
-        return [(trained, {name: epochs[name] for name in results}, "epoch")]
+        return [(trained, {name: epochs[name] for name in results}, "epoch", ())]
     by_step = {name: (history.evaluations["step"], values) for name, values in results.items()}
-    return [(trained, {}, "epoch"), ({}, by_step, "step")]
+    return [(trained, {}, "epoch", ()), ({}, by_step, "step", list(trained))]
 
 
 def natural(name: str) -> tuple:
     """A key that sorts ``dense_10`` behind ``dense_9``, and ``all`` of several norms first."""
     head, _, tail = name.partition("/")
-    return head, tail not in ("", "all"), [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", tail)]
+    words = [word.zfill(20) if word.isdecimal() else word for word in re.split(r"(\d+)", tail)]
+    return head, tail not in ("", "all"), words
 
 
 def drawn(y: np.ndarray) -> np.ndarray:
@@ -186,16 +192,20 @@ def drawn(y: np.ndarray) -> np.ndarray:
 
 
 def is_logarithmic(lines: Sequence[Line]) -> bool:
-    """Whether all that is drawn is positive and spans more than a factor of 20."""
+    """Whether all that is drawn is positive, no number as good as 0, and spans more than a factor of 20."""
     values = np.concatenate([line.y[drawn(line.y)] for line in lines])
-    return bool(values.size and values.min() > 0 and values.max() > 20 * values.min())
+    return bool(values.size and values.min() > 1e-300 and values.max() > 20 * values.min())
 
 
 def _sets(trained: Sequence[str], evaluated: Sequence[str]) -> list[str]:
-    """The validation sets' names, the longest first: what stands before the loss, or before a training metric."""
-    metrics = ["loss"] if any(name.endswith("_loss") for name in evaluated) else trained
-    found = {name.removesuffix(f"_{metric}") for name in evaluated for metric in metrics if name.endswith(f"_{metric}")}
-    return sorted(found, key=len, reverse=True)
+    """The validation sets' names, the longest first: what stands before the loss, or before a training metric.
+
+    Of training metrics the longest that fits: where there is an ``aux_loss``, ``test_aux_loss`` is of the set ``test``.
+    """
+    metrics = sorted({"loss", *trained}, key=len, reverse=True)
+    names = [name for name in evaluated if name.endswith("_loss")] or evaluated
+    ends = [(name, next((f"_{metric}" for metric in metrics if name.endswith(f"_{metric}")), "")) for name in names]
+    return sorted({name.removesuffix(end) for name, end in ends if end}, key=len, reverse=True)
 
 
 def _styled(lines: Sequence[tuple[str, Series]]) -> list[Line]:
@@ -268,9 +278,9 @@ def line_chart(panel: Panel) -> str:
     for tick, label in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high, 5):
         height = float(place(0, tick)[1])
         parts += [rule.format(LEFT, height, WIDTH - RIGHT, 0.15), text.format(LEFT - 6, height + 4, "end", label)]
-    for tick, label in _ticks(x_low, x_high, 5):
+    for tick, _ in _ticks(x_low, x_high, 5):
         if tick == round(tick):  # there is no half step
-            parts.append(text.format(float(place(tick, 1.0)[0]), HEIGHT - BOTTOM + 16, "middle", label))
+            parts.append(text.format(float(place(tick, 1.0)[0]), HEIGHT - BOTTOM + 16, "middle", f"{tick:.0f}"))
     parts.append(rule.format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, 0.5))
     parts.append(text.format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle", escape(panel.x_label)))
     for line, ok in zip(panel.lines, finite, strict=True):
@@ -284,7 +294,7 @@ def line_chart(panel: Panel) -> str:
         )
         for i in np.unique(np.linspace(0, len(x) - 1, min(len(x), HOVERS)).astype(int)) if len(x) else ():
             if np.isfinite(height[i]):
-                shown = f"{name}: {y[i]:.6g} at {escape(panel.x_label)} {x[i]:g}"
+                shown = f"{name}: {y[i]:.6g} at {escape(panel.x_label)} {whole(float(x[i]))}"
                 spot = f'<circle cx="{across[i]:.1f}" cy="{height[i]:.1f}"'
                 dot = f'{spot} r="{2.4 if len(x) <= 30 else 1.2}" fill="{line.colour}"/>'
                 parts.append(f'<g>{dot}{spot} r="7" fill-opacity="0"/><title>{shown}</title></g>')
@@ -300,6 +310,11 @@ def line_chart(panel: Panel) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} by {escape(panel.x_label, quote=True)}">'
         f'{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
     )
+
+
+def whole(x: float) -> str:
+    """A step or an epoch: all digits of a whole number."""
+    return f"{x:.0f}" if x == round(x) else f"{x:g}"
 
 
 def swatch(colour: str, dash: str = "") -> str:
@@ -355,7 +370,7 @@ def _ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Powers of ten between ``10 ** low`` and ``10 ** high``, or 1, 2 and 5 of each where these are few."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
+    powers = range(max(math.floor(low), -307), min(math.ceil(high), 307) + 1)  # a margin may have no floats
     factors = (1,) if high - low > 3 else (1, 2, 5)
     ticks = [k * 10.0**power for power in powers for k in factors if low <= math.log10(k) + power <= high]
     return [(tick, f"{tick:g}") for tick in ticks[:: max(1, math.ceil(len(ticks) / 8))]]
