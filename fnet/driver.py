@@ -103,7 +103,7 @@ def fit(
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
-    about = described(plan, ts)
+    about = described(plan, ts) if run else {}
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None

@@ -26,12 +26,16 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype as canonical
 
 from fnet.files import first_line, whole_file
 from fnet.layers.recurrent import LSTMCarry
 from fnet.types import Layer, PyTree, apply, named_leaves
 
 FORMAT = "1"  # of the files of export_inference
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
+DTYPES = ("bool", "float16", "float32", "float64", "bfloat16", "complex64")  # that safetensors writes and reads
+DTYPES += tuple(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))
 Arrays = dict[str, np.ndarray]
 
 jax.export.register_namedtuple_serialization(LSTMCarry, serialized_name="fnet.LSTMCarry")
@@ -70,7 +74,8 @@ Names = Mapping[str, str] | Sequence[Rule] | None
 def save_weights(path: str | Path, params: PyTree, names: Names = None) -> None:
     """Write the leaves of any tree of arrays to a safetensors file, in their dtypes (float16 and bfloat16 too).
 
-    Raises ExportError for a file that exists, for two leaves of one name, and for a name map that does not fit.
+    Raises ExportError for a file that exists, for two leaves of one name, for a name map that does not fit, and for
+    what safetensors cannot hold. A Python number counts as the array that jax makes of it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +108,7 @@ def to_tensors(params: PyTree, names: Names = None) -> Arrays:
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, *, where: str = "tensors") -> PyTree:
     """The tree that `to_tensors` took apart; errors as in `load_weights`, which begin with ``where``."""
     shapes, rules = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in _leaves(like)}, _rules(like, names)
-    expected, found = _stored(shapes, rules), {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    expected, found = _stored(shapes, rules), {name: _array(name, tensor) for name, tensor in tensors.items()}
     owner = {name: ", ".join(rule.paths) for rule in rules for name in rule.names}
     label = lambda name: name if owner.get(name, name) == name else f"{owner[name]} (as {name})"  # noqa: E731
     differing = [
@@ -117,7 +122,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, 
         )
     leaves = {}
     for rule in rules:
-        leaves |= zip(rule.paths, rule.restore(*(found[name] for name in rule.names)), strict=True)
+        leaves |= _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
     made = {path: jnp.array(leaves[path]) for path in shapes}
     for path, leaf in shapes.items():
         if made[path].shape != leaf.shape or made[path].dtype != leaf.dtype:
@@ -271,7 +276,7 @@ def export_inference(
     path: str | Path,
     *,
     any_batch: bool = False,
-    platforms: Sequence[str] | None = None,
+    platforms: str | Sequence[str] | None = None,
 ) -> Inference:
     """Write ``apply(model, params, state, x)`` to one file, as a program and its weights; returns what it reads back.
 
@@ -286,8 +291,14 @@ def export_inference(
     _require_flatbuffers()
     _require_new(path)
     here = jax.export.default_export_platform()
-    if platforms is not None and here not in platforms:
-        raise ExportError(f"platforms are {', '.join(platforms)}; expected {here} among them, where it is checked")
+    if platforms is not None:
+        platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+        if here not in platforms:
+            raise ExportError(f"platforms are {', '.join(platforms)}; expected {here} among them, where it is checked")
+        if unknown := [name for name in platforms if name not in (*PLATFORMS, here)]:
+            raise ExportError(
+                f"platforms are {', '.join(platforms)}; expected {', '.join(PLATFORMS)}, not {unknown[0]}"
+            )
     weights = {"params": params, "state": state}
     arrays, structure = to_tensors(weights), jax.tree.structure(weights)
 
@@ -353,6 +364,11 @@ def _inference(path: str | Path, name: str | Path) -> Inference:
             f"{name} is for {', '.join(exported.platforms)}; expected {here}, which is here: export it with "
             f"platforms=({', '.join(map(repr, (*exported.platforms, here)))})"
         )
+    if wide := [aval for aval in exported.in_avals if aval.dtype != canonical(aval.dtype, allow_extended_dtype=True)]:
+        raise ExportError(
+            f"{name} was exported with 64 bits ({wide[0].str_short()}), which are off here; expected them on: call "
+            "jax.config.update('jax_enable_x64', True) first"
+        )
     weights, run = [jnp.array(leaf) for leaf in weights], jax.jit(exported.call)
     takes = ", ".join(aval.str_short() for aval in exported.in_avals[len(weights) :])
 
@@ -360,7 +376,9 @@ def _inference(path: str | Path, name: str | Path) -> Inference:
         try:
             return run(weights, x)
         except (ValueError, TypeError) as error:
-            given = ", ".join(_kind(jnp.asarray(leaf)) for leaf in jax.tree.leaves(x))
+            leaves = [leaf if isinstance(leaf, jax.Array) else _as_jax(leaf) for leaf in jax.tree.leaves(x)]
+            given = ", ".join(map(_kind, leaves[:4])) or "nothing"
+            given += f" and {len(leaves) - 4} more" if len(leaves) > 4 else ""
             raise ExportError(f"{name} takes {takes}, found {given} ({first_line(error)})") from error
 
     return Inference(call, exported.platforms, takes)
@@ -394,7 +412,7 @@ def _rules(like: PyTree, names: Names) -> list[Rule]:
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves by path, as arrays or shapes."""
-    leaves = [(path, leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in named_leaves(tree)]
+    leaves = [(path, leaf if hasattr(leaf, "dtype") else _as_jax(leaf)) for path, leaf in named_leaves(tree)]
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, np.number) and leaf.dtype != bool:
             raise ExportError(
@@ -403,11 +421,41 @@ def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return leaves
 
 
+def _as_jax(leaf) -> np.ndarray:
+    """A number of Python or an array of NumPy in the dtype that jax gives it."""
+    array = np.asarray(leaf)
+    with contextlib.suppress(TypeError, OverflowError):  # no number, or an integer of more bits
+        return np.asarray(leaf, canonical(array.dtype))
+    return array
+
+
 def _stored(leaves: Arrays, rules: Sequence[Rule]) -> Arrays:
     stored = {}
     for rule in rules:
-        stored |= zip(rule.names, rule.store(*(leaves[path] for path in rule.paths)), strict=True)
+        made = _paired(rule, "store", rule.names, rule.store(*(leaves[path] for path in rule.paths)))
+        stored |= {name: np.asarray(tensor) for name, tensor in made.items()}
     return stored
+
+
+def _paired(rule: Rule, what: str, keys: tuple[str, ...], made) -> dict[str, Any]:
+    """What a rule made, by name."""
+    if not isinstance(made, tuple | list) or len(made) != len(keys):
+        found = f"{len(made)} arrays" if isinstance(made, tuple | list) else type(made).__name__
+        raise ExportError(
+            f"the Rule of {', '.join(rule.paths)}: {what} returned {found}; expected a tuple of {len(keys)}, for "
+            f"{', '.join(keys)}: mend the Rule"
+        )
+    return dict(zip(keys, made, strict=True))
+
+
+def _array(name: str, tensor) -> np.ndarray:
+    try:
+        return np.asarray(tensor)
+    except (TypeError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients
+        raise ExportError(
+            f"{name} is no array to NumPy ({first_line(error)}); expected one: of PyTorch's write a safetensors file, "
+            "which load_weights reads in any dtype, or give tensor.detach().float()"
+        ) from error
 
 
 def _kind(array) -> str:
@@ -415,6 +463,17 @@ def _kind(array) -> str:
 
 
 def _serialized(arrays: Arrays, about: dict[str, str] | None = None) -> bytes:
+    for name, array in arrays.items():
+        if array.dtype.name not in DTYPES:
+            raise ExportError(
+                f"{name} is of dtype {array.dtype}, which safetensors does not write and read; expected one of "
+                f"{', '.join(DTYPES)}: convert it"
+            )
+    if "__metadata__" in arrays:
+        raise ExportError(
+            "a leaf is named __metadata__, which is what safetensors calls its own; expected another name: give it one "
+            "in the name map"
+        )
     # safetensors writes an array's memory as it lies, whatever its strides
     return _safetensors().save({name: np.require(array, requirements="C") for name, array in arrays.items()}, about)
 
@@ -427,7 +486,7 @@ def _read(path: str | Path) -> tuple[Arrays, dict[str, str]]:
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, AttributeError) as error:  # the last for dtypes that NumPy does not have
         raise ExportError(f"{path} cannot be read ({first_line(error)}); expected a whole safetensors file") from error
 
 
@@ -455,7 +514,10 @@ def _whole(path: str | Path):
         with whole_file(path) as part:
             yield part
     except OSError as error:
-        raise ExportError(f"{path} cannot be written ({error}); expected a folder with room that can be") from error
+        raise ExportError(
+            f"{path} cannot be written ({error.strerror or error}); expected {Path(path).parent} to be a folder with "
+            "room that can be"
+        ) from error
 
 
 def _safetensors():

@@ -67,7 +67,7 @@ def growing(ts, batch):
 
 
 class Unhashable:
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __call__(self, ts, batch):
         return ts, {}

@@ -134,16 +134,27 @@ def test_a_file_that_exists_is_not_overwritten_and_none_is_left_half_written(tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ExportError, match=r"b cannot be written \(.*No space left.*\); expected a folder with room"):
+    with pytest.raises(ExportError, match=r"b cannot be written \(No space left on device\); expected .* with room"):
         save_weights(tmp_path / "b", {"w": jnp.zeros(2)})
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("what", ["nothing", "text", "pickle", "truncated", "folder"])
+def test_a_python_number_is_as_jax_holds_it(tmp_path):
+    tree = {"rate": 3.5, "count": 2, "on": True, "w": jnp.ones(2)}
+    save_weights(tmp_path / "a", tree)
+    assert_same_bits(load_weights(tmp_path / "a", tree), jax.tree.map(jnp.asarray, tree))
+    assert to_tensors({"many": 2**40})["many"] == 2**40, "and as it is where jax would not hold it"
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "pickle", "truncated", "folder", "float8"])
 def test_a_file_that_is_no_safetensors_file_is_named(what, tmp_path):
     path = tmp_path / "a"
     if what == "folder":
         path.mkdir()
+    elif what == "float8":  # which NumPy cannot read
+        from safetensors.numpy import save
+
+        path.write_bytes(save({"w": np.zeros(100, jnp.float8_e4m3fn)}))
     elif what == "truncated":
         save_weights(path, {"w": jnp.zeros(100)})
         path.write_bytes(path.read_bytes()[:-10])
@@ -428,6 +439,13 @@ def test_bfloat16_reaches_pytorch_as_it_is(tmp_path):
     assert loaded.dtype == torch.bfloat16 and loaded.tolist() == [1.0, -2.5]
 
 
+def test_a_tensor_of_pytorch_that_is_no_array_is_named_with_the_remedy():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(2, dtype=torch.bfloat16), torch.ones(2, requires_grad=True)):
+        with pytest.raises(ExportError, match=r"w is no array to NumPy \(.*\); expected one: .*detach\(\)\.float\(\)"):
+            from_tensors({"w": tensor}, {"w": jnp.ones(2)})
+
+
 def test_tables_under_two_names_must_agree():
     case = CASES["language model"]
     tree, names = parts_of(case, np.float32)
@@ -549,11 +567,28 @@ def test_several_platforms_are_said_and_one_that_is_not_among_them_is_refused(tm
     params, state = made(model, x)
     both = export_inference(model, params, state, x, tmp_path / "both", platforms=("cpu", "tpu"))
     assert both.platforms == ("cpu", "tpu") and both.inputs == "float32[1,3]"
+    assert export_inference(model, params, state, x, tmp_path / "one", platforms="cpu").platforms == ("cpu",)
+    with pytest.raises(ExportError, match="platforms are cpu, gpu; expected cpu, cuda, rocm, tpu, not gpu"):
+        export_inference(model, params, state, x, tmp_path / "gpu", platforms=("cpu", "gpu"))
+    assert not (tmp_path / "gpu").exists()
     with pytest.raises(ExportError, match="platforms are tpu; expected cpu among them, where it is checked"):
         export_inference(model, params, state, x, tmp_path / "tpu", platforms=("tpu",))
     monkeypatch.setattr(jax.export, "default_export_platform", lambda: "rocm")
     with pytest.raises(ExportError, match=r"both is for cpu, tpu; expected rocm.*platforms=\('cpu', 'tpu', 'rocm'\)"):
         load_inference(tmp_path / "both")
+
+
+def test_an_inference_of_64_bits_asks_for_them(tmp_path, flatbuffers):
+    model, x = dense(2), np.ones((1, 3))
+    with jax.enable_x64(True):
+        params, state = fnet.init(model, jax.random.key(0), x)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        export_inference(model, params, state, x, tmp_path / "a")
+        assert load_inference(tmp_path / "a")(x).dtype == jnp.float64
+    with pytest.raises(
+        ExportError, match=r"a was exported with 64 bits \(float64\[.*; .*'jax_enable_x64', True\) first"
+    ):
+        load_inference(tmp_path / "a")
 
 
 def test_a_model_that_looks_at_the_size_of_its_batch_is_refused_for_any_batch(tmp_path, flatbuffers):

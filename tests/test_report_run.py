@@ -56,12 +56,11 @@ class Page(test_report_audit.Page):
 
 
 def folder_of(path, rows=(), **files):
-    """A run's folder by hand: rows of the metrics, and JSON files by name."""
+    """A run's folder by hand: rows of the metrics, and JSON files by name; text is written as it is."""
     path.mkdir(parents=True, exist_ok=True)
     for name, value in {"config": {}, **files}.items():
-        (path / f"{name}.json").write_text(json.dumps(value))
-    if rows:
-        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -219,11 +218,15 @@ def test_of_a_long_curve_no_peak_is_lost():
     assert sorted(set(heights)) == sorted({min(heights), max(heights), heights[0]}) and len(set(heights)) == 3
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0] * 3, [1e-300, -1e-300], [1e308, -1e308], [np.nan], [1e16, 1e16 + 2]])
+@pytest.mark.parametrize("values", [[0.0], [5.0] * 3, [1e-300, -1e-300], [1e308, -1e308], [np.nan], [1e16, 1e16 + 2],
+                                    [5e-324, 1e-310], [5e-324, 1.0], [1e-299, 1e299]])  # fmt: skip
 def test_an_odd_curve_is_drawn(values):
     html = line_chart(Panel("p", "step", [Line("a", np.arange(len(values)), np.asarray(values))]))
     Page(html)
     assert "nan" not in re.sub(r"<title>.*?</title>", "", html) and "inf" not in html
+    assert not values[0] or len(re.findall('text-anchor="end"', html)) >= 3 or values == [np.nan], (
+        "heights have numbers"
+    )
 
 
 def test_each_set_stands_in_the_panel_of_its_metric():
@@ -250,6 +253,44 @@ def test_each_set_stands_in_the_panel_of_its_metric():
     }
 
 
+def test_what_stands_before_the_longest_training_metric_is_the_set(tmp_path):
+    trained = {name: np.ones(2) for name in ("loss", "aux_loss")}
+    evaluated = {name: np.ones(2) for name in ("validation_loss", "validation_aux_loss", "validation_accuracy")}
+    expected = {"loss": ["training", "validation"], "aux_loss": ["training", "validation"], "accuracy": ["validation"]}
+    at = lambda metrics: {name: (np.arange(2), values) for name, values in metrics.items()}  # noqa: E731
+    panels = panels_of(at(trained), at(evaluated), "step")
+    assert {panel.title: [line.name for line in panel.lines] for panel in panels} == expected
+    history = History({"epoch": np.arange(2), **trained}, {}, {"step": np.arange(2), **evaluated}, 1.0, 2.0)
+    shown = re.findall(r"<figcaption>(.*?)</figcaption>.*?</svg> (\w+)</li>", history._repr_html_())
+    assert sorted(shown) == sorted((title.replace("_", " "), name) for title in expected for name in expected[title])
+
+
+def test_names_with_digits_of_any_script_are_sorted():
+    names = [
+        "gradient_norm/w1²",
+        "gradient_norm/²",
+        "gradient_norm/w٣",
+        "gradient_norm/w" + 5000 * "7",
+        "gradient_norm/w10",
+    ]
+    series = {name: (np.arange(2), np.ones(2)) for name in (*names, "gradient_norm/w9")}
+    (panel,) = panels_of(series, {}, "step")
+    lines = [line.name for line in panel.lines]
+    assert len(lines) == 6 and lines.index("w9") < lines.index("w10")
+
+
+@pytest.mark.parametrize("step", [6_000_018, 2**53 - 1])
+def test_a_step_is_written_with_all_its_digits(tmp_path, step):
+    rows = [epoch(1, loss=0.75), evaluation(step, validation_loss=0.5)]
+    folder = folder_of(tmp_path / "a", rows)
+    _, text = page_of(folder)
+    assert hovers(section(text, "Curves"))["validation"][0, 0] == step
+    assert f"<td>step {step}</td>" in section(text, "Numbers")
+    assert f"at step {step}</small>" in write_comparison([folder, folder], tmp_path / "c.html").read_text()
+    ticks = re.findall(r'text-anchor="middle"[^>]*>(\d+)</text>', text)
+    assert len(ticks) >= 2 and not re.search(r'text-anchor="middle"[^>]*>[\d.]+e', text)
+
+
 # ---- folders that are not whole
 
 
@@ -274,10 +315,54 @@ def test_the_page_of_a_killed_run_shows_what_it_wrote(tmp_path, left):
 
 
 def test_a_line_that_is_no_row_is_named_by_its_number(tmp_path):
-    folder = folder_of(tmp_path / "a", [epoch(1, loss=0.75), {"kind": "epoch"}, epoch(3, loss=0.25)])
+    folder = folder_of(tmp_path / "a", [epoch(1, loss=0.75), {"kind": "epoch"}, epoch(3, loss=0.25), ["no row"]])
     page, text = page_of(folder)
-    assert "line 2 of 3 is no row of metrics" in page.text
+    assert "metrics.jsonl: line 2 of 4 is no row of metrics, nor are 1 others; left out." in page.text
+    assert "cut off" not in page.text
     assert hovers(section(text, "Curves"))["training"][:, 0].tolist() == [10, 30]
+    (folder / "metrics.jsonl").write_bytes(bytes(range(256)) * 20)
+    notes = re.findall(r'class="warning">(.*?)</li>', page_of(folder)[1])
+    assert len(notes) == 2 and "line 1 of " in notes[1], "of many lines there is one note"
+
+
+@pytest.mark.parametrize("value", ["oops", [1.0, 2.0], [1, [2]], {"a": 1}, 10**400])
+def test_a_value_that_is_not_like_the_others_is_named_and_they_are_shown(tmp_path, value):
+    rows = [epoch(i, loss=value if i == 4 else 1 / i) for i in range(1, 10)]
+    page, text = page_of(folder_of(tmp_path / "a", rows))
+    written = json.dumps(value)
+    shown = written if len(written) <= 30 else written[:29] + "…"
+    note = "metrics.jsonl: left out, as no number or not of the shape of the metric's others: loss ="
+    assert f"{note} {shown} at step 40." in page.text
+    steps = hovers(section(text, "Curves"))["training"][:, 0].tolist()
+    assert steps == [10, 20, 30, 50, 60, 70, 80, 90]
+
+
+def test_of_many_such_values_some_are_named_in_one_note(tmp_path):
+    rows = [epoch(i, loss=1 / i, other="text") for i in range(1, 10)]
+    page, text = page_of(folder_of(tmp_path / "a", [*rows, evaluation(90, other="text")]))
+    assert 'other = "text" at step 40 and 5 more.' in page.text and text.count('class="warning"') == 1
+    assert "training" in section(text, "Curves")
+
+
+def test_numbers_that_no_float_holds_stop_no_page(tmp_path):
+    huge = "9" * 400
+    summary = f'{{"steps": {huge}, "run_seconds": {huge}, "examples": {huge}, "state_bytes": {huge}}}'
+    audit = f'{{"leaves": [{{"path": "w", "order": {huge}, "relative": {huge}}}]}}'
+    page, _ = page_of(folder_of(tmp_path / "a", [epoch(1, loss=0.5)], summary=summary, audit=audit))
+    assert page.words.count(huge) >= 3 and "inf" in page.words
+    examples = f'{{"run_seconds": 1.0, "examples": {huge}}}'
+    page, _ = page_of(folder_of(tmp_path / "b", [epoch(1, loss=0.5)], summary=examples))
+    assert huge in page.words
+
+
+def test_what_is_nested_too_deeply_is_named(tmp_path):
+    for depth in (150, 900, 100_000):
+        folder = folder_of(tmp_path / "a", [epoch(1, loss=0.5)], config='{"a":' * depth + "1" + "}" * depth)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 20, "loss": ' + "[" * depth + "]" * depth + "}\n")
+        page, text = page_of(folder)
+        assert "config.json is damaged" in page.text and "line 2 of 2 is no row of metrics" in page.text
+        assert hovers(section(text, "Curves"))["training"][:, 0].tolist() == [10]
 
 
 def test_a_run_that_was_continued_after_its_end_is_not_called_ended(tmp_path):
@@ -294,13 +379,23 @@ def test_a_run_that_stopped_being_finite_says_where(tmp_path):
     assert all(words in section(text, "Not finite") for words in ("log gives -inf", "[3, 1]", "NaN"))
 
 
-@pytest.mark.parametrize("name", ["config", "environment", "summary", "nonfinite", "audit", "evaluation", "array"])
+ARRAYS = {"confusion": np.eye(3), "index": [0], "target": [1], "prediction": [0], "loss": [1.0]}
+WRONG = {
+    "another class": {"target": [7]},
+    "targets that are no integers": {"target": [0.5]},
+    "a number for a matrix": {"confusion": 3.0},
+    "a complex matrix": {"confusion": np.eye(3) * 1j},
+    "no pixels": {"pictures": np.zeros((1, 0, 0), np.uint8)},
+}
+
+
+@pytest.mark.parametrize("name", ["config", "environment", "summary", "nonfinite", "audit", "evaluation", *WRONG])
 def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path, name):
     folder = folder_of(tmp_path / "a", [epoch(1, loss=0.5)], environment={"jax": "1.2.3"}, summary={"steps": 10})
     save_evaluation(folder, np.eye(3), (np.zeros((3, 2)), np.arange(3)))
-    if name == "array":
+    if name in WRONG:
+        np.savez(folder / "evaluation.npz", **ARRAYS | WRONG[name])
         name = "evaluation"
-        np.savez(folder / "evaluation.npz", confusion=np.eye(3), index=[0], target=[7], prediction=[0], loss=[1.0])
     elif name == "evaluation":
         data = (folder / "evaluation.npz").read_bytes()
         (folder / "evaluation.npz").write_bytes(data[: len(data) // 2])
@@ -310,6 +405,13 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path, name):
     assert re.search(rf"{name}\.\w+ (is damaged|cannot be read)", page.text)
     assert "training" in section(text, "Curves")
     assert name == "environment" or "1.2.3" in section(text, "Environment")
+
+
+def test_the_arrays_that_the_damaged_ones_differ_from_are_shown(tmp_path):
+    folder = folder_of(tmp_path / "a")
+    np.savez(folder / "evaluation.npz", **ARRAYS, pictures=np.zeros((1, 2, 2), np.uint8))
+    page, text = page_of(folder)
+    assert "cannot be read" not in page.text and "<img" in section(text, "Worst examples")
 
 
 def test_an_array_that_would_run_code_is_not_read(tmp_path):
@@ -401,6 +503,13 @@ def test_nan_logits_are_the_worst_and_predict_nothing_and_weight_0_counts_nothin
     assert "<td>1</td><td>1</td><td>nothing</td><td>nan</td>" in page_of(folder)[1]
 
 
+def test_the_shape_of_pictures_may_be_a_list(tmp_path):
+    folder = folder_of(tmp_path / "a")
+    for shape in ([2, 3], [2, 3, 1], (2, 3, 1)):
+        with np.load(save_evaluation(folder, np.eye(4), (np.eye(4, 6), np.arange(4)), images=shape)) as stored:
+            assert stored["pictures"].shape == (4, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((5, 7), float), ((5, 7, 1), float), ((5, 7, 3), np.uint8), ((4, 4, 4), int)]
 )
@@ -470,6 +579,54 @@ def test_runs_whose_epochs_differ_in_length_are_compared_by_epoch(pair, tmp_path
     assert curves["A, training"][:3, 0].tolist() == curves["B, training"][:3, 0].tolist() == [1, 2, 3]
 
 
+def test_a_name_with_a_word_of_what_is_to_be_small_has_its_best_where_it_is_least(tmp_path):
+    names = ("top_5_error", "f1_loss", "recall_error", "accuracy_mae", "validation_top_5_error")
+    folders = [
+        folder_of(
+            tmp_path / run, [epoch(1, **dict.fromkeys(names, value)), epoch(2, **dict.fromkeys(names, 2 * value))]
+        )
+        for run, value in (("A", 0.25), ("B", 0.5))
+    ]
+    numbers = section(write_comparison(folders, tmp_path / "c.html").read_text(), "Final and best numbers")
+    assert numbers.count("<strong>0.25 ★</strong>") == numbers.count("<td>final</td><td><strong>0.5 ★</strong>") == 5
+    assert numbers.count("★") == 11, "and one that explains it"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, "x", 10**400])
+def test_runs_whose_epochs_have_no_number_are_compared_by_step(tmp_path, value):
+    rows = [epoch(1, loss=1.0), epoch(2, loss=0.5)]
+    folders = [folder_of(tmp_path / "A", rows), folder_of(tmp_path / "B", [{**row, "epoch": value} for row in rows])]
+    curves = hovers(section(write_comparison(folders, tmp_path / "c.html").read_text(), "Curves"))
+    assert curves["A, training"][:, 0].tolist() == curves["B, training"][:, 0].tolist() == [10, 20]
+
+
+def test_of_many_runs_each_has_a_look_of_its_own(tmp_path):
+    rows = [epoch(1, loss=1.0), evaluation(10, a_loss=1.0, b_loss=1.0)]
+    folders = [folder_of(tmp_path / f"{i:02}", rows) for i in range(20)]
+    text = write_comparison(folders, tmp_path / "c.html").read_text()
+    look = r'<svg[^>]*><path d="M0 5H26" stroke="([^"]*)" stroke-width="2.5" stroke-dasharray="([^"]*)"/></svg>'
+    runs = re.findall(f"<li>{look} <strong>", text)
+    lines = re.findall(f"<li>{look} \\d\\d, ", section(text, "Curves"))
+    assert len(runs) == len(set(runs)) == 20 and len(lines) == len(set(lines)) == 60
+    assert runs[0] == (runs[8][0], "") and runs[8][1]
+    assert set(runs) <= set(lines)
+
+
+def test_what_is_of_the_last_call_of_a_resumed_run_says_so(tmp_path):
+    summary = {"steps": 30, "steps_of_this_call": 10, "examples": 160, "run_seconds": 2.0, "state_bytes": 4_000_000}
+    _, text = page_of(folder_of(tmp_path / "a", [epoch(3, loss=0.5)], summary=summary))
+    shown = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", section(text, "Time and memory")))
+    of = " of the last call"
+    assert shown == {
+        "steps": "30",
+        f"steps{of}": "10",
+        f"examples{of}": "160",
+        f"run time{of}": "2.00 s",
+        "state memory": "4.000 MB",
+        f"examples per second{of}": "80.00",
+    }
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [folder_of(tmp_path / name / "run", [epoch(1, loss=0.5)]) for name in "ab"]
     page = Page(write_comparison(folders, tmp_path / "c.html").read_text())
@@ -495,7 +652,8 @@ def test_the_command_writes_the_page_of_one_run_or_of_several(pair, tmp_path, mo
          "fit(run=fnet.Run(...)) makes: name one of those within, as A"),
         (["thesis"], "thesis holds nothing, and no config.json; expected the folder of a run"),
         (["A", "--output", "file"], "file is not a page of fnet's and is left as it is; name another file"),
-        (["A", "--output", "no/a.html"], "No such file or directory"),
+        (["A", "--output", "no/a.html"], "no/a.html cannot be written (No such file or directory); expected no to be a "
+         "folder that can be written to: make it, or name another file"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_what_is_no_run(pair, tmp_path, monkeypatch, capsys, arguments, message):
@@ -506,6 +664,21 @@ def test_the_command_refuses_what_is_no_run(pair, tmp_path, monkeypatch, capsys,
         main(arguments)
     assert message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_experiments_folder_is_refused_and_a_run_within_is_named(tmp_path):
+    folder = tmp_path / "digits_mlp" / "first"
+    run = folder_of(folder / "autodiff", [epoch(1, loss=0.5)])
+    (folder / "config.json").write_text("{}")
+    for path, held, missing in ((folder, "autodiff, config.json", "metrics"), (folder.parent, "first", "config")):
+        with pytest.raises(RunError) as caught:
+            write_report(path)
+        assert str(caught.value).startswith(f"{path} holds {held}, and no {missing}.json")
+        assert str(caught.value).endswith(f": name one of those within, as {run}")
+        assert not (path / "report.html").exists()
+    (run / "config.json").unlink()
+    with pytest.raises(RunError, match=r"holds metrics.jsonl, and no config.json; expected .* makes$"):
+        write_report(run)
 
 
 @pytest.mark.parametrize("save", [lambda f: save_audit(f, FULL), lambda f: save_evaluation(f, np.eye(2), ([], [0, 1]))])
@@ -539,7 +712,7 @@ def test_a_history_is_plotted_by_epoch_and_its_evaluations_where_they_were(tmp_p
     results = {"validation_loss": np.array([0.9, 0.7, 0.8])}
     at = [10, 20, 30] if at_ends else [7, 14, 21]
     epochs = {"loss": np.array([1.0, 0.5, 0.25]), "learning_rate": np.full(3, 0.1), **(results if at_ends else {})}
-    history = History(epochs, {}, {"step": np.asarray(at), **results}, 1.0, 2.0)
+    history = History({"epoch": np.arange(1, 4), **epochs}, {}, {"step": np.asarray(at), **results}, 1.0, 2.0)
     figure = history.plot(tmp_path / "p.png")
     drawn = {}
     for ax in figure.axes:
@@ -688,10 +861,12 @@ OVERFLOW = """
 
 @pytest.mark.skipif(os.environ.get("CI") == "true", reason="no browser is started in CI")
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed: apt-get install chromium")
-@pytest.mark.parametrize("what", ["run", "comparison"])
+@pytest.mark.parametrize("what", ["run", "odd run", "comparison"])
 def test_a_page_is_readable_in_a_browser_narrow_and_wide_light_and_dark(real, tmp_path, what):
-    folder, other = real[0], folder_of(tmp_path / "other", [epoch(i, 5, loss=1 / i) for i in (1, 2)])
-    path = write_report(folder) if what == "run" else write_comparison([folder, other], tmp_path / "c.html")
+    rows = [{**epoch(i, 5, loss=1 / i, tiny=10.0**-i, **{300 * "m": i}), "step": 3_000_009 * i} for i in range(1, 320)]
+    folder, other = real[0], folder_of(tmp_path / "other", rows)
+    pages = {"run": folder, "odd run": other}
+    path = write_report(pages[what]) if what in pages else write_comparison([folder, other], tmp_path / "c.html")
     with browser(tmp_path / "profile") as send:
         target = send("Target.createTarget", url="about:blank")["targetId"]
         session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

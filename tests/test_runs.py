@@ -434,7 +434,7 @@ def test_the_best_checkpoint_is_known_without_the_metrics(tmp_path):
     resumable.run(tmp_path / "run", **run)
     checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
     losses = {step: saved_results(path)["validation_loss"] for step, path in checkpoints.items() if saved_results(path)}
-    best = min(losses, key=losses.get)
+    best = min(losses, key=lambda step: losses[step])
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.warns(RunWarning, match=r"metrics.jsonl is not there: the run's history begins anew"):
         _, history = resumable.run(tmp_path / "run", **run | {"epochs": 5})
@@ -553,3 +553,25 @@ assert moved.params["dense_1"]["w"].devices() == {{jax.devices()[1]}}
 print("fine")
 """)
     assert out.split()[-1] == "fine"
+
+
+class Row:
+    """An example by its number, as grain's workers take it."""
+
+    def __call__(self, i):
+        inputs, targets = resumable.parts()[2]
+        return inputs[i], targets[i]
+
+
+@pytest.mark.slow
+def test_a_stream_of_grain_with_workers_is_resumed_to_the_bit(tmp_path):
+    grain, flags = pytest.importorskip("grain"), pytest.importorskip("absl.flags")
+    flags.FLAGS([""])  # grain's processes ask for them
+    rows = grain.MapDataset.range(resumable.EXAMPLES).shuffle(seed=3).repeat().map(Row()).to_iter_dataset().batch(8)
+    stream = fnet.data.Stream(rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=2)), resumable.PER_EPOCH)
+    step, ts, _, _ = resumable.parts()
+    straight, _ = fnet.fit(step, ts, stream, epochs=3)
+    run = fnet.Run(tmp_path / "run", save_every=3)
+    fnet.fit(step, ts, stream, epochs=3, run=run, observers=[stop_at(10)], chunk_steps=5)
+    resumed, _ = fnet.fit(step, ts, stream, epochs=3, run=run._replace(resume=True))
+    assert_same_bits(resumed, straight)

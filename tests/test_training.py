@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet import driver
 from fnet.checkpoint import saved_steps
 from fnet.data import Stream, open_arrays
 from fnet.layers import dense, serial
@@ -533,7 +534,7 @@ def test_programs_of_data_that_are_read_ahead_are_compiled_before_the_run_and_ex
 )
 def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, monkeypatch):
     step, ts, data, _ = problem()
-    clock, calls, told, in_memory = [0.0], [], [], fnet.driver.in_memory
+    clock, calls, told, in_memory = [0.0], [], [], driver.in_memory
 
     def timed(*arguments):
         program = in_memory(*arguments)
@@ -545,8 +546,8 @@ def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, 
 
         return call
 
-    monkeypatch.setattr(fnet.driver, "in_memory", timed)
-    monkeypatch.setattr(fnet.driver, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(driver, "in_memory", timed)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     fnet.fit(step, ts, data, steps=sum(lengths), batch_size=8, keep=False, observers=[told.append])
     assert calls == lengths
     assert [event.step for event in told if event.kind == "chunk"] == np.cumsum(lengths).tolist()

@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from fnet.checkpoint import saved_steps
 from fnet.files import whole_file
-from fnet.report.plots import (
-    Series,
-    natural,
-)
+from fnet.report.audit import shorten
+from fnet.report.html import _number
+from fnet.report.plots import Series, natural
 from fnet.runs import RunError
 from fnet.types import Batch
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 GREATEST = re.compile(r"(^|_)(accuracy|top_?\d+|precision|recall|f1|auc|r2|bleu|score)(_|$)")  # the greater the better
 LEAST = re.compile(r"(^|_)(loss|error|entropy|perplexity|mae|mse|rmse|nll)(_|$)")
+DEEPEST = 100  # a JSON file may be nested
 
 
 # ---- what is written into the folder
@@ -91,6 +91,12 @@ def save_evaluation(
     weights = np.ones(n) if batch.weights is None else np.asarray(batch.weights, np.float64)
     if weights.shape != (n,):
         raise ValueError(f"save_evaluation: weights have shape {weights.shape}; expected ({n},), one for each example")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if wrong.size:
+        raise ValueError(
+            f"save_evaluation: the weight of example {wrong[0]} is {weights[wrong[0]]:g}; expected a finite number of "
+            "at least 0: 0 leaves the example out"
+        )
     if names is not None and len(names) != classes:
         raise ValueError(f"save_evaluation: {len(names)} names; expected {classes}, one for each class of the outputs")
     if isinstance(worst, bool) or not isinstance(worst, int) or worst < 0:
@@ -124,16 +130,22 @@ def _pictures(inputs, n: int, images: tuple[int, ...] | None) -> Callable[[np.nd
     if images == () or (images is None and not hasattr(inputs, "shape")):
         return None
     inputs = np.asarray(inputs)
-    shape = inputs.shape[1:] if images is None else tuple(images)
-    drawn = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4))
+    shape = inputs.shape[1:] if images is None else images
+    drawn = isinstance(shape, tuple | list) and (len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4)))
     if images is None and not drawn:
         return None
-    if not drawn or len(inputs) != n or math.prod(shape) != math.prod(inputs.shape[1:]):
+    sized = drawn and all(isinstance(size, int | np.integer) and size > 0 for size in shape)
+    if not sized or len(inputs) != n or math.prod(shape) != math.prod(inputs.shape[1:]):
         raise ValueError(
             f"save_evaluation: images = {shape}, and inputs have shape {inputs.shape}; expected {n} of as many "
             "numbers as (H, W), (H, W, 3) or (H, W, 4) has: name that shape, or () for no pictures"
         )
-    shape = shape[:2] if shape[2:] == (1,) else shape
+    if not jnp.isdtype(inputs.dtype, ("bool", "integral", "real floating")):
+        raise ValueError(
+            f"save_evaluation: inputs of shape {inputs.shape} are {inputs.dtype}; expected real numbers for pictures "
+            f"of {tuple(shape)}: give those, or images=() for no pictures"
+        )
+    shape = shape[:2] if tuple(shape[2:]) == (1,) else shape
     finite = inputs[np.isfinite(inputs)] if inputs.dtype != np.uint8 else np.asarray([0, 255])
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
@@ -153,9 +165,11 @@ class Reading(NamedTuple):
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    written: float | None  # when metrics.jsonl was written last, in seconds since 1970
+    trained: dict[str, Series]  # training metrics at the ends of epochs, by step
+    evaluated: dict[str, Series]  # the evaluations' results, by step
+    last: int | None  # the last step of both
+    per_epoch: float | None  # steps
+    written: float  # when metrics.jsonl was written last, in seconds since 1970
     summary: dict[str, Any]
     nonfinite: dict[str, Any]
     audit: dict[str, Any]
@@ -163,80 +177,111 @@ class Reading(NamedTuple):
     checkpoints: list[int]  # the steps that are saved
     notes: list[str]
 
-    @property
-    def last(self) -> dict[str, Any]:
-        """The last row of the metrics."""
-        return max((*self.epochs, *self.evaluations), key=lambda row: row["step"], default={})
-
 
 def read_run(folder: str | Path) -> Reading:
     """What the folder of a run holds; RunError where it is not a run's."""
     folder, notes = _run_folder(folder), []
     files = {name: _json(folder / f"{name}.json", notes) for name in ("config", "environment", "summary", "nonfinite")}
-    rows, path = [], folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not 0 <= row["step"] == int(row["step"]) < 2**53:
-                raise ValueError
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError, OverflowError):
-            last = "the last line is cut off, as it is where a run is killed or still writing"
-            what = last if number == len(lines) else f"line {number} of {len(lines)} is no row of metrics"
-            notes.append(f"metrics.jsonl: {what}; it is left out.")
+    rows, odd = _rows(folder / "metrics.jsonl", notes), []
+    epochs = [row for row in rows if row.get("kind", "epoch") == "epoch"]
+    evaluations = [row for row in rows if row.get("kind") == "evaluation"]
+    trained, evaluated = columns(epochs, odd), columns(evaluations, odd)
+    if odd:
+        what = "left out, as no number or not of the shape of the metric's others"
+        notes.append(f"metrics.jsonl: {what}: {_some(list(dict.fromkeys(odd)))}.")
+    lengths = (row["step"] / number for row in epochs if 0 < (number := _number(row.get("epoch"))) < math.inf)
     evaluation = {}
     if (folder / "evaluation.npz").is_file():
         try:
             with (folder / "evaluation.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 evaluation = {name: stored[name] for name in stored.files}
             _check_evaluation(evaluation)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # of numpy, of zipfile, of zlib
             evaluation = {}
             notes.append(f"evaluation.npz cannot be read ({type(error).__name__}); it is left out.")
     return Reading(
         folder,
         **files,
         audit=_json(folder / "audit.json", notes),
-        epochs=[row for row in rows if row.get("kind", "epoch") == "epoch"],
-        evaluations=[row for row in rows if row.get("kind") == "evaluation"],
-        written=path.stat().st_mtime if path.is_file() else None,
+        trained={name: series for name, series in trained.items() if name not in evaluated},
+        evaluated=evaluated,
+        last=max((row["step"] for row in (*epochs, *evaluations)), default=None),
+        per_epoch=next(lengths, None),
+        written=(folder / "metrics.jsonl").stat().st_mtime,
         evaluation=evaluation,
         checkpoints=list(saved_steps(folder / "checkpoints")),
         notes=notes,
     )
 
 
+def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of the metrics, and a note on the lines that are none."""
+    text, rows, bad = path.read_text(encoding="utf-8", errors="replace"), [], []
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = _loads(line)
+        except ValueError:
+            if number == len(lines) and not text.endswith("\n"):
+                notes.append(
+                    "metrics.jsonl: the last line is cut off, as it is where a run is killed or still writing; it is "
+                    "left out."
+                )
+            else:
+                bad.append(number)
+            continue
+        try:
+            if not 0 <= row["step"] == int(row["step"]) < 2**53:
+                raise ValueError
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError):
+            bad.append(number)
+    if bad:
+        others = f", nor are {len(bad) - 1} others" if bad[1:] else ""
+        notes.append(f"metrics.jsonl: line {bad[0]} of {len(lines)} is no row of metrics{others}; left out.")
+    return rows
+
+
 def _check_evaluation(stored: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError or KeyError unless it is what `save_evaluation` writes."""
+    """Raise an error unless it is what `save_evaluation` writes."""
     confusion, count = stored["confusion"], len(stored["index"])
     classes, pictures = len(confusion), stored.get("pictures", np.zeros((count, 1, 1), np.uint8))
     columns = [stored[name] for name in ("index", "target", "prediction", "loss")]
-    numeric = all(np.issubdtype(array.dtype, np.number) for array in (confusion, *columns))
     if not (
-        numeric
+        all(array.dtype.kind in "iuf" for array in (confusion, stored["loss"]))
+        and all(np.issubdtype(column.dtype, np.integer) for column in columns[:3])
         and confusion.shape == (classes, classes)
         and len(stored.get("names", confusion)) == classes
         and all(column.shape == (count,) for column in columns)
         and all(np.all((column >= -1) & (column < classes)) for column in columns[1:3])
         and (pictures.dtype, len(pictures)) == (np.uint8, count)
         and (pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[-1] in (3, 4)))
+        and all(pictures.shape[1:])
     ):
         raise ValueError
 
 
 def _run_folder(folder: str | Path) -> Path:
     folder = Path(folder)
-    if (folder / "config.json").is_file():
+    if (missing := _missing(folder)) is None:
         return folder
     expected = "expected the folder of a run, which fit(run=fnet.Run(...)) makes"
     if not folder.is_dir():
         raise RunError(f"{folder} is {'a file' if folder.exists() else 'not there'}; {expected}")
-    names = sorted(path.name for path in folder.iterdir())
-    runs = [name for name in names if (folder / name / "config.json").is_file()]
-    held = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
-    remedy = f": name one of those within, as {folder / runs[0]}" if runs else ""
-    raise RunError(f"{folder} holds {held}, and no config.json; {expected}{remedy}")
+    within = (path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/config.json")))
+    run = next((path for path in within if _missing(path) is None), None)
+    held = _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+    remedy = f": name one of those within, as {run}" if run else ""
+    raise RunError(f"{folder} holds {held}, and no {missing}; {expected}{remedy}")
+
+
+def _missing(folder: Path) -> str | None:
+    """The file that a run's folder has and this one has not; that of an experiment has its own config.json."""
+    return next((name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()), None)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -244,7 +289,7 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError
     except (OSError, ValueError):
@@ -253,29 +298,46 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """The steps and the values of each metric in the rows; what is not numbers of one shape is left out."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("kind", "step", "epoch"))
+def _loads(text: str) -> Any:
+    """What JSON says; ValueError also where it is nested more deeply than what walks through it may be."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError from None
+    level, depth = [[value]], 0
+    while level := [each for held in level for each in (held.values() if isinstance(held, dict) else held)]:
+        level, depth = [held for held in level if isinstance(held, dict | list)], depth + 1
+        if depth > DEEPEST:
+            raise ValueError
+    return value
+
+
+def columns(rows: Sequence[Mapping[str, Any]], odd: list[str]) -> dict[str, Series]:
+    """The steps and the values of each metric in the rows; ``odd`` is told of those without numbers of its shape."""
     found = {}
-    for name in names:
-        held = [row for row in rows if name in row]
-        try:
-            values = np.asarray([row[name] for row in held], np.float64)
-        except (ValueError, TypeError, OverflowError):
-            continue
-        found[name] = np.asarray([row["step"] for row in held]), values
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("kind", "step", "epoch")):
+        held = [(row["step"], row[name], _shape(row[name])) for row in rows if name in row]
+        shapes = Counter(shape for *_, shape in held if shape is not None)
+        usual = shapes.most_common(1)[0][0] if shapes else None
+        kept = [(step, value) for step, value, shape in held if shape is not None and shape == usual]
+        wrong = [(step, value) for step, value, shape in held if shape is None or shape != usual]
+        odd += [f"{name} = {shorten(json.dumps(value), 30)} at step {step}" for step, value in wrong]
+        if kept:
+            found[name] = np.asarray([step for step, _ in kept]), np.asarray([value for _, value in kept], np.float64)
     return found
 
 
-def metrics_of(run: Reading) -> tuple[dict[str, Series], dict[str, Series]]:
-    """Training metrics by epoch and the evaluations' results, by step."""
-    evaluated, trained = columns(run.evaluations), columns(run.epochs)
-    return {name: series for name, series in trained.items() if name not in evaluated}, evaluated
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """The shape of numbers; None where they are none, or of no one shape."""
+    try:
+        return np.asarray(value, np.float64).shape
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def direction(name: str) -> int:
     """1 where greater is better, -1 where less is, 0 where there is no best: by the metric's name."""
-    return 1 if GREATEST.search(name) else -1 if LEAST.search(name) else 0
+    return -1 if LEAST.search(name) else 1 if GREATEST.search(name) else 0  # a top_5_error is an error
 
 
 def best(name: str, series: Series) -> tuple[float, float] | None:

@@ -40,8 +40,14 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
         f'<nav aria-label="sections"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n'
         f"<footer><p>Written {escape(_time(time.time()))} by fnet.</p></footer></body></html>\n"
     )
-    with whole_file(path) as part:
-        part.write_bytes(page.encode(errors="replace"))
+    try:
+        with whole_file(path) as part:
+            part.write_bytes(page.encode(errors="replace"))
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written ({error.strerror or error}); expected {path.parent} to be a folder that can be "
+            "written to: make it, or name another file"
+        ) from error
     return path
 
 
@@ -89,7 +95,8 @@ def _value(value: Any) -> str:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that a float holds, as an integer of 400 digits is not."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e308)
 
 
 def _number(value: Any) -> float:
@@ -97,6 +104,8 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
 
 
 def _scientific(value: Any) -> str:
@@ -123,8 +132,8 @@ STYLE = """
 .fnet-run .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr));
   gap: 1.2em 1.5em; }
 .fnet-run .chart { margin: 0; max-width: 38em; }
-.fnet-run .chart > svg { display: block; width: 100%; height: auto; }
-.fnet-run .chart figcaption { font-weight: 600; }
+.fnet-run .chart > svg { display: block; width: 100%; height: auto; overflow: visible; }
+.fnet-run .chart figcaption { font-weight: 600; overflow-wrap: anywhere; }
 .fnet-run .legend { display: flex; flex-wrap: wrap; gap: 0 1em; margin: 0; padding: 0; list-style: none;
   font-size: 13px; overflow-wrap: anywhere; }
 @media (max-width: 32em) {

@@ -15,9 +15,7 @@ from fnet.report.audit import Html, code, pill
 from fnet.report.folder import (
     Reading,
     best,
-    columns,
     direction,
-    metrics_of,
     read_run,
     scalars,
 )
@@ -39,6 +37,7 @@ from fnet.report.html import (
 from fnet.report.plots import (
     COLOURS,
     DASHES,
+    ROUNDS,
     Line,
     Panel,
     Series,
@@ -47,6 +46,7 @@ from fnet.report.plots import (
     png,
     series_of,
     swatch,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     wrote is replaced. RunError where the folder is not a run's, FileExistsError where the file is not a page of fnet's.
     """
     run = read_run(folder)
-    trained, evaluated = metrics_of(run)
-    panels = panels_of(trained, evaluated, "step")
+    panels = panels_of(run.trained, run.evaluated, "step")
     norms = [panel for panel in panels if panel.title == "gradient_norm"]
     name = run.folder.absolute().name
     sections = {
@@ -74,7 +73,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         or "No epoch and no evaluation was completed.",
         "Gradient norms by layer": charts(norms)
         or "Not measured; make_step(monitors={'gradient_norm': fnet.metrics.gradient_norms}) does.",
-        "Numbers": grid(NUMBERS, numbers({**trained, **evaluated}, "step")) or "None.",
+        "Numbers": grid(NUMBERS, numbers({**run.trained, **run.evaluated}, "step")) or "None.",
         "Confusion matrix": confusion_section(run),
         "Worst examples": worst_section(run),
         "Gradient audit": audit_section(run.audit),
@@ -90,11 +89,9 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
 
 def status(run: Reading) -> str:
     """How far the run is, and what could not be read."""
-    last, ended = run.last.get("step"), run.summary.get("steps")
+    last, ended = run.last, run.summary.get("steps")
     ended = ended if isinstance(ended, int) else last
-    reached = "before the first row of metrics" if last is None else f"step {last:,}"
-    if run.written is not None and last is not None:
-        reached += f", written {_time(run.written)}"
+    reached = "before the first row of metrics" if last is None else f"step {last:,}, written {_time(run.written)}"
     if not run.summary:
         words = f"Has not ended (no summary.json): still going, stopped or killed. Last seen at {reached}."
     elif ended is None:
@@ -122,7 +119,7 @@ def numbers(metrics: Mapping[str, Series], x_label: str) -> list[tuple]:
     rows = []
     for name, (x, values) in scalars(metrics).items():
         found = best(name, (x, values))
-        at = (f"{found[0]:.5g}", f"{x_label} {found[1]:g}") if found else ("", "")
+        at = (f"{found[0]:.5g}", f"{x_label} {whole(found[1])}") if found else ("", "")
         rows.append((named(name), f"{values[0]:.5g}", *at, f"{values[-1]:.5g}"))
     return rows
 
@@ -136,7 +133,7 @@ def confusion_section(run: Reading) -> str:
     if kept:
         names = kept.get("names", np.arange(len(kept["confusion"])))
         return confusion_table(kept["confusion"], [str(name) for name in names])
-    for name, (x, values) in reversed(columns(run.evaluations).items()):
+    for name, (x, values) in reversed(run.evaluated.items()):
         if name.endswith("confusion") and values.ndim == 3 and values.shape[1] == values.shape[2]:
             of = f"<p>Shares of all examples: {code(name)} of the evaluation at step {x[-1]:,}.</p>"
             return of + confusion_table(values[-1], [str(i) for i in range(values.shape[1])])
@@ -228,19 +225,24 @@ UNITS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of summary.json, by wh
 }
 
 
+OF_LAST_CALL = ("steps_of_this_call", "examples", "compile_seconds", "run_seconds")
+
+
 def described(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of summary.json in their units, and what follows from them."""
+    """The numbers of summary.json in their units, and what follows from them; a run may be of several calls of fit."""
     shown = {}
     for name, value in summary.items():
+        ending, word, written = "", "", _value
         if _is_number(value):
             ending = next(ending for ending in UNITS if name.endswith(ending))
             word, written = UNITS[ending]
-            shown[name.removesuffix(ending).replace("_", " ") + word] = written(value)
-        elif value is not None:
-            shown[name.replace("_", " ")] = _value(value)
+        label = name.removesuffix("_of_this_call").removesuffix(ending).replace("_", " ") + word
+        if value is not None:
+            shown[label + " of the last call" * (name in OF_LAST_CALL)] = written(value)
     seconds, examples = summary.get("run_seconds"), summary.get("examples")
     if _is_number(seconds) and _is_number(examples) and seconds > 0 and examples:
-        shown["examples per second"] = f"{examples / seconds:,.{0 if examples > 100 * seconds else 2}f}"
+        rate = f"{examples / seconds:,.{0 if examples > 100 * seconds else 2}f}"
+        shown["examples per second of the last call"] = rate
     return shown
 
 
@@ -259,7 +261,7 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     names = [run.folder.absolute().name for run in runs]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     legend = "".join(
-        f"<li>{swatch(COLOURS[i % len(COLOURS)])} <strong>{escape(name)}</strong>: {status(run)}</li>"
+        f"<li>{swatch(*_look(i, 0))} <strong>{escape(name)}</strong>: {status(run)}</li>"
         for i, (name, run) in enumerate(zip(names, runs, strict=True))
     )
     sections = {
@@ -274,33 +276,30 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 def overlaid(names: Sequence[str], runs: Sequence[Reading]) -> list[Panel]:
     """The panels of all runs: a colour a run, dashes for each set; of groups the whole, as the norm of all."""
-    lengths = [_steps_per_epoch(run) for run in runs]
+    lengths = [run.per_epoch for run in runs]
     by_epoch = None not in lengths and len(set(lengths)) > 1
     panels: dict[str, list[Line]] = {}
     for i, (name, run, length) in enumerate(zip(names, runs, lengths, strict=True)):
-        for panel in panels_of(*metrics_of(run), x_label="step"):
-            whole = [line for line in panel.lines if line.name == "all"]
-            for j, line in enumerate(whole or panel.lines):
+        for panel in panels_of(run.trained, run.evaluated, "step"):
+            norm = [line for line in panel.lines if line.name == "all"]
+            for j, line in enumerate(norm or panel.lines):
                 x = line.x / length if by_epoch and length else line.x
                 # the first run is drawn wide beneath the others, so that curves that coincide are both seen
-                look = {"colour": COLOURS[i % len(COLOURS)], "dash": DASHES[j % len(DASHES)], "width": 1.8 if i else 5}
-                title = f"{panel.title}/all" if whole else panel.title
-                panels.setdefault(title, []).append(line._replace(name=f"{name}, {line.name}", x=x, **look))
+                colour, dash = _look(i, j)
+                line = Line(f"{name}, {line.name}", x, line.y, colour, dash, 1.8 if i else 5)
+                panels.setdefault(f"{panel.title}/all" if norm else panel.title, []).append(line)
     return [Panel(title, "epoch" if by_epoch else "step", lines) for title, lines in panels.items()]
 
 
-def _steps_per_epoch(run: Reading) -> float | None:
-    return next(
-        (row["step"] / row["epoch"] for row in run.epochs if _is_number(row.get("epoch")) and row["epoch"]), None
-    )
+def _look(run: int, of: int) -> tuple[str, str]:
+    """The colour of a run, and the dashes of one of its curves; when the colours begin again they are others."""
+    again, colour = divmod(run, len(COLOURS))
+    return COLOURS[colour], ROUNDS[again % len(ROUNDS)] + DASHES[of % len(DASHES)]
 
 
 def compared_numbers(names: Sequence[str], runs: Sequence[Reading]) -> str:
     """For each metric of one number its final and best value in each run; the best of all runs is marked."""
-    metrics = []
-    for run in runs:
-        trained, evaluated = metrics_of(run)
-        metrics.append(scalars({**trained, **evaluated}))
+    metrics = [scalars({**run.trained, **run.evaluated}) for run in runs]
     rows = []
     for name in dict.fromkeys(name for each in metrics for name in each):
         bests = [best(name, each[name]) if name in each else None for each in metrics]
@@ -318,7 +317,7 @@ def _marked(name: str, values: Sequence[tuple[float, float | None] | None]) -> I
         if pair is None:
             yield ""
             continue
-        at = "" if pair[1] is None else f" <small>at step {pair[1]:g}</small>"
+        at = "" if pair[1] is None else f" <small>at step {whole(pair[1])}</small>"
         first = direction(name) and len(known) > 1 and -direction(name) * pair[0] == min(known)
         yield Html((f"<strong>{pair[0]:.5g} ★</strong>" if first else f"{pair[0]:.5g}") + at)
 
@@ -343,7 +342,7 @@ def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str
 def history_html(history: History) -> str:
     """The HTML fragment of `fnet.History`: a table and the curves, in the colours of the notebook."""
     parts = series_of(history)
-    rows = [row for trained, evaluated, x_label in parts for row in numbers({**trained, **evaluated}, x_label)]
+    rows = [row for trained, evaluated, x_label, _ in parts for row in numbers({**trained, **evaluated}, x_label)]
     curves = charts([panel for part in parts for panel in panels_of(*part)])
     took = f"<p>Compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s.</p>"
     table = grid(NUMBERS, rows) or "<p>No epoch and no evaluation was completed.</p>"
