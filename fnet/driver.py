@@ -267,9 +267,10 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The run's chunks one after another. While one is looked at the next one runs, if copies are kept.
 
-    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second: twice or
-    half as many steps as before where it took less than half or more than twice that. All end at multiples of each of
-    ``ends``. ``kept`` is a copy of ``ts``, which is donated; None if no copies are kept.
+    Without ``length`` the first two are short and timed, and from then on a chunk is what takes half a second: twice as
+    many steps as before where all of it took less than half of that, observers too, and half as many where the device
+    alone took more than twice that. All end at multiples of each of ``ends``. ``kept`` is a copy of ``ts``, which is
+    donated; None if no copies are kept.
     """
     sent, trial, waiting, keep, given = int(ts.step), 1, deque(), kept is not None, length
     begin = time.perf_counter()
@@ -278,14 +279,17 @@ def chunks(
             count = min(length or trial, plan.capacity, plan.end - sent)
             count = min([count, *(every - sent % every for every in ends)])
             begin = begin if waiting else time.perf_counter()
+            called = time.perf_counter()
             ts, outputs = program(ts, jnp.asarray(count, jnp.int32), plan.data, plan.validation)
+            busy = time.perf_counter() - called
             before, kept = kept, copied(ts) if keep else None
-            waiting.append((sent, count, outputs, before, kept if keep else ts))
+            waiting.append((sent, count, outputs, before, kept if keep else ts, busy))
             sent += count
             continue
-        first, count, outputs, before, after = waiting.popleft()
+        first, count, outputs, before, after, busy = waiting.popleft()
+        looked = time.perf_counter()
         outputs = jax.device_get(outputs._replace(reads=()))._replace(reads=outputs.reads)
-        seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        busy, seconds, begin = busy + time.perf_counter() - looked, time.perf_counter() - begin, time.perf_counter()
         if int(outputs.step) != first + count and not outputs.stopped:
             raise ValueError(
                 f"{count} steps led from step {first} to step {int(outputs.step)}; expected a step function that "
@@ -297,8 +301,10 @@ def chunks(
                 trial = max(2, min(plan.capacity, int(CHUNK_SECONDS / 10 / each)))
             else:
                 length = max(1, min(plan.capacity, int(CHUNK_SECONDS / each)))
-        elif given is None and count == length and not CHUNK_SECONDS / 2 <= seconds <= CHUNK_SECONDS * 2:
-            length = max(1, min(plan.capacity, 2 * length if seconds < CHUNK_SECONDS else length // 2))
+        elif given is None and count == length and seconds < CHUNK_SECONDS / 2:
+            length = min(plan.capacity, 2 * length)
+        elif given is None and count == length and busy > CHUNK_SECONDS * 2:
+            length = max(1, length // 2)
         yield Chunk(first, outputs, before, after, seconds)
 
 

@@ -65,9 +65,7 @@ class Run(NamedTuple):
     save_seconds: float = 60.0
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # steps: a checkpoint of a multiple is never deleted
-    keep_best: str | None = (
-        None  # a result's name, "validation_loss": each evaluation is saved, and the least one stays
-    )
+    keep_best: str | None = None  # a result, "validation_loss": each evaluation is saved, and the least one stays
     greatest: bool = False  # of keep_best
     free: tuple[str, ...] = ("epochs", "steps", "run_dir", "name", "resume", "quiet", "explain", "cache")
 
@@ -208,11 +206,8 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     _check(run)
     folder, config = Path(run.folder).absolute(), _plain(run.config)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    begun = {
-        ".lock",
-        "checkpoints",
-        ".config.json.part",
-    }  # what a process leaves that is killed before it writes config.json
+    # what a process leaves that is killed before it writes config.json
+    begun = {".lock", "checkpoints", ".config.json.part"}
     if set(held) <= begun and not any((folder / "checkpoints").glob("*")):
         held = []
     if held and "config.json" not in held:

@@ -524,17 +524,9 @@ def test_programs_of_data_that_are_read_ahead_are_compiled_before_the_run_and_ex
     assert "compiled in" not in capsys.readouterr().out and again.compile_seconds == 0
 
 
-@pytest.mark.parametrize(
-    ("cost", "lengths"),
-    [
-        (lambda call, count: 1.0 if call < 2 else 0.001 * count, [1, 2, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256]),
-        (lambda call, count: count * (0.0625 if call < 2 else 1.0), [1, 2, 8, 4, 2, 1, 1, 1]),
-        (lambda call, count: count / 128, [1, 6, 64, 64, 64]),
-    ],
-)
-def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, monkeypatch):
-    step, ts, data, _ = problem()
-    clock, calls, told, in_memory = [0.0], [], [], driver.in_memory
+def timed_chunks(cost, monkeypatch):
+    """The lengths of the chunks that are called, each of which takes ``cost(call, count)`` by the clock; the clock."""
+    clock, calls, in_memory = [0.0], [], driver.in_memory
 
     def timed(*arguments):
         program = in_memory(*arguments)
@@ -548,9 +540,34 @@ def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, 
 
     monkeypatch.setattr(driver, "in_memory", timed)
     monkeypatch.setattr(driver, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    return calls, clock
+
+
+@pytest.mark.parametrize(
+    ("cost", "lengths"),
+    [
+        (lambda call, count: 1.0 if call < 2 else 0.001 * count, [1, 2, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256]),
+        (lambda call, count: count * (0.0625 if call < 2 else 1.0), [1, 2, 8, 4, 2, 1, 1, 1]),
+        (lambda call, count: count / 128, [1, 6, 64, 64, 64]),
+    ],
+)
+def test_chunks_take_half_a_second_also_after_a_misleading_start(cost, lengths, monkeypatch):
+    step, ts, data, _ = problem()
+    (calls, _), told = timed_chunks(cost, monkeypatch), []
     fnet.fit(step, ts, data, steps=sum(lengths), batch_size=8, keep=False, observers=[told.append])
     assert calls == lengths
     assert [event.step for event in told if event.kind == "chunk"] == np.cumsum(lengths).tolist()
+
+
+def test_slow_observers_do_not_shorten_the_chunks(monkeypatch):
+    step, ts, data, _ = problem()
+    calls, clock = timed_chunks(lambda call, count: count / 128, monkeypatch)
+
+    def slow(event):
+        clock[0] += 5.0
+
+    fnet.fit(step, ts, data, steps=300, batch_size=8, observers=[slow])
+    assert calls == [1, 6, 64, 64, 64, 64, 37]
 
 
 # --- what is not finite ----------------------------------------------------------------------------------------------
