@@ -163,11 +163,12 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
 
 
 def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
-    """What must be the same when a run is resumed: where it stands in its data, and what its checkpoint overrides.
+    """What must be the same when a run is resumed: its data, what is measured, and what its checkpoint overrides.
 
-    These are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
+    The last are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
     """
-    numbers = {path: _shortest(leaf) for path, leaf in named_leaves(ts) if "hyper" in path.split("/")}
+    held = [*named_leaves({"opt_state": ts.opt_state, "stopping": ts.stopping})]
+    numbers = {path: _shortest(leaf) for path, leaf in held if "hyper" in path.split("/") and leaf.size < 1000}
     leaves = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)]
     return {
         "examples": plan.examples,
