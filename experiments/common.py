@@ -119,11 +119,13 @@ def explain(console: Console) -> None:
     jax.monitoring.register_event_listener(cached)
 
 
-def train(config: Any, title: str, folder: Path, step, start: fnet.TrainState, data, console: Console, **options):
+def train(config: Any, title: str, folder: Path, step, start, data, console: Console, free=(), **options):
     """`fnet.fit` as the options say: how long, in which folder, resumed or not; what cannot be is a SystemExit.
 
-    ``config`` with all that the run depends on is kept in ``folder``, so that only a run of the same is resumed.
+    ``config`` is kept in ``folder``, and only a run of the same is resumed, save for what may change in every run and
+    the options named in ``free``.
     """
+    free = (*fnet.Run._field_defaults["free"], *free)
     try:
         return fnet.fit(
             step,
@@ -132,7 +134,7 @@ def train(config: Any, title: str, folder: Path, step, start: fnet.TrainState, d
             epochs=length(config, data),
             batch_size=config.batch_size,
             observers=[progress(title, console)],
-            run=fnet.Run(folder, config, resume=config.resume),
+            run=fnet.Run(folder, config, resume=config.resume, free=free),
             explain=config.explain,
             **options,
         )

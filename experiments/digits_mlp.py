@@ -97,7 +97,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         own = dataclasses.replace(config, engine=engine)
         watched = {"evaluate": evaluate, "validation": test_data}
         ends[engine], histories[engine] = train(
-            own, engine, folder / engine, step, start, train_data, console, **watched
+            own, engine, folder / engine, step, start, train_data, console, free=["audit"], **watched
         )
         costs[engine] = compiled_cost(step, start, first)
 

@@ -86,13 +86,13 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The tree that was saved in the folder ``path``, and its meta. ``like`` has its structure, shapes and dtypes.
+def load_checkpoint(path: str | Path, like: PyTree, meta: Mapping[str, Any]) -> PyTree:
+    """The tree that was saved in the folder ``path`` with this `read_meta`; ``like`` has its structure and shapes.
 
     Raises CheckpointError where the folder is no whole checkpoint, where a leaf is missing, not expected, or of another
     shape or dtype (all of them named), and where a leaf is not what was saved.
     """
-    path, meta = Path(path).absolute(), read_meta(path)
+    path = Path(path).absolute()
     expected, found = _named(like), {saved["path"]: saved["kind"] for saved in meta["leaves"]}
     _compare(path, {name: _kind(leaf) for name, leaf in expected.items()}, found)
     words = {name: _words(expected[name]) for name in found}
@@ -114,7 +114,7 @@ def load_checkpoint(path: str | Path, like: PyTree) -> tuple[PyTree, dict[str, A
                 f"{digest[:12]}…; it was altered: delete this folder to continue from the checkpoint before it"
             )
     leaves = [_as_leaf(arrays[name], leaf) for name, leaf in expected.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:

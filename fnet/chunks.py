@@ -172,8 +172,8 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     programs: dict[Any, Callable] = {}  # by their shapes
 
     def program(ts, batches, count=None):
-        """That of one batch, or of ``count`` batches; compiled at the first of these shapes."""
-        shapes = count is None, *(leaf.shape for leaf in jax.tree.leaves(batches))
+        """That of one batch, or of ``count`` batches; compiled at the first of their kind."""
+        shapes = count is None, kind_of(batches)
         if shapes not in programs:
             several = {} if count is None else {"count": count}
             arguments = {"state": ts, "batch" if count is None else "batches": batches, **several}
@@ -194,7 +194,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         taken: list[Read] = []
         while len(taken) < most:
             read = waiting.popleft() if waiting else next(reads)
-            if taken and jax.tree.map(np.shape, read.batch) != jax.tree.map(np.shape, taken[0].batch):
+            if taken and kind_of(read.batch) != kind_of(taken[0].batch):
                 waiting.appendleft(read)
                 break
             taken.append(read)
@@ -230,6 +230,12 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         yield call
     finally:
         reads.close()
+
+
+def kind_of(batch: PyTree) -> Any:
+    """Its containers, shapes and dtypes."""
+    leaves = (leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(batch))
+    return jax.tree.structure(batch), *((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
 
 
 def on_device(reads: list[Read], size: int) -> Batch:
@@ -268,10 +274,6 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
 
 def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:
     """The same batches; those with a label or id beyond all before them, or of another kind, are traced first."""
-
-    def kind(batch: Batch):
-        return jax.tree.structure(batch), *((a.shape[1:], a.dtype) for a in map(np.asarray, jax.tree.leaves(batch)))
-
     extremes: dict[int, tuple[Any, Any]] = {}
     kinds: set[Any] = set()
     like = jax.eval_shape(lambda ts: ts, ts)
@@ -285,8 +287,8 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
             ends = {i: (int(leaf.min()), int(leaf.max())) for i, leaf in integers.items()}
             known = {i: extremes.get(i, (low, low)) for i, (low, _) in ends.items()}
             now = {i: (min(known[i][0], low), max(known[i][1], high)) for i, (low, high) in ends.items()}
-            if now != extremes or kind(read.batch) not in kinds:
-                kinds.add(kind(read.batch))
+            if now != extremes or kind_of(read.batch) not in kinds:
+                kinds.add(kind_of(read.batch))
                 rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
                 dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch, part=True))
                 extremes = now

@@ -44,7 +44,9 @@ def compiled(
     settings: Any = jax.config
     traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
     known = programs(owner, function)
-    signature = tuple({**options, **traced_under}.items()), leaves_of(arguments), jax.tree.structure(arguments)
+    shardings = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments))
+    kinds = leaves_of(arguments), jax.tree.structure(arguments), shardings
+    signature = tuple({**options, **traced_under}.items()), *kinds
     begin = time.perf_counter()
     reason = reason_to_compile(signature, known)
     with cache_hits() as cached:
@@ -86,14 +88,14 @@ def reason_to_compile(signature, known: Mapping) -> str:
         return ""
     if not known:
         return "the first run of this step"
-    before, now = (dict([*options, *leaves]) for options, leaves, _ in (list(known)[-1], signature))
+    before, now = (dict([*options, *leaves]) for options, leaves, *_ in (list(known)[-1], signature))
     changes = [
         f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
         for name in {**now, **before}
         if before.get(name) != now.get(name)
     ]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return "; ".join(changes[:3]) + more or "the containers of the state or the data are others"
+    return "; ".join(changes[:3]) + more or "the containers or the devices of the state or the data are others"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, in_memory, reading
@@ -97,7 +98,7 @@ def fit(
     check_kinds(step, ts, evaluate, stop, observers, run)
     ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
     check_start(ts, stop)
-    ts = with_stopping(stop, ts)
+    ts = on_one_mesh(with_stopping(stop, ts))
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
     )
@@ -109,9 +110,9 @@ def fit(
         caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, stream = Recorder(plan.per_epoch), None
         rows = []
-        if folder and (resumed := folder.restore(ts, about)):
+        if folder and (resumed := folder.restore(ts, lambda ts: described(plan, ts))):
             ts, meta, rows = resumed
-            recorder, stream = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"]
+            recorder, stream, about = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"], meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
                 return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan, folder and folder.folder)
@@ -249,6 +250,16 @@ class Chunk(NamedTuple):
         return bool(self.outputs.finite) and all(
             np.isfinite(loss[:made]).all() for loss in losses_of(self.outputs.metrics)
         )
+
+
+def on_one_mesh(ts: TrainState) -> TrainState:
+    """Where a leaf is spread over several devices, all: those that are on one device are copied to each of them."""
+    meshes = [s.mesh for leaf in jax.tree.leaves(ts) if isinstance(s := leaf.sharding, NamedSharding)]
+    if not meshes:
+        return ts
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    put = lambda leaf: jax.device_put(leaf, everywhere) if len(leaf.sharding.device_set) == 1 else leaf  # noqa: E731
+    return jax.tree.map(put, ts)
 
 
 @jax.jit

@@ -19,9 +19,10 @@ class Event(NamedTuple):
 
     ``kind`` is "start", "compile", "chunk", "evaluation", "epoch", "checkpoint" or "end". ``metrics`` are host numbers
     by name: a chunk's training means, an evaluation's results (``validation_loss``), or an epoch's training means with
-    the results of an evaluation at its end. ``seconds`` is what the compilation or the chunk took, ``examples`` how
-    many the chunk has seen. ``state`` is where the run stood at the end of the chunk, not to be changed; if the run
-    keeps no copies (``fit(keep=False)``) it may be read during the call only.
+    the results of an evaluation at its end. ``seconds`` is what the compilation took, or the time from the end of the
+    chunk before to the end of this one, observers included; ``examples`` how many the chunk has seen. ``state`` is
+    where the run stood at the end of the chunk, not to be changed; if the run keeps no copies (``fit(keep=False)``) it
+    may be read during the call only.
     """
 
     kind: str

@@ -55,10 +55,11 @@ def check_kinds(step, ts, evaluate, stop, observers, run) -> None:
     if not isinstance(observers, Sequence):
         raise TypeError(f"observers is {_short(observers)}; expected a list of functions")
     functions = {"step": step, **({} if evaluate is None else {"evaluate": evaluate})}
-    functions |= {f"observers[{i}]": observer for i, observer in enumerate(observers)}
-    for name, given in functions.items():
-        if not callable(given) or not isinstance(given, Hashable):
-            raise TypeError(f"{name} is {_short(given)}; expected a function, one that can be hashed")
+    for name, given in {**functions, **{f"observers[{i}]": each for i, each in enumerate(observers)}}.items():
+        if not callable(given):
+            raise TypeError(f"{name} is {_short(given)}; expected a function")
+        if name in functions and not isinstance(given, Hashable):  # its programs are kept by it
+            raise TypeError(f"{name} is {_short(given)} without a hash; expected a function, or a class with __hash__")
 
 
 def _short(value: Any) -> str:
@@ -150,16 +151,14 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
         )
     if stop is None or ts.stopping == ():
         return
-    own, given = (
-        {name: leaf for name, leaf in named_leaves(state) if "hyper" in name.split("/")}
-        for state in (ts.stopping, stop.init(ts))
-    )
-    for name in {**own, **given}:
-        if name not in own or name not in given or not np.array_equal(own[name], given[name]):
-            raise ValueError(
-                f"stop has {name.removeprefix('hyper/')} = {given.get(name)}, and the state's rule {own.get(name)}; "
-                "expected the same: ts._replace(stopping=()) begins anew with the one given"
-            )
+    own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(stop.init(ts)))
+    differing = [name for name in own if "hyper" in name.split("/") and str(own[name]) != str(given.get(name))]
+    if differing or own.keys() != given.keys():
+        numbers = [f"{name.split('/')[-1]} {_shortest(own[name])}" for name in differing if name != "hyper/rule"]
+        raise ValueError(
+            f"stop is {stop.about}, and the state has another rule{': ' * bool(numbers)}{', '.join(numbers)}; expected "
+            "that which it began with: ts._replace(stopping=()) begins anew with the one given"
+        )
 
 
 def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
@@ -169,13 +168,17 @@ def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
     """
     held = [*named_leaves({"opt_state": ts.opt_state, "stopping": ts.stopping})]
     numbers = {path: _shortest(leaf) for path, leaf in held if "hyper" in path.split("/") and leaf.size < 1000}
-    leaves = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)]
+    data = {"steps_per_epoch": plan.per_epoch}
+    if not isinstance(plan.data, Stream):
+        data = {
+            "examples": plan.examples,
+            "an example": [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)],
+            "batch_size": plan.batch_size,
+            "shuffle": plan.shuffle,
+            "rows": _rows_digest(plan.data),
+        }
     return {
-        "examples": plan.examples,
-        "an example": leaves,
-        "batch_size": plan.batch_size,
-        "shuffle": plan.shuffle,
-        "rows": None if isinstance(plan.data, Stream) else _rows_digest(plan.data),
+        **data,
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
         "rule to stop": plan.stop.about if plan.stop else None,
         "steps between evaluations": plan.every if plan.evaluate else None,
@@ -193,8 +196,8 @@ def _rows_digest(data: Batch) -> str:
     """A hash of 64 of the data's examples, evenly spread."""
     rows = np.unique(np.linspace(0, count_examples(data) - 1, 64).astype(int))
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(data):
-        digest.update(np.ascontiguousarray(np.asarray(leaf)[rows]).tobytes())
+    for leaf in map(np.asarray, jax.tree.leaves(data)):
+        digest.update(np.ascontiguousarray(leaf[rows], jax.dtypes.canonicalize_dtype(leaf.dtype)).tobytes())
     return f"SHA-256 {digest.hexdigest()[:12]}…"
 
 

@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -33,6 +33,7 @@ from fnet.checkpoint import (
     delete_checkpoint,
     host_leaves,
     load_checkpoint,
+    read_meta,
     save_checkpoint,
     saved_results,
     saved_steps,
@@ -81,16 +82,27 @@ class OpenRun:
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
-    def restore(self, like: TrainState, about: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
+    def restore(
+        self, like: TrainState, described: Callable[[TrainState], dict[str, Any]]
+    ) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
         """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins.
 
+        ``like`` is described as the run was when it began, or as it stands: some optimizers change their own numbers.
         Nothing is written: `begin` does, once the run is known to go on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
         if not steps:
             return None
-        ts, meta = load_checkpoint(list(steps.values())[-1], like)
-        if differing := _differences(meta["plan"], about, "as saved"):
+        path, about = list(steps.values())[-1], described(like)
+        meta = read_meta(path)
+        if (rule := meta["plan"]["rule to stop"]) == about["rule to stop"]:  # else other leaves are missing too
+            ts = load_checkpoint(path, like, meta)
+            stands = described(ts)
+            moved = {name: value for name, value in about.items() if "/" in name and value == stands.get(name)}
+            differing = _differences({**meta["plan"], **moved}, about, "as saved")
+        else:
+            differing = _differences({"rule to stop": rule}, {"rule to stop": about["rule to stop"]}, "as saved")
+        if differing:
             raise RunError(
                 f"{self.folder} was run on other data or with other numbers: {differing}. "
                 "Resume it with its own, or name another folder"
@@ -285,13 +297,15 @@ def _plain(config: Any, name: str = "config") -> Any:
     """The configuration as JSON holds it; RunError names what it cannot hold."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if isinstance(config, Mapping) and all(isinstance(key, str) for key in config):
-        return {key: _plain(value, f"{name}[{key!r}]") for key, value in config.items()}
-    if name != "config" and isinstance(config, (list, tuple, set, frozenset, np.ndarray, jax.Array)):
+    if isinstance(config, Mapping):
+        if odd := [key for key in config if not isinstance(key, (str, int, float))]:
+            raise RunError(f"Run: {name} has the key {odd[0]!r}; expected text, as it is stored in a file")
+        return {str(key): _plain(value, f"{name}[{key!r}]") for key, value in config.items()}
+    if name != "config" and isinstance(config, (np.ndarray, np.generic, jax.Array)):
+        config = np.asarray(config).tolist()
+    if name != "config" and isinstance(config, (list, tuple, set, frozenset, range)):
         values = sorted(config, key=repr) if isinstance(config, (set, frozenset)) else config
         return [_plain(value, f"{name}[{i}]") for i, value in enumerate(values)]
-    if name != "config" and isinstance(config, np.generic):
-        return config.item()
     if name != "config" and (config is None or isinstance(config, (str, int, float))):
         return config
     if name != "config" and isinstance(config, (Path, np.dtype, type, enum.Enum)):
@@ -323,7 +337,8 @@ def _compare_config(run: Run, folder: Path, saved: Mapping[str, Any], given: Map
 
 def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], when: str) -> str:
     """What is not the same in both, in words; nothing where all is. NaN is NaN here."""
-    names = sorted(n for n in {**saved, **given} if json.dumps(saved.get(n)) != json.dumps(given.get(n)))
+    text = lambda value: json.dumps(value, sort_keys=True)  # noqa: E731
+    names = sorted(n for n in {**saved, **given} if text(saved.get(n)) != text(given.get(n)))
     return "; ".join(
         f"{n}: expected {saved.get(n, 'nothing')!r} ({when}), found {given.get(n, 'nothing')!r}" for n in names
     )

@@ -10,6 +10,7 @@ The state of a reducer is ``TrainState.stopping``: it is saved with the run and 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,10 +64,11 @@ def early_stopping(
     """
     check_numbers("early_stopping", positive=True, patience=patience)
     check_numbers("early_stopping", least_change=least_change)
-    sign = -1 if greatest else 1
+    sign, about = -1 if greatest else 1, f"early_stopping by the {'greatest' if greatest else 'least'} {metric}"
 
     def init(ts: TrainState) -> StoppingState:
-        hyper = {"patience": jnp.array(patience, float), "least_change": jnp.array(least_change, float)}
+        rule = jnp.array(zlib.crc32(about.encode()), jnp.uint32)  # so that a state knows its own
+        hyper = {"patience": jnp.array(patience, float), "least_change": jnp.array(least_change, float), "rule": rule}
         weights = jax.tree.map(jnp.copy, (ts.params, ts.state)) if keep_weights else ()
         best, since = jnp.array(math.inf, float), jnp.array(0, jnp.int32)
         return StoppingState(best, since, jnp.copy(ts.step), jnp.array(False), hyper, weights)
@@ -90,7 +92,7 @@ def early_stopping(
             jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, own.weights),
         )
 
-    return Reducer(init, update, f"early_stopping by the {'greatest' if greatest else 'least'} {metric}")
+    return Reducer(init, update, about)
 
 
 def best_weights(ts: TrainState) -> TrainState:

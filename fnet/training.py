@@ -40,6 +40,7 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
     ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and what each of the ``monitors`` returns
     of the gradients, by name: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
     """
+    refuse_names(monitors or {}, ["loss", "learning_rate"])
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(stream(ts.key, "noise"), ts.step)
@@ -49,7 +50,7 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
         with jax.named_scope("optimizer"):
             params, opt_state = optimizer.update(grads, ts.opt_state, ts.params, value=metrics["loss"].value)
         watched = {name: monitor(grads) for name, monitor in (monitors or {}).items()}
-        refuse_names(watched, [*metrics, "learning_rate"])
+        refuse_names([*watched, "learning_rate"], metrics)
         watched["learning_rate"] = opt_state.rate
         metrics = {**metrics, **jax.tree.map(lambda value: Mean(value, jnp.ones_like(value)), watched)}
         return ts._replace(step=ts.step + 1, params=params, state=state, opt_state=opt_state), metrics

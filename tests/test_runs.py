@@ -20,9 +20,17 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.checkpoint import host_leaves, load_checkpoint, save_checkpoint, saved_results, saved_steps, write_manifest
+from fnet.checkpoint import (
+    host_leaves,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+    saved_results,
+    saved_steps,
+    write_manifest,
+)
 from fnet.runs import RunWarning, open_run
-from fnet.types import TrainState
+from fnet.types import TrainState, named_leaves
 from tests import resumable
 from tests.conftest import on_two_devices
 from tests.resumable import digest
@@ -96,7 +104,8 @@ def test_a_checkpoint_holds_every_leaf_with_its_dtype_and_bits(tmp_path):
     }
     path = save_checkpoint(tmp_path, 3, host_leaves(tree), {"note": 0.1})
     is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
-    back, meta = load_checkpoint(path, jax.tree.map(lambda a: a[::-1] if is_key(a) else jnp.zeros_like(a), tree))
+    meta = read_meta(path)
+    back = load_checkpoint(path, jax.tree.map(lambda a: a[::-1] if is_key(a) else jnp.zeros_like(a), tree), meta)
     assert_same_bits(back, tree)
     assert meta["note"] == 0.1 and meta["step"] == 3
     with pytest.raises(fnet.CheckpointError, match="exists already and is left as it is"):
@@ -511,7 +520,7 @@ def test_a_checkpoint_of_64_bits_names_the_setting(tmp_path, x64):
     ts = TrainState(jnp.asarray(3, jnp.int32), jnp.ones(2), (), (), jax.random.key(0))
     path = save_checkpoint(tmp_path, 3, host_leaves(ts))
     with jax.enable_x64(False), pytest.raises(fnet.CheckpointError, match="is of another jax_enable_x64: params"):
-        load_checkpoint(path, ts._replace(params=jnp.ones(2, jnp.float32)))
+        load_checkpoint(path, ts._replace(params=jnp.ones(2, jnp.float32)), read_meta(path))
 
 
 def test_what_was_not_finite_is_forgotten_when_the_run_goes_on(tmp_path):
@@ -547,6 +556,16 @@ for ts in (end, again):
     assert ts.params["dense_1"]["w"].sharding.spec == P("d"), ts.params["dense_1"]["w"].sharding
     for a, b in zip(jax.tree.leaves(ts.params), jax.tree.leaves(plain.params)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+on_mesh = jax.tree.map(lambda a: jax.device_put(a, split(a)), params)
+partly = fnet.init_train_state(on_mesh, optimizer, jax.random.key(1), state)
+evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy)
+rule = dict(evaluate=evaluate, validation=data, stop=fnet.early_stopping("validation_loss", 9))
+for keep in (True, False):
+    ruled, _ = fnet.fit(step, partly, data, epochs=3, keep=keep, **rule, **options)
+    np.testing.assert_allclose(ruled.params["dense_1"]["w"], plain.params["dense_1"]["w"], rtol=1e-5, atol=1e-6)
+turned = jax.make_mesh((2,), ("d",), devices=jax.devices()[::-1], axis_types=(jax.sharding.AxisType.Auto,))
+fnet.fit(step, jax.device_put(start, NamedSharding(turned, P())), data, epochs=1, **options)
+fnet.fit(step, jax.device_put(start, NamedSharding(mesh, P())), data, epochs=1, **options)
 second = jax.device_put(start, jax.devices()[1])
 moved, _ = fnet.fit(step, second, jax.device_put(data, jax.devices()[1]), epochs=1, **options)
 assert moved.params["dense_1"]["w"].devices() == {{jax.devices()[1]}}
@@ -575,3 +594,56 @@ def test_a_stream_of_grain_with_workers_is_resumed_to_the_bit(tmp_path):
     fnet.fit(step, ts, stream, epochs=3, run=run, observers=[stop_at(10)], chunk_steps=5)
     resumed, _ = fnet.fit(step, ts, stream, epochs=3, run=run._replace(resume=True))
     assert_same_bits(resumed, straight)
+
+
+# --- what a fourth pair of eyes broke --------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_with_the_state_that_it_returned_though_its_numbers_have_moved(tmp_path):
+    from fnet.optimizers import reduce_on_plateau, sgd
+
+    inputs, targets = resumable.parts()[2]
+    model, optimizer = fnet.mlp(4, 2), reduce_on_plateau(sgd(3.0), window=2, patience=1)
+    params, state = fnet.init(model, jax.random.key(0), inputs[:1])
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
+    start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+    data, run = fnet.Batch(inputs, targets), fnet.Run(tmp_path / "run", resume=True)
+    end, _ = fnet.fit(step, start, data, epochs=4, batch_size=8, run=run)
+    moved, begun = (dict(named_leaves(ts))["opt_state/optimizer/hyper/learning_rate"] for ts in (end, start))
+    assert moved < begun
+    straight, _ = fnet.fit(step, start, data, epochs=6, batch_size=8)
+    fnet.fit(step, end, data, epochs=5, batch_size=8, run=run)
+    resumed, _ = fnet.fit(step, start, data, epochs=6, batch_size=8, run=run)
+    assert_same_bits(resumed, straight)
+
+
+def test_a_configuration_may_hold_arrays_and_keys_that_are_numbers_in_any_order(tmp_path):
+    run = fnet.Run(tmp_path / "run", {"a": jnp.float32(0.5), "b": np.arange(3), "c": {10: 0.1, 1: jnp.arange(2)}})
+    with open_run(run) as opened:
+        opened.begin([])
+    same = {"c": {1: [0, 1], 10: 0.1}, "b": [0, 1, 2], "a": 0.5}
+    with open_run(run._replace(config=same, resume=True)) as opened:
+        assert opened.config == {"a": 0.5, "b": [0, 1, 2], "c": {"10": 0.1, "1": [0, 1]}}
+
+
+class Bytes(resumable.Reader):
+    """A reader whose state is bytes, as that of grain's DataLoader is."""
+
+    def get_state(self):
+        return str(self.at).encode()
+
+    def set_state(self, state):
+        self.at = int(state)
+
+
+def test_a_streams_state_may_be_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "Reader", Bytes)
+    resumed_is_straight(tmp_path, source="stream", epochs=6)
+
+
+def test_a_run_without_its_rule_is_told_so_and_not_of_another_model(folder):
+    step, ts, arrays, evaluate = resumable.parts()
+    run = fnet.Run(folder, {"optimizer": "noisy"}, resume=True)
+    options = {"evaluate": evaluate, "validation": arrays, "evaluate_every": (4, "steps"), "run": run}
+    with pytest.raises(fnet.RunError, match=r"rule to stop: expected 'early_stopping by the least validation_loss'"):
+        fnet.fit(step, ts, fnet.Batch(*arrays), epochs=6, batch_size=8, **options)

@@ -112,3 +112,22 @@ def test_the_order_of_the_examples_stands_outside_of_what_a_stopped_member_skips
     (steps,) = [eqn for eqn in body.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 6]  # full batches
     sorts = lambda jaxpr: [place for place in walk(jaxpr) if place.eqn.primitive.name == "sort"]  # noqa: E731
     assert sorts(body) and not sorts(steps.params["jaxpr"].jaxpr)
+
+
+@pytest.mark.parametrize("other", [("validation_loss", {}), ("validation_accuracy", {"keep_weights": False})])
+def test_a_state_goes_on_with_its_own_rule_alone(other):
+    step, ts, data, evaluate = problem()
+    options = {"batch_size": 8, "evaluate": evaluate, "validation": data}
+    by_accuracy = early_stopping("validation_accuracy", 30, greatest=True)
+    half, _ = fnet.fit(step, ts, data, epochs=1, stop=by_accuracy, **options)
+    with pytest.raises(ValueError, match=r"stop is early_stopping by the .*, and the state has another rule"):
+        fnet.fit(
+            step,
+            half,
+            data,
+            epochs=2,
+            stop=early_stopping(other[0], 30, greatest=bool(other[1]), **other[1]),
+            **options,
+        )
+    end, _ = fnet.fit(step, half, data, epochs=2, stop=by_accuracy, **options)
+    assert_same_bits(end, fnet.fit(step, ts, data, epochs=2, stop=by_accuracy, **options)[0])

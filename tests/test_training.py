@@ -850,3 +850,25 @@ def test_each_observer_has_metrics_of_its_own():
     spoil = lambda event: event.metrics.clear()  # noqa: E731
     fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[spoil, lambda event: seen.append(dict(event.metrics))])
     assert all("loss" in metrics for metrics in seen if metrics) and any(seen)
+
+
+def test_batches_of_a_stream_may_differ_in_their_dtypes():
+    step, ts, data, _ = problem()
+    x, y = np.asarray(data.inputs[:8]), np.asarray(data.targets[:8])
+    batches = [(x, y.astype(kind)) for kind in (np.int32, np.int32, np.int8, np.int32, np.int8, np.int8)]
+    expected, _ = fnet.fit(step, ts, Stream([(x, y)] * 6, 6), epochs=1)
+    assert_same_bits(fnet.fit(step, ts, Stream(batches, 6), epochs=1)[0], expected)
+
+
+def test_an_observer_needs_no_hash():
+    class Counting:
+        __hash__ = None  # pyright: ignore[reportAssignmentType]
+        calls = 0
+
+        def __call__(self, event):
+            self.calls += 1
+
+    step, ts, data, _ = problem()
+    counting = Counting()
+    fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[counting])
+    assert counting.calls > 3

@@ -9,6 +9,7 @@ batches, in an order of its own; where it stands is saved with the run. Both are
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import threading
@@ -27,7 +28,7 @@ from fnet.types import Batch
 class Stream(NamedTuple):
     """Batches from an iterable: `Batch`es or tuples of arrays, never-ending or long enough for the run.
 
-    To be resumed, its iterator has ``get_state()``, which gives what JSON can hold, and ``set_state(state)``: grain's
+    To be resumed, its iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's
     have. ``steps_per_epoch`` says how many batches are called an epoch.
     """
 
@@ -86,12 +87,18 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
     if state is not None:
         if not hasattr(iterator, "set_state"):
             raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
-        iterator.set_state(state)
+        iterator.set_state(
+            base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state
+        )
     for element in iterator:
         held = iterator.get_state() if hasattr(iterator, "get_state") else None
+        if isinstance(held, bytes):
+            held = {"base64": base64.b64encode(held).decode()}
         try:
-            held = json.loads(json.dumps(held))  # the iterator may go on with its own
-        except TypeError as error:
+            held = json.loads(
+                json.dumps(held, default=lambda number: number.item())
+            )  # the iterator may go on with its own
+        except (TypeError, AttributeError) as error:
             raise DataError(
                 f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
             ) from error
