@@ -26,7 +26,7 @@ from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data
-from fnet.data.streams import is_read_ahead
+from fnet.data.streams import is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, interruptions
@@ -332,7 +332,8 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
 
     def batches():
         for read in chunk.outputs.reads:
-            yield read.rows, check_data(read.batch, part=True)
+            batch = take_rows(plan.data, read.rows) if read.batch is None else read.batch
+            yield read.rows, check_data(batch, part=True)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size

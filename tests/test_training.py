@@ -627,6 +627,18 @@ def test_a_gradient_that_overflows_is_found_in_the_backward(engine):
     assert found.leaf == "params/dense_0/b" and np.isfinite(found.loss)
 
 
+def test_mapped_data_are_read_again_to_find_what_is_not_finite(tmp_path):
+    step, ts, data = exploding(fnet.backprop, [17])
+    for name, array in (("x", data.inputs), ("y", data.targets)):
+        np.save(tmp_path / f"{name}.npy", array)
+    found = []
+    for held in (data, open_arrays(tmp_path / "x.npy", tmp_path / "y.npy")):
+        with pytest.raises(fnet.NonFiniteError) as caught:
+            fnet.fit(step, ts, held, epochs=2, batch_size=8, chunk_steps=3)
+        found.append(caught.value.found)
+    assert str(found[0]) == str(found[1]) and 17 in found[0].examples
+
+
 def test_without_copies_only_the_chunk_is_known(tmp_path):
     step, ts, data = exploding(fnet.backprop, [17])
     message = r"not finite between steps 0 and 10; fit\(keep=True\) keeps what"

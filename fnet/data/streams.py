@@ -37,9 +37,9 @@ class Stream(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A batch on the host: its rows in the data, if it has any, and where a stream stands after it."""
+    """A batch on the host, until it is used; its rows in the data, if it has any; where a stream stands after it."""
 
-    batch: Batch
+    batch: Any  # a Batch
     rows: list[int] | None
     state: Any
 
@@ -74,9 +74,14 @@ def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: in
     while True:
         order = order_of(step // per_epoch)
         for within in range(step % per_epoch, per_epoch):
-            rows = order[within * batch_size : (within + 1) * batch_size]
-            yield Read(jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf[rows]), data), rows.tolist(), None)
+            rows = order[within * batch_size : (within + 1) * batch_size].tolist()
+            yield Read(take_rows(data, rows), rows, None)
             step += 1
+
+
+def take_rows(data: Any, rows: list[int]) -> Batch:
+    """These examples of memory-mapped data, in memory."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[rows]), data)
 
 
 def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
