@@ -74,7 +74,8 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
     """Gradients of a plain function by `jax.value_and_grad`: the layers are offered, never required.
 
     ``loss_fn(params, batch, key) -> scalar``, the mean over the batch's examples; or with ``has_state=True``
-    ``loss_fn(params, state, batch, key) -> scalar, state, metrics`` (``metrics`` maps names to scalars or `Mean`s).
+    ``loss_fn(params, state, batch, key) -> scalar, state, metrics`` (``metrics`` maps names to scalars or `Mean`s; a
+    "loss" among them takes the scalar's place).
     ``batch`` is whatever pytree of arrays the data are, with the examples along the first axis. Where it is a `Batch`
     with weights, the mean is the one by these weights, ``Σ w ℓ / Σ w``, and counts ``Σ w`` where batches are added up;
     any other counts its examples.
@@ -101,7 +102,6 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
             total = jnp.asarray(count, m.dtype).sum()
             return Mean(m * total, total)
 
-        refuse_names(metrics, ["loss"])
         measured = {name: m if isinstance(m, Mean) else mean(m) for name, m in {"loss": value, **metrics}.items()}
         return grads, new_state, measured
 
