@@ -96,13 +96,11 @@ def train_seed(config, model: fnet.Layer, learning, seed: int, data: tuple, fold
     return {**curves, "confusion": np.asarray(confusion(10)(tested, test_data.targets).sum(0)), **seconds}
 
 
-def train_seeds(config, model: fnet.Layer, folder: Path, console: Console) -> dict:
-    """All seeds, each in a folder of its own; results stacked by seed."""
-    results, parts = [], None
+def train_seeds(config, model: fnet.Layer, data: dict[int, tuple], folder: Path, console: Console) -> dict:
+    """All seeds on their data, each in a folder of its own; results stacked by seed."""
+    results, parts = [], learning(config, model, len(data[config.seeds[0]][0].targets))
     for seed in config.seeds:
-        data = load_images(seed, config.test_size, config.held_out)
-        parts = parts or learning(config, model, len(data[0].targets))
-        results.append(train_seed(config, model, parts, seed, data, folder / f"seed_{seed}", console))
+        results.append(train_seed(config, model, parts, seed, data[seed], folder / f"seed_{seed}", console))
         console.print(f"seed {seed}: test accuracy {results[-1]['test accuracy'][-1]:.4f}")
     return {name: np.stack([result[name] for result in results]) for name in results[0]}
 
@@ -118,11 +116,12 @@ def run(config: Config, console: Console | None = None) -> dict:
 def measure(experiment: str, model: fnet.Layer, config, console: Console | None = None) -> dict:
     """Train ``model`` from every seed, print the tables and write the run folder; returns what was measured."""
     console = open_console(config, experiment, console, takes=(*FOLDER, "engine", "steps", "resume"))
-    length(config, load_images(0, config.test_size, config.held_out)[0])  # an option that cannot be leaves no folder
+    data = {seed: load_images(seed, config.test_size, config.held_out) for seed in config.seeds}
+    length(config, data[config.seeds[0]][0])  # an option that cannot be leaves no folder
     folder = new_run_folder(config, experiment)
     table = summary(model, jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), "float32"))
     console.print(str(table), markup=False, highlight=False, soft_wrap=True)
-    results = train_seeds(config, model, folder, console)
+    results = train_seeds(config, model, data, folder, console)
 
     seconds = {what: float(results.pop(f"{what} seconds").sum()) for what in ("compile", "run")}
     final = {name: curve[:, -1] for name, curve in results.items() if name != "confusion"}

@@ -46,7 +46,7 @@ class HostLeaf(NamedTuple):
 def host_leaves(tree: PyTree) -> list[HostLeaf]:
     """The leaves of a tree on the host, by path and in order."""
     named = _named(tree)
-    arrays = jax.device_get([_words(leaf) for leaf in named.values()])
+    arrays = jax.device_get([words_of(leaf) for leaf in named.values()])
     return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named.items(), arrays, strict=True)]
 
 
@@ -95,7 +95,7 @@ def load_checkpoint(path: str | Path, like: PyTree, meta: Mapping[str, Any]) -> 
     path = Path(path).absolute()
     expected, found = _named(like), {saved["path"]: saved["kind"] for saved in meta["leaves"]}
     _compare(path, {name: _kind(leaf) for name, leaf in expected.items()}, found)
-    words = {name: _words(expected[name]) for name in found}
+    words = {name: words_of(expected[name]) for name in found}
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in words.items()}
     places = {f"{i:05d}": name for i, (name, a) in enumerate(arrays.items()) if a.size}
     ocp, checkpointer = _orbax()
@@ -138,8 +138,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 def saved_steps(folder: str | Path) -> dict[int, Path]:
     """The complete checkpoints in a folder by step, the oldest first."""
-    found = [path for path in Path(folder).glob("step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+    paths = [path for path in Path(folder).glob("step_*") if path.is_dir()]
+    return dict(sorted((int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))))
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -198,7 +198,7 @@ def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _words(leaf: jax.Array) -> jax.Array:
+def words_of(leaf: jax.Array) -> jax.Array:
     """The array that is kept: a key's words, or the leaf itself."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 

@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
     evaluated: jax.Array  # the steps of these evaluations; 0 in rows that are not filled
     finite: jax.Array  # whether all parameters and model states are
     stopped: jax.Array  # whether the reducer ended the run
-    reads: Any = ()  # of data that are read ahead: a stream's batches, else their rows; and where a stream stands
+    reads: Any = ()  # of a stream: its batches, and where it stands
 
 
 def run_chunk(
@@ -216,7 +216,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
                 number = jnp.asarray(n, jnp.int32)
                 ts, now = program(ts, parts, number)(ts, parts, number)
                 metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
-            used += taken if isinstance(plan.data, Stream) else [read._replace(batch=None) for read in taken]
+            used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step
             position += len(taken)
             if at_boundary and position % every == 0:
                 ts, now = at_boundary(ts, validation)

@@ -110,7 +110,7 @@ def fit(
         caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, stream = Recorder(plan.per_epoch), None
         rows = []
-        if folder and (resumed := folder.restore(ts, lambda ts: described(plan, ts))):
+        if folder and (resumed := folder.restore(ts, about)):
             ts, meta, rows = resumed
             recorder, stream, about = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"], meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
@@ -332,13 +332,12 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
 
     def batches():
         for read in chunk.outputs.reads:
-            batch = take_rows(plan.data, read.rows) if read.batch is None else read.batch
-            yield read.rows, check_data(batch, part=True)
+            yield None, check_data(read.batch, part=True)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
-            rows = order[begin : begin + plan.batch_size]
-            yield rows.tolist(), jax.tree.map(lambda a, rows=rows: a[rows], plan.data)
+            rows = order[begin : begin + plan.batch_size].tolist()
+            yield rows, check_data(take_rows(plan.data, rows), part=True)
 
     if leaf := bad_leaf(before):
         message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"

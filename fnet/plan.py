@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.checkpoint import words_of
 from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
 from fnet.data.streams import Stream, first_batch, is_read_ahead
-from fnet.runs import Run, RunError
-from fnet.stopping import Reducer, stopped, with_stopping
+from fnet.runs import Run, RunError, numbers_of, shortest
+from fnet.stopping import Reducer, stopped
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
 from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves, require_counts
 
@@ -114,8 +115,7 @@ def check_run(
         for name, held in checked.items():
             dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
         validation = checked if isinstance(validation, Mapping) else checked["validation"]
-        decided = lambda ts, sets: evaluated(with_stopping(stop, ts), sets, evaluate, stop)  # noqa: E731
-        results = jax.eval_shape(decided, ts, validation)[1]
+        results = jax.eval_shape(lambda ts, sets: evaluated(ts, sets, evaluate, stop), ts, validation)[1]
     check_metrics([*named_metrics(metrics), *results.items()])
     named, end = dict(named_metrics(metrics)), int(steps or epochs * per_epoch)
     run = per_epoch, end, every, named, results, chunk_capacity(metrics, every, results)
@@ -154,7 +154,7 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
     own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(stop.init(ts)))
     differing = [name for name in own if "hyper" in name.split("/") and str(own[name]) != str(given.get(name))]
     if differing or own.keys() != given.keys():
-        numbers = [f"{name.split('/')[-1]} {_shortest(own[name])}" for name in differing if name != "hyper/rule"]
+        numbers = [f"{name.split('/')[-1]} {shortest(own[name])}" for name in differing if name != "hyper/rule"]
         raise ValueError(
             f"stop is {stop.about}, and the state has another rule{': ' * bool(numbers)}{', '.join(numbers)}; expected "
             "that which it began with: ts._replace(stopping=()) begins anew with the one given"
@@ -166,8 +166,6 @@ def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
 
     The last are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
     """
-    held = [*named_leaves({"opt_state": ts.opt_state, "stopping": ts.stopping})]
-    numbers = {path: _shortest(leaf) for path, leaf in held if "hyper" in path.split("/") and leaf.size < 1000}
     data = {"steps_per_epoch": plan.per_epoch}
     if not isinstance(plan.data, Stream):
         data = {
@@ -182,14 +180,9 @@ def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
         "rule to stop": plan.stop.about if plan.stop else None,
         "steps between evaluations": plan.every if plan.evaluate else None,
-        "key": jax.tree.map(_words, ts.key),
-        **numbers,
+        "key": jax.tree.map(lambda key: np.asarray(words_of(key)).tolist(), ts.key),
+        **numbers_of(ts),
     }
-
-
-def _words(key: jax.Array) -> list[int]:
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return np.asarray(words).tolist()
 
 
 def _rows_digest(data: Batch) -> str:
@@ -203,14 +196,6 @@ def _rows_digest(data: Batch) -> str:
 
 def _shape(metric: Any) -> tuple[int, ...]:
     return tuple(jnp.shape(metric.sum if isinstance(metric, Mean) else metric))
-
-
-def _shortest(numbers: Any) -> Any:
-    """The numbers as they are written: 0.1, where float32 holds 0.10000000149011612."""
-    array = np.asarray(numbers)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array.tolist()
-    return np.array([float(str(number)) for number in array.ravel()]).reshape(array.shape).tolist()
 
 
 def check_result(what: str, name: str, plan: Plan) -> None:

@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fnet.checkpoint import (
@@ -40,7 +41,7 @@ from fnet.checkpoint import (
     sweep,
 )
 from fnet.files import first_line, whole_file
-from fnet.types import TrainState, require_counts
+from fnet.types import TrainState, named_leaves, require_counts
 
 
 class RunError(ValueError):
@@ -82,23 +83,20 @@ class OpenRun:
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
-    def restore(
-        self, like: TrainState, described: Callable[[TrainState], dict[str, Any]]
-    ) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
+    def restore(self, like: TrainState, about: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
         """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins.
 
-        ``like`` is described as the run was when it began, or as it stands: some optimizers change their own numbers.
+        ``about`` must be as it was saved, but for numbers that are as the run left them: some optimizers change theirs.
         Nothing is written: `begin` does, once the run is known to go on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
         if not steps:
             return None
-        path, about = list(steps.values())[-1], described(like)
+        path = list(steps.values())[-1]
         meta = read_meta(path)
         if (rule := meta["plan"]["rule to stop"]) == about["rule to stop"]:  # else other leaves are missing too
             ts = load_checkpoint(path, like, meta)
-            stands = described(ts)
-            moved = {name: value for name, value in about.items() if "/" in name and value == stands.get(name)}
+            moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
             differing = _differences({**meta["plan"], **moved}, about, "as saved")
         else:
             differing = _differences({"rule to stop": rule}, {"rule to stop": about["rule to stop"]}, "as saved")
@@ -259,6 +257,20 @@ def _written(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written to ({first_line(error)}); expected a folder that can, on a disk with room: "
             "name another, or free some"
         ) from error
+
+
+def numbers_of(ts: TrainState) -> dict[str, Any]:
+    """The numbers of the optimizer and of the rule to stop by path, which a checkpoint overrides."""
+    held = named_leaves({"opt_state": ts.opt_state, "stopping": ts.stopping})
+    return {path: shortest(leaf) for path, leaf in held if "hyper" in path.split("/") and leaf.size < 1000}
+
+
+def shortest(numbers: Any) -> Any:
+    """The numbers as they are written: 0.1, where float32 holds 0.10000000149011612."""
+    array = np.asarray(numbers)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.tolist()
+    return np.array([float(str(number)) for number in array.ravel()]).reshape(array.shape).tolist()
 
 
 def environment() -> dict[str, Any]:

@@ -37,9 +37,9 @@ class Stream(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A batch on the host, until it is used; its rows in the data, if it has any; where a stream stands after it."""
+    """A batch on the host: its rows in the data, if it has any, and where a stream stands after it."""
 
-    batch: Any  # a Batch
+    batch: Batch
     rows: list[int] | None
     state: Any
 
@@ -80,8 +80,8 @@ def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: in
 
 
 def take_rows(data: Any, rows: list[int]) -> Batch:
-    """These examples of memory-mapped data, in memory."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf[rows]), data)
+    """These examples, on the host; of memory-mapped data no others are read."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[np.asarray(rows)]), data)  # jax takes no list
 
 
 def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
@@ -100,9 +100,8 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
         if isinstance(held, bytes):
             held = {"base64": base64.b64encode(held).decode()}
         try:
-            held = json.loads(
-                json.dumps(held, default=lambda number: number.item())
-            )  # the iterator may go on with its own
+            # a copy, since the iterator may go on with its own
+            held = json.loads(json.dumps(held, default=lambda number: number.item()))
         except (TypeError, AttributeError) as error:
             raise DataError(
                 f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
