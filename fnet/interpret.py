@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+
+from fnet.jax_insides import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, bind, jaxprs_in_params, scan_parts, value_of
 
 Site = tuple[int, ...]
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -110,7 +110,7 @@ class _Run(NamedTuple):
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom):
-            return atom.val if isinstance(atom, Literal) else values[atom]
+            return value_of(atom) if isinstance(atom, Literal) else values[atom]
 
         last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)}
         last.update({atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)})
@@ -141,7 +141,7 @@ class _Run(NamedTuple):
         return outputs, mark if seen is None else mark + seen
 
     def _scan(self, eqn, inputs, extras, site, calls):
-        body, n_consts, n_carry = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
+        body, (n_consts, n_carry) = eqn.params["jaxpr"], scan_parts(eqn)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
         within = [k for k in extras if k[: len(site)] == site]  # a list, since sites of unlike kinds do not sort
@@ -211,14 +211,6 @@ class _Run(NamedTuple):
         return state
 
 
-def bind(eqn: JaxprEqn, inputs) -> list:
-    """An equation's outputs by its own primitive; where it is traced again, it keeps its place in the user's code."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outputs) if eqn.primitive.multiple_results else [outputs]
-
-
 def weights(n: int) -> jax.Array:
     """Odd numbers, scattered over the uint32s, that make a sum of marks tell which of n places differ."""
     return (jnp.arange(n, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(40503)) | jnp.uint32(1)
@@ -243,7 +235,7 @@ def dependencies(jaxpr: Jaxpr, masks, visit: Callable | None = None, site: Site 
         if body is not None:
             outs = dependencies(body.jaxpr, ins, visit, here)
         elif name == "scan":
-            n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            n_consts, n_carry = scan_parts(eqn)
             inner = eqn.params["jaxpr"].jaxpr
             while True:  # what reaches the carry at one step reaches it at the next
                 outs = dependencies(inner, ins, None, here)
@@ -268,7 +260,13 @@ def dependencies(jaxpr: Jaxpr, masks, visit: Callable | None = None, site: Site 
     return [read(atom) for atom in jaxpr.outvars]
 
 
-HIDDEN = (str(Path(jax.__file__).parent) + os.sep, __file__, str(Path(__file__).parent / "gradcheck"), "contextlib.py")
+HIDDEN = (
+    str(Path(jax.__file__).parent) + os.sep,
+    __file__,
+    str(Path(__file__).parent / "jax_insides.py"),
+    str(Path(__file__).parent / "gradcheck"),
+    "contextlib.py",
+)
 
 
 def location(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:

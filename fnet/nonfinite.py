@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.interpret import evaluate
+from fnet.jax_insides import source_line
 from fnet.types import Mean, PyTree, TrainState, named_leaves
 
 
@@ -90,7 +91,7 @@ def locate(step: Callable, ts: TrainState, batch: PyTree) -> tuple[str, str, str
         bad = next(out for out in outputs if _not_finite([out]))
         value = np.asarray(bad, np.float64)[~np.isfinite(np.asarray(bad, np.float64))].ravel()[0]
         stage, layer = _place(stack)
-        found.append((stage, layer, f"{eqn.primitive.name} gives {value}", _source(eqn)))
+        found.append((stage, layer, f"{eqn.primitive.name} gives {value}", source_line(eqn)))
 
     evaluate(closed, jax.tree.leaves((ts, batch)), observe=observe, unroll=True)
     return found[0] if found else ("", "", "", "")
@@ -108,9 +109,3 @@ def _place(stack: str) -> tuple[str, str]:
     path = [name for name in names if name not in ("transpose", "jvp", "vmap", "backward", "optimizer", "checkpoint")]
     stage = "optimizer" if "optimizer" in names else "backward" if backward else "forward"
     return stage, "/".join(path)
-
-
-def _source(eqn) -> str:
-    from jax.extend.source_info_util import summarize
-
-    return summarize(eqn.source_info)

@@ -11,9 +11,27 @@ from contextlib import contextmanager
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# most of a test's time is compiling: the older emitters of XLA on CPU need about half the time, and level 1 of LLVM's
-# optimizations about three quarters of the default's (level 0 would make a loop and a scan differ in their bits)
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1")
+
+
+def flags_that_are_known(*flags: str) -> str:
+    """Those of XLA's flags that this jaxlib has: an unknown one ends a process at once, so each is tried in another."""
+    parse = "import jaxlib.xla_client as client; client.CompileOptions()"
+
+    def known(flag: str) -> bool:
+        environment = {**os.environ, "XLA_FLAGS": flag}
+        done = subprocess.run([sys.executable, "-c", parse], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 or "Unknown flag" in done.stderr, done.stderr
+        return done.returncode == 0
+
+    return " ".join(filter(known, flags))
+
+
+# most of a test's time is compiling: level 1 of LLVM's optimizations needs about three quarters of the default's time
+# (level 0 would make a loop and a scan differ in their bits), and the older emitters, until jax 0.10, about half of it
+if "XLA_FLAGS" not in os.environ:  # the workers have it from the process that starts them
+    os.environ["XLA_FLAGS"] = flags_that_are_known(
+        "--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import pytest

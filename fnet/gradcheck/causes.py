@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Var
 
-from fnet.gradcheck.problem import quick_jit
 from fnet.interpret import (
     STRUCTURE,
-    bind,
     dependencies,
     evaluate,
     function_name,
@@ -28,6 +25,7 @@ from fnet.interpret import (
     placed,
     walk,
 )
+from fnet.jax_insides import Var, bind, quick_jit, scan_parts
 
 
 def pattern(
@@ -220,8 +218,8 @@ def find_gates(closed, n_leaves: int) -> dict:
         shown = function_name(eqn, calls) if name in ("max", "select_n") else name
         known = before.setdefault(site[:-1], [])
         if name == "scan" and any(taken):
-            first, length = eqn.params["num_consts"], eqn.params["length"]
-            for j in range(eqn.params["num_carry"]):
+            (first, carried), length = scan_parts(eqn), eqn.params["length"]
+            for j in range(carried):
                 if is_float(eqn.invars[first + j].aval):
                     words = f"truncated through time (carry {j} of scan{at})"
                     cuts = tuple(truncations(length))

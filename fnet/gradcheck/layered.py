@@ -14,11 +14,12 @@ import numpy as np
 
 from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
-from fnet.gradcheck.problem import converted, precise, quick_jit
+from fnet.gradcheck.problem import converted, precise
 from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT
 from fnet.gradients import backprop, loss_gradient, measure
 from fnet.interpret import is_float
+from fnet.jax_insides import quick_jit
 from fnet.types import Batch, Call, Layer, Loss, PyTree, cast_like, join, named_leaves, split_floating, watch
 
 

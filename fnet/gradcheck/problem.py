@@ -23,19 +23,10 @@ from fnet.interpret import (
     location,
     walk,
 )
+from fnet.jax_insides import quick_jit
 from fnet.types import PyTree
 
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
-
-
-def quick_jit(f: Callable) -> Callable:
-    """`jax.jit` for programs that run a few times: on CPU without the optimisations, most of its compile time."""
-    off = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    return jax.jit(f, compiler_options=off if jax.default_backend() == "cpu" else None)
 
 
 @contextmanager

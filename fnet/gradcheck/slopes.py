@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.gradcheck.problem import quick_jit
 from fnet.interpret import STRUCTURE, evaluate, is_float, weights
+from fnet.jax_insides import quick_jit
 
 LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
 TS = np.concatenate([[0.0], LEVELS, -LEVELS])

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Claim, Problem, Traced, largest, quick_jit, to_numpy, undecorated
+from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated
 from fnet.gradcheck.slopes import Line, make_probe
+from fnet.jax_insides import quick_jit
 
 FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry
 TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is measured to be larger

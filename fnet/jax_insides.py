@@ -1,0 +1,91 @@
+"""What fnet takes of jax beyond its stable interface, and what differs from release to release: all of it stands here.
+
+Nothing compares version numbers: what a release has is found by trying it. Where none of the known forms is there, the
+error says so, and this is the file to mend. Tried with jax 0.10.2, 0.11.2 and 0.12.0.1 (``make test-newest``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "bind",
+    "jaxprs_in_params",
+    "quick_jit",
+    "scan_parts",
+    "source_line",
+    "value_of",
+]
+
+
+def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs are constants of its body, and how many its carry; the rest has the steps first."""
+    params = eqn.params
+    if "num_consts" in params and "num_carry" in params:  # jax 0.10
+        return params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # from 0.11: a tree of (constants, carry, what is gone through)
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    raise NotImplementedError(
+        f"jax {jax.__version__} describes a scan by {sorted(params)}; expected num_consts and num_carry, or ft_in: "
+        "fnet/jax_insides.py does not know this release yet"
+    )
+
+
+def value_of(literal: Literal) -> Any:
+    """A literal's value as an array or a NumPy number: it may be a Python number, which has no dtype."""
+    value, dtype = literal.val, literal.aval.dtype
+    return value if hasattr(value, "dtype") else dtype.type(value)
+
+
+def bind(eqn: JaxprEqn, inputs) -> list:
+    """An equation's outputs by its own primitive; where it is traced again, it keeps its place in the user's code."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """The line of the user's code that an equation comes from, ``file.py:12:4 (function)``."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+# --- compiling quickly ------------------------------------------------------------------------------------------------
+
+# for programs that run a few times: without the optimisations that take most of the time to compile on CPU
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,  # until jax 0.10
+}
+
+
+def quick_jit(f: Callable) -> Callable:
+    """`jax.jit` for programs that run a few times: on CPU without the optimisations, most of its compile time."""
+    return jax.jit(f, compiler_options=dict(quick_options()) if jax.default_backend() == "cpu" else None)
+
+
+@functools.cache
+def quick_options() -> Mapping[str, Any]:
+    """Those of ``QUICK`` that this release's compiler takes; each is tried once, some milliseconds."""
+
+    def taken(name: str) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options={name: QUICK[name]}).lower().compile()
+        except jax.errors.JaxRuntimeError:  # no such compile option
+            return False
+        return True
+
+    return {name: QUICK[name] for name in QUICK if taken(name)}
