@@ -87,6 +87,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "dense": (make.dense(K), x),
         "dense, without bias": (make.dense(K, bias=None), x),
         "dense, along time": (make.dense(K), sequence),
+        "dense, masked": (make.dense(K), (sequence, ragged)),
         "dense, its backward as jax's rule": (make.with_hand_backward(make.dense(K)), x),
         "flatten": (make.flatten(), images),
         "reshape": (make.reshape(T, -1), images),
@@ -116,12 +117,15 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "avg_pool": (make.avg_pool((2, 2), padding="SAME"), pixels),
         "global_max_pool": (make.global_max_pool(), pixels),
         "global_avg_pool": (make.global_avg_pool(), pixels),
+        "global_max_pool, masked": (make.global_max_pool(), (sequence, ragged)),
+        "global_avg_pool, masked": (make.global_avg_pool(), (sequence, ragged)),
         # normalization and noise
         "batch_norm": (make.batch_norm(), images),
         "batch_norm, masked": (make.batch_norm(), (sequence, ragged)),
         "layer_norm": (make.layer_norm(), sequence),
         "rms_norm": (make.rms_norm(), sequence),
         "group_norm": (make.group_norm(2), rng.standard_normal((2, T, T, 4)).astype(np.float32)),
+        "group_norm, masked": (make.group_norm(2), (sequence, ragged)),
         "dropout": (make.dropout(0.4), x),
         # sequences
         "embedding": (make.embedding(K, F), ids),
@@ -131,6 +135,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "rotary_positions": (make.rotary_positions(), rng.standard_normal((B, T, 2, 4)).astype(np.float32)),
         "rnn": (make.rnn(K), (sequence, h)),
         "rnn, ragged, reversed": (make.rnn(K, reverse=True), (sequence, h, ragged)),
+        "gru, ragged": (make.gru(K), (sequence, ragged)),
         "gru": (make.gru(K), (sequence, h)),
         "gru, reset before": (make.gru(K, reset_after=False), (sequence, h)),
         "lstm": (make.lstm(K), (sequence, LSTMCarry(h, c))),
@@ -142,6 +147,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "stacked": (make.stacked(make.gru(K), make.rnn(3)), sequence),
         "attention": (make.attention(2, causal=True), sequence),
         "attention, cross, padded, grouped": (make.attention(2, kv_heads=1), (sequence, memory, seen)),
+        "attention, padded": (make.attention(2), (sequence, ragged)),
         "attention, rotary": (make.attention(1, rotary=10.0), sequence),
         # layers of layers
         "serial": (
@@ -154,6 +160,17 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "parallel": (make.parallel(make.dense(K), make.tanh()), x),
         "concatenate": (make.concatenate(), (x, rng.standard_normal((B, K)).astype(np.float32))),
         "repeat": (make.repeat(block, 2), x),
+        "serial, padded, to its mask's end": (
+            make.serial(
+                make.residual(make.attention(2), make.layer_norm()),
+                make.parallel(make.dense(2), make.stacked(make.gru(3), make.rnn(2))),
+                make.concatenate(),
+                make.repeat(make.bidirectional(make.gru(2)), 2),
+                make.drop_mask(),
+            ),
+            (sequence, ragged),
+        ),
+        "drop_mask": (make.drop_mask(), (sequence, ragged)),
         # the blocks of models
         "basic_block": (fnet.models.basic_block(3, project=True), pixels),
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
@@ -44,9 +45,9 @@ def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def value_of(literal: Literal) -> Any:
-    """A literal's value as an array or a NumPy number: it may be a Python number, which has no dtype."""
+    """A literal's value as an array or a NumPy number: it may be a Python number, or jax's own kind of one."""
     value, dtype = literal.val, literal.aval.dtype
-    return value if hasattr(value, "dtype") else dtype.type(value)
+    return value if isinstance(value, jax.Array | np.ndarray | np.generic) else dtype.type(value)
 
 
 def bind(eqn: JaxprEqn, inputs) -> list:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.layers.masks import is_masked
 from fnet.types import Loss, require, wide
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ def _by_entry(name, check, value, gradient) -> Loss:
 
 def check_real(name, outputs, targets):
     """Both as arrays; raises unless they are floating and of one shape."""
+    outputs, targets = _array(name, "outputs", outputs), _array(name, "targets", targets)
     _require_floating(name, outputs)
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         raise ValueError(f"{name}: targets are {targets.dtype}; expected floating: convert them, say to float32")
@@ -109,6 +111,7 @@ def check_real(name, outputs, targets):
 
 def check_binary(name, outputs, targets):
     """Both as arrays, 0/1 targets as floats; raises unless shapes agree and known targets are from 0 to 1."""
+    outputs, targets = _array(name, "outputs", outputs), _array(name, "targets", targets)
     _require_floating(name, outputs)
     _require_same_shape(name, outputs, targets)
     _require_range(name, "target", targets, 1)
@@ -191,6 +194,7 @@ def huber(delta=1.0) -> Loss:
 
 def check_classes(name, logits, targets):
     """Both as arrays; raises unless targets are labels ``(...)`` or probabilities ``(..., K)`` for ``(..., K)``."""
+    logits, targets = _array(name, "outputs", logits), _array(name, "targets", targets)
     _require_floating(name, logits)
     if not logits.shape:
         raise ValueError(f"{name}: outputs have no axes; expected (..., K), the logits of K classes")
@@ -205,6 +209,29 @@ def check_classes(name, logits, targets):
     if is_label:
         _require_range(name, "label", targets, classes - 1, f" (outputs have {classes} classes)")
     return jnp.asarray(logits), jnp.asarray(targets)
+
+
+def _array(name, what, given):
+    """``given``, or an array of a list of numbers; raises for anything else, such as outputs beside their mask."""
+    if hasattr(given, "shape") and hasattr(given, "dtype"):
+        return given
+    numbers = isinstance(given, list | tuple) and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(given))
+    if numbers or isinstance(given, int | float):
+        try:
+            array = np.asarray(given)
+        except ValueError:  # rows of unequal length
+            array = None
+        if array is not None and array.dtype.kind in "biuf":
+            return array
+    parts = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(given) if hasattr(leaf, "shape"))
+    remedy = (
+        "end the model with drop_mask() and give the mask as the batch's weights"
+        if is_masked(given)
+        else ("take its parts apart")
+    )
+    raise ValueError(
+        f"{name}: {what} are a {type(given).__name__} of {parts or repr(given)[:60]}; expected one array: {remedy}"
+    )
 
 
 def _one_hot(labels, classes, dtype):

@@ -28,7 +28,7 @@ from fnet.files import whole_file
 from fnet.history import Event
 from fnet.metrics import DECADES, magnitude_edges
 from fnet.plan import in_steps
-from fnet.types import TrainState, named_leaves, require
+from fnet.types import TrainState, is_whole, named_leaves, require
 
 Observer = Callable[[Event], str | None]
 
@@ -341,7 +341,7 @@ def _refuse(who: str, exists: bool, path: Path) -> None:
 
 
 def _require_bins(who: str, bins: int) -> None:
-    require(isinstance(bins, int) and bins >= 1, f"{who}: bins = {bins!r}; expected a whole number of at least 1")
+    require(is_whole(bins), f"{who}: bins = {bins!r}; expected a whole number of at least 1")
 
 
 def _due(who: str, every: tuple[int, str]) -> Callable[..., bool]:

@@ -17,7 +17,7 @@ from fnet.data.streams import Stream, first_batch, is_read_ahead
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
-from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, named_leaves, require_counts
+from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, is_whole, named_leaves, require_counts
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
 METRIC_BYTES = 16_000_000
@@ -219,14 +219,8 @@ def check_position(ts: TrainState, plan: Plan, folder: Any = None) -> None:
 
 def in_steps(name: str, every: Any, per_epoch: int) -> int:
     """``(n, "steps")`` or ``(n, "epochs")`` in steps."""
-    if (
-        not isinstance(every, tuple)
-        or len(every) != 2
-        or every[1] not in ("steps", "epochs")
-        or not isinstance(every[0], int)
-        or isinstance(every[0], bool)
-        or every[0] < 1
-    ):
+    pair = isinstance(every, tuple) and len(every) == 2
+    if not pair or not is_whole(every[0]) or every[1] not in ("steps", "epochs"):
         raise ValueError(f"{name} = {every!r}; expected (n, 'steps') or (n, 'epochs') with a whole n of at least 1")
     return every[0] * (per_epoch if every[1] == "epochs" else 1)
 

@@ -202,13 +202,17 @@ def require(condition, message: str) -> None:
         raise ValueError(message)
 
 
+def is_whole(number, least=1) -> bool:
+    """Whether this is a whole number of Python or NumPy, at least ``least``; True and False are none."""
+    return isinstance(number, int | np.integer) and not isinstance(number, bool) and number >= least
+
+
 def require_counts(who: str, **counts) -> None:
     """Raise ValueError unless each is None or a whole number of at least 1."""
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int | np.integer) or isinstance(count, bool)):
-            raise ValueError(f"{who}: {name} = {count!r}; expected a whole number of at least 1")
-        if count is not None and count < 1:
-            raise ValueError(f"{who}: {name} = {count}; expected at least 1")
+        if count is not None and not is_whole(count):
+            what = f"{count}; expected" if is_whole(count, count) else f"{count!r}; expected a whole number of"
+            raise ValueError(f"{who}: {name} = {what} at least 1")
 
 
 def require_array(x) -> None:
@@ -217,7 +221,7 @@ def require_array(x) -> None:
         parts = [f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else repr(a)[:40] for a in jax.tree.leaves(x)]
         raise LayerError(
             f"expected one array, got a {type(x).__name__} of {', '.join(parts) or 'nothing'}: take its parts apart "
-            "before this layer (a mask, a carry or a memory goes to the layer that reads it)"
+            "before this layer (a mask is boolean; a carry or a memory goes to the layer that reads it)"
         )
 
 

@@ -13,6 +13,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+import jax
+import pytest
+
+
 def flags_that_are_known(*flags: str) -> str:
     """Those of XLA's flags that this jaxlib has: an unknown one ends a process at once, so each is tried in another."""
     parse = "import jaxlib.xla_client as client; client.CompileOptions()"
@@ -28,13 +32,10 @@ def flags_that_are_known(*flags: str) -> str:
 
 # most of a test's time is compiling: level 1 of LLVM's optimizations needs about three quarters of the default's time
 # (level 0 would make a loop and a scan differ in their bits), and the older emitters, until jax 0.10, about half of it
-if "XLA_FLAGS" not in os.environ:  # the workers have it from the process that starts them
+if "XLA_FLAGS" not in os.environ:  # read at the first program; the workers have them from the process that starts them
     os.environ["XLA_FLAGS"] = flags_that_are_known(
         "--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false"
     )
-
-import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -109,10 +109,17 @@ def at_random(name):
             def join(values):
                 return (*values, x[-1]) if mask is not None else values if form == "cross" else values[0]
 
+            masked = form == "self" and mask is not None  # (x, mask) gives (y, mask)
             y, _, residuals = layer.forward(params, state, join(values))
+            y = y[0] if masked else y
             dy = jnp.broadcast_to(dy, y.shape)
-            by_autodiff = jax.vjp(lambda p, values: apply(layer, p, state, join(values)), params, values)[1](dy)
-            return y, dy, layer.backward(params, residuals, dy), by_autodiff
+
+            def outputs(p, values):
+                y = apply(layer, p, state, join(values))
+                return y[0] if masked else y
+
+            by_autodiff = jax.vjp(outputs, params, values)[1](dy)
+            return y, dy, layer.backward(params, residuals, (dy, None) if masked else dy), by_autodiff
 
         # a cotangent whose entries all differ, whatever O is
         dy = jnp.asarray(rng.standard_normal((2, 5, 1)))
@@ -332,7 +339,7 @@ def test_rotary_scores_depend_on_the_distance_of_positions_alone(key, x64):
     x = jax.random.normal(key, (1, 4, 8))
     params = drawn(layer, x)
     padded = jnp.pad(x, ((0, 0), (3, 0), (0, 0)), constant_values=5.0)
-    y = apply(layer, params, (), (padded, jnp.arange(7)[None] >= 3))
+    y, _ = apply(layer, params, (), (padded, jnp.arange(7)[None] >= 3))
     np.testing.assert_allclose(y[:, 3:], apply(layer, params, (), x), rtol=1e-12, atol=1e-13)
     assert not np.allclose(apply(layer, params, (), x), apply(attention(2), params, (), x))
 
@@ -554,14 +561,14 @@ def test_a_query_that_is_hidden_and_sees_nothing_may_hold_nan(key):
     x = jax.random.normal(key, (1, 4, 6)).at[0, 3].set(jnp.nan)
     mask = jnp.ones((1, 4, 4), bool).at[:, :, 3].set(False).at[:, 3].set(False)
     params, state = layer.init(key, (x, mask))
-    y, _, residuals = layer.forward(params, state, (x, mask))
-    dparams, (dx, _) = layer.backward(params, residuals, jnp.ones_like(y))
+    (y, _), _, residuals = layer.forward(params, state, (x, mask))
+    dparams, (dx, _) = layer.backward(params, residuals, (jnp.ones_like(y), None))
     assert jnp.isfinite(y).all()
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((dparams, dx)))
     assert (dx[0, 3] == 0).all()
     clean = x.at[0, 3].set(7.0)
-    again, _, residuals = layer.forward(params, state, (clean, mask))
-    assert_leaves_close(dparams, layer.backward(params, residuals, jnp.ones_like(y))[0], 0)
+    (again, _), _, residuals = layer.forward(params, state, (clean, mask))
+    assert_leaves_close(dparams, layer.backward(params, residuals, (jnp.ones_like(y), None))[0], 0)
     assert_leaves_close(y, again, 0)
 
 

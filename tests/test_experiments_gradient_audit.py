@@ -56,7 +56,7 @@ def cases():
 
 # no layers, or layers under their own names in another guise (of which freeze and mixed_precision change the gradient)
 OTHERS = {"Policy", "dot_product_attention", "freeze", "mixed_precision", "remat", "rotate", "with_hand_backward"}
-OTHERS |= {"zero_carry"}
+OTHERS |= {"by_position", "zero_carry"}
 BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "transformer_block"}  # of models
 
 

@@ -112,8 +112,11 @@ def drawn(name, dtype=jnp.float64):
 
 @partial(jax.jit, static_argnames=("layer", "train"))
 def by_hand(layer, params, state, x, dy, train=True):
-    """Outputs, new state, and the gradients by hand."""
+    """Outputs, new state, and the gradients by hand; of masked inputs the outputs without the mask that comes out."""
     y, new_state, residuals = layer.forward(params, state, x, train=train)
+    if isinstance(x, tuple):
+        y, _ = y
+        return y, new_state, layer.backward(params, residuals, (dy, None))
     return y, new_state, layer.backward(params, residuals, dy)
 
 
@@ -122,7 +125,8 @@ def by_autodiff(layer, params, state, x, dy, train=True):
     values, *mask = x if isinstance(x, tuple) else (x,)
 
     def f(params, values):
-        return layer.forward(params, state, (values, *mask) if mask else values, train=train)[0]
+        y = layer.forward(params, state, (values, *mask) if mask else values, train=train)[0]
+        return y[0] if mask else y
 
     dparams, dx = jax.vjp(f, params, values)[1](dy)
     return dparams, (dx, None) if mask else dx
@@ -417,11 +421,11 @@ def test_outputs_and_gradients_are_those_of_torch(kind, x64):
         (batch_norm(), jnp.zeros((2, 3)), "norm: expected 4 features, got 3"),
         (batch_norm(), jnp.zeros(4), r"norm: expected a batch axis and features, got shape \(4,\)"),
         (batch_norm(), jnp.zeros((2, 4), int), "norm: expected floating features, got int32: convert"),
-        (batch_norm(), (jnp.zeros((2, 4)), jnp.ones(2)), "norm: expected a boolean mask, got float32: True is what"),
+        (batch_norm(), (jnp.zeros((2, 4)), jnp.ones(2)), r"norm: expected one array, got .* \(a mask is boolean; "),
         (
             batch_norm(),
             (jnp.zeros((2, 3, 4)), jnp.ones((2, 4), bool)),
-            r"norm: expected a mask over leading axes of \(2, 3\), got shape \(2, 4\)",
+            r"norm: expected a mask over leading axes of \(2, 3, 4\), got shape \(2, 4\)",
         ),
         (
             batch_norm(),

@@ -110,7 +110,11 @@ def drawn(layer, x, seed=3):
 
 def like(tree, seed=5):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), tree)
+
+    def draw(a):  # a mask has no cotangent
+        return None if a.dtype == bool else jnp.asarray(rng.standard_normal(a.shape), a.dtype)
+
+    return jax.tree.map(draw, tree)
 
 
 def outputs(layer, params, state, x):
@@ -142,7 +146,7 @@ def by_autodiff(layer, params, state, x, dy):
     def run(params, floating):
         def objective(params, floating):
             merged = jax.tree.map(lambda a, b: a if b is None else b, x, floating, is_leaf=lambda a: a is None)
-            y = outputs(layer, params, state, merged)
+            y = jax.tree.map(lambda a: None if a.dtype == bool else a, outputs(layer, params, state, merged))
             return sum((a * b).sum() for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(dy), strict=True))
 
         return jax.grad(objective, argnums=(0, 1))(params, floating)
@@ -161,7 +165,7 @@ def test_forward_and_backward_equal_the_formula_in_numpy(name, reverse, x64):
     layer = make(name, reverse=reverse)
     x, carry, mask = given(name)
     params, state = drawn(layer, x)
-    (y, last), (dy, dlast), gradients = forward_and_backward(layer, params, state, (x, carry, mask))
+    (y, last, _), (dy, dlast, _), gradients = forward_and_backward(layer, params, state, (x, carry, mask))
     tree = jax.tree.map(np.asarray, (params, x, parts_of(carry)))
 
     def numpy_outputs(tree):
@@ -256,7 +260,7 @@ def test_no_carry_is_the_carry_of_zeros_and_has_no_gradient(name, x64):
     without = layer.backward(params, layer.forward(params, state, (x, None))[2], (dy, no_dlast))
     assert_leaves_close(without, (dparams, (dx, None)), 0)
     assert_leaves_close(layer.backward(params, layer.forward(params, state, x)[2], dy), (dparams, dx), 0)
-    masked = layer.backward(params, layer.forward(params, state, (x, None, mask))[2], (dy, no_dlast))
+    masked = layer.backward(params, layer.forward(params, state, (x, None, mask))[2], (dy, no_dlast, None))
     assert masked[1][1:] == (None, None)
 
 
@@ -269,7 +273,7 @@ def test_a_ragged_row_is_the_row_run_alone_at_its_own_length(name, reverse, x64)
     x, carry, mask = given(name)
     x = jnp.where(mask[:, :, None], x, jnp.nan)  # what stands in the padding is never seen
     params, state = drawn(layer, x)
-    (y, last), (dy, dlast), gradients = forward_and_backward(layer, params, state, (x, carry, mask))
+    (y, last, _), (dy, dlast, _), gradients = forward_and_backward(layer, params, state, (x, carry, mask))
     dparams, (dx, dcarry, _) = gradients
     assert (y[~MASK] == 0).all() and (dx[~MASK] == 0).all()
     total = jax.tree.map(jnp.zeros_like, params)
@@ -350,9 +354,9 @@ def test_both_directions_are_a_layer_and_its_reverse(merge, x64):
     layer, x = bidirectional(gru(H, **RANDOM), merge), given("gru")[0]
     params, state = drawn(layer, x)
     carries, mask = (given("gru", seed=1)[1], given("gru", seed=2)[1]), jnp.asarray(MASK)
-    (y, last), dy, hand = forward_and_backward(layer, params, state, (x, carries, mask))
-    forward, last_forward = outputs(gru(H), params["forward"], (), (x, carries[0], mask))
-    backward, last_backward = outputs(gru(H, reverse=True), params["backward"], (), (x, carries[1], mask))
+    (y, last, _), dy, hand = forward_and_backward(layer, params, state, (x, carries, mask))
+    forward, last_forward, _ = outputs(gru(H), params["forward"], (), (x, carries[0], mask))
+    backward, last_backward, _ = outputs(gru(H, reverse=True), params["backward"], (), (x, carries[1], mask))
     joined = forward + backward if merge == "sum" else jnp.concatenate([forward, backward], -1)
     assert_leaves_close((y, last), (joined, (last_forward, last_backward)), 1e-14)
     assert_leaves_close(hand, by_autodiff(layer, params, state, (x, carries, mask), dy), 1e-13)
@@ -391,7 +395,7 @@ def test_gradients_keep_the_dtype_in_bfloat16_and_float32(name):
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.2)):  # some 16 roundings, those of 2^-8 accumulate
         layer, x = make(name), given(name, dtype)
         params, state = drawn(layer, x)
-        (y, _), dy, single = forward_and_backward(layer, params, state, x)
+        (y, *_), dy, single = forward_and_backward(layer, params, state, x)
         expected = jax.tree.map(lambda a: a.dtype, (params, x[:2]))
         assert jax.tree.map(lambda a: a.dtype, (single[0], single[1][:2])) == expected
         assert y.dtype == dtype
@@ -450,7 +454,7 @@ def test_inputs_that_do_not_fit_are_refused():
         ((x, LSTMCarry(h, h[:1])), r"expected a carry, LSTMCarry.*float32\[1, 2\]"),
         ((x, carry, mask[:, :2]), r"expected a boolean mask \(B, T\) = \(3, 4\), got bool\[3, 2\]"),
         ((x, carry, mask.astype(jnp.float32)), r"expected a boolean mask .* got float32\[3, 4\]"),
-        ((x, carry, mask, mask), r"expected x, \(x, carry\) or \(x, carry, mask\), got "),
+        ((x, carry, mask, mask), r"expected x, \(x, mask\), \(x, carry\) or \(x, carry, mask\), got "),
     ]:
         with pytest.raises(LayerError, match=message):
             outputs(layer, params, state, inputs)
@@ -532,9 +536,9 @@ def test_pytorch_agrees_in_both_directions_over_packed_sequences(name, x64):
     layer = bidirectional(make(name))
     x, _, mask = given(name)
     params, state = drawn(layer, x)
-    y, last = outputs(layer, params, state, (x, None, mask))
+    y, last, _ = outputs(layer, params, state, (x, None, mask))
     dy = like(y)
-    _, (dx, _, _) = by_hand(layer, params, state, (x, None, mask), (dy, jax.tree.map(jnp.zeros_like, last)))
+    _, (dx, _, _) = by_hand(layer, params, state, (x, None, mask), (dy, jax.tree.map(jnp.zeros_like, last), None))
     rnn_utils, module = torch.nn.utils.rnn, torch_like(torch, name, params, both=True)
     tx = torch.tensor(np.array(x), requires_grad=True)
     packed = rnn_utils.pack_padded_sequence(tx, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)

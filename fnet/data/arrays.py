@@ -199,7 +199,7 @@ def _check_weights(weights: Any, name: str, part: bool) -> jax.Array:
 
 
 def _part_sizes(sizes: Any, examples: int) -> list[int]:
-    if isinstance(sizes, float):
+    if isinstance(sizes, float | np.floating):
         if not 0 < sizes < 1:
             raise DataError(f"sizes = {sizes}; expected a fraction between 0 and 1, or a size per part")
         first = round(sizes * examples)

@@ -22,7 +22,7 @@ import numpy as np
 
 from fnet.data.arrays import DataError
 from fnet.files import first_line
-from fnet.types import Batch
+from fnet.types import Batch, is_whole
 
 
 class Stream(NamedTuple):
@@ -119,7 +119,7 @@ def _as_batch(element: Any) -> Batch:
 
 def first_batch(stream: Stream) -> Batch:
     """What a stream gives first; DataError where it is no stream that can be read anew."""
-    if not isinstance(stream.steps_per_epoch, int) or stream.steps_per_epoch < 1:
+    if not is_whole(stream.steps_per_epoch):
         raise DataError(f"Stream: steps_per_epoch = {stream.steps_per_epoch!r}; expected a whole number of at least 1")
     try:
         begun = iter(stream.source)

@@ -14,6 +14,7 @@ from fnet.layers.embedding import (
     sinusoidal_positions,
     tied_embedding,
 )
+from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.recurrent import (
@@ -35,11 +36,13 @@ __all__ = [
     "avg_pool",
     "batch_norm",
     "bidirectional",
+    "by_position",
     "concatenate",
     "conv",
     "conv_transpose",
     "dense",
     "dot_product_attention",
+    "drop_mask",
     "dropout",
     "embedding",
     "flatten",

@@ -11,17 +11,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Layer, stateless
+from fnet.layers.masks import by_position
+from fnet.types import Layer, stateless, wide
 
 
 def _activation(name, forward, backward) -> Layer:
     """Lift ``forward(x) -> (y, residuals)`` and ``backward(residuals, dy) -> dx``."""
-    return stateless(
+    layer = stateless(
         name,
         lambda key, x: (),
         lambda params, x: forward(x),
         lambda params, residuals, dy: ((), backward(residuals, dy)),
     )
+    return by_position(layer)
 
 
 def identity() -> Layer:
@@ -104,20 +106,32 @@ def gelu(approximate: bool = False) -> Layer:
     """
     cubic, scale = 0.044715, math.sqrt(2 / math.pi)
 
+    # all in float32 at least: a rounding of the argument to 16 bits would be x² times larger in the tail's result
+
+    def gate(x):
+        # ½ (1 + tanh u) is σ(2u), which does not cancel where u is below 0. Beyond ±25 it is exactly 1 or 0 in float64
+        # too, and the cube would overflow: an infinity times a slope of exactly 0
+        x = jnp.where(jnp.abs(x) > 25, 25 * jnp.sign(x), x)
+        return jax.nn.sigmoid(2 * scale * (x + cubic * x * x * x)), x
+
     def exact_forward(x):
-        return x * (jax.lax.erfc(-x * math.sqrt(0.5)) / 2), x
+        z = x.astype(wide(x.dtype))
+        return (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype), x
 
     def exact_backward(x, dy):  # y' = Φ(z) + z φ(z), φ the density exp(−z²/2)/√(2π)
-        density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-        return dy * (jax.lax.erfc(-x * math.sqrt(0.5)) / 2 + x * density)
+        z, d = x.astype(wide(x.dtype)), dy.astype(wide(dy.dtype))
+        density = jnp.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        return (d * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2 + z * density)).astype(dy.dtype)
 
     def tanh_forward(x):
-        return x * ((1 + jnp.tanh(scale * (x + cubic * x * x * x))) / 2), x
+        z = x.astype(wide(x.dtype))
+        return (z * gate(z)[0]).astype(x.dtype), x
 
     def tanh_backward(x, dy):
-        # t = tanh(u), u = s (z + c z³):  y' = (1 + t)/2 + z (1 − t²)/2 · s (1 + 3 c z²)
-        t = jnp.tanh(scale * (x + cubic * x * x * x))
-        return dy * ((1 + t) / 2 + x * (1 - t * t) / 2 * (scale * (1 + 3 * cubic * x * x)))
+        # y = z g, g = σ(2u), u = s (z + c z³):  y' = g + z · 2 g (1 − g) · s (1 + 3 c z²)
+        g, near = gate(x.astype(wide(x.dtype)))
+        slope = g + near * 2 * g * (1 - g) * (scale * (1 + 3 * cubic * near * near))
+        return (dy.astype(slope.dtype) * slope).astype(dy.dtype)
 
     if approximate:
         return _activation("gelu", tanh_forward, tanh_backward)
@@ -140,11 +154,13 @@ def softmax() -> Layer:
     """``y_k = exp(x_k) / Σ_j exp(x_j)`` over the last axis. For training, prefer the loss that takes logits."""
 
     def forward(x):
-        e = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
-        y = e / e.sum(-1, keepdims=True)
+        z = x.astype(wide(x.dtype))  # so that sums are wide both ways, by autodiff too
+        e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
+        y = (e / e.sum(-1, keepdims=True)).astype(x.dtype)
         return y, y
 
     def backward(y, dy):  # ∂y_k/∂z_j = y_k ([k = j] − y_j):  dx = y ⊙ (dy − Σ_k dy_k y_k)
-        return y * (dy - (dy * y).sum(-1, keepdims=True))
+        y, d = y.astype(wide(y.dtype)), dy.astype(wide(dy.dtype))
+        return (y * (d - (d * y).sum(-1, keepdims=True))).astype(dy.dtype)
 
     return _activation("softmax", forward, backward)

@@ -19,6 +19,7 @@ from jax import lax
 from fnet.initializers import glorot_uniform, zeros
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
+from fnet.layers.masks import is_masked, with_mask
 from fnet.types import Layer, LayerError, inside, require_array, require_counts, stateless, stream, wide
 
 
@@ -40,8 +41,9 @@ def attention(
     ``Q = query w_query + b_query``, ``K`` and ``V`` likewise of the memory, each cut into heads of D features. Inputs:
 
     - ``x (B, T, I)``: self-attention, the memory is ``x``;
-    - ``(x, mask)``: the same with padding; ``x`` counts as 0 where a mask ``(B, T)`` is False;
-    - ``(query (B, T, I), memory (B, S, M))``, or with a third, ``mask``: cross-attention.
+    - ``(x, mask)``: the same with padding; ``x`` counts as 0 where a mask ``(B, T)`` is False; it gives ``(y, mask)``;
+    - ``(query (B, T, I), memory (B, S, M))``, or with a third, ``mask``: cross-attention. The mask is the memory's, and
+      ends here.
 
     A mask is boolean, True = may be attended to: ``(B, S)`` for the memory's padding, or ``(B, T, S)`` for each pair.
     With ``causal`` position t attends to positions ``s <= t`` alone, besides. What may not be attended to has gradients
@@ -110,10 +112,11 @@ def attention(
             q, k = rotate(q, positions(q), rotary), rotate(k, positions(k), rotary)
         o, kept = dot_product_attention(q, k, v, mask, **options)
         o = o.reshape(*o.shape[:2], q.shape[2] * q.shape[3])  # (B, T, H D)
-        return project(params, "out", o), (x, o, kept)
+        return with_mask(project(params, "out", o), x[1] if is_masked(x) else None), (x, o, kept)
 
     def backward(params, residuals, dy):
         x, o, kept = residuals
+        dy = dy[0] if isinstance(dy, tuple) else dy
         query, memory, mask = clean(x)
         dparams = {}
         dparams["out"], do = project_backward(params["out"], o, dy)
@@ -284,7 +287,7 @@ def plain(q, k, v, mask, causal, scale):
     """All scores at once."""
     (length, heads), groups = q.shape[1:3], q.shape[2] // k.shape[2]
     if mask is not None:
-        mask = mask.reshape(mask.shape[0], -1, k.shape[1])
+        mask = rows_of_mask(mask)
     q, k, v = blocks(q, length, groups)[0], blocks(k, k.shape[1])[0], blocks(v, v.shape[1])[0]
     s = scores(q, k, scale, allowed(mask, causal, 0, 0, length, k.shape[2], groups))
     e = jnp.exp(s - finite(lax.stop_gradient(s.max(-1, keepdims=True))))
@@ -324,12 +327,14 @@ def blockwise(q, k, v, mask, causal, scale, block_size):
     given, dtype = (q, k, v), wide(q.dtype)
     c, b, groups, mask = tiling(q, k, mask, block_size)
     q, k, v = blocks(q, c, groups), blocks(k, b), blocks(v, b)
+    k, v = k.astype(dtype), v.astype(dtype)  # autodiff adds up their gradients over the blocks of queries
 
     def attend(block):
         i, q = block
 
         def visit(carry, block):
             j, k, v = block
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
 
             def update(m, l, o):
                 s = scores(q, k, scale, allowed(mask, causal, i, j, c, b, groups))
@@ -394,9 +399,14 @@ def tiling(q, k, mask, block_size: int):
     if mask is None and k.shape[1] % b:
         mask = jnp.ones((1, k.shape[1]), bool)
     if mask is not None:
-        mask = mask.reshape(mask.shape[0], -1, k.shape[1])
+        mask = rows_of_mask(mask)
         mask = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % c if mask.shape[1] > 1 else 0), (0, -k.shape[1] % b)))
     return c, b, q.shape[2] // k.shape[2], mask
+
+
+def rows_of_mask(mask: jax.Array) -> jax.Array:
+    """``(B, S)`` as ``(B, 1, S)``; one for each pair as it is."""
+    return mask if mask.ndim == 3 else mask[:, None]
 
 
 def blocks(x: jax.Array, size: int, groups: int = 1) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
 from fnet.types import Layer, LayerError, forward_child, inside, require_array, stateless, stream, watched
 
 
@@ -76,8 +77,9 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
 def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) -> Layer:
     """``y = f(x) + x``, with ``f`` the ``layers`` one after another; or ``y = f(x) + shortcut(x)``.
 
-    The children stand as in `serial`, and the shortcut beside them under its name. Raises `LayerError` where the two
-    summands differ in shape or dtype. Source: He et al., arXiv:1512.03385.
+    The children stand as in `serial`, and the shortcut beside them under its name. ``(x, mask)`` gives ``(y, mask)``.
+    Raises `LayerError` where the two summands differ in shape or dtype, or one of them has lost the mask.
+    Source: He et al., arXiv:1512.03385.
 
     >>> from fnet.layers import dense, relu
     >>> block = residual(dense(8), relu(), dense(4))
@@ -108,7 +110,7 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         return merge(params, skip_params), merge(state, skip_state)
 
     def forward(params, state, x, *, key=None, train=False):
-        require_array(x)
+        require_array(split_mask(x)[0])
         (params, skip_params), (state, skip_state) = split(params), split(state)
         y, state, residuals = branch.forward(params, state, x, key=key, train=train)
         skip, skip_residuals = x, None
@@ -116,27 +118,33 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
             skip, skip_state, skip_residuals = forward_child(
                 "shortcut", shortcut, skip_params, skip_state, x, key=key, train=train
             )
+        (y, mask), (skip, skip_mask) = split_mask(y), split_mask(skip)
+        if (mask is None) != (skip_mask is None):
+            raise LayerError("one of the two summands ends the mask and the other does not: drop_mask() before both")
         if (y.shape, y.dtype) != (skip.shape, skip.dtype):
             raise LayerError(
                 f"cannot add outputs {y.dtype}{list(y.shape)} to the shortcut's {skip.dtype}{list(skip.shape)}: "
                 "give a shortcut=layer that makes them alike"
             )
-        return y + skip, merge(state, skip_state), merge(residuals, skip_residuals)
+        return with_mask(y + skip, mask), merge(state, skip_state), merge(residuals, skip_residuals)
 
     def backward(params, residuals, dy):  # y = f(x) + s(x): dy reaches both, and dx is the sum of what they return
         (params, skip_params), (residuals, skip_residuals) = split(params), split(residuals)
         dparams, dx = branch.backward(params, residuals, dy)
         if shortcut is None:
-            return dparams, dx + dy
+            return dparams, jax.tree.map(jnp.add, dx, dy)
         with inside("shortcut"):
             dskip_params, dskip = shortcut.backward(skip_params, skip_residuals, dy)
-        return merge(dparams, dskip_params), dx + dskip
+        return merge(dparams, dskip_params), jax.tree.map(jnp.add, dx, dskip)
 
     return Layer("residual", init, forward, backward)
 
 
 def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
-    """Every layer on the same inputs: ``y = (f_0(x), f_1(x), ...)``. `concatenate` after it makes one array of them."""
+    """Every layer on the same inputs: ``y = (f_0(x), f_1(x), ...)``. `concatenate` after it makes one array of them.
+
+    ``(x, mask)`` gives ``((y_0, y_1, ...), mask)`` where every layer hands the mask on; where none does, the tuple.
+    """
     children = named_children(layers)
     if not children:
         raise ValueError("parallel: no layers; expected at least one")
@@ -157,12 +165,19 @@ def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
                 name, layer, params[name], state[name], x, key=key, train=train
             )
             outputs.append(y)
-        return tuple(outputs), new_state, residuals
+        masked = [is_masked(y) for y in outputs]
+        if any(masked) and not all(masked):
+            ends = [name for (name, _), on in zip(children, masked, strict=True) if not on]
+            raise LayerError(f"{', '.join(ends)} ends the mask and the others do not: drop_mask() in them, or in none")
+        ys, masks = zip(*map(split_mask, outputs), strict=True)
+        # beside the residuals stands, in its structure, whether there is a mask
+        return with_mask(ys, masks[0]), new_state, (() if all(masked) else None, residuals)
 
     def backward(params, residuals, dy):  # x feeds every child: dx = Σ_i dx_i
-        dparams, parts = {}, []
-        for (name, layer), d in zip(children, dy, strict=True):
+        dparams, parts, (masked, residuals) = {}, [], residuals
+        for (name, layer), d in zip(children, dy if masked is None else dy[0], strict=True):
             with inside(name):
+                d = d if masked is None else (d, None)
                 dparams[name], dx = layer.backward(params[name], residuals[name], d)
             parts.append(dx)
         return dparams, jax.tree.map(lambda *d: sum(d[1:], d[0]), *parts)
@@ -188,7 +203,7 @@ def concatenate(axis: int = -1) -> Layer:
         ends = np.cumsum([carrier.shape[1:][axis] for carrier in carriers])
         return (), tuple(jnp.split(dy, ends[:-1], axis))
 
-    return stateless("concatenate", lambda key, x: (), forward, backward, several=True)
+    return by_position(stateless("concatenate", lambda key, x: (), forward, backward, several=True))
 
 
 def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:

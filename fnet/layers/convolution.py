@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.initializers import he_normal, zeros
-from fnet.layers.dense import product
+from fnet.layers.dense import plus, product
 from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
 
 Padding = str | Sequence[tuple[int, int]]
@@ -184,7 +184,7 @@ def check_inputs(x, w, channels: int) -> None:
 
 def with_bias(y: jax.Array, params) -> jax.Array:
     """``y + b`` where there is a ``b``."""
-    return y + params["b"].reshape((1,) * (y.ndim - 1) + (-1,)) if "b" in params else y
+    return plus(y, params["b"]).astype(y.dtype) if "b" in params else y
 
 
 def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
@@ -192,7 +192,7 @@ def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
     if "b" not in params:
         return dparams
     # as a product: of a sum XLA would make one over (B, *m, O), for which it would lay out dy a second time
-    flat = channels_first(dy).reshape(dy.shape[-1], -1)
+    flat = channels_first(dy).reshape(dy.shape[-1], math.prod(dy.shape[:-1]))
     return {**dparams, "b": product(flat, jnp.ones((flat.shape[1], 1), dy.dtype))[:, 0]}
 
 
@@ -368,7 +368,8 @@ def fold(d: jax.Array, windows: Windows) -> jax.Array:
             d = d.reshape(*d.shape[: 2 * axis + 1], windows.span[axis], *d.shape[2 * axis + 3 :])
         return crop(d, windows)
 
-    positions = np.indices(windows.kernel).reshape(rank, -1).T * np.asarray(windows.dilation)
+    count = math.prod(windows.kernel)
+    positions = np.indices(windows.kernel).reshape(rank, count).T * np.asarray(windows.dilation)
     spread = [(m - 1) * s + 1 for m, s in zip(windows.outputs, windows.stride, strict=True)]
     inner = ((0, 0, 0), *((0, 0, step - 1) for step in windows.stride), (0, 0, 0))
 
@@ -380,7 +381,7 @@ def fold(d: jax.Array, windows: Windows) -> jax.Array:
         return jax.lax.dynamic_update_slice(total, part, start), None
 
     total = jnp.zeros((d.shape[rank], *windows.span, d.shape[-1]), d.dtype)
-    total, _ = jax.lax.scan(add, total, (d.reshape(-1, *d.shape[rank:]), positions))
+    total, _ = jax.lax.scan(add, total, (d.reshape(count, *d.shape[rank:]), positions))
     return crop(total, windows)
 
 
@@ -399,9 +400,15 @@ def as_matrices(w: jax.Array, groups: int) -> jax.Array:
 
 def gathered(x: jax.Array, windows: Windows, groups: int) -> jax.Array:
     """The patches of ``x (B, *S, C)`` as a matrix for each group, ``(G, K I, N)``."""
-    x = padded(channels_first(x), windows, 0)
-    x = patches(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), windows)
-    return x.reshape(groups, -1, math.prod(x.shape[-1 - len(windows.kernel) :]))
+    dtype, x = x.dtype, padded(channels_first(x.astype(wide(x.dtype))), windows, 0)  # autodiff adds them up again
+    x = patches(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), windows).astype(dtype)
+    places = 1 + len(windows.kernel)
+    return x.reshape(groups, math.prod(x.shape[1:-places]), math.prod(x.shape[-places:]))
+
+
+def as_rows(dy: jax.Array, groups: int) -> jax.Array:
+    """``dy (B, *m, O)`` as ``(G, O/G, N)``."""
+    return channels_first(dy).reshape(groups, dy.shape[-1] // groups, math.prod(dy.shape[:-1]))
 
 
 def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -426,8 +433,8 @@ def weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Arra
         x, dy = jnp.swapaxes(x, 0, -1), jnp.moveaxis(dy, 0, -2)
         dw = xla(x, dy, windows.dilation, windows.low, windows.high, (), windows.stride, batch_group_count=groups)
         return jnp.moveaxis(dw, 0, -2)
-    dy = channels_first(dy)
-    dw = by_group(gathered(x, windows, groups), jnp.swapaxes(dy.reshape(groups, dy.shape[0] // groups, -1), 1, 2))
+    dy = as_rows(dy, groups)
+    dw = by_group(gathered(x, windows, groups), jnp.swapaxes(dy, 1, 2))
     return jnp.swapaxes(dw, 0, 1).reshape(shape)
 
 
@@ -439,9 +446,10 @@ def input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Array
         low = [e - 1 - before for e, before in zip(windows.extent, windows.low, strict=True)]
         high = [e - 1 - after for e, after in zip(windows.extent, windows.high, strict=True)]
         turned = jnp.flip(w, range(w.ndim - 2)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
-        turned = jnp.moveaxis(turned, -1, -3).swapaxes(-1, -2).reshape(*w.shape[:-2], -1, channels)
+        turned = jnp.moveaxis(turned, -1, -3).swapaxes(-1, -2)
+        turned = turned.reshape(*w.shape[:-2], w.shape[-1] // groups, channels)
         return xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
-    dy_NO = channels_first(dy).reshape(groups, w.shape[-1] // groups, -1)
+    dy_NO = as_rows(dy, groups)
     matrices, dtype = as_matrices(w, groups), wide(w.dtype)  # what is added up stays in float32 at least until it is
     if groups > 1:
         d = jnp.matmul(matrices, dy_NO, preferred_element_type=dtype)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from fnet.initializers import he_normal, zeros
-from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
+from fnet.layers.masks import by_position
+from fnet.types import Layer, LayerError, is_whole, require_counts, require_params, stateless, stream, wide
 
 
 def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
@@ -45,7 +46,7 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
         require_params(params, **shapes)
         return affine(params, x)
 
-    return stateless("dense", init, forward, affine_backward)
+    return by_position(stateless("dense", init, forward, affine_backward))
 
 
 def affine(params, x):
@@ -57,10 +58,10 @@ def affine(params, x):
         raise LayerError(f"expected {w.shape[0]} features, got {x.shape[-1]}")
     if x.dtype != w.dtype:
         raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
-    y = product(rows(x), w)
+    y = wide_product(rows(x), w)
     if "b" in params:
-        y = y + params["b"][None]
-    return y.reshape(*x.shape[:-1], w.shape[1]), x
+        y = plus(y, params["b"])
+    return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[1]), x
 
 
 def affine_backward(params, x, dy):
@@ -80,7 +81,21 @@ def rows(x: jax.Array) -> jax.Array:
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a @ b`` in their dtype, summed in float32 at least: every product of the layers is taken by this rule."""
-    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype)).astype(a.dtype)
+    return wide_product(a, b).astype(a.dtype)
+
+
+def wide_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`product`, not yet rounded back to 16 bits: what is added to it is rounded once with it."""
+    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
+
+
+def plus(y: jax.Array, b: jax.Array) -> jax.Array:
+    """``y (..., O) + b (O,)`` in float32 at least.
+
+    Autodiff sums the gradient of what is broadcast in the dtype in which it is broadcast: so b is widened before.
+    """
+    dtype = wide(y.dtype)
+    return y.astype(dtype) + b.astype(dtype).reshape((1,) * (y.ndim - 1) + b.shape)
 
 
 def reshape(*shape: int) -> Layer:
@@ -89,7 +104,7 @@ def reshape(*shape: int) -> Layer:
     >>> reshape(28, 28, 1).forward((), (), jnp.ones((2, 784)))[0].shape
     (2, 28, 28, 1)
     """
-    if any(not isinstance(size, int) or size < -1 for size in shape) or shape.count(-1) > 1:
+    if not all(is_whole(size, -1) for size in shape) or shape.count(-1) > 1:
         raise ValueError(f"reshape: shape = {shape}; expected whole sizes of at least 0, one of them -1 at most")
 
     def forward(params, x):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fnet.layers.masks import by_position
 from fnet.types import Layer, LayerError, require, require_array, wide
 
 
@@ -57,4 +58,4 @@ def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:
     def backward(params, mask, dy):  # y_i = x_i m_i / (1 − p):  dx_i = dy_i m_i / (1 − p), and dy where nothing dropped
         return (), dy if mask is None else scaled(dy, mask)
 
-    return Layer("dropout", lambda key, x: ((), ()), forward, backward)
+    return by_position(Layer("dropout", lambda key, x: ((), ()), forward, backward))

@@ -11,7 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.initializers import normal
-from fnet.layers.dense import product, rows
+from fnet.layers.dense import plus, product, rows, wide_product
+from fnet.layers.masks import by_position
 from fnet.types import (
     Layer,
     LayerError,
@@ -51,7 +52,7 @@ def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp
     def backward(params, ids, dy):  # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i; ids have no gradient
         return {"table": scatter(ids, dy, vocabulary).astype(params["table"].dtype)}, None
 
-    return stateless("embedding", init, forward, backward)
+    return by_position(stateless("embedding", init, forward, backward))
 
 
 def tied_embedding(
@@ -99,10 +100,10 @@ def tied_embedding(
                 f"expected {table.dtype} {(*ids.shape, features)} of the body, as the table has, "
                 f"got {h.dtype} {h.shape}"
             )
-        logits = product(rows(h), table.T)
+        logits = wide_product(rows(h), table.T)
         if "b" in params:
-            logits = logits + params["b"][None]
-        y = beside(logits.reshape(*ids.shape, vocabulary), others)
+            logits = plus(logits, params["b"])
+        y = beside(logits.astype(h.dtype).reshape(*ids.shape, vocabulary), others)
         return y, {"body": body_state}, {"ids": ids, "h": h, "body": residuals}
 
     def backward(params, residuals, dy):
@@ -139,7 +140,9 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """``table[ids]``; an id out of range is refused if it is concrete, and else its row is NaN and has no gradient."""
     require_ids(ids, table.shape[0])
     ids = within_int32(ids, table.shape[0])
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # widened before its rows are taken: autodiff adds up their gradients in the dtype in which they are taken
+    rows = table.astype(wide(table.dtype)).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(table.dtype)
 
 
 def scatter(ids: jax.Array, dy: jax.Array, vocabulary: int) -> jax.Array:
@@ -148,7 +151,7 @@ def scatter(ids: jax.Array, dy: jax.Array, vocabulary: int) -> jax.Array:
     On CPU this is many times faster than sorting first or a product with one-hot rows.
     """
     dtype = wide(dy.dtype)
-    sums = jnp.zeros((vocabulary, dy.shape[-1]), dtype).at[within_int32(ids, vocabulary).reshape(-1)]
+    sums = jnp.zeros((vocabulary, dy.shape[-1]), dtype).at[within_int32(ids, vocabulary).ravel()]
     return sums.add(rows(dy).astype(dtype), mode="drop", wrap_negative_indices=False)
 
 
@@ -210,14 +213,15 @@ def learned_positions(length: int, *, weights=normal(0.02)) -> Layer:
 
     def forward(params, x):
         check(x, params["table"].shape[1])
-        return x + params["table"][None, : x.shape[1]].astype(x.dtype), ()
+        dtype = wide(x.dtype)  # as in `lookup`
+        return (x.astype(dtype) + params["table"][None, : x.shape[1]].astype(dtype)).astype(x.dtype), ()
 
     def backward(params, residuals, dy):  # dtable_t = Σ_B dy_t, and 0 beyond T;  dx = dy
         table = params["table"]
         dtable = jnp.zeros(table.shape, wide(dy.dtype)).at[: dy.shape[1]].set(dy.astype(wide(dy.dtype)).sum(0))
         return {"table": dtable.astype(table.dtype)}, dy
 
-    return stateless("learned_positions", init, forward, backward)
+    return by_position(stateless("learned_positions", init, forward, backward))
 
 
 def sinusoidal_positions(base=10000.0) -> Layer:
@@ -237,10 +241,11 @@ def sinusoidal_positions(base=10000.0) -> Layer:
         exponents = jnp.arange(0, features, 2, dtype=dtype) / -features
         angles = jnp.arange(length, dtype=dtype)[:, None] * (jnp.asarray(base, dtype) ** exponents)[None]
         waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)  # (T, ⌈D/2⌉, 2), read row by row
-        encoding = waves.reshape(length, -1)[:, :features]
+        encoding = waves.reshape(length, 2 * exponents.size)[:, :features]
         return (x.astype(dtype) + encoding[None]).astype(x.dtype), ()
 
-    return stateless("sinusoidal_positions", lambda key, x: (), forward, lambda params, residuals, dy: ((), dy))
+    layer = stateless("sinusoidal_positions", lambda key, x: (), forward, lambda params, residuals, dy: ((), dy))
+    return by_position(layer)
 
 
 def rotary_positions(base=10000.0) -> Layer:
@@ -256,7 +261,7 @@ def rotary_positions(base=10000.0) -> Layer:
     def backward(params, residuals, dy):  # y_t = R(t) x_t with a rotation R(t):  dx_t = R(t)ᵀ dy_t = R(−t) dy_t
         return (), rotate(dy, -jnp.arange(dy.shape[1]), base)
 
-    return stateless("rotary_positions", lambda key, x: (), forward, backward)
+    return by_position(stateless("rotary_positions", lambda key, x: (), forward, backward))
 
 
 def rotate(x: jax.Array, positions: jax.Array, base=10000.0) -> jax.Array:
@@ -286,7 +291,8 @@ def rotate(x: jax.Array, positions: jax.Array, base=10000.0) -> jax.Array:
     dtype = wide(x.dtype)
     half = x.shape[-1] // 2
     frequencies = jnp.asarray(base, dtype) ** (jnp.arange(half, dtype=dtype) / -half)
-    angles = positions.astype(dtype).reshape(-1, x.shape[1], 1, 1) * frequencies[None, None, None]
+    angles = positions.astype(dtype).reshape(*positions.shape[:-1] or (1,), x.shape[1], 1, 1)
+    angles = angles * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B or 1, T, 1, D/2)
     a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     # (a, b) -> (a cos − b sin, b cos + a sin)

@@ -11,13 +11,13 @@ Legend: B batch, C features (channels), G groups; N examples and positions toget
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnet.initializers import constant, zeros
 from fnet.layers.dense import rows
+from fnet.layers.masks import by_position, split_mask, with_mask
 from fnet.types import (
     Layer,
     LayerError,
@@ -40,8 +40,9 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
     state follows ``σ² · N / (N − 1)`` (0 if N is 1). ``decay`` and ``eps`` are numbers, possibly traced; ``scale`` and
     ``bias`` are initializers, or None to leave the parameter out.
 
-    ``(x, mask)`` normalises a masked batch: ``mask`` is boolean over leading axes of ``x`` (``(B,)``, ``(B, T)``, ...).
-    Only what is True counts; elsewhere ``y`` and ``dx`` are 0. Where nothing counts, the state stays.
+    ``(x, mask)`` normalises a masked batch, and gives ``(y, mask)``: ``mask`` is boolean over leading axes of ``x``
+    (``(B,)``, ``(B, T)``, ...). Only what is True counts; elsewhere ``y`` and ``dx`` are 0. Where nothing counts, the
+    state stays.
 
     Raises `LayerError` where ``x`` has no batch axis, is not floating, does not have the features of the state, and for
     a mask that does not fit. Source: Ioffe and Szegedy, arXiv:1502.03167 (which stores the unbiased variance).
@@ -62,15 +63,14 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
         raise ValueError(f"batch_norm: variance = {variance!r}; expected 'biased' or 'unbiased'")
 
     def init(key, x):
-        x = x[0] if isinstance(x, tuple) else x
+        x, _ = split_mask(x)
         require_features(x)
         shape, dtype = x.shape[-1:], wide(x.dtype)
         state = {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
         return affine_params(key, x, scale, bias), state
 
     def forward(params, state, x, *, key=None, train=False):
-        pair: Any = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-        x, mask = pair
+        x, mask = split_mask(x)
         if not isinstance(state, dict) or set(state) != {"mean", "var"}:
             raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
         require_features(x, state["mean"].shape[0])
@@ -96,10 +96,12 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
         r = 1 / jnp.sqrt(var + jnp.asarray(eps, dtype))
         normal = centred * r[None]
         y = only(affine(params, normal), counted)
-        return y.astype(x.dtype).reshape(x.shape), new_state, (normal.astype(x.dtype), r, n, counted)
+        y = y.astype(x.dtype).reshape(x.shape)
+        return with_mask(y, mask), new_state, (normal.astype(x.dtype), r, n, counted)
 
     def backward(params, residuals, dy):
         normal, r, n, counted = residuals  # n is None in inference
+        dy = dy[0] if isinstance(dy, tuple) else dy
         dtype, shape = dy.dtype, dy.shape
         normal, dy = normal.astype(r.dtype), only(rows(dy).astype(r.dtype), counted)
         # y = γ x̂ + β:  dβ = Σ dy,  dγ = Σ dy x̂.  x̂ = r (x − μ), and in training μ and r depend on x too:
@@ -128,7 +130,7 @@ def layer_norm(*, eps=1e-5, scale=constant(1), bias=zeros()) -> Layer:
     >>> layer.forward(params, state, jnp.array([[100.0, 104.0]]))[0].round(3).tolist()
     [[-1.0, 1.0]]
     """
-    return _within("layer_norm", over_features, True, eps, scale, bias)
+    return by_position(_within("layer_norm", over_features, True, eps, scale, bias))
 
 
 def rms_norm(*, eps=1e-6, scale=constant(1)) -> Layer:
@@ -142,15 +144,17 @@ def rms_norm(*, eps=1e-6, scale=constant(1)) -> Layer:
     >>> layer.forward(params, state, jnp.array([[1.0, 7.0]]))[0].round(3).tolist()
     [[0.20000000298023224, 1.4000000953674316]]
     """
-    return _within("rms_norm", over_features, False, eps, scale, None)
+    return by_position(_within("rms_norm", over_features, False, eps, scale, None))
 
 
 def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Layer:
     """Each example's features in ``groups`` of neighbours, each normalised over its features and all positions.
 
     ``x (B, ..., C)`` to ``y`` alike; scale and bias ``(C,)``. One group normalises the whole example, C groups are
-    instance normalization. Arguments and errors as in `layer_norm`; `LayerError` also where C is no multiple of
-    ``groups``. Source: Wu and He, arXiv:1803.08494. PyTorch's ε is 1e-5 as well, flax' 1e-6.
+    instance normalization. ``(x, mask)`` gives ``(y, mask)``: of each example only the positions where the mask is True
+    count, and elsewhere ``y`` and ``dx`` are 0. Arguments and errors as in `layer_norm`; `LayerError` also where C is
+    no multiple of ``groups``, and for a mask that does not fit.
+    Source: Wu and He, arXiv:1803.08494. PyTorch's ε is 1e-5 as well, flax' 1e-6.
 
     >>> layer = group_norm(2)
     >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 4), "float32"))
@@ -163,53 +167,66 @@ def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Lay
         if x.shape[-1] % groups:
             raise LayerError(f"expected a multiple of {groups} features (groups = {groups}), got {x.shape[-1]}")
 
-    def mean(v):  # over positions first: XLA on CPU is slow where both reductions are one
-        by_feature = v.mean(tuple(range(1, v.ndim - 1)), keepdims=True)  # (B, 1, ..., C)
+    def mean(v, counted):  # over positions first: XLA on CPU is slow where both reductions are one
+        positions = tuple(range(1, v.ndim - 1))
+        if counted is None:
+            by_feature = v.mean(positions, keepdims=True)  # (B, 1, ..., C)
+        else:
+            count = counted.sum(positions, dtype=v.dtype, keepdims=True)
+            by_feature = only(v, counted).sum(positions, keepdims=True) / jnp.maximum(count, 1)
         by_group = by_feature.reshape(v.shape[0], groups, v.shape[-1] // groups).mean(-1)
         return jnp.repeat(by_group, v.shape[-1] // groups, 1).reshape(by_feature.shape)
 
     return _within("group_norm", mean, True, eps, scale, bias, check)
 
 
-def over_features(v):
+def over_features(v, counted):
     """The mean of ``v (B, ..., C)`` at each position."""
     return v.mean(-1, keepdims=True)
 
 
 def _within(name, mean, centre: bool, eps, scale, bias, check=lambda x: None) -> Layer:
-    """``y = γ x̂ + β`` with statistics that ``mean`` takes within each example; none is subtracted unless ``centre``."""
+    """``y = γ x̂ + β`` with statistics that ``mean`` takes within each example; none is subtracted unless ``centre``.
+
+    ``mean(v, counted)`` is over what is counted, all of it if that is None.
+    """
     require(eps >= 0, f"{name}: eps = {eps}; expected at least 0")
 
     def init(key, x):
+        x, _ = split_mask(x)
         require_features(x)
         check(x)
         return affine_params(key, x, scale, bias)
 
     def forward(params, x):
+        x, mask = split_mask(x)
         require_features(x, next((leaf.shape[0] for leaf in jax.tree.leaves(params)), None))
         require_params(params, **affine_shapes(x, scale, bias))
         check(x)
+        counted = None if mask is None else counted_rows(x, mask).reshape(*x.shape[:-1], 1)
         dtype = wide(x.dtype)
-        v = x.astype(dtype)
+        v = only(x.astype(dtype), counted)
         if centre:
-            v = v - mean(v)
-        r = 1 / jnp.sqrt(mean(v * v) + jnp.asarray(eps, dtype))
+            v = only(v - mean(v, counted), counted)
+        r = 1 / jnp.sqrt(mean(v * v, counted) + jnp.asarray(eps, dtype))
         normal = v * r
-        y = affine(params, rows(normal)).reshape(x.shape)
-        return y.astype(x.dtype), (normal.astype(x.dtype), r)
+        y = only(affine(params, rows(normal)).reshape(x.shape), counted)
+        return with_mask(y.astype(x.dtype), mask), (normal.astype(x.dtype), r, counted)
 
     def backward(params, residuals, dy):
-        normal, r = residuals
-        normal, d = normal.astype(r.dtype), dy.astype(r.dtype)
+        normal, r, counted = residuals
+        dy = dy[0] if isinstance(dy, tuple) else dy
+        normal, d = normal.astype(r.dtype), only(dy.astype(r.dtype), counted)
         # y = γ x̂ + β:  dβ = Σ dy,  dγ = Σ dy x̂,  dx̂ = γ dy
         dscale, dbias = rows(d * normal).sum(0), rows(d).sum(0)
         if "scale" in params:
             d = (rows(d) * params["scale"][None].astype(d.dtype)).reshape(dy.shape)
         # ∂x̂_i/∂x_j = r ([i = j] − 1/n − x̂_i x̂_j / n), the 1/n from the mean:  dx = r (dx̂ − mean dx̂ − x̂ mean(dx̂ x̂))
-        dx = r * (d - normal * mean(d * normal) - (mean(d) if centre else 0))
-        return parameters_gradient(params, dscale, dbias), dx.astype(dy.dtype)
+        dx = r * (d - normal * mean(d * normal, counted) - (mean(d, counted) if centre else 0))
+        dx = only(dx, counted).astype(dy.dtype)
+        return parameters_gradient(params, dscale, dbias), dx if counted is None else (dx, None)
 
-    return stateless(name, init, forward, backward)
+    return stateless(name, init, forward, backward, several=True)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
@@ -246,7 +263,7 @@ def follow(old, new, decay, count):
 
 
 def only(v, counted):
-    """``v (N, C)``, and 0 in the rows that are not counted: by selection, so that NaN there stays there."""
+    """``v (..., C)``, and 0 where ``counted (..., 1)`` is False: by selection, so that NaN there stays there."""
     return v if counted is None else jnp.where(counted, v, 0)
 
 

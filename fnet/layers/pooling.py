@@ -25,7 +25,8 @@ from fnet.layers.convolution import (
     padded,
     windows_of,
 )
-from fnet.types import Layer, LayerError, stateless, wide
+from fnet.layers.masks import split_mask
+from fnet.types import Layer, LayerError, require_array, stateless, wide
 
 
 def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID") -> Layer:
@@ -44,7 +45,8 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
 
     def forward(_, x):
         over = over_true_inputs(windows, x)
-        entries, true = taps(channels_first(x), over, -jnp.inf), true_entries(over)
+        # wide, since autodiff adds up what windows that overlap give to an entry
+        entries, true = taps(channels_first(x).astype(wide(x.dtype)), over, -jnp.inf), true_entries(over)
         y, seen = entries[0], true[0]
         first = jnp.zeros(y.shape, jnp.uint8 if len(entries) <= 256 else jnp.int32)  # the position that y comes from
         for k, (entry, is_true) in enumerate(zip(entries[1:], true[1:], strict=True), 1):
@@ -54,7 +56,7 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
             y, seen = jnp.where(keep, y, entry), seen | is_true
             first = jnp.where(keep, first, jnp.asarray(k, first.dtype))
         # beside the positions an empty array that carries the shape of x
-        return channels_last(y), (first, jnp.zeros((0, *x.shape), x.dtype))
+        return channels_last(y.astype(x.dtype)), (first, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):
         # ∂y_o / ∂x_(os+k) = [k is the first position at which the window of o has its maximum]
@@ -62,8 +64,9 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
         over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
         positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
         each = (None,) * len(over.kernel)
-        d = jnp.where(first[each] == jnp.asarray(positions, first.dtype), channels_first(dy)[each], 0)
-        return (), channels_last(fold(d, over))
+        share = channels_first(dy).astype(wide(dy.dtype))[each]
+        d = jnp.where(first[each] == jnp.asarray(positions, first.dtype), share, 0)
+        return (), channels_last(fold(d, over)).astype(dy.dtype)
 
     return stateless("max_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
@@ -90,7 +93,7 @@ def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
 
     def forward(_, x):
         over, dtype = over_true_inputs(windows, x), wide(x.dtype)
-        total = functools.reduce(jnp.add, (entry.astype(dtype) for entry in taps(channels_first(x), over, 0)))
+        total = functools.reduce(jnp.add, taps(channels_first(x).astype(dtype), over, 0))
         return channels_last((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(_, empty, dy):  # ∂y_o / ∂x_(os+k) = 1 / count_o
@@ -103,35 +106,77 @@ def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
 
 
 def global_max_pool() -> Layer:
-    """``y (B, C)``, the largest entry of each channel of ``x (B, *S, C)``; ties and NaN as in `max_pool`."""
+    """``y (B, C)``, the largest entry of each channel of ``x (B, *S, C)``; ties and NaN as in `max_pool`.
+
+    Of ``(x, mask)``, with a mask ``(B, *S)``, the largest where it is True; 0, with no gradient, where it never is.
+    """
 
     def forward(_, x):
-        entries = one_spatial_axis(x)
-        first = jnp.argmax(entries, 1, keepdims=True)
-        return jnp.where(places(entries) == first, entries, 0).sum(1), (first, jnp.zeros((0, *x.shape), x.dtype))
+        x, mask = split_mask(x)
+        entries, counted = one_spatial_axis(x), counted_places(x, mask)
+        first = jnp.argmax(entries if counted is None else jnp.where(counted, entries, -jnp.inf), 1, keepdims=True)
+        chosen = places(entries) == first
+        chosen = chosen if counted is None else chosen & counted  # of −∞ alone the first may be padding
+        return jnp.where(chosen, entries, 0).sum(1), (first, counted, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):  # ∂y / ∂x_s = [s is the first place of the maximum]
-        first, empty = residuals
+        first, counted, empty = residuals
         shape = empty.shape[1:]
         entries = jax.ShapeDtypeStruct((shape[0], math.prod(shape[1:-1]), shape[-1]), dy.dtype)
-        return (), jnp.where(places(entries) == first, dy[:, None], 0).reshape(shape)
+        chosen = places(entries) == first
+        dx = jnp.where(chosen if counted is None else chosen & counted, dy[:, None], 0).reshape(shape)
+        return (), dx if counted is None else (dx, None)
 
-    return stateless("global_max_pool", lambda key, x: nothing(one_spatial_axis_of(x)), forward, backward)
+    return stateless("global_max_pool", init_of_places, forward, backward, several=True)
 
 
 def global_avg_pool() -> Layer:
-    """``y (B, C)``, the mean of each channel of ``x (B, *S, C)``, summed in float32 at least."""
+    """``y (B, C)``, the mean of each channel of ``x (B, *S, C)``, summed in float32 at least.
+
+    Of ``(x, mask)``, with a mask ``(B, *S)``, the mean of the places where it is True; 0 where it never is.
+
+    >>> x, mask = jnp.array([[[1.0], [3.0], [8.0]]]), jnp.array([[True, True, False]])
+    >>> print(global_avg_pool().forward((), (), (x, mask))[0], global_avg_pool().forward((), (), x)[0])
+    [[2.]] [[4.]]
+    """
 
     def forward(_, x):
-        y = one_spatial_axis(x).mean(1, dtype=wide(x.dtype)).astype(x.dtype)
-        return y, jnp.zeros((0, *x.shape), x.dtype)
+        x, mask = split_mask(x)
+        entries, counted, empty = one_spatial_axis(x), counted_places(x, mask), jnp.zeros((0, *x.shape), x.dtype)
+        if counted is None:
+            return entries.mean(1, dtype=wide(x.dtype)).astype(x.dtype), (None, empty)
+        total = jnp.where(counted, entries, 0).sum(1, dtype=wide(x.dtype))
+        return (total / number_of(counted, total.dtype)).astype(x.dtype), (counted, empty)
 
-    def backward(_, empty, dy):  # ∂y / ∂x_s = 1 / number of places
-        shape = empty.shape[1:]
-        share = (dy.astype(wide(dy.dtype)) / math.prod(shape[1:-1])).astype(dy.dtype)
-        return (), jnp.broadcast_to(share.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1]), shape)
+    def backward(_, residuals, dy):  # ∂y / ∂x_s = 1 / number of places, 0 at those that are not counted
+        counted, empty = residuals
+        shape, d = empty.shape[1:], dy.astype(wide(dy.dtype))
+        if counted is None:
+            share = (d / math.prod(shape[1:-1])).astype(dy.dtype)
+            return (), jnp.broadcast_to(share.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1]), shape)
+        share = (d / number_of(counted, d.dtype)).astype(dy.dtype)
+        return (), (jnp.where(counted, share[:, None], 0).reshape(shape), None)
 
-    return stateless("global_avg_pool", lambda key, x: nothing(one_spatial_axis_of(x)), forward, backward)
+    return stateless("global_avg_pool", init_of_places, forward, backward, several=True)
+
+
+def init_of_places(key, x) -> tuple:
+    """No parameters, for inputs that have places."""
+    return nothing(one_spatial_axis_of(split_mask(x)[0]))
+
+
+def counted_places(x: jax.Array, mask) -> jax.Array | None:
+    """A mask ``(B, *S)`` over the places of ``x (B, *S, C)`` as ``(B, S, 1)``."""
+    if mask is None:
+        return None
+    if mask.shape != x.shape[:-1]:
+        raise LayerError(f"expected a mask of shape {x.shape[:-1]}, one for each place, got {mask.shape}")
+    return mask.reshape(*one_spatial_axis_of(x)[:2], 1)
+
+
+def number_of(counted: jax.Array, dtype) -> jax.Array:
+    """How many places count, ``(B, 1)``, at least 1."""
+    return jnp.maximum(counted.sum(1, dtype=dtype), 1)
 
 
 def over_true_inputs(windows: Windows, x) -> Windows:
@@ -165,6 +210,7 @@ def true_entries(over: Windows) -> list[np.ndarray]:
 
 def one_spatial_axis_of(x) -> tuple[int, int, int]:
     """The shape ``(B, S, C)`` of ``x (B, *S, C)``, all its places along one axis."""
+    require_array(x)
     if len(x.shape) < 3 or 0 in x.shape[1:-1]:
         raise LayerError(f"expected a batch axis, places and channels, such as (B, H, W, C), got shape {x.shape}")
     return x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]

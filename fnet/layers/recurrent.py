@@ -1,6 +1,7 @@
 """Recurrent layers: Elman's network, the gated recurrent unit and long short-term memory, over sequences or one step.
 
-    sequence layer    x -> y    or    (x, carry) -> (y, carry)    or    (x, carry, mask) -> (y, carry)
+    sequence layer    x -> y    or    (x, mask) -> (y, mask)    or    (x, carry) -> (y, carry)
+                      or    (x, carry, mask) -> (y, carry, mask)
     cell              (x, carry) -> (y, carry), one step with the same parameters
 
 A cell is written once: one step, the slopes of its gates, and one step back. A sequence layer is the scan of it. The
@@ -27,8 +28,9 @@ from jax import lax
 from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
 from fnet.layers.activation import tanh
 from fnet.layers.combinators import named_children, output_shape, require_children
-from fnet.layers.dense import product, rows
-from fnet.types import Layer, LayerError, PyTree, forward_child, inside, require_counts, stateless, stream
+from fnet.layers.dense import plus, product, rows
+from fnet.layers.masks import is_masked
+from fnet.types import Layer, LayerError, PyTree, forward_child, inside, require_counts, stateless, stream, wide
 
 
 class LSTMCarry(NamedTuple):
@@ -87,11 +89,10 @@ def _lstm() -> _Cell:
     def step(recurrent, z, carry):
         h, c = carry
         z = z + product(h, recurrent["w"])
-        # σ(z) = ½ + ½ tanh(z/2): one tanh over all four gates is half the operations of a step
-        half = np.repeat([0.5, 0.5, 1.0, 0.5], h.shape[-1])[None]
-        scale, shift = jnp.asarray(half, z.dtype), jnp.asarray(1 - half, z.dtype)
-        gates = scale * jnp.tanh(scale * z) + shift
-        i, f, g, o = jnp.split(gates, 4, -1)
+        # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut
+        i, f, g, o = jnp.split(z, 4, -1)
+        i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+        gates = jnp.concatenate([i, f, g, o], -1)
         c = f * c + i * g
         return (o * jnp.tanh(c), c), gates
 
@@ -119,7 +120,7 @@ def _gru_after(bias: Initializer | None) -> _Cell:
         r, u = jnp.split(jax.nn.sigmoid(z[..., : 2 * units] + a[..., : 2 * units]), 2, -1)
         q = a[..., 2 * units :]
         if "b" in recurrent:
-            q = q + recurrent["b"][None]
+            q = plus(q, recurrent["b"]).astype(q.dtype)
         n = jnp.tanh(z[..., 2 * units :] + r * q)
         return ((1 - u) * n + u * h,), (r, u, n, q)
 
@@ -185,12 +186,15 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         x, carry, mask = _inputs(cell, params, given, "(B, T, I)")  # x (B, T, I), carry of (B, H), mask (B, T)
         x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
         z = product(x_rows, params["input"]["w"]).reshape(*x.shape[1::-1], cell.gates * units)  # (T, B, G H)
+        # wide outside of the scan: autodiff adds up their gradients over the steps in the dtype that enters it
+        shared = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), {**params, "input": {}})
 
         def step(before, now):
             z, mask, cut = now
             if cut is not None:
                 before = tuple(jnp.where(cut, lax.stop_gradient(part), part) for part in before)
-            after, kept = cell.step(params["recurrent"], _biased(params, z), before)
+            recurrent = {**shared["recurrent"], "w": shared["recurrent"]["w"].astype(z.dtype)}
+            after, kept = cell.step(recurrent, _biased(shared, z), before)
             if mask is not None:
                 after = tuple(jnp.where(mask, new, old) for new, old in zip(after, before, strict=True))
             return after, (after, kept)
@@ -199,7 +203,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         y = carries[0].swapaxes(0, 1)
         if mask is not None:
             y = jnp.where(mask[:, :, None], y, 0)
-        return (y, _pack(last)) if isinstance(given, tuple) else y, (given, carries, kept)
+        return _like(given, y, last, mask), (given, carries, kept)
 
     def backward(params, residuals, dy):
         # from the last step to the first: the gradient by the carry after step t gains dy_t, and cell.back gives dz_t
@@ -210,7 +214,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
         before = tuple(_shift(part, first, reverse) for part, first in zip(carries, carry, strict=True))
         slopes, others = cell.slopes(kept, before, carries)
-        dy, dlast = dy if isinstance(given, tuple) else (dy, None)
+        dy, dlast, _ = _parts(dy, is_masked(given))
         dlast = tuple(jnp.zeros_like(part) for part in carry) if dlast is None else _unpack(dlast)
 
         def step(scanned, now):
@@ -233,7 +237,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         (dcarry, dz), _ = lax.scan(step, (dlast, slopes), steps, reverse=not reverse, unroll=unroll)
         dparams, dx = _weight_gradients(cell, params, x_rows, kept, before[0], dz)
         dx = dx.reshape(*x.shape[1::-1], x.shape[2]).swapaxes(0, 1)
-        return dparams, _like(given, dx, dcarry)
+        return dparams, _gradient_like(given, dx, dcarry)
 
     return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
@@ -259,7 +263,7 @@ def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
         slopes, others = cell.slopes(kept, before, after)
         dcarry, dz = cell.back(params["recurrent"]["w"].T, slopes, others, (dcarry[0] + dh, *dcarry[1:]))
         dparams, dx = _weight_gradients(cell, params, x, kept, before[0], dz)
-        return dparams, _like(given, dx, dcarry)
+        return dparams, _gradient_like(given, dx, dcarry)
 
     return stateless(name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
@@ -290,7 +294,7 @@ def _init(cell, units, weights, recurrent, bias):
 
 
 def _biased(params, z):  # (B, G H); within the scan, where XLA fuses it with the gates: before it, a pass of its own
-    return z + params["b"][None] if "b" in params else z
+    return plus(z, params["b"]).astype(z.dtype) if "b" in params else z
 
 
 def _weight_gradients(cell, params, x, kept, h, dz):
@@ -309,8 +313,8 @@ def _weight_gradients(cell, params, x, kept, h, dz):
 def _inputs(cell: _Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
     """``x``, the carry as a tuple and the mask (None without one), all checked."""
     if isinstance(given, tuple) and not 1 < len(given) < 4:
-        raise LayerError(f"expected x, (x, carry) or (x, carry, mask), got {_described(given)}")
-    x, carry, mask, *_ = (*given, None) if isinstance(given, tuple) else (given, None, None)
+        raise LayerError(f"expected x, (x, mask), (x, carry) or (x, carry, mask), got {_described(given)}")
+    x, carry, mask = _parts(given, is_masked(given))
     _require_parameters(cell, params)
     w, units = params["input"]["w"], params["recurrent"]["w"].shape[0]
     if not hasattr(x, "shape") or x.ndim != shape.count(",") + 1 or x.shape[-1] != w.shape[0]:
@@ -370,10 +374,29 @@ def _shift(after, first, reverse):
     return jnp.concatenate([after[1:], first[None]] if reverse else [first[None], after[:-1]])
 
 
-def _like(given, dx, dcarry):
+def _parts(given, masked: bool) -> tuple[Any, Any, Any]:
+    """``x, carry, mask`` of any form of the inputs, or of the outputs or their gradients; None for what is not there.
+
+    ``masked`` says of a pair that its second is the mask, and not the carry.
+    """
+    if not isinstance(given, tuple):
+        return given, None, None
+    return (given[0], None, given[1]) if masked else (*given, None)[:3]
+
+
+def _like(given, y, carry, mask):
+    """The outputs in the form of the inputs ``given``."""
+    if not isinstance(given, tuple):
+        return y
+    return (y, mask) if is_masked(given) else (y, _pack(carry), mask)[: len(given)]
+
+
+def _gradient_like(given, dx, dcarry):
     """The gradient by the inputs, with the tree of the inputs and None where nothing flows."""
     if not isinstance(given, tuple):
         return dx
+    if is_masked(given):
+        return dx, None
     return (dx, None if given[1] is None else _pack(dcarry), *(None for _ in given[2:]))
 
 
@@ -563,34 +586,33 @@ def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
         ys, last, new_state, residuals = [], [], {}, {}
         for name, carry in zip(names, carries, strict=True):
             child_x = (_mirrored(name, x), carry, _mirrored(name, mask))
-            (y, carry), new_state[name], residuals[name] = forward_child(
+            (y, carry, _), new_state[name], residuals[name] = forward_child(
                 name, layer, params[name], state[name], child_x, key=key, train=train
             )
             ys.append(_mirrored(name, y))
             last.append(carry)
         y = ys[0] + ys[1] if merge == "sum" else jnp.concatenate(ys, -1)
-        return (y if form is None else (y, tuple(last))), new_state, (form, residuals)
+        return _outputs(form, y, last, mask), new_state, (form, residuals)
 
     def backward(params, residuals, dy):
         # each direction has its part of dy, or all of it if they were added; their gradients by x add
         form, residuals = residuals
-        dy, dlast = (dy, None) if form is None else dy
-        dlast = (None,) * len(names) if dlast is None else dlast
+        dy, dlast = _gradients(form, dy, names)
         dys = (dy, dy) if merge == "sum" else jnp.split(dy, 2, -1)
         dparams, dxs, dcarries = {}, [], []
         for name, dy, dcarry in zip(names, dys, dlast, strict=True):
             with inside(name):
                 dy = _mirrored(name, dy)
-                dparams[name], (dx, dcarry, _) = layer.backward(params[name], residuals[name], (dy, dcarry))
+                dparams[name], (dx, dcarry, _) = layer.backward(params[name], residuals[name], (dy, dcarry, None))
             dxs.append(_mirrored(name, dx))
             dcarries.append(dcarry)
-        return dparams, _form(form, dxs[0] + dxs[1], dcarries)
+        return dparams, _inputs_gradient(form, dxs[0] + dxs[1], dcarries)
 
     return Layer("bidirectional", init, forward, backward)
 
 
 def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
-    """Recurrent layers one upon another: ``x -> y``, ``(x, carries) -> (y, carries)``, ``(x, carries, mask) -> …``.
+    """Recurrent layers one upon another: ``x -> y``, ``(x, carries) -> (y, carries)``, and with masks as one layer.
 
     ``carries`` is the tuple of the layers' own (each may be None for zeros); all see the same mask. Over plain arrays
     it is `serial`, with whose names and keys it agrees. Of cells it is a cell: one step of the whole stack.
@@ -620,22 +642,21 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
         last, new_state, residuals = [], {}, {}
         for (name, layer), carry in zip(children, carries, strict=True):
             child_x = (x, carry) if mask is None else (x, carry, mask)
-            (x, carry), new_state[name], residuals[name] = forward_child(
+            (x, carry, *_), new_state[name], residuals[name] = forward_child(
                 name, layer, params[name], state[name], child_x, key=key, train=train
             )
             last.append(carry)
-        return (x if form is None else (x, tuple(last))), new_state, (form, residuals)
+        return _outputs(form, x, last, mask), new_state, (form, residuals)
 
     def backward(params, residuals, dy):
         form, residuals = residuals
-        dy, dlast = (dy, None) if form is None else dy
-        dlast = (None,) * len(names) if dlast is None else dlast
+        dy, dlast = _gradients(form, dy, names)
         dparams, dcarries = {}, []
         for (name, layer), dcarry in zip(reversed(children), reversed(dlast), strict=True):
             with inside(name):
                 dparams[name], (dy, dcarry, *_) = layer.backward(params[name], residuals[name], (dy, dcarry))
             dcarries.append(dcarry)
-        return dparams, _form(form, dy, dcarries[::-1])
+        return dparams, _inputs_gradient(form, dy, dcarries[::-1])
 
     return Layer("stacked", init, forward, backward)
 
@@ -646,20 +667,38 @@ def _mirrored(name, a):
 
 
 def _several(given, names):
-    """``x``, a carry for each name, the mask, and the form: what of ``given`` there was, without its arrays."""
-    if not isinstance(given, tuple):
-        return given, (None,) * len(names), None, None
-    if not 1 < len(given) < 4:
-        raise LayerError(f"expected x, (x, carries) or (x, carries, mask), got {_described(given)}")
-    x, carries, mask = (*given, None)[:3]
+    """``x``, a carry for each name, the mask, and the form: by name what of ``given`` there was, without arrays."""
+    if isinstance(given, tuple) and not 1 < len(given) < 4:
+        raise LayerError(f"expected x, (x, mask), (x, carries) or (x, carries, mask), got {_described(given)}")
+    x, carries, mask = _parts(given, is_masked(given))
+    form = None
+    if is_masked(given):
+        form = {"mask": ()}
+    elif isinstance(given, tuple):
+        form = {"carries": None if carries is None else (), **({"mask": ()} if len(given) == 3 else {})}
     if carries is not None and (not isinstance(carries, tuple) or len(carries) != len(names)):
         raise LayerError(f"expected a carry for each of {list(names)} or None for zeros, got {_described(carries)}")
-    form = ((), None if carries is None else (), *(() for _ in given[2:]))
     return x, (None,) * len(names) if carries is None else carries, mask, form
 
 
-def _form(form, dx, dcarries):
+def _outputs(form, y, carries, mask):
+    """The outputs for inputs of this form."""
+    if form is None:
+        return y
+    return (y, *([tuple(carries)] if "carries" in form else []), *([mask] if "mask" in form else []))
+
+
+def _gradients(form, dy, names):
+    """The gradient by ``y``, and one by the carry of each name, of the gradients by outputs of this form."""
+    if form is None:
+        return dy, (None,) * len(names)
+    dlast = dy[1] if "carries" in form else None
+    return dy[0], (None,) * len(names) if dlast is None else dlast
+
+
+def _inputs_gradient(form, dx, dcarries):
     """The gradient by inputs of this form."""
     if form is None:
         return dx
-    return (dx, None if form[1] is None else tuple(dcarries), *(None for _ in form[2:]))
+    carries = [] if "carries" not in form else [None if form["carries"] is None else tuple(dcarries)]
+    return (dx, *carries, *([None] if "mask" in form else []))
