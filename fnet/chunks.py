@@ -290,7 +290,8 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
             if now != extremes or kind_of(read.batch) not in kinds:
                 kinds.add(kind_of(read.batch))
                 rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
-                dry_run(f"a batch{rows}", plan.step, like, check_data(read.batch, part=True))
+                batch = check_data(read.batch, part=True)
+                dry_run(f"a batch{rows}", plan.step, like, batch, count_examples(batch))
                 extremes = now
             yield read
     finally:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
+from fnet.data.arrays import trace_batch, with_zeros
 from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, require_counts, split_floating, weighted_mean, wide
 
 Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
@@ -140,8 +141,8 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
         def cut(begin, count, size):
             return jax.tree.map(lambda a: a[begin : begin + count * size].reshape(count, size, *a.shape[1:]), batch)
 
-        first = jax.tree.map(lambda a: a[:size], batch)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: one(state, 0, first))[1])
+        shapes = trace_batch(lambda state, batch: one(state, 0, batch)[1], (state,), batch, size)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         carry = state, zeros
         if longer:
             carry, _ = jax.lax.scan(step, carry, (jnp.arange(longer), cut(0, longer, size + 1)))
@@ -161,11 +162,23 @@ def scaled(value: jax.Array, scale) -> jax.Array:
 
 def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch: Batch) -> dict[str, Mean]:
     """``loss`` and ``metrics`` of a batch as `Mean`s over its examples."""
-    values = loss(outputs, batch.targets)
+    outputs, targets = that_count(outputs, batch)
+    values = loss(outputs, targets)
     measured = {"loss": weighted_mean(values, batch.weights, values.ndim)}
     for name, metric in (metrics or {}).items():
-        measured[name] = weighted_mean(metric(outputs, batch.targets), batch.weights, values.ndim)
+        measured[name] = weighted_mean(metric(outputs, targets), batch.weights, values.ndim)
     return measured
+
+
+def that_count(outputs: PyTree, batch: Batch) -> tuple[PyTree, PyTree]:
+    """The outputs and the targets, with 0 for both at examples of weight 0, whatever stands there.
+
+    Selected before the loss and not after it: its derivative at a target that is NaN is NaN, and 0 · NaN too.
+    """
+    if batch.weights is None:
+        return outputs, batch.targets
+    left_out = batch.weights == 0
+    return with_zeros(outputs, left_out), with_zeros(batch.targets, left_out)
 
 
 def refuse_names(given: Iterable[str], taken: Iterable[str]) -> None:
@@ -180,7 +193,7 @@ def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array, f
     share = scaled(Mean(jnp.ones_like(count), count).value, factor)
     if batch.weights is not None:
         share = share * batch.weights.astype(share.dtype)
-    return jax.tree.map(lambda d: scale(d, share), loss.gradient(outputs, batch.targets))
+    return jax.tree.map(lambda d: scale(d, share), loss.gradient(*that_count(outputs, batch)))
 
 
 def scale(d: jax.Array, share: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.checkpoint import words_of
-from fnet.data.arrays import DataError, check_batch_size, check_data, count_examples
+from fnet.data.arrays import EXTREMES, DataError, check_batch_size, check_data, count_examples, trace_batch
 from fnet.data.streams import Stream, first_batch, is_read_ahead
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
@@ -99,13 +99,14 @@ def check_run(
         per_epoch, n = steps_per_epoch(data, batch_size), count_examples(data)
         sample = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype), data)
     every = in_steps("evaluate_every", evaluate_every, per_epoch)
-    after, _ = dry_run("data", step, ts, known)
+    after, metrics = dry_run("data", step, ts, known, batch_size)
     for (path, old), (_, new) in zip(named_leaves(ts), named_leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(
                 f"step turns {path} from {old.dtype}{old.shape} into {new.dtype}{new.shape}; expected no change"
             )
-    metrics = jax.eval_shape(step, ts, sample)[1]
+    if not isinstance(data, Stream) and (last := n % batch_size):  # the epoch's last batch is smaller
+        dry_run("data", step, ts, known, last)
     results = {}
     if evaluate:
         sets = validation if isinstance(validation, Mapping) else {"validation": validation}
@@ -113,7 +114,7 @@ def check_run(
             raise ValueError("validation holds no set; expected a Batch, or a mapping of names to Batches")
         checked = {name: check_data(held, name=name) for name, held in sets.items()}
         for name, held in checked.items():
-            dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held)
+            dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held, count_examples(held))
         validation = checked if isinstance(validation, Mapping) else checked["validation"]
         results = jax.eval_shape(lambda ts, sets: evaluated(ts, sets, evaluate, stop), ts, validation)[1]
     check_metrics([*named_metrics(metrics), *results.items()])
@@ -247,32 +248,17 @@ def examples_between(plan: Plan, first: int, last: int) -> int:
     return seen(last) - seen(first)
 
 
-def dry_run(name: str, function: Callable, ts: TrainState, data: Batch):
-    """Trace ``function(ts, batch)`` with the true labels and ids at their extremes, so that they can be checked.
-
-    These are the integers of a batch: losses look at the labels, embeddings at the ids. All else is abstract, and
-    nothing is computed.
-    """
-    leaves, structure = jax.tree.flatten(data)
-    whole = {i: np.asarray(a) for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.integer)}
-    flat = [a.reshape(len(a), -1) for a in whole.values() if a.size]
-    rows = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
-    known = {i: jnp.asarray(a[np.asarray(rows)]) for i, a in whole.items()}
-    others = [
-        None if i in known else jax.ShapeDtypeStruct((len(rows), *a.shape[1:]), a.dtype) for i, a in enumerate(leaves)
-    ]
-
-    def traced(ts, others):
-        batch = [known.get(i, other) for i, other in enumerate(others)]
-        return function(ts, jax.tree.unflatten(structure, batch))
-
-    where = f"{name}, examples {rows} (those with the least and the greatest label or id)"
+def dry_run(name: str, function: Callable, ts: TrainState, data: Batch, size: int):
+    """The shapes of ``function(ts, batch)``, by `trace_batch`; DataError where labels or ids are out of range."""
     try:
-        return jax.eval_shape(traced, ts, others)
-    except LayerError as error:
-        error.add_note(f"in {where}")
-        raise
+        return trace_batch(function, (ts,), data, size)
     except ValueError as error:
-        if known:
-            raise DataError(f"{where}: {error}") from error
-        raise
+        rows = [note.removeprefix(EXTREMES) for note in getattr(error, "__notes__", ()) if note.startswith(EXTREMES)]
+        if not rows:  # the function's own error, whatever the labels
+            error.add_note(f"in {name}")
+            raise
+        where = f"{name}, examples {rows[-1]} (those with the least and the greatest label or id)"
+        if isinstance(error, LayerError):
+            error.add_note(f"in {where}")
+            raise
+        raise DataError(f"{where}: {error}") from error

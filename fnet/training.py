@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from fnet.data.arrays import DataError, count_examples
+from fnet.data.arrays import DataError, count_examples, trace_batch
 from fnet.gradients import Gradient, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import Batch, Layer, Mean, Optimizer, PyTree, TrainState, apply, stream
@@ -94,6 +95,8 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
         size = batch_size or n
         if n <= size:
             return on_batch(params, state, data)
+        if not all(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data)):
+            trace_batch(on_batch, (params, state), data, size)  # in the map below labels are not known
         full = jax.tree.map(lambda a: a[: n - n % size].reshape(n // size, size, *a.shape[1:]), data)
         parts = jax.lax.map(lambda batch: on_batch(params, state, batch), full)
         total = jax.tree.map(lambda a: a.sum(0), parts)

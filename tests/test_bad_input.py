@@ -376,9 +376,8 @@ CASES = {
     ),
     "a monitor called as a metric": (
         lambda: fit(step=with_metric("accuracy", {"accuracy": lambda grads: jnp.ones(())})),
-        DataError,
-        "data, examples [0, 5] (those with the least and the greatest label or id): a metric is "
-        "called 'accuracy', as one that is measured already; expected another name",
+        ValueError,
+        "a metric is called 'accuracy', as one that is measured already; expected another name",
     ),
     # --- its data
     "data as a dict": (

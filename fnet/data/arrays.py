@@ -8,7 +8,7 @@ Legend: N examples, S any shape of rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -40,7 +40,8 @@ def check_data(
 
     Raises:
         DataError: no examples; arrays of different N or without a first axis; a dtype that is not real numbers; a value
-            that is not finite or too large; weights that are negative or sum to 0; a ``batch_size`` that does not fit.
+            that is not finite or too large, but for targets of weight 0, which may be missing; weights that are
+            negative or sum to 0; a ``batch_size`` that does not fit.
 
     >>> data = check_data((np.zeros((3, 2)), np.array([0, 1, 1])))
     >>> data.inputs.dtype, data.targets.dtype, data.weights
@@ -61,8 +62,10 @@ def check_data(
     if batch_size is not None:
         check_batch_size(batch_size, examples, name)
     paths, leaves = zip(*_leaves(batch, name), strict=True)
-    arrays = [_to_device(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    batch = jax.tree.unflatten(jax.tree.structure(batch), arrays)
+    structure = jax.tree.structure(batch)
+    counts = _counting(batch, name)
+    arrays = [_to_device(path, leaf, count) for path, leaf, count in zip(paths, leaves, counts, strict=True)]
+    batch = jax.tree.unflatten(structure, arrays)
     return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name, part))
 
 
@@ -81,6 +84,62 @@ def count_examples(data: Batch, name: str = "data") -> int:
                 "expected the same number in each: the first axis of every array is the examples"
             )
     return examples
+
+
+def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -> Any:
+    """The shapes of ``function(*arguments, batch)`` for a batch of ``size`` examples of the data; nothing is computed.
+
+    The integers of the batch are known where those of the data are, and those with the least and the greatest of each
+    array are among them: so losses can check the labels, and embeddings the ids, at the true shape of a batch. (One
+    trace mostly; more where these rows do not fit into it.) Raises what the function raises; of a ValueError that it
+    raises for these integers alone, the rows are a note.
+    """
+    host = jax.tree.map(lambda leaf: None if isinstance(leaf, Tracer) else np.asarray(leaf), data)
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), data)
+    weights, counted = None, host
+    if isinstance(data, Batch) and host.weights is not None:  # an example of weight 0 has no label
+        weights, counted = host.weights, host._replace(targets=with_zeros(host.targets, host.weights == 0))
+    integers = [a for a in jax.tree.leaves(counted) if np.issubdtype(a.dtype, np.integer) and a.size]
+    flat = [a.reshape(len(a), -1) for a in integers]
+    extremes = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
+    result = None
+    for begin in range(0, len(extremes), size):
+        rows = extremes[begin : begin + size]
+        filled = rows + rows[:1] * (size - len(rows))
+        known = jax.tree.map(lambda a, at=filled: a[at] if np.issubdtype(a.dtype, np.integer) else None, host)
+        if weights is not None:
+            known = known._replace(weights=weights[filled])
+
+        def traced(arguments, shapes, known=known):
+            pick = lambda k, other: other if k is None else k  # noqa: E731
+            return function(*arguments, jax.tree.map(pick, known, shapes, is_leaf=lambda leaf: leaf is None))
+
+        try:
+            result = jax.eval_shape(traced, arguments, whole)
+        except ValueError as error:
+            if integers:
+                jax.eval_shape(lambda arguments, shapes: function(*arguments, shapes), arguments, whole)
+                error.add_note(f"{EXTREMES}{rows}")
+            raise
+    return result
+
+
+EXTREMES = "found among the examples with the least and the greatest label or id: "
+
+
+def with_zeros(tree: PyTree, where: Any) -> PyTree:
+    """The tree with 0 at the examples where ``where (N, ...)`` says so; leaves that have no such axes as they are.
+
+    What is known stays known, so that labels can be checked.
+    """
+
+    def zeroed(leaf):
+        if np.shape(leaf)[: where.ndim] != where.shape:
+            return leaf
+        xp: Any = jnp if isinstance(leaf, Tracer) or isinstance(where, Tracer) else np
+        return xp.where(where.reshape(where.shape + (1,) * (leaf.ndim - where.ndim)), xp.zeros((), leaf.dtype), leaf)
+
+    return jax.tree.map(zeroed, tree)
 
 
 def take(data: PyTree, rows: Any) -> PyTree:
@@ -160,17 +219,33 @@ def check_batch_size(batch_size: Any, examples: int, name: str = "data") -> None
         raise DataError(f"batch_size = {batch_size!r}; {expected} (all of them at once: batch_size={examples})")
 
 
-def _to_device(path: str, leaf: Any) -> jax.Array:
+def _counting(batch: Batch, name: str) -> list[np.ndarray | None]:
+    """For each leaf where its numbers count, None for everywhere: targets of weight 0 may be missing, as NaN."""
+    inputs, targets, rest = (jax.tree.leaves(part) for part in batch)
+    if not isinstance(batch.weights, np.ndarray | jax.Array):
+        return [None] * len([*inputs, *targets, *rest])
+    live = np.asarray(batch.weights) != 0
+    return [
+        *(None for _ in inputs),
+        *(live if np.shape(leaf)[: live.ndim] == live.shape else None for leaf in targets),
+        *(None for _ in rest),
+    ]
+
+
+def _to_device(path: str, leaf: Any, counting: np.ndarray | None = None) -> jax.Array:
     host = np.asarray(leaf)
     floating = jnp.issubdtype(host.dtype, jnp.floating)
     if floating:
-        _refuse(path, host, ~np.isfinite(host), "expected finite numbers: drop or replace them")
+        bad = ~np.isfinite(host)
+        if counting is not None:
+            bad &= counting.reshape(counting.shape + (1,) * (host.ndim - counting.ndim))
+        _refuse(path, host, bad, "expected finite numbers: drop or replace them")
     dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     if dtype == host.dtype:
         return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # device_put may share NumPy's memory
     with np.errstate(over="ignore"):
         narrow = host.astype(dtype)
-    lost = np.isinf(narrow) if floating else narrow != host
+    lost = np.isinf(narrow) & np.isfinite(host) if floating else narrow != host
     _refuse(path, host, lost, f"expected numbers that {dtype} holds: scale or renumber them, or enable jax_enable_x64")
     return jnp.array(narrow)
 
