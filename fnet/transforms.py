@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fnet.optimizers.common import Mask, as_arrays, count_on, decaying, global_norm
+from fnet.optimizers.common import as_arrays, count_on, global_norm
+from fnet.optimizers.which import Mask, check_mask_kind, decaying
 from fnet.schedules import check_numbers
-from fnet.types import PyTree, Transform, wide
+from fnet.types import PyTree, Transform, on_each_copy, stacked_axes, wide
 
 
 class TransformState(NamedTuple):
@@ -83,14 +84,14 @@ def _clip_values(grads, params, hyper):
 
 
 def clip_by_leaf_norm(limit: ArrayLike) -> Transform:
-    """Each leaf scaled down to ``‖g‖ ≤ limit``: ``g · min(1, limit / ‖g‖)``. (optax's ``clip_by_block_rms`` divides by
-    the root mean square instead; Keras' ``clipnorm`` is this.)"""
+    """Each leaf (of stacked layers each copy) scaled down to ``‖g‖ ≤ limit``: ``g · min(1, limit / ‖g‖)``. (optax's
+    ``clip_by_block_rms`` divides by the root mean square instead; Keras' ``clipnorm`` is this.)"""
     check_numbers("clip_by_leaf_norm", positive=True, limit=limit)
     return _stateless("clip_by_leaf_norm", LimitHyper(limit), _clip_leaves)
 
 
 def _clip_leaves(grads, params, hyper):
-    return jax.tree.map(lambda g: _scaled(g, _within(hyper.limit, global_norm(g))), grads)
+    return _each_tensor(lambda g: _scaled(g, _within(hyper.limit, global_norm(g))), grads)
 
 
 def clip_by_global_norm(limit: ArrayLike) -> Transform:
@@ -129,7 +130,7 @@ def _clip_units(grads, params, hyper):
         most = hyper.limit.astype(dtype) * jnp.maximum(of_p, hyper.eps.astype(dtype))
         return _scaled(g, _within(most, of_g))
 
-    return jax.tree.map(clipped, grads, params)
+    return _each_tensor(clipped, grads, params)
 
 
 def l2_decay(l2: ArrayLike, mask: Mask = None) -> Transform:
@@ -137,9 +138,10 @@ def l2_decay(l2: ArrayLike, mask: Mask = None) -> Transform:
 
     In an adaptive optimizer this is not decoupled weight decay, which is the optimizer's own ``weight_decay``. torch's
     ``Adam(weight_decay=...)`` and ``SGD(weight_decay=...)`` are this. A mask is None (all), path patterns such as
-    ``"*/w"`` or a function ``(path, leaf) -> bool``.
+    ``"*/w"``, a tree of True and False like the parameters, or a function ``(path, leaf) -> bool``.
     """
     check_numbers("l2_decay", l2=l2)
+    check_mask_kind("l2_decay", mask)
 
     def update(grads, params, hyper):
         leaves, structure = jax.tree.flatten(grads)
@@ -164,7 +166,7 @@ def centralize() -> Transform:
             return g
         return (g - g.astype(wide(g.dtype)).mean(range(g.ndim - 1), keepdims=True)).astype(g.dtype)
 
-    return _stateless("centralize", NoHyper(), lambda grads, params, hyper: jax.tree.map(centred, grads))
+    return _stateless("centralize", NoHyper(), lambda grads, params, hyper: _each_tensor(centred, grads))
 
 
 def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.55) -> Transform:
@@ -206,6 +208,13 @@ def _stateless(name: str, hyper, function: Callable, check: Callable[[PyTree], A
         return function(grads, params, state.hyper), state
 
     return Transform(name, init, update)
+
+
+def _each_tensor(function: Callable, grads: PyTree, *trees: PyTree) -> PyTree:
+    """``function(g, *others)`` of each leaf, of stacked layers of each copy."""
+    leaves, structure = jax.tree.flatten(grads)
+    rows = zip(stacked_axes(grads), leaves, *map(jax.tree.leaves, trees), strict=True)
+    return structure.unflatten(on_each_copy(function, copies)(*map(jnp.asarray, row)) for copies, *row in rows)
 
 
 def _unit_norm(a: jax.Array) -> jax.Array:

@@ -44,6 +44,68 @@ class Layer(NamedTuple):
     backward: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Copies(dict):
+    """A dict of parameters that stack ``count`` copies along their first axis: the layers that `repeat` runs.
+
+    It is a dict in all else, and paths do not show it. Whatever looks at a whole tensor (norms, factored moments,
+    centring, masks by shape) acts on each copy: so one update of stacked layers is the update of the same layers apart.
+    Copies within copies have two such axes. A leaf whose first axis is not ``count`` long counts as one copy's own.
+
+    >>> blocks = Copies({"w": jnp.zeros((6, 4, 4)), "b": jnp.zeros((6, 4))}, 6)
+    >>> dict(zip(["blocks/b", "blocks/w", "head"], stacked_axes({"blocks": blocks, "head": jnp.zeros(2)}), strict=True))
+    {'blocks/b': 1, 'blocks/w': 1, 'head': 0}
+    >>> jax.tree.map(jnp.shape, blocks.one(0))
+    {'b': (4,), 'w': (4, 4)}
+    """
+
+    def __init__(self, params, count: int):
+        super().__init__(params)
+        self.count = count
+
+    def one(self, i: int) -> dict:
+        """The parameters of one copy, a plain dict."""
+        return jax.tree.map(lambda leaf: leaf[i], dict(self))
+
+    def tree_flatten_with_keys(self):
+        children, aux = self.tree_flatten()
+        return [(jax.tree_util.DictKey(name), child) for name, child in zip(aux[0], children, strict=True)], aux
+
+    def tree_flatten(self):
+        names = tuple(sorted(self))
+        return [self[name] for name in names], (names, self.count)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        names, count = aux
+        return cls(zip(names, children, strict=True), count)
+
+
+def stacked_axes(tree: PyTree, counts: tuple[int, ...] = ()) -> list[int]:
+    """For each leaf of a tree how many of its first axes count copies."""
+    found = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Copies)):
+        if isinstance(node, Copies):
+            found += stacked_axes(dict(node), (*counts, node.count))
+        else:
+            found.append(len(counts) if np.shape(node)[: len(counts)] == counts else 0)
+    return found
+
+
+def without_copies(tree: PyTree) -> PyTree:
+    """The tree with plain dicts in the place of `Copies`."""
+
+    def plain(node):
+        return without_copies(dict(node)) if isinstance(node, Copies) else node
+
+    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, Copies))
+
+
+def on_each_copy(function: Callable, axes: int) -> Callable:
+    """``function`` of one copy's arrays as a function of arrays whose first ``axes`` axes count copies."""
+    return jax.vmap(on_each_copy(function, axes - 1)) if axes else function
+
+
 class Loss(NamedTuple):
     """A loss with its gradient by hand; called like the function it holds.
 
@@ -194,6 +256,14 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int
 def wide(*dtypes) -> np.dtype:
     """Float64 if one of the dtypes is, else float32: what sums, moments and coefficients are kept in."""
     return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
+def is_floating_dtype(dtype) -> bool:
+    """Whether this names a floating dtype."""
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def require(condition, message: str) -> None:

@@ -101,7 +101,9 @@ def test_repeat_is_a_serial_of_children_called_by_their_number(unroll, x64, key)
     params, state = stacked.init(key, x)
     each_params, each_state = alone.init(key, x)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trees[n] for n in "012"))  # noqa: E731
-    assert_leaves_close(params, stack(each_params), 0)
+    assert_leaves_close(dict(params), stack(each_params), 0)
+    for i in range(3):
+        assert_leaves_close(params.one(i), each_params[str(i)], 0)
     y, new_state, residuals = stacked.forward(params, state, x, key=key, train=True)
     each_y, each_new_state, each_residuals = alone.forward(each_params, each_state, x, key=key, train=True)
     np.testing.assert_allclose(y, each_y, rtol=1e-13)
@@ -109,7 +111,7 @@ def test_repeat_is_a_serial_of_children_called_by_their_number(unroll, x64, key)
     assert new_state["dropping_0"].tolist() == [1, 1, 1]
     dparams, dx = stacked.backward(params, residuals, jnp.ones_like(y))
     each_dparams, each_dx = alone.backward(each_params, each_residuals, jnp.ones_like(y))
-    assert_leaves_close(dparams, stack(each_dparams), 1e-13)
+    assert_leaves_close(dict(dparams), stack(each_dparams), 1e-13)
     np.testing.assert_allclose(dx, each_dx, rtol=1e-12)
 
 
@@ -222,12 +224,18 @@ def test_a_child_may_not_take_the_shortcuts_name():
 
 
 def test_each_child_and_each_copy_has_a_key_of_its_own(key):
-    show = stateless("show", lambda key, x: jax.random.bits(key), lambda p, x: (x, ()), lambda p, r, dy: (p, dy))
+    show = stateless("show", lambda key, x: {"k": jax.random.bits(key)}, lambda p, x: (x, ()), lambda p, r, dy: (p, dy))
     params, _ = residual(show, show, shortcut=show).init(key, jnp.ones((1, 1)))
-    assert params["shortcut"] == jax.random.bits(stream(key, "shortcut"))
+    assert params["shortcut"]["k"] == jax.random.bits(stream(key, "shortcut"))
     assert len({int(leaf) for leaf in jax.tree.leaves(params)}) == 3
     copies, _ = repeat(show, 50).init(key, jnp.ones((1, 1)))
-    assert len(set(copies.tolist())) == 50
+    assert len(set(copies["k"].tolist())) == 50
+
+
+def test_a_layer_whose_parameters_are_no_dict_is_not_repeated(key):
+    bare = stateless("bare", lambda key, x: jnp.ones(()), lambda p, x: (p * x, ()), lambda p, r, dy: (p, dy))
+    with pytest.raises(LayerError, match="expected a layer whose parameters are a dict, to be repeated, got"):
+        repeat(bare, 2).init(key, jnp.ones((1, 1)))
 
 
 def test_a_repeated_layer_without_leaves_runs_as_often_as_said(key):

@@ -116,16 +116,21 @@ def test_each_dtype_of_the_policy_is_where_it_is_named(key):
         return {"w": (x * dy).sum(0)}, params["w"] * dy
 
     init = lambda key, x: ({"w": jnp.ones(x.shape[-1], x.dtype)}, jnp.zeros((), x.dtype))  # noqa: E731
-    policy = Policy(parameters=jnp.float32, compute=jnp.bfloat16, state=jnp.float16, outputs=jnp.float32)
+    policy = Policy(parameters=jnp.float32, compute=jnp.bfloat16, state=jnp.float32, outputs=jnp.float16)
     with jax.numpy_rank_promotion("allow"):
         layer = mixed_precision(Layer("l", init, forward, backward), policy)
         params, state = layer.init(key, jnp.ones((2, 3)))
         y, new_state, residuals = layer.forward(params, state, jnp.ones((2, 3)))
         dparams, dx = layer.backward(params, residuals, y)
-    assert seen == [("bfloat16", "bfloat16", "float16"), ("bfloat16", "bfloat16")]
+    assert seen == [("bfloat16", "bfloat16", "float32"), ("bfloat16", "bfloat16")]
     assert [dtypes(tree) for tree in (params, state, y, new_state, dparams, dx)] == [
-        {"float32"}, {"float16"}, {"float32"}, {"float16"}, {"float32"}, {"float32"},
+        {"float32"}, {"float32"}, {"float16"}, {"float32"}, {"float32"}, {"float32"},
     ]  # fmt: skip
+    for narrow in (jnp.float16, jnp.bfloat16):
+        with pytest.raises(
+            ValueError, match=r"mixed_precision: state = b?float16; expected float32 or float64: running"
+        ):
+            mixed_precision(dense(2), Policy(state=narrow))
     assert policy.accumulation == np.float32 and Policy(compute=jnp.float64).accumulation == np.float64
 
 

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
-from fnet.types import Layer, LayerError, forward_child, inside, require_array, stateless, stream, watched
+from fnet.types import (
+    Copies,
+    Layer,
+    LayerError,
+    forward_child,
+    inside,
+    is_whole,
+    require_array,
+    stateless,
+    stream,
+    watched,
+)
 
 
 def named_children(layers) -> list[tuple[str, Layer]]:
@@ -210,17 +221,19 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     """``count`` copies of a layer one after another, by `jax.lax.scan`: the program does not grow with the depth.
 
     Parameters and state are the layer's own trees with a leading axis of ``count``; the copies have keys and parameters
-    of their own, those of a `serial` whose children are called ``"0"``, ``"1"`` and so on. ``unroll`` copies stand in
-    the loop's body (True: all), which compiles longer and may run faster. Raises `LayerError` where the layer's outputs
-    do not have the shape and the dtype of its inputs.
+    of their own, those of a `serial` whose children are called ``"0"``, ``"1"`` and so on. Parameters are a
+    `fnet.types.Copies`, by which optimizers know each copy from the others. ``unroll`` copies stand in the loop's body
+    (True: all), which compiles longer and may run faster. Raises `LayerError` where the layer's outputs do not have the
+    shape and the dtype of its inputs, and where its parameters are no dict.
 
     >>> from fnet.layers import dense
     >>> params, _ = repeat(dense(4), 6).init(jax.random.key(0), jax.ShapeDtypeStruct((2, 4), "float32"))
     >>> params["w"].shape
     (6, 4, 4)
     """
-    if not isinstance(count, int) or count < 1:
+    if not is_whole(count):
         raise ValueError(f"repeat: count = {count!r}; expected a whole number of at least 1")
+    count = int(count)
     names = [str(i) for i in range(count)]
     folds = np.asarray([zlib.crc32(name.encode()) for name in names], np.uint32)  # stream(key, name), all at once
 
@@ -230,7 +243,13 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     def init(key, x):
         first = jax.eval_shape(lambda key: layer.init(key, x), key)
         require_like(x, output_shape(layer, first[0], first[1], x))
-        return jax.vmap(lambda key: layer.init(key, x))(keys(key))
+        params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
+        if jax.tree.leaves(params) and not isinstance(params, dict):
+            raise LayerError(f"expected a layer whose parameters are a dict, to be repeated, got {params!r:.80}")
+        return (Copies(params, count) if isinstance(params, dict) else params), state
+
+    def apart(params):  # the layer sees its own parameters, of which there is one
+        return dict(params) if isinstance(params, dict) else params
 
     def forward(params, state, x, *, key=None, train=False):
         def one(x, child):
@@ -243,6 +262,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
             if leaf.shape[:1] != (count,):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise LayerError(f"expected {count} copies of {where} along its first axis, got shape {leaf.shape}")
+        params = apart(params)
         if not watched():
             y, (state, residuals) = jax.lax.scan(one, x, (params, state, keys(key)), length=count, unroll=unroll)
             return y, state, residuals
@@ -260,8 +280,8 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
             dparams, dx = layer.backward(params, residuals, dy)
             return dx, dparams
 
-        dx, dparams = jax.lax.scan(one, dy, (params, residuals), length=count, reverse=True, unroll=unroll)
-        return dparams, dx
+        dx, dparams = jax.lax.scan(one, dy, (apart(params), residuals), length=count, reverse=True, unroll=unroll)
+        return (Copies(dparams, count) if isinstance(params, Copies) else dparams), dx
 
     return Layer("repeat", init, forward, backward)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fnet.types import Layer, PyTree, cast_like, join, split_floating, wide
+from fnet.types import Layer, PyTree, cast_like, is_floating_dtype, join, split_floating, wide
 
 
 def with_hand_backward(layer: Layer) -> Layer:
@@ -70,7 +70,7 @@ class Policy(NamedTuple):
 
     parameters: DTypeLike = jnp.float32  # as they are kept and updated
     compute: DTypeLike = jnp.bfloat16  # parameters, inputs and intermediates within the layer
-    state: DTypeLike = jnp.float32  # running statistics
+    state: DTypeLike = jnp.float32  # running statistics; 32 bits at least
     outputs: DTypeLike | None = None  # what leaves the layer; None: as the inputs, or as the parameters for ids
 
     @property
@@ -87,11 +87,16 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
     Source: Micikevicius et al., arXiv:1710.03740.
 
     A layer within may have another policy: ``mixed_precision(softmax(), Policy(compute=jnp.float32))`` is a float32
-    island in a bfloat16 model. Raises ValueError for a dtype that is not floating.
+    island in a bfloat16 model. Raises ValueError for a dtype that is not floating, and a state in 16 bits.
     """
     for name, dtype in policy._asdict().items():
         if not is_floating_dtype(dtype) and not (name == "outputs" and dtype is None):
             raise ValueError(f"mixed_precision: {name} = {dtype}; expected a floating dtype, such as bfloat16")
+    if wide(jnp.dtype(policy.state)) != jnp.dtype(policy.state):
+        raise ValueError(
+            f"mixed_precision: state = {jnp.dtype(policy.state)}; expected float32 or float64: running statistics move "
+            "by a hundredth of themselves, which 16 bits do not hold"
+        )
 
     def init(key, x):
         params, state = layer.init(key, jax.eval_shape(lambda x: cast(x, policy.parameters), x))
@@ -112,14 +117,6 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         return cast_like(dparams, params), cast_like(dx, x_dtypes)
 
     return Layer(layer.name, init, forward, backward)
-
-
-def is_floating_dtype(dtype) -> bool:
-    """Whether this names a floating dtype."""
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:
-        return False
 
 
 def cast(tree: PyTree, dtype) -> Any:

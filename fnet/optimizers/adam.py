@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.optimizers.common import Mask, check_between, check_variant, correction, elementwise
+from fnet.optimizers.common import check_between, check_variant, correction, elementwise
+from fnet.optimizers.which import Mask
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
@@ -60,6 +61,10 @@ def adam(
     - ``eps_root`` (optax) keeps gradients through the update finite where v is 0. With ``eps`` and ``eps_root`` 0, a
       parameter whose gradient was always 0 becomes NaN.
 
+    ``moment_dtype`` of 16 bits holds for m alone, which is then rounded by chance (`fnet.optimizers.rounding`); v,
+    whose updates are a thousandth of it, stays in float32 at least. In optax (``mu_dtype``) m is rounded to the
+    nearest.
+
     There is no weight decay here: torch's ``Adam(weight_decay=...)`` adds L2 to the gradient
     (`fnet.transforms.l2_decay` in a `chain`), optax's `adam` has none; decoupled decay is `adamw`.
     """
@@ -82,11 +87,11 @@ def adamw(
 ) -> Optimizer:
     """`adam` with decoupled weight decay: ``p −= rate · (m̂ / (√(v̂ + eps_root) + eps) + λ p)``.
 
-    λ is ``weight_decay``, at the leaves of the ``mask`` (None: all; path patterns such as ``"*/w"``; or a function
-    ``(path, leaf) -> bool``). As torch and optax the rate multiplies λ; with ``independent`` it does not, ``p −= λ p``,
-    which is the paper's form: there one schedule multiplies two constants, here ``learning_rate`` and ``weight_decay``
-    are schedules of their own. λ is 0.01 in torch, 1e-4 in optax, 0.004 in Keras.
-    Source: Loshchilov and Hutter, arXiv:1711.05101.
+    λ is ``weight_decay``, at the leaves of the ``mask`` (None: all; path patterns such as ``"*/w"``; a tree of True and
+    False like the parameters, as in optax; or a function ``(path, leaf) -> bool``). As torch and optax the rate
+    multiplies λ; with ``independent`` it does not, ``p −= λ p``, which is the paper's form: there one schedule
+    multiplies two constants, here ``learning_rate`` and ``weight_decay`` are schedules of their own. λ is 0.01 in
+    torch, 1e-4 in optax, 0.004 in Keras. Source: Loshchilov and Hutter, arXiv:1711.05101.
 
     >>> optimizer = adamw(0.1, weight_decay=0.5, mask="*w")
     >>> params = {"b": jnp.ones(1), "w": jnp.ones(1)}
@@ -117,7 +122,7 @@ def _adam(name: str, hyper: AdamHyper, variant: str, **options) -> Optimizer:
         v = b2 * v + rest2 * g * g
         return p - rate * m / (jnp.sqrt(v + eps_root) + eps), m, v
 
-    return elementwise(name, AdamState, hyper, rule, numbers, {"mu": 0.0, "nu": 0.0}, **options)
+    return elementwise(name, AdamState, hyper, rule, numbers, {"mu": 0.0, "nu": 0.0}, narrow=("mu",), **options)
 
 
 def _check(name: str, hyper) -> None:
@@ -182,7 +187,8 @@ def amsgrad(
         return p - rate * m / (jnp.sqrt(most + eps_root) + eps), m, v, most
 
     moments = {"mu": 0.0, "nu": 0.0, "most": 0.0}
-    return elementwise("amsgrad", AmsgradState, hyper, rule, numbers, moments, moment_dtype=moment_dtype, mask=mask)
+    options = {"narrow": ("mu",), "moment_dtype": moment_dtype, "mask": mask}
+    return elementwise("amsgrad", AmsgradState, hyper, rule, numbers, moments, **options)
 
 
 # --- Adamax ----------------------------------------------------------------------------------------------------------
@@ -241,7 +247,8 @@ def adamax(
         return rate / correction(hyper.b1, t), hyper.b1, hyper.b2, hyper.eps
 
     moments = {"mu": 0.0, "largest": 0.0}
-    return elementwise("adamax", AdamaxState, hyper, rule, numbers, moments, moment_dtype=moment_dtype, mask=mask)
+    options = {"narrow": ("mu",), "moment_dtype": moment_dtype, "mask": mask}
+    return elementwise("adamax", AdamaxState, hyper, rule, numbers, moments, **options)
 
 
 # --- Nadam -----------------------------------------------------------------------------------------------------------
@@ -319,6 +326,7 @@ def nadam(
         rule,
         numbers,
         {"mu": 0.0, "nu": 0.0},
+        narrow=("mu",),
         scalars={"product": lambda hyper, t, product: product * momentum(hyper, t.astype(product.dtype))},
         moment_dtype=moment_dtype,
         mask=mask,
@@ -395,4 +403,5 @@ def radam(
         return p - rate * m / (enough * jnp.sqrt(v) + eps), m, v
 
     moments = {"mu": 0.0, "nu": 0.0}
-    return elementwise("radam", RadamState, hyper, rule, numbers, moments, moment_dtype=moment_dtype, mask=mask)
+    options = {"narrow": ("mu",), "moment_dtype": moment_dtype, "mask": mask}
+    return elementwise("radam", RadamState, hyper, rule, numbers, moments, **options)

@@ -85,6 +85,7 @@ def rmsprop(
         rule,
         lambda hyper, rate, t: (rate, hyper.decay, 1 - hyper.decay, hyper.eps, hyper.momentum),
         {"nu": initial, "mean": 0.0 if centered else None, "velocity": None if momentum is None else 0.0},
+        narrow=("velocity",),
         moment_dtype=moment_dtype,
     )
 

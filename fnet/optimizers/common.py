@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -17,10 +16,21 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from fnet.optimizers.rounding import NARROW, is_narrow, rounded, spread
+from fnet.optimizers.which import Mask, check_mask, decaying
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, by_path, named_leaves, wide
-
-Mask = str | Sequence[str] | Callable[[str, Any], bool] | None
+from fnet.types import (
+    Optimizer,
+    PyTree,
+    Schedule,
+    by_path,
+    is_floating_dtype,
+    named_leaves,
+    on_each_copy,
+    stacked_axes,
+    wide,
+    without_copies,
+)
 
 
 def elementwise(
@@ -32,25 +42,31 @@ def elementwise(
     moments: Mapping[str, ArrayLike | None],
     *,
     scalars: Mapping[str, Callable] = {},
+    narrow: Sequence[str] = (),
     moment_dtype: DTypeLike | None = None,
     mask: Mask = None,
     independent: bool = False,
     inside: bool = False,
+    whole: bool = False,
     check: Callable[[PyTree], None] = lambda params: None,
 ) -> Optimizer:
     """The optimizer that computes ``rule(p, g, *moments, *numbers(hyper, rate, t)) -> p, *moments`` at each leaf.
 
     ``state`` is its NamedTuple ``(step, hyper, rate, *moments, *scalars)``, ``hyper`` the NamedTuple of its numbers, of
     which ``learning_rate`` and ``weight_decay`` may be Schedules. ``moments`` are the values that they start from, None
-    for one that is not kept. ``scalars`` start from 1 and become ``function(hyper, t, scalar)``; ``numbers`` takes them
-    too. Where ``hyper`` has a ``weight_decay`` λ that is not None, ``rate · λ · p`` is taken off as
-    well (λ · p if ``independent``) at the leaves of the ``mask``; p is the parameter before the update. With ``inside``
-    the rule takes λ, or 0 at other leaves, as its last number instead. ``check`` is a further check of the parameters.
+    for one that is not kept; those that are ``narrow`` may have a ``moment_dtype`` of 16 bits. ``scalars`` start from 1
+    and become ``function(hyper, t, scalar)``; ``numbers`` takes them too. Where ``hyper`` has a ``weight_decay`` λ that
+    is not None, ``rate · λ · p`` is taken off as well (λ · p if ``independent``) at the leaves of the ``mask``; p is
+    the parameter before the update. With ``inside`` the rule takes λ, or 0 at other leaves, as its last number instead.
+    A rule that looks at a ``whole`` tensor is given each copy of stacked ones (`fnet.types.Copies`). ``check`` is a
+    further check of the parameters.
     """
     rate_fn, learning_rate = split(name, learning_rate=hyper.learning_rate)
     hyper, decay_fn = hyper._replace(learning_rate=learning_rate), None
     check_mask(name, mask, getattr(hyper, "weight_decay", None))
-    _check_moment_dtype(name, moment_dtype)
+    dtypes = _moment_dtypes(
+        name, moment_dtype, [moment for moment, fill in moments.items() if fill is not None], narrow
+    )
     if getattr(hyper, "weight_decay", None) is not None:
         decay_fn, weight_decay = split(name, weight_decay=hyper.weight_decay)
         hyper = hyper._replace(weight_decay=weight_decay)
@@ -58,7 +74,7 @@ def elementwise(
     def init(params):
         check(params)
         decaying(name, mask, params)
-        kept = (None if fill is None else moment(params, moment_dtype, fill) for fill in moments.values())
+        kept = (None if fill is None else moment(params, dtypes[m], fill) for m, fill in moments.items())
         ones = (jnp.ones((), float) for _ in scalars)
         return state(*start(name, params, rate_fn, hyper), *kept, *ones)
 
@@ -71,7 +87,8 @@ def elementwise(
         new = [change(hyper, step, getattr(opt_state, scalar)) for scalar, change in scalars.items()]
         kept = {moment: getattr(opt_state, moment) for moment in moments}
         decays, given = decaying(name, mask, params), numbers(hyper, rate, step, *new)
-        params, *kept = per_leaf(rule, given, params, grads, shrink=shrink, decays=decays, inside=inside, **kept)
+        how = {"step": step, "shrink": shrink, "decays": decays, "inside": inside, "whole": whole}
+        params, *kept = per_leaf(rule, given, params, grads, **how, **kept)
         return params, state(step, hyper, rate, *kept, *new)
 
     return Optimizer(init, update, lambda params: about(name, hyper, params, mask, independent))
@@ -94,19 +111,24 @@ def check_variant(who: str, variant: str, names: Sequence[str], argument: str = 
         raise ValueError(f"{who}: {argument} = {variant!r}; expected one of {', '.join(names)}")
 
 
-def check_mask(who: str, mask: Mask, weight_decay) -> None:
-    """Require a weight decay beside a mask, which would do nothing without one."""
-    if mask is not None and weight_decay is None:
-        raise ValueError(f"{who}: mask = {mask!r} without weight_decay; expected both of them, or no mask")
+def _moment_dtypes(who: str, dtype: DTypeLike | None, moments: Sequence[str], narrow: Sequence[str]) -> dict[str, Any]:
+    """The dtype of each moment, None for the parameter's own or float32 if that is narrower.
 
-
-def _check_moment_dtype(who: str, dtype: DTypeLike | None) -> None:
-    try:
-        is_float = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:  # no dtype at all
-        is_float = False
-    if not is_float:
-        raise TypeError(f"{who}: moment_dtype = {dtype!r}; expected a float dtype")
+    Sums and running means of squares, with decays near 1, would stand still in 16 bits: what is added is small beside
+    them, and in float16 it is 0. So only first moments may have them.
+    """
+    known = [np.dtype(known) for known in (*NARROW, np.float32, np.float64)]
+    if dtype is not None and (not is_floating_dtype(dtype) or np.dtype(dtype) not in known):
+        raise TypeError(f"{who}: moment_dtype = {dtype!r}; expected a float dtype: one of {', '.join(map(str, known))}")
+    if dtype is None or not is_narrow(dtype):
+        return dict.fromkeys(moments, dtype)
+    found = {moment: dtype if moment in narrow else None for moment in moments}
+    if dtype not in found.values():
+        raise ValueError(
+            f"{who}: moment_dtype = {np.dtype(dtype)}, but it keeps {' and '.join(moments)} alone, which lose small "
+            "updates in 16 bits; expected float32 or float64"
+        )
+    return found
 
 
 def check_between(who: str, least: float, most: float, *, whole: bool = False, **values) -> None:
@@ -200,15 +222,18 @@ def per_leaf(
     params: PyTree,
     grads: PyTree,
     *,
+    step: jax.Array,
     shrink=None,
     decays: Sequence[bool] = (),
     inside: bool = False,
+    whole: bool = False,
     **moments: PyTree,
 ):
     """``rule(p, g, *moments, *numbers) -> p, *moments`` at each leaf, computed wide; all keep their own dtypes.
 
-    Where ``shrink`` is given, ``shrink · p`` is taken off too at the leaves that ``decays`` marks, or the rule's last
-    number is ``shrink`` there and 0 elsewhere (``inside``).
+    Moments in 16 bits are rounded by chance (`fnet.optimizers.rounding`), another one for each ``step``. Where
+    ``shrink`` is given, ``shrink · p`` is taken off too at the leaves that ``decays`` marks, or the rule's last number
+    is ``shrink`` there and 0 elsewhere (``inside``). A rule of ``whole`` tensors is applied to each copy.
     """
     check_like(params, "gradient", grads)
     for name, tree in moments.items():
@@ -216,23 +241,37 @@ def per_leaf(
             check_like(params, name, tree)
     decays = decays or [False] * len(jax.tree.leaves(params))
 
-    def one(decays, p, g, *kept):
+    def one(i, decays, copies, p, g, *kept):
         old = (jnp.asarray(p), *kept)
         dtype = wide(*(x.dtype for x in old if x is not None))
-        p, g, *rest = jax.tree.map(lambda x: jnp.asarray(x, dtype), (p, g, *kept, *numbers))
+        arrays = [None if x is None else jnp.asarray(x, dtype) for x in (p, g, *kept)]
+        given = [None if x is None else jnp.asarray(x, dtype) for x in numbers]
         taken = jnp.asarray(shrink if shrink is not None and decays else 0, dtype)
-        new_p, *new = rule(p, g, *rest, *([taken] if inside else []))
+        given += [taken] if inside else []
+        apply = on_each_copy(lambda *arrays: rule(*arrays, *given), copies if whole else 0)
+        new_p, *new = apply(*arrays)
         if shrink is not None and decays and not inside:
-            new_p = new_p - taken * p
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), (new_p, *new), old)
+            new_p = new_p - taken * arrays[0]
+        kept = [
+            None if like is None else stored(x, like.dtype, step, (i << 3) + k)
+            for k, (x, like) in enumerate(zip(new, kept, strict=True))
+        ]
+        return new_p.astype(old[0].dtype), *kept
 
     leaves, structure = jax.tree.flatten(params)
     trees = (grads, *moments.values())
     columns = ([None] * len(leaves) if tree is None else jax.tree.leaves(tree) for tree in trees)
-    rows = list(map(one, decays, leaves, *columns))
+    rows = list(map(one, range(len(leaves)), decays, stacked_axes(params), leaves, *columns))
     columns = zip(*rows, strict=True) if rows else [()] * len(trees)
     updated = zip((params, *moments.values()), columns, strict=True)
     return tuple(None if old is None else structure.unflatten(column) for old, column in updated)
+
+
+def stored(moment: jax.Array, dtype, step: jax.Array, which: int) -> jax.Array:
+    """A moment in its dtype; in 16 bits rounded by chance, by another one for each update and moment of a leaf."""
+    if not is_narrow(dtype):
+        return moment.astype(dtype)
+    return rounded(moment, dtype, spread(step.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(which)))
 
 
 def _dtype(leaf):
@@ -251,7 +290,7 @@ def check_like(params: PyTree, name: str, tree: PyTree) -> None:
     if missing or unexpected:
         missing, unexpected = (", ".join(paths) or "nothing" for paths in (missing, unexpected))
         raise ValueError(f"{name} does not fit the parameters: missing {missing}; unexpected {unexpected}")
-    structure, wanted = jax.tree.structure(tree), jax.tree.structure(params)
+    structure, wanted = (jax.tree.structure(without_copies(t)) for t in (tree, params))
     if structure != wanted:
         raise ValueError(f"{name} is a tree {structure}; expected the parameters' {wanted}")
     for path, leaf in given.items():
@@ -261,31 +300,7 @@ def check_like(params: PyTree, name: str, tree: PyTree) -> None:
             raise ValueError(f"{path}: {name} has dtype {_dtype(leaf)}; expected a float")
 
 
-# --- which leaves ----------------------------------------------------------------------------------------------------
-
-
-def decaying(who: str, mask: Mask, params: PyTree) -> list[bool]:
-    """For each leaf whether the mask takes it.
-
-    A mask is None (every leaf), path patterns such as ``"*/w"`` or ``("embedding/*", "*/w")``, where ``*`` stands for
-    anything, ``/`` too, or a function ``(path, leaf) -> bool``. Raises ValueError for a pattern that no path matches.
-    """
-    leaves = named_leaves(params)
-    if mask is None:
-        return [True] * len(leaves)
-    if callable(mask):
-        return [bool(mask(path, leaf)) for path, leaf in leaves]
-    patterns = (mask,) if isinstance(mask, str) else tuple(mask)
-    check_patterns(who, patterns, params)
-    return [any(fnmatchcase(path, pattern) for pattern in patterns) for path, _ in leaves]
-
-
-def check_patterns(who: str, patterns: Sequence[str], params: PyTree) -> None:
-    """Require that each pattern matches a path."""
-    paths = [path for path, _ in named_leaves(params)]
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(f"{who}: the pattern {pattern!r} matches no parameter; there are {', '.join(paths)}")
+# --- what is said of them ---------------------------------------------------------------------------------------------
 
 
 def shown_numbers(hyper) -> dict[str, str]:

@@ -22,11 +22,11 @@ from fnet.optimizers.common import (
     check_counts,
     check_floats,
     check_like,
-    check_patterns,
     count_on,
     moment,
     shown_numbers,
 )
+from fnet.optimizers.which import check_patterns
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Transform, by_path, named_leaves, wide
 
@@ -101,6 +101,7 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
 
     def update(grads, opt_state, params, *, value=None):
         check_like(params, "gradient", grads)
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))  # whose copies are known
         states = {}
         for name, transform in named.items():
             grads, states[name] = transform.update(grads, opt_state.transforms[name], params)
@@ -139,51 +140,64 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
     """Another optimizer for each group of parameters: the first pattern that a leaf's path matches decides.
 
     ``groups({"embedding_0/*": frozen(), "*/b": sgd(0.1)}, default=adamw(1e-3))``. In a pattern ``*`` stands for
-    anything, ``/`` too; the group of ``default`` is called ``default``. Each optimizer sees its leaves as a dict by
-    path, so a clipping by global norm within one is over its group. ``init`` raises ValueError for a pattern that
-    matches nothing, one whose leaves all belong to patterns before it, and leaves of no group when there is no default.
+    anything, ``/`` too; the group of ``default`` is called ``default``. Each optimizer sees the whole tree, in which
+    None stands for the leaves of the others, so a clipping by global norm within one is over its group. ``init`` raises
+    ValueError for a pattern that matches nothing, one whose leaves all belong to patterns before it, and leaves of no
+    group when there is no default.
     """
     if default is not None and "default" in by_pattern:
         raise ValueError("groups: a pattern is called 'default' and there is a default; call the pattern '*default'")
+    if not isinstance(by_pattern, Mapping):
+        raise TypeError(f"groups: got {by_pattern!r:.80}; expected a dict of path patterns and optimizers")
     members = {**by_pattern, **({} if default is None else {"default": default})}
     for pattern, member in members.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"groups: the pattern {pattern!r} is no text; expected one such as '*/w'")
         if not isinstance(member, Optimizer):
             raise TypeError(f"groups: {pattern!r} has {type(member).__name__}; expected an Optimizer")
 
-    def parts(tree):
-        """The leaves of a tree in groups, each a dict by path."""
+    def owners(tree) -> list[str]:
+        """For each leaf the pattern that it belongs to."""
         check_patterns("groups", list(by_pattern), tree)
-        made = {pattern: {} for pattern in members}
-        for path, leaf in by_path(tree).items():
-            pattern = next((pattern for pattern in by_pattern if fnmatchcase(path, pattern)), "default")
-            if pattern not in made:
+        found = []
+        for path in by_path(tree):
+            found.append(next((pattern for pattern in by_pattern if fnmatchcase(path, pattern)), "default"))
+            if found[-1] not in members:
                 raise ValueError(f"groups: {path} matches none of {', '.join(by_pattern)}, and there is no default")
-            made[pattern][path] = leaf
         for pattern in by_pattern:
-            if not made[pattern]:
+            if pattern not in found:
                 raise ValueError(f"groups: all that {pattern!r} matches belongs to patterns before it; order them anew")
-        return made
+        return found
+
+    def parts(tree, owner: list[str]) -> dict[str, PyTree]:
+        """The tree for each group, with None in the place of the others' leaves."""
+        leaves, structure = jax.tree.flatten(tree)
+        rows = list(zip(leaves, owner, strict=True))
+        return {
+            pattern: structure.unflatten(leaf if on == pattern else None for leaf, on in rows) for pattern in members
+        }
 
     def init(params):
         check_floats("groups", params)
-        made = parts(params)
+        made = parts(params, owners(params))
         states = {pattern: init_within("groups", member)(made[pattern]) for pattern, member in members.items()}
         return GroupsState(_zero(), states)
 
     def update(grads, opt_state, params, *, value=None):
         check_like(params, "gradient", grads)
-        grads_of, params_of = parts(grads), parts(params)
+        owner = owners(params)
+        grads_of, params_of = parts(grads, owner), parts(params, owner)
         new, states = {}, {}
         for pattern, member in members.items():
             part, states[pattern] = member.update(
                 grads_of[pattern], opt_state.groups[pattern], params_of[pattern], value=value
             )
-            new |= part
-        leaves = [new[path] for path, _ in named_leaves(params)]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves), GroupsState(count_on(opt_state.step), states)
+            new[pattern] = iter(jax.tree.leaves(part))
+        params = jax.tree.structure(params).unflatten(next(new[pattern]) for pattern in owner)
+        return params, GroupsState(count_on(opt_state.step), states)
 
     def about(params):
-        made = parts(params)
+        made = parts(params, owners(params))
         lines = {pattern: lines_of(member, made[pattern]) for pattern, member in members.items()}
         by_group = {path: f"[{pattern}] {line}" for pattern in members for path, line in lines[pattern].items()}
         return {path: by_group[path] for path, _ in named_leaves(params)}

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.optimizers.common import Mask, check_variant, elementwise
+from fnet.optimizers.common import check_variant, elementwise
+from fnet.optimizers.which import Mask
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
@@ -42,8 +43,8 @@ def sgd(
     """Gradient descent, ``p −= rate · g``.
 
     ``weight_decay`` λ is decoupled, as in all optimizers here: ``p −= rate · λ · p`` too, at the leaves of the ``mask``
-    (None: all; path patterns such as ``"*/w"``; or a function ``(path, leaf) -> bool``). For this optimizer alone it is
-    the same as L2, `fnet.transforms.l2_decay`.
+    (None: all; path patterns such as ``"*/w"``; a tree of True and False like the parameters, as in optax; or a
+    function ``(path, leaf) -> bool``). For this optimizer alone it is the same as L2, `fnet.transforms.l2_decay`.
 
     >>> optimizer = sgd(0.1)
     >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -125,6 +126,7 @@ def momentum(
         rule,
         lambda hyper, rate, t: (rate, hyper.decay),
         {"velocity": 0.0},
+        narrow=("velocity",),
         moment_dtype=moment_dtype,
         mask=mask,
     )
@@ -179,6 +181,7 @@ def lion(
         rule,
         lambda hyper, rate, t: (rate, hyper.b1, hyper.b2),
         {"mu": 0.0},
+        narrow=("mu",),
         moment_dtype=moment_dtype,
         mask=mask,
     )

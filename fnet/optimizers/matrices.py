@@ -7,6 +7,7 @@ square over a leaf.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,21 +16,19 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fnet.layers.dense import product
 from fnet.optimizers.common import (
-    Mask,
     about,
     advance,
     check_like,
-    check_mask,
     check_variant,
     correction,
-    decaying,
     elementwise,
     global_norm,
     split,
     start,
 )
+from fnet.optimizers.which import Mask, check_mask, decaying
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, named_leaves, require_counts, wide
+from fnet.types import Optimizer, PyTree, Schedule, named_leaves, on_each_copy, require_counts, stacked_axes, wide
 
 
 class LambHyper(NamedTuple):
@@ -66,9 +65,9 @@ def lamb(
 
         u = m̂ / (√v̂ + eps) + λ p            p −= rate · ‖p‖ / ‖u‖ · u
 
-    The norms are over the leaf; where one of them is 0 their ratio is 1. λ is ``weight_decay`` at the leaves of the
-    ``mask`` (as in `adamw`), inside the step that is scaled. The paper's φ(‖p‖) is ‖p‖, as in optax.
-    Source: You et al., arXiv:1904.00962.
+    The norms are over the leaf, of stacked layers over each copy's (`fnet.types.Copies`); where one of them is 0 their
+    ratio is 1. λ is ``weight_decay`` at the leaves of the ``mask`` (as in `adamw`), inside the step that is scaled. The
+    paper's φ(‖p‖) is ‖p‖, as in optax. Source: You et al., arXiv:1904.00962.
     """
     check_numbers("lamb", below=1, b1=b1, b2=b2)
     check_numbers("lamb", eps=eps)
@@ -88,9 +87,11 @@ def lamb(
         rule,
         lambda h, rate, t: (rate, h.b1, h.b2, h.eps, correction(h.b1, t), correction(h.b2, t)),
         {"mu": 0.0, "nu": 0.0},
+        narrow=("mu",),
         moment_dtype=moment_dtype,
         mask=mask,
         inside=True,
+        whole=True,
     )
 
 
@@ -140,7 +141,8 @@ def adafactor(
         v = r cᵀ / mean(r)                  u = g / √v        u = u / max(1, RMS(u) / clip)
         α = min(rate, 1/√t) · max(least_scale, RMS(p))                                      p −= α u
 
-    The matrices are a leaf's last two axes; leaves with fewer keep all of v. ``relative=False`` takes the rate as it
+    The matrices are a leaf's last two axes, of stacked layers each copy's (`fnet.types.Copies`), over which the RMS is
+    taken too; leaves with fewer axes keep all of v. ``relative=False`` takes the rate as it
     is, ``scaled=False`` leaves out the factor ``max(least_scale, RMS(p))``. ``weight_decay`` and ``mask`` as in `sgd`,
     the rate there being the learning rate before α. No first moment, as in the paper's main form. torch has the same
     numbers, and adds eps where it divides instead of to g²; optax factors only axes of at least 128.
@@ -157,8 +159,12 @@ def adafactor(
         first = start("adafactor", params, rate_fn, hyper)
         decaying("adafactor", mask, params)
 
+        leaves, structure = jax.tree.flatten(params)
+
         def zeros(shape_of):
-            return jax.tree.map(lambda p: jnp.zeros(shape_of(jnp.shape(p)), wide(jnp.result_type(p))), params)
+            shapes = [(s[:n], s[n:]) for s, n in zip(map(jnp.shape, leaves), stacked_axes(params), strict=True)]
+            new = [(*copies, *shape_of(shape)) for copies, shape in shapes]
+            return structure.unflatten(jnp.zeros(s, wide(jnp.result_type(p))) for s, p in zip(new, leaves, strict=True))
 
         rows, columns = (
             zeros(lambda s: s[:-1] if len(s) > 1 else (0,)),
@@ -173,7 +179,7 @@ def adafactor(
         beta, bound = 1 - t**-hyper.decay_power, jnp.minimum(rate, 1 / jnp.sqrt(t)) if relative else rate
         shrink = None if decay_fn is None else rate * decay_fn(hyper.weight_decay, opt_state.step)
 
-        def one(decays, p, g, r, c, v):
+        def one(decays, p, g, r, c, v):  # of one copy
             dtype = r.dtype
             new_p, g, b = p.astype(dtype), g.astype(dtype), beta.astype(dtype)
             squared = g * g + hyper.eps.astype(dtype)
@@ -194,10 +200,9 @@ def adafactor(
 
         leaves, structure = jax.tree.flatten(params)
         trees = (grads, opt_state.rows, opt_state.columns, opt_state.nu)
-        marks = decaying("adafactor", mask, params)
-        new = list(
-            map(one, marks, map(jnp.asarray, leaves), *(map(jnp.asarray, jax.tree.leaves(tree)) for tree in trees))
-        )
+        rows = zip(leaves, *map(jax.tree.leaves, trees), strict=True)
+        how = zip(decaying("adafactor", mask, params), stacked_axes(params), rows, strict=True)
+        new = [on_each_copy(partial(one, decays), copies)(*map(jnp.asarray, row)) for decays, copies, row in how]
         params, *rest = (structure.unflatten([row[i] for row in new]) for i in range(4))
         return params, AdafactorState(step, hyper, rate, *rest)
 
@@ -238,7 +243,6 @@ def muon(
     nesterov: bool = True,
     iterations: int = 5,
     scale: str = "shape",
-    stacked: bool = False,
     weight_decay: ArrayLike | Schedule | None = None,
     mask: Mask = None,
     moment_dtype: DTypeLike | None = None,
@@ -253,8 +257,8 @@ def muon(
     is not scaled.
 
     Hidden layers' weights are meant; biases, embeddings, convolutions and the last layer belong to another optimizer:
-    ``groups({"dense_*/w": muon()}, adamw())``. Leaves that are not matrices raise TypeError; with ``stacked`` the last
-    two axes are the matrices, as `fnet.layers.repeat` stacks them. torch's ``Muon`` has (1 − μ) g in the place of g,
+    ``groups({"dense_*/w": muon()}, adamw())``. Leaves that are not matrices raise TypeError; of those that
+    `fnet.layers.repeat` stacks each copy is one. torch's ``Muon`` has (1 − μ) g in the place of g,
     which is the same direction. Source: Jordan et al., "Muon: an optimizer for hidden layers", 2024.
     """
     check_numbers("muon", below=1, decay=decay)
@@ -263,12 +267,11 @@ def muon(
     require_counts("muon", iterations=iterations)
 
     def check(params):
-        for path, leaf in named_leaves(params):
-            axes = len(jnp.shape(leaf))
-            if axes < 2 or (axes > 2 and not stacked):
+        for (path, leaf), copies in zip(named_leaves(params), stacked_axes(params), strict=True):
+            if len(jnp.shape(leaf)) - copies != 2:
                 raise TypeError(
-                    f"muon: parameter {path or '()'} has shape {jnp.shape(leaf)}; expected a matrix. Give other leaves "
-                    "to another optimizer by groups, or say stacked=True if the last two axes are matrices"
+                    f"muon: parameter {path or '()'} has shape {jnp.shape(leaf)[copies:]}; expected a matrix. Give "
+                    "other leaves to another optimizer by groups; stacks of matrices belong in a fnet.types.Copies"
                 )
 
     def rule(p, g, v, rate, decay, eps):
@@ -284,8 +287,10 @@ def muon(
         rule,
         lambda hyper, rate, t: (rate, hyper.decay, hyper.eps),
         {"velocity": 0.0},
+        narrow=("velocity",),
         moment_dtype=moment_dtype,
         mask=mask,
+        whole=True,
         check=check,
     )
 
