@@ -168,12 +168,11 @@ def test_a_run_of_stacked_layers_is_saved_resumed_swept_and_exported(key, tmp_pa
     members = jax.jit(jax.vmap(lambda key: fnet.train(step, start._replace(key=key), data, epochs=1, batch_size=4)[0]))(
         jax.random.split(key, 2)
     )
-    assert members.params["blocks"]["dense_0"]["w"].shape == (2, COUNT, 4, 4) and isinstance(
-        members.params["blocks"], Copies
-    )
+    blocks = members.params["blocks"]
+    assert isinstance(blocks, Copies) and blocks["dense_0"]["w"].shape == (2, COUNT, 4, 4)
     path = tmp_path / "weights.safetensors"
     save_weights(path, straight.params)
     assert_leaves_close(load_weights(path, straight.params), straight.params, 0)
-    export_inference(tmp_path / "model", model, straight.params, state, data.inputs)
+    export_inference(model, straight.params, state, data.inputs, tmp_path / "model")
     y = fnet.apply(model, straight.params, state, data.inputs)
     np.testing.assert_allclose(load_inference(tmp_path / "model")(data.inputs), y, rtol=1e-6)
