@@ -47,7 +47,7 @@ def check_mask_kind(who: str, mask: Mask) -> None:
         except ValueError:  # a function of C without a signature
             pass
     elif mask is not None and not is_patterns(mask):
-        leaves = jax.tree_util.tree_leaves_with_path(mask, is_leaf=lambda leaf: leaf is None)
+        leaves = jax.tree_util.tree_leaves_with_path(mask)
         for path, leaf in leaves:
             if not isinstance(leaf, bool | np.bool_):
                 at = jax.tree_util.keystr(path, simple=True, separator="/")
