@@ -98,7 +98,7 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
     """``√Σ g²`` of each child of the tree by its name, and of the whole tree as ``all``, in float32 at least.
 
     A child without gradients (an activation's ``()``) is left out; a tuple's children are named ``0``, ``1`` and so on;
-    a single array has only ``all``. Entries beyond about 1e19 overflow and below 1e-19 vanish, as float32's squares do.
+    a single array has only ``all``. Entries below 1e-19 vanish, as float32's squares do.
     Raises ValueError for a child called ``all``.
     """
     children = jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is not grads)

@@ -2,10 +2,10 @@
 
     grads, state = transform.update(grads, transform.init(params), params)
 
-Their numbers are data in their states, as an optimizer's are. Norms are taken in float32 at least: a sum of squares in
-float16 overflows at 256, and one in float32 at 1.8e19. Gradients in 16 bits are computed in float32 and rounded once.
-What is not finite does not become finite (a clipped infinity stays one or becomes NaN, and an infinite norm makes the
-rest 0): `fnet.optimizers.skip_nonfinite` is what looks for it.
+Their numbers are data in their states, as an optimizer's are. Norms are taken in float32 at least, and anew of smaller
+numbers where their squares overflow. Gradients in 16 bits are computed in float32 and rounded once. What is not finite
+does not become finite (a clipped infinity stays one or becomes NaN, and an infinite norm makes the rest 0):
+`fnet.optimizers.skip_nonfinite` is what looks for it.
 
 Legend: g gradient of a leaf, p parameter, ‖·‖ the root of a sum of squares.
 """
@@ -218,9 +218,7 @@ def _each_tensor(function: Callable, grads: PyTree, *trees: PyTree) -> PyTree:
 
 
 def _unit_norm(a: jax.Array) -> jax.Array:
-    if a.ndim < 2:
-        return jnp.abs(a)
-    return jnp.sqrt(jnp.sum(a * a, range(a.ndim - 1), keepdims=True))
+    return jnp.abs(a) if a.ndim < 2 else global_norm(a, range(a.ndim - 1))
 
 
 def _within(limit: jax.Array, norm: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.optimizers.common import check_between, check_variant, correction, elementwise
+from fnet.optimizers.common import check_between, check_variant, correction, elementwise, least, root
 from fnet.optimizers.which import Mask
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
@@ -58,8 +58,9 @@ def adam(
 
     - ``variant="keras"`` (the paper's "epsilon hat"): ``p −= rate · √(1 − b2ᵗ) / (1 − b1ᵗ) · m / (√(v + eps_root) +
       eps)``, which is an ``eps`` of eps / √(1 − b2ᵗ) in the standard form, 31.6 times eps at t = 1. Keras' own is 1e-7.
-    - ``eps_root`` (optax) keeps gradients through the update finite where v is 0. With ``eps`` and ``eps_root`` 0, a
-      parameter whose gradient was always 0 becomes NaN.
+    - ``eps_root`` (optax) is added under the root. It is not needed for derivatives of a whole run, which are finite
+      without: under the root stands 1e-38 besides, which no other number notices. So a parameter whose gradient was
+      always 0 stays as it is even with an ``eps`` of 0.
 
     ``moment_dtype`` of 16 bits holds for m alone, which is then rounded by chance (`fnet.optimizers.rounding`); v,
     whose updates are a thousandth of it, stays in float32 at least. In optax (``mu_dtype``) m is rounded to the
@@ -115,7 +116,7 @@ def _adam(name: str, hyper: AdamHyper, variant: str, **options) -> Optimizer:
         scaled_rate = rate * jnp.sqrt(correction2) / correction(b1, t)
         if variant == "standard":
             eps, eps_root = eps * jnp.sqrt(correction2), eps_root * correction2
-        return scaled_rate, b1, 1 - b1, b2, 1 - b2, eps, eps_root
+        return scaled_rate, b1, 1 - b1, b2, 1 - b2, eps, eps_root + least(rate.dtype)  # as in `root`
 
     def rule(p, g, m, v, rate, b1, rest1, b2, rest2, eps, eps_root):
         m = b1 * m + rest1 * g
@@ -178,6 +179,7 @@ def amsgrad(
         if variant == "standard":
             eps, eps_root = eps * jnp.sqrt(c2), eps_root * c2
         by_moment = 1 / c2 if variant == "corrected" else jnp.ones_like(c2)
+        eps_root = eps_root + least(rate.dtype)  # as in `root`
         return scaled, hyper.b1, 1 - hyper.b1, hyper.b2, 1 - hyper.b2, eps, eps_root, by_moment
 
     def rule(p, g, m, v, most, rate, b1, rest1, b2, rest2, eps, eps_root, by_moment):
@@ -229,7 +231,8 @@ def adamax(
 
         u = max(b2 · u, |g| + eps)          p −= rate · m̂ / u
 
-    ``"standard"`` is torch's and optax's; the paper has no eps and divides by 0 where no gradient came yet.
+    ``"standard"`` is torch's and optax's; the paper has no eps and divides by 0 where no gradient came yet: here such
+    a parameter stays as it is.
     ``variant="keras"``: ``u = max(b2 · u, |g|)``, ``p −= rate · m̂ / (u + eps)``, eps 1e-7 and rate 1e-3.
     ``weight_decay`` and ``mask`` as in `adamw`.
     """
@@ -241,7 +244,7 @@ def adamax(
         m = b1 * m + (1 - b1) * g
         inner, outer = (0, eps) if variant == "keras" else (eps, 0)
         u = jnp.maximum(b2 * u, jnp.abs(g) + inner)
-        return p - rate * m / (u + outer), m, u
+        return p - rate * m / (u + outer + least(u.dtype)), m, u
 
     def numbers(hyper, rate, t):
         return rate / correction(hyper.b1, t), hyper.b1, hyper.b2, hyper.eps
@@ -317,7 +320,7 @@ def nadam(
     def rule(p, g, m, v, by_g, share, b1, rest1, b2, rest2, eps):
         m = b1 * m + rest1 * g
         v = b2 * v + rest2 * g * g
-        return p - by_g * (g + share * m) / (jnp.sqrt(v) + eps), m, v
+        return p - by_g * (g + share * m) / (root(v) + eps), m, v
 
     return elementwise(
         "nadam",
@@ -400,7 +403,7 @@ def radam(
         m = b1 * m + rest1 * g
         v = b2 * v + rest2 * g * g
         # no select here: XLA rounds around one in a scan otherwise than in a loop
-        return p - rate * m / (enough * jnp.sqrt(v) + eps), m, v
+        return p - rate * m / (enough * root(v) + eps), m, v
 
     moments = {"mu": 0.0, "nu": 0.0}
     options = {"narrow": ("mu",), "moment_dtype": moment_dtype, "mask": mask}

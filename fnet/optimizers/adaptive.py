@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.optimizers.common import elementwise
+from fnet.optimizers.common import elementwise, root
 from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
@@ -58,8 +58,6 @@ def rmsprop(
     - ``momentum`` μ: b = μb + u, ``p −= b``.
     - ``eps_in_sqrt=False``: u = rate · g / (√v + eps).
 
-    With ``eps`` 0, a parameter whose gradient was always 0 becomes NaN.
-
     Elsewhere: optax has these defaults. Keras: ``eps=1e-7``. TF1: ``eps=1e-10, initial=1.0``. torch: ``decay=0.99,
     eps_in_sqrt=False``, and its momentum b = μb + g / (√v + eps), ``p −= rate · b`` differs once the rate changes (TF1,
     Keras and optax have the rate inside, as here). HIPS autograd: ``eps_in_sqrt=False, initial=1.0``. Sources: Tieleman
@@ -73,7 +71,7 @@ def rmsprop(
         if centered:
             mean = decay * mean + rest * g
             spread = jnp.maximum(v - mean * mean, 0)
-        u = rate * g / (jnp.sqrt(spread + eps) if eps_in_sqrt else jnp.sqrt(spread) + eps)
+        u = rate * g / (root(spread + eps) if eps_in_sqrt else root(spread) + eps)
         if momentum is not None:
             u = velocity = momentum * velocity + u
         return p - u, v, mean, velocity
@@ -129,7 +127,7 @@ def adagrad(
 
     def rule(p, g, total, rate, eps):
         total = total + g * g
-        return p - rate * g / (jnp.sqrt(total + eps) if eps_in_sqrt else jnp.sqrt(total) + eps), total
+        return p - rate * g / (root(total + eps) if eps_in_sqrt else root(total) + eps), total
 
     return elementwise(
         "adagrad",

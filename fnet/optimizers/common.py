@@ -5,6 +5,7 @@ Legend: p parameter, g gradient, m and v moments, t the update from 1.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -148,7 +149,6 @@ check_counts = partial(check_between, least=1, most=2**24, whole=True)
 def start(who: str, params: PyTree, rate_fn: Callable, hyper):
     """Step 0, the numbers as arrays that nobody else holds (a state may be donated), and the first rate."""
     check_floats(who, params)
-    _check_eps(who, hyper, params)
     hyper, step = as_arrays(hyper), jnp.asarray(0, jnp.int32)
     return step, hyper, number(rate_fn, hyper.learning_rate, step)
 
@@ -165,18 +165,6 @@ def check_floats(who: str, params: PyTree) -> None:
             raise TypeError(
                 f"{who}: parameter {path or '()'} has dtype {_dtype(leaf)}; expected a float. "
                 "What is not trained belongs in the model's state"
-            )
-
-
-def _check_eps(who: str, hyper, params: PyTree) -> None:
-    """Require an eps above 0 beside float16 parameters, whose gradients below 3e-8 are 0: 0 / 0 is NaN."""
-    if any(isinstance(eps := getattr(hyper, name, 0), jax.Array) or eps > 0 for name in ("eps", "eps_root")):
-        return
-    for path, leaf in named_leaves(params):
-        if hasattr(hyper, "eps") and _dtype(leaf) == jnp.float16:
-            raise ValueError(
-                f"{who}: eps = {hyper.eps} beside the float16 parameter {path or '()'}, whose small gradients are 0: "
-                "0 / 0 is NaN; expected eps > 0"
             )
 
 
@@ -200,8 +188,10 @@ def number(fn: Callable, hyper, count) -> jax.Array:
 
 
 def correction(decay, step):
-    """``1 − decayᵗ``; as written it cancels in float32: 5e-5 off for decay 0.9999 and t = 2, 4e-8 in this form."""
-    return -jnp.expm1(step.astype(decay.dtype) * jnp.log(decay))
+    """``1 − decayᵗ``; as written it cancels in float32: 5e-5 off for decay 0.9999 and t = 2, 4e-8 by the logarithm."""
+    t = step.astype(decay.dtype)
+    by_logarithm = -jnp.expm1(t * jnp.log(jnp.maximum(decay, 0.5)))
+    return jnp.where(decay < 0.5, 1 - decay**t, by_logarithm)  # whose derivative at 0 is not finite
 
 
 def moment(params: PyTree, dtype: DTypeLike | None = None, fill: ArrayLike = 0.0):
@@ -209,11 +199,44 @@ def moment(params: PyTree, dtype: DTypeLike | None = None, fill: ArrayLike = 0.0
     return jax.tree.map(lambda p: jnp.full_like(p, fill, wide(jnp.result_type(p)) if dtype is None else dtype), params)
 
 
-def global_norm(tree: PyTree) -> jax.Array:
-    """``√Σ x²`` over all leaves, in float32 at least: a float16 square overflows at 256."""
+def least(dtype) -> jax.Array:
+    """The smallest number that has all its digits, 1e-38 in float32: what is above 1e-31 it does not change."""
+    return jnp.asarray(jnp.finfo(dtype).tiny, dtype)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """``√x`` with a finite derivative at 0, so that a run can be differentiated where a gradient was always 0."""
+    return jnp.sqrt(x + least(x.dtype))
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """``√Σ x²``, 0 with derivative 0 where all is 0."""
+    return _root_of_sum(jnp.square(x).sum())
+
+
+def _root_of_sum(squares: jax.Array) -> jax.Array:
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def global_norm(tree: PyTree, axes: Sequence[int] | None = None) -> jax.Array:
+    """``√Σ x²`` over all leaves, in float32 at least; of one leaf it may be over some ``axes``, which are kept.
+
+    Where the squares overflow, beyond 1e19 in float32, they are taken anew of numbers that are divided by the largest.
+    """
     leaves = jax.tree.leaves(tree)
     dtype = wide(*(leaf.dtype for leaf in leaves))
-    return jnp.sqrt(sum((jnp.square(leaf.astype(dtype)).sum() for leaf in leaves), jnp.zeros((), dtype)))
+    arrays = [leaf.astype(dtype) for leaf in leaves] or [jnp.zeros((), dtype)]
+    keep = axes is not None
+
+    def anew():
+        most = functools.reduce(jnp.maximum, [jnp.abs(a).max(axes, keepdims=keep, initial=0) for a in arrays])
+        # a number whose reciprocal has all its digits, by which XLA may multiply instead
+        by = jnp.minimum(jnp.where(jnp.isfinite(most) & (most > 0), most, 1), jnp.finfo(dtype).max / 64)
+        found = by * _root_of_sum(sum(jnp.square(a / by).sum(axes, keepdims=keep) for a in arrays))
+        return jnp.where(jnp.isfinite(most), found, most)
+
+    squares = sum(jnp.square(a).sum(axes, keepdims=keep) for a in arrays)
+    return jax.lax.cond(jnp.isfinite(squares).all(), lambda: _root_of_sum(squares), anew)
 
 
 def per_leaf(

@@ -398,9 +398,11 @@ class GuardedState(NamedTuple):
 
 
 def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
-    """Leaves out each update whose gradients are not all finite: parameters, moments and step stay as they are.
+    """Leaves out each update whose gradients, or what it makes of them, are not all finite: all stays as it was.
 
-    With ``stop`` nothing is updated any more after the first such gradient. `nonfinite` says what was found, by name.
+    A gradient of 1e30 is finite, and its square is not: a second moment would be infinite from then on, so that its
+    parameter never moves again. With ``stop`` nothing is updated any more after the first such gradient. `nonfinite`
+    says what was found, by name.
     """
     init_optimizer = init_within("skip_nonfinite", optimizer)
 
@@ -410,12 +412,13 @@ def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
 
     def update(grads, opt_state, params, *, value=None):
         check_like(params, "gradient", grads)
-        finite, seen = _finite(grads), opt_state.step + opt_state.skipped
-        any_bad = ~finite.all()
-        skip = any_bad | opt_state.stopped
+        seen, old = opt_state.step + opt_state.skipped, (params, opt_state.optimizer)
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)
-        params, inner = _chosen(skip, (params, opt_state.optimizer), new)
-        now = seen, {path: ~finite[i] for i, path in enumerate(by_path(grads))}
+        found = _bad_leaves(grads, params, old, new)
+        any_bad = jnp.stack([jnp.zeros((), bool), *found.values()]).any()
+        skip = any_bad | opt_state.stopped
+        params, inner = _chosen(skip, old, new)
+        now = seen, {path: found[path] for path in opt_state.bad}
         at, bad = _chosen(any_bad & ~opt_state.stopped, now, (opt_state.at, opt_state.bad))
         stopped = opt_state.stopped | (any_bad & stop)
         return params, GuardedState(opt_state.skipped + skip.astype(jnp.int32), at, bad, stopped, inner)
@@ -436,8 +439,8 @@ def nonfinite(opt_state, params: PyTree) -> str | None:
         path = next((path for path, _ in named_leaves(params) if state.bad.get(path)), None)
         if path is not None:
             end = "; stopped there" if state.stopped else ""
-            what = f"the gradient at count {state.at} was not finite; {state.skipped} updates left out{end}"
-            lines.append(f"{path or '()'}: {what}")
+            what = f"the gradient at count {state.at}, or its update, was not finite"
+            lines.append(f"{path or '()'}: {what}; {state.skipped} updates left out{end}")
     return "\n".join(lines) or None
 
 
@@ -464,7 +467,6 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
 
     def init(params):
         check_floats("master_weights", params)
-        jax.eval_shape(optimizer.init, params)  # what it checks of their own dtypes: gradients in float16 need an eps
         master = _wide_copy(params)
         return MasterState(master, init_optimizer(master))
 
@@ -635,6 +637,22 @@ def _wide_copy(params: PyTree) -> PyTree:
 def _finite(grads: PyTree) -> jax.Array:
     """For each leaf whether all its entries are finite; one True if there are none."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)] or [jnp.asarray(True)])
+
+
+def _bad_leaves(grads: PyTree, params: PyTree, old: PyTree, new: PyTree) -> dict[str, jax.Array]:
+    """By the parameters' paths whether a gradient, or what was made of it, is not finite; "" for what belongs to none.
+
+    ``old`` and ``new`` are parameters and state before and after: what was not finite before does not count.
+    """
+    found = {
+        path: ~jnp.isfinite(leaf).all() for path, leaf in zip(by_path(params), jax.tree.leaves(grads), strict=True)
+    }
+    for (path, before), after in zip(named_leaves(old), jax.tree.leaves(new), strict=True):
+        if jnp.issubdtype(jnp.result_type(after), jnp.floating):
+            spoilt = (jnp.isfinite(before) & ~jnp.isfinite(after)).any()
+            owner = max((own for own in found if path == own or path.endswith(f"/{own}")), key=len, default="")
+            found[owner] = found.get(owner, jnp.zeros((), bool)) | spoilt
+    return found
 
 
 def _chosen(first, a: PyTree, b: PyTree) -> PyTree:

@@ -23,6 +23,8 @@ from fnet.optimizers.common import (
     correction,
     elementwise,
     global_norm,
+    norm,
+    root,
     split,
     start,
 )
@@ -75,8 +77,8 @@ def lamb(
     def rule(p, g, m, v, rate, b1, b2, eps, c1, c2, decay):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
-        u = m / c1 / (jnp.sqrt(v / c2) + eps) + decay * p
-        of_p, of_u = global_norm(p), global_norm(u)
+        u = m / c1 / (root(v / c2) + eps) + decay * p
+        of_p, of_u = norm(p), norm(u)
         ratio = jnp.where((of_p > 0) & (of_u > 0), of_p / jnp.where(of_u > 0, of_u, 1), 1)
         return p - rate * ratio * u, m, v
 
@@ -182,7 +184,9 @@ def adafactor(
         def one(decays, p, g, r, c, v):  # of one copy
             dtype = r.dtype
             new_p, g, b = p.astype(dtype), g.astype(dtype), beta.astype(dtype)
-            squared = g * g + hyper.eps.astype(dtype)
+            # no more than what sums of a row do not make infinite: a gradient of 1e20 is one small step, and no NaN
+            most = jnp.asarray(jnp.finfo(dtype).max / max(1, g.size), dtype)
+            squared = jnp.where(jnp.isfinite(g), jnp.minimum(g * g, most), g * g) + hyper.eps.astype(dtype)
             if p.ndim > 1:
                 r, c = b * r + (1 - b) * squared.mean(-1), b * c + (1 - b) * squared.mean(-2)
                 # the roots apart: r cᵀ itself would underflow
@@ -211,7 +215,7 @@ def adafactor(
 
 def rms(x: jax.Array) -> jax.Array:
     """``√mean(x²)``, 0 of no entries."""
-    return global_norm(x) / math.sqrt(max(x.size, 1))
+    return norm(x) / math.sqrt(max(x.size, 1))
 
 
 # --- Muon ------------------------------------------------------------------------------------------------------------
@@ -303,7 +307,7 @@ def orthogonalize(x: jax.Array, iterations: int = 5, eps: ArrayLike = 1e-7) -> j
     """
     wide_matrix = x.shape[-2] <= x.shape[-1]
     x = x if wide_matrix else x.swapaxes(-1, -2)  # the smaller Gram matrix
-    x = x / (jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True)) + eps)
+    x = x / (global_norm(x, (-2, -1)) + eps)
     for _ in range(iterations):
         gram = product(x, x.swapaxes(-1, -2))
         x = 3.4445 * x + product(-4.7750 * gram + 2.0315 * product(gram, gram), x)

@@ -1,0 +1,176 @@
+"""A run differentiates: by the learning rate and by every number of every optimizer, where gradients are 0 too."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet import schedules, transforms
+from fnet.layers import dense, serial, tanh
+from fnet.optimizers import (
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    amsgrad,
+    averaged,
+    chain,
+    dynamic_loss_scale,
+    groups,
+    lamb,
+    lion,
+    lookahead,
+    master_weights,
+    momentum,
+    muon,
+    nadam,
+    radam,
+    reduce_on_plateau,
+    rmsprop,
+    sgd,
+    skip_nonfinite,
+)
+from tests.test_optimizers import FIRSTS, TABLE
+
+MODEL = serial(dense(5), tanh(), dense(1))
+
+
+def problem():
+    """Data whose first feature is 0 throughout, as a pixel at an image's edge: its weights never have a gradient."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((12, 4))
+    x[:, 0] = 0
+    y = np.sin(x.sum(1, keepdims=True))
+    params, _ = fnet.init(MODEL, jax.random.key(0), jnp.asarray(x))
+    return (
+        params,
+        fnet.Batch(jnp.asarray(x[:8]), jnp.asarray(y[:8])),
+        fnet.Batch(jnp.asarray(x[8:]), jnp.asarray(y[8:])),
+    )
+
+
+def loss_after(engine, build, params, data, held):
+    """The validation loss after a run, and its derivative, by the optimizer's numbers."""
+    loss = fnet.losses.half_squared_error
+    state = {"dense_0": (), "dense_1": (), "tanh_0": ()}
+
+    def f(numbers):
+        optimizer, opt_state = build(numbers)
+        step = fnet.make_step(engine(MODEL, loss), optimizer)
+        ts = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+        ts = ts if opt_state is None else ts._replace(opt_state=opt_state(ts.opt_state))
+        end, _, _ = fnet.train(step, ts, data, epochs=3, batch_size=4)
+        return loss(fnet.apply(MODEL, end.params, state, held.inputs), held.targets).mean()
+
+    return jax.jit(jax.value_and_grad(f))
+
+
+def central(f, x, h=1e-6):
+    """The slope of a function of one number that returns its value first."""
+    h = h * max(abs(x), 1e-3)
+    return (f(x + h)[0] - f(x - h)[0]) / (2 * h)
+
+
+RATES = {
+    "sgd": (sgd, 0.1),
+    "momentum": (momentum, 0.05),
+    "rmsprop": (rmsprop, 0.01),
+    "rmsprop, eps outside": (lambda rate: rmsprop(rate, eps_in_sqrt=False), 0.01),
+    "rmsprop, centered": (lambda rate: rmsprop(rate, centered=True, momentum=0.5), 0.01),
+    "adagrad": (adagrad, 0.1),
+    "adadelta": (adadelta, 1.0),
+    "adam": (adam, 0.01),
+    "adam, keras": (lambda rate: adam(rate, variant="keras"), 0.01),
+    "adamw": (adamw, 0.01),
+    "amsgrad": (amsgrad, 0.01),
+    "amsgrad, corrected": (lambda rate: amsgrad(rate, variant="corrected"), 0.01),
+    "adamax": (adamax, 0.01),
+    "nadam": (nadam, 0.01),
+    "radam": (radam, 0.01),
+    "lion": (lion, 0.003),
+    "lamb": (lamb, 0.01),
+    "adafactor": (adafactor, 0.01),
+    "muon": (lambda rate: groups({"*w": muon(rate)}, default=sgd(rate)), 0.02),
+    "clipped": (lambda rate: chain(transforms.clip_by_global_norm(0.1), adam(rate)), 0.01),
+    "clipped by leaf": (lambda rate: chain(transforms.clip_by_leaf_norm(0.1), adam(rate)), 0.01),
+    "clipped by unit": (lambda rate: chain(transforms.adaptive_clip(), adam(rate)), 0.01),
+    "centralized": (lambda rate: chain(transforms.centralize(), transforms.l2_decay(0.1), adam(rate)), 0.01),
+    "groups": (lambda rate: groups({"*b": adam(rate)}, default=lamb(rate)), 0.01),
+    "averaged, skipping": (lambda rate: averaged(skip_nonfinite(adam(rate))), 0.01),
+    "lookahead": (lambda rate: lookahead(adam(rate), every=2), 0.01),
+    "master weights, scaled": (lambda rate: dynamic_loss_scale(master_weights(adam(rate))), 0.01),
+    "on a plateau": (lambda rate: reduce_on_plateau(adam(rate), window=3), 0.01),
+    "a schedule": (lambda rate: adam(schedules.warmup_cosine(rate, 2, 9)), 0.01),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("adam", fnet.autodiff), ("lamb", fnet.autodiff), *((name, fnet.backprop) for name in RATES)]
+)
+def test_the_derivative_by_the_learning_rate_is_the_measured_slope(name, engine, x64):
+    build, rate = RATES[name]
+    f = loss_after(engine, lambda rate: (build(rate), None), *problem())
+    np.testing.assert_allclose(f(rate)[1], central(f, rate), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FIRSTS.values(), "adam b1 0", "adam keras", "adamax keras", "adagrad keras"])
+def test_the_derivatives_by_all_numbers_of_an_optimizer_are_finite_and_the_measured_slopes(name, x64):
+    case = TABLE[name]
+    if case.matrices:
+        optimizer = groups({"*w": case.optimizer(0.02)}, default=sgd(0.02))
+        own = lambda opt_state: opt_state.groups["*w"]  # noqa: E731
+        put = lambda opt_state, own: opt_state._replace(groups={**opt_state.groups, "*w": own})  # noqa: E731
+    else:
+        optimizer, own, put = case.optimizer(0.02), lambda opt_state: opt_state, lambda opt_state, own: own
+    params, data, held = problem()
+    hyper = own(optimizer.init(params)).hyper
+
+    def build(hyper):
+        return optimizer, lambda opt_state: put(opt_state, own(opt_state)._replace(hyper=hyper))
+
+    f = loss_after(fnet.backprop, build, params, data, held)
+    _, found = f(hyper)
+    for number, value in hyper._asdict().items():
+        if value is None:
+            continue
+        slope = getattr(found, number)
+        assert np.isfinite(slope), number
+        one = lambda x, number=number: f(hyper._replace(**{number: jnp.asarray(x, jnp.float64)}))  # noqa: E731
+        # not those that are too small to be measured; a clip of 1 is a kink, as at first RMS(u) is 1
+        if value > 0 and number not in ("eps", "eps_root", "threshold") and (name, number) != ("adafactor", "clip"):
+            np.testing.assert_allclose(slope, central(one, float(value)), rtol=2e-4, atol=1e-9, err_msg=number)
+
+
+def test_the_row_of_the_bug_report(x64):
+    # with eps_root = 1e-12 it was finite before, and close
+    params, data, held = problem()
+    exact, near = (
+        loss_after(fnet.autodiff, lambda rate, e=e: (adam(rate, eps_root=e), None), params, data, held)(0.01)[1]
+        for e in (0.0, 1e-12)
+    )
+    assert np.isfinite(exact)
+    np.testing.assert_allclose(exact, near, rtol=1e-3)
+
+
+def test_derivatives_by_the_start_and_by_the_data_are_finite(x64):
+    params, data, held = problem()
+    loss, state = fnet.losses.half_squared_error, {"dense_0": (), "dense_1": (), "tanh_0": ()}
+    optimizer = adam(0.01)
+    step = fnet.make_step(fnet.backprop(MODEL, loss), optimizer)
+
+    @jax.jit
+    def f(params, inputs):
+        ts = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+        end, _, _ = fnet.train(step, ts, data._replace(inputs=inputs), epochs=3, batch_size=4)
+        return loss(fnet.apply(MODEL, end.params, state, held.inputs), held.targets).mean()
+
+    by_start, by_data = jax.grad(f, (0, 1))(params, data.inputs)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((by_start, by_data)))
+    moved = lambda t: f(jax.tree.map(lambda p: p + t, params), data.inputs)  # noqa: E731
+    total = sum(float(leaf.sum()) for leaf in jax.tree.leaves(by_start))
+    np.testing.assert_allclose(total, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-5)
