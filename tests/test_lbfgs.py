@@ -176,6 +176,76 @@ def test_a_loss_that_is_not_finite_far_away_is_minimized_where_it_is(far, start,
     np.testing.assert_allclose(result.params, best, atol=1e-5)
 
 
+# --- steep, flat and without a bottom --------------------------------------------------------------------------------
+
+
+def test_the_rows_of_the_bug_report(x64):
+    flat = minimize_lbfgs(lambda x: 1e-12 * ((x - 1) ** 2).sum(), jnp.zeros(3), tolerance=1e-20)
+    assert flat.converged and flat.iterations <= 3
+    np.testing.assert_allclose(flat.params, 1, atol=1e-8)
+    with jax.enable_x64(False):
+        steep = minimize_lbfgs(lambda w: jnp.exp(w).sum() - 3 * w.sum(), jnp.full(2, 45.0, jnp.float32))
+    assert steep.converged
+    np.testing.assert_allclose(steep.params, np.log(3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, scales", [(jnp.float64, (1e-200, 1e-12, 1e12, 1e200)), (jnp.float32, (1e-25, 1e25))])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_a_loss_and_its_parameters_may_have_any_size(dtype, scales, unit, x64):
+    start = jnp.asarray([-1.2, 1.0], dtype) * unit
+    tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
+    for scale in scales:
+
+        def loss(x, scale=scale):
+            return jnp.asarray(scale, dtype) * rosenbrock(x / jnp.asarray(unit, dtype))
+
+        result = jax.jit(lambda x, loss=loss, s=scale: minimize_lbfgs(loss, x, tolerance=tolerance * s / unit))(start)
+        assert result.converged and result.evaluations < 150, (scale, unit)
+        np.testing.assert_allclose(result.params / unit, 1, rtol=1e-7 if dtype == jnp.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("start", [20.0, 45.0, 80.0])
+def test_an_exponential_is_come_down_from_in_float32(start):
+    result = jax.jit(lambda w: minimize_lbfgs(lambda w: jnp.exp(w).sum() - 3 * w.sum(), w))(jnp.full(2, start))
+    assert result.converged and result.evaluations < 2 * start + 40
+    np.testing.assert_allclose(result.params, np.log(3), rtol=1e-5)
+
+
+UNBOUNDED = {
+    "linear": lambda x: -x.sum(),
+    "concave": lambda x: -(x**2).sum(),
+    "cubic": lambda x: (x**3).sum(),
+    "logarithm": lambda x: jnp.log(jnp.abs(x)).sum(),  # −∞ at 0
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_a_loss_without_a_bottom_gives_the_lowest_point_seen(name, dtype, x64):
+    loss = UNBOUNDED[name]
+    start = jnp.asarray([-1.0, -2.0] if name == "cubic" else [1.0, 2.0], dtype)
+    seen = []
+
+    def watched(x):
+        value = loss(x)
+        jax.debug.callback(
+            lambda v, g: seen.append(float(v) if np.isfinite(g).all() else np.inf), value, jax.grad(loss)(x)
+        )
+        return value
+
+    result = minimize_lbfgs(watched, start, iterations=20)
+    jax.effects_barrier()
+    assert not result.converged and np.isfinite(result.value) and jnp.isfinite(result.params).all()
+    assert result.value == min(v for v in seen if np.isfinite(v)) < loss(start)
+    np.testing.assert_allclose(loss(result.params), result.value, rtol=1e-6)
+
+
+def test_a_line_search_that_is_cut_short_keeps_the_lowest_point_that_it_saw(x64):
+    # one try a line is not enough for the Wolfe conditions at first, and each is lower all the same
+    result = minimize_lbfgs(lambda x: -jnp.log1p(x**2), jnp.asarray(1.0), iterations=3, line_search_tries=1)
+    assert result.iterations == 3 and result.params > 1 and not result.stuck
+
+
 def test_the_line_search_goes_on_where_the_slope_still_steepens(x64):
     # concave beyond 10: a first short step there would give sᵀy < 0
     result = jax.jit(lambda x: minimize_lbfgs(lambda x: -jnp.exp(-(x**2) / 200), x, tolerance=1e-9))(jnp.asarray(30.0))
