@@ -189,7 +189,7 @@ def test_the_rows_of_the_bug_report(x64):
     np.testing.assert_allclose(steep.params, np.log(3), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, scales", [(jnp.float64, (1e-200, 1e-12, 1e12, 1e200)), (jnp.float32, (1e-25, 1e25))])
+@pytest.mark.parametrize("dtype, scales", [(jnp.float64, (1e-200, 1e-12, 1e12, 1e200)), (jnp.float32, (1e-20, 1e20))])
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
 def test_a_loss_and_its_parameters_may_have_any_size(dtype, scales, unit, x64):
     start = jnp.asarray([-1.2, 1.0], dtype) * unit
@@ -207,7 +207,7 @@ def test_a_loss_and_its_parameters_may_have_any_size(dtype, scales, unit, x64):
 @pytest.mark.parametrize("start", [20.0, 45.0, 80.0])
 def test_an_exponential_is_come_down_from_in_float32(start):
     result = jax.jit(lambda w: minimize_lbfgs(lambda w: jnp.exp(w).sum() - 3 * w.sum(), w))(jnp.full(2, start))
-    assert result.converged and result.evaluations < 2 * start + 40
+    assert result.converged and int(result.evaluations) < 2 * start + 40
     np.testing.assert_allclose(result.params, np.log(3), rtol=1e-5)
 
 
