@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.jax_insides import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, bind, jaxprs_in_params, scan_parts, value_of
+from fnet.jax_insides import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    bind,
+    constant,
+    jaxprs_in_params,
+    scan_parts,
+    value_of,
+)
 
 Site = tuple[int, ...]
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -106,7 +116,7 @@ class _Run(NamedTuple):
 
     def jaxpr(self, jaxpr, consts, inputs, extras, site, calls):
         values: dict = {}
-        values.update(zip(jaxpr.constvars, consts, strict=True))
+        values.update({var: constant(value, var.aval) for var, value in zip(jaxpr.constvars, consts, strict=True)})
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom):

@@ -22,6 +22,7 @@ __all__ = [
     "Literal",
     "Var",
     "bind",
+    "constant",
     "jaxprs_in_params",
     "quick_jit",
     "scan_parts",
@@ -46,8 +47,20 @@ def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
 
 def value_of(literal: Literal) -> Any:
     """A literal's value as an array or a NumPy number: it may be a Python number, or jax's own kind of one."""
-    value, dtype = literal.val, literal.aval.dtype
-    return value if isinstance(value, jax.Array | np.ndarray | np.generic) else dtype.type(value)
+    return constant(literal.val, literal.aval)
+
+
+def constant(value: Any, aval: Any) -> Any:
+    """A number or an array of a program in the dtype that it has there.
+
+    It may be a Python number, which has none, or an array of NumPy that was closed over with 64 bits and counts as one
+    of 32.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        return value if value.dtype == aval.dtype else np.asarray(value, aval.dtype)
+    return aval.dtype.type(value) if isinstance(value, bool | int | float | complex) else value
 
 
 def bind(eqn: JaxprEqn, inputs) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +95,12 @@ CASES = {
     "a period that the steps hit": (lambda w: jnp.sin(128 * jnp.pi * w), np.float64(1.0), None, "ok"),
     "twenty sines in a row": (deep, NORMAL_8X8, None, "ok"),
     "the tail of a normal": (lambda w: jax.scipy.special.log_ndtr(w).sum(), np.array([-7.0, -19, -33]), None, "ok"),
-    "a tiny entry dropped": (lambda w: (w**3).sum(), np.array([1e-5, 1, 2]), lambda w: (3 * w**2).at[0].set(0), "ok"),
+    "a tiny entry dropped": (
+        lambda w: (w**3).sum(),
+        np.array([1e-5, 1, 2]),
+        lambda w: (3 * w**2).at[0].set(0),
+        "wrong",
+    ),
     # narrow types
     "bfloat16 within": (lambda w: jnp.sin(w.astype(jnp.bfloat16)).sum().astype(w.dtype), NORMAL_50, None, "unverified"),
     "float32 within": (in_float32, W, None, "unverified"),
@@ -226,3 +233,210 @@ def test_a_model_without_parameters_is_audited_too():
         fnet.serial(fnet.layers.tanh()), fnet.losses.squared_error, batch, key=jax.random.key(0), **QUICK
     )
     assert report.ok and [leaf.path for leaf in report.leaves] == ["tanh_0/inputs", "loss/outputs"]
+
+
+# --- entries that are small beside the others ------------------------------------------------------------------------
+
+BIG = np.array([1.0, 2.0, 0.3])
+
+
+def big_and_small(w):
+    return 1e12 * jnp.sin(w[0]) + jnp.tanh(w[1] * w[2])
+
+
+def by_hand(w):
+    slope = 1 - jnp.tanh(w[1] * w[2]) ** 2
+    return jnp.array([1e12 * jnp.cos(w[0]), w[2] * slope, w[1] * slope])
+
+
+SMALL = {
+    "a missing entry": (
+        lambda g: g.at[1].set(0),
+        1,
+        "in 1 of 3 entries, small beside .*: zero: never receives a gradient",
+    ),
+    "a sign": (lambda g: g.at[2].set(-g[2]), 2, "in 1 of 3 entries, small beside"),
+    "a factor of both": (lambda g: g.at[1:].multiply(2.0), 2, "in 2 of 3 entries, small .*: factor 2"),
+    "swapped": (lambda g: g[jnp.array([0, 2, 1])], 1, "in 2 of 3 entries, small"),
+    "one in a thousand": (lambda g: g.at[1].multiply(1.001), 1, "in 1 of 3 entries, small"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_fault_in_an_entry_that_is_small_beside_the_leafs_largest_is_seen_and_placed(name):
+    spoil, at, cause = SMALL[name]
+    assert check(big_and_small, BIG, by_hand).ok
+    (leaf,) = check(big_and_small, BIG, lambda w: spoil(by_hand(w))).leaves
+    assert leaf.verdict == "wrong" and leaf.worst == (at,), leaf
+    assert re.search(cause, leaf.cause), leaf.cause
+
+
+@pytest.mark.parametrize("size", [1e7, 1e8, 1e10, 1e14])
+def test_an_entry_may_be_missing_beside_any_other(size):
+    f = lambda w: size * jnp.sin(w[0]) + w[1] ** 2  # noqa: E731
+    w = np.array([1.0, 0.5])
+    assert check(f, w, lambda w: jnp.array([size * jnp.cos(w[0]), 2 * w[1]])).ok
+    assert check(f, w, lambda w: jnp.array([size * jnp.cos(w[0]), 0])).leaves[0].verdict == "wrong"
+
+
+def test_the_row_of_the_bug_report():
+    f = lambda w: 1e12 * w[0] + w[1]  # noqa: E731
+    assert not check(f, np.array([1.0, 2.0]), lambda w: jnp.array([1e12, 0.0])).ok
+    assert check(f, np.array([1.0, 2.0]), lambda w: jnp.array([1e12, 1.0])).ok
+
+
+def test_a_small_entry_that_is_all_rounding_or_underflow_is_no_fault():
+    # written in another order the first entry is 1e4 · (1 + 1e-12 − 1), which has lost its digits; the last underflows
+    f = lambda w: 1e4 * ((1.0 + w[0]) - 1.0) + jnp.exp(w[1]) + jnp.exp(-(w[2] ** 2))  # noqa: E731
+    w = np.array([1e-12, 27.0, 27.0])
+    assert check(f, w, lambda w: jnp.array([1e4, 0, 0]) + jnp.array([0, jnp.exp(w[1]), 0])).leaves[0].verdict in ("ok",)
+    cancelled = lambda w: ((w[0] + 1e8) - 1e8) ** 2 + 1e10 * jnp.sin(w[1])  # noqa: E731
+    assert check(
+        cancelled, np.array([1e-3, 1.0]), lambda w: jnp.array([2 * ((w[0] + 1e8) - 1e8), 1e10 * jnp.cos(w[1])])
+    ).ok
+
+
+def test_a_small_fault_in_a_model_is_placed_in_its_layer():
+    forgetful = fnet.Layer(
+        "scale",
+        lambda key, x: ({"s": jnp.array([1e6, 1e-6, 1.0, 1.0, 1.0], x.dtype)}, ()),
+        lambda p, s, x, **_: (x * p["s"][None], s, x),
+        lambda p, x, dy: ({"s": (x * dy).sum(0)}, (dy * p["s"][None]).at[:, 1].set(0)),
+    )
+    report, wrong = model_check(fnet.dense(5), forgetful, fnet.dense(3))
+    assert "scale_0/inputs" in wrong and report.first_wrong == "scale_0/inputs"
+
+
+def test_an_intermediate_with_a_small_missing_entry_is_wrong():
+    def f(w):
+        return (jnp.array([1e12, 1.0]) * tap("z", w)).sum()
+
+    for z, verdict in (
+        (lambda w: {"z": jnp.array([1e12, 0.0])}, "wrong"),
+        (lambda w: {"z": jnp.array([1e12, 1.0])}, "ok"),
+    ):
+        report = check_gradients(f, np.array([1.0, 2.0]), intermediates=z, **QUICK)
+        assert report.intermediates[0].verdict == verdict
+
+
+# --- Python numbers in programs --------------------------------------------------------------------------------------
+
+LITERALS = {
+    "log": lambda w: (w * jnp.log(2.0)).sum(),
+    "sqrt": lambda w: (w * jnp.sqrt(2.0)).sum(),
+    "abs and sign": lambda w: (w * jnp.abs(-2.0) * jnp.sign(-3.0)).sum(),
+    "floor and round": lambda w: (w * jnp.floor(2.5) * jnp.round(3.7)).sum(),
+    "maximum": lambda w: (w * jnp.maximum(2.0, 3.0)).sum(),
+    "clip": lambda w: (w * jnp.clip(0.3, 0.5, 1.0)).sum(),
+    "power": lambda w: (w * jnp.power(2.0, 0.5)).sum(),
+    "where": lambda w: jnp.where(True, w, 0.0).sum(),
+    "comparison": lambda w: (w * jnp.where(jnp.greater(2.0, 1.0), 3.0, 0.0)).sum(),
+    "exp in a scan": lambda w: jax.lax.scan(lambda c, _: (c * jnp.exp(-1.0), None), w, None, length=3)[0].sum(),
+    "log in a branch": lambda w: jax.lax.cond(w.sum() > 0, lambda w: w * jnp.log(3.0), lambda w: w, w).sum(),
+    "log-sum-exp of a pair": lambda w: (jnp.logaddexp(w, -w) - jnp.log(2.0).astype(w.dtype)).sum(),
+    "a custom rule": lambda w: (w * jax.nn.relu(2.0) * jax.nn.silu(1.0)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_python_numbers_in_a_traced_program_are_no_obstacle(name):
+    w = np.array([0.5, 1.5, -0.7])
+    assert check(LITERALS[name], w).ok
+    assert not check(LITERALS[name], w, lambda w: 1.01 * jax.grad(LITERALS[name])(w)).ok
+
+
+# --- the order of the remainder --------------------------------------------------------------------------------------
+
+
+def test_the_order_is_that_of_the_slope_or_is_not_shown():
+    smooth = {
+        "sin": (lambda w: jnp.sin(w).sum(), 2),
+        "cube at 0": (lambda w: (w**3).sum(), 3),
+        "much cancels": (lambda w: (jnp.sin(w) + 1e6).sum() - 3e6, 2),
+        "linear": (lambda w: (3 * w).sum(), None),
+        "constant beside rounding": (lambda w: 1e9 + (1e-12 * jnp.sin(w)).sum(), None),
+    }
+    for name, (f, order) in smooth.items():
+        w = np.zeros(3) if name == "cube at 0" else np.array([0.3, 0.5, 0.9])
+        found = check(f, w).leaves[0].order
+        assert found is None if order is None else found > order - 0.3, (name, found)
+    assert abs(check(jnp.sum, W, lambda w: 1.01 * jnp.ones_like(w)).leaves[0].order - 1) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_order_of_a_right_gradient_is_below_2_in_a_network_in_float32(seed):
+    rng = np.random.default_rng(seed)
+    model, x = fnet.mlp(8, 8, 3), rng.standard_normal((16, 6)).astype(np.float32)
+    batch = fnet.Batch(x, rng.integers(0, 3, 16))
+    report = fnet.check_model(model, fnet.softmax_cross_entropy, batch, key=jax.random.key(seed), **QUICK)
+    assert all(leaf.order is None or leaf.order > 1.7 for leaf in report.leaves), str(report)
+
+
+# --- which side errs -------------------------------------------------------------------------------------------------
+
+
+IDS = np.random.default_rng(0).integers(0, 2, 30_000).astype(np.int32)
+
+
+def table_sum(rows, dtype):
+    """The rows added up by id in a dtype, which in 16 bits stands still at 256."""
+    return jnp.zeros((2, rows.shape[1]), dtype).at[IDS].add(rows.astype(dtype))
+
+
+def narrow_table(backward_dtype) -> Layer:
+    """A table whose rows are taken in bfloat16: autodiff adds their gradients up in bfloat16."""
+
+    def forward(params, x):
+        return x + params["t"].astype(jnp.bfloat16)[IDS].astype(x.dtype), ()
+
+    init = lambda key, x: {"t": jnp.zeros((2, x.shape[-1]), x.dtype)}  # noqa: E731
+    by_hand = lambda params, _, dy: ({"t": table_sum(dy, backward_dtype).astype(dy.dtype)}, dy)  # noqa: E731
+    return stateless("narrow_table", init, forward, by_hand)
+
+
+def test_the_ladder_says_which_gradient_errs_in_sixteen_bits():
+    def f(t):
+        return jnp.square(t[IDS] + 1).sum()
+
+    def by_hand(dtype):
+        return lambda t: table_sum(2 * (t[IDS] + 1), jnp.promote_types(dtype, t.dtype)).astype(t.dtype)
+
+    t = jnp.zeros((2, 3))
+    for gradient, side, shown in (
+        (by_hand(jnp.float32), "autodiff", r"\de-0[34] \(1e\+00 ✗\)"),
+        (None, "", r"\(1e\+00\)"),
+    ):
+        report = check_gradients(f, t, gradient=gradient, precisions=("bfloat16",), cost=False)
+        (leaf,) = report.leaves
+        assert leaf.ladder[-1].dtype == "bfloat16" and leaf.ladder[-1].erred == side, leaf.ladder
+        assert report.ok and re.search(shown, str(report)) and ("✗ errs: by 10" in str(report)) == (side != "")
+    g = lambda t: jnp.square(t.astype(jnp.float32)[IDS] + 1).sum().astype(t.dtype)  # noqa: E731
+    report = check_gradients(g, t, gradient=by_hand(jnp.bfloat16), precisions=("bfloat16",), cost=False)
+    assert report.leaves[0].ladder[-1].erred == "claimed" and re.search(r"1e\+00 ✗ \(\de-0[34]\)", str(report))
+
+
+def test_beside_casts_the_report_says_which_gradient_is_the_programs_without_them():
+    x, key = np.random.default_rng(0).uniform(1, 2, (len(IDS), 2)).astype(np.float32), jax.random.key(0)
+    loss = fnet.Loss(lambda y, t: jnp.square(y - t).sum(-1), lambda y, t: 2 * (y - t))
+    for dtype, words in (
+        (jnp.float32, r"autodiff's by 1e\+00: autodiff errs$"),
+        (jnp.bfloat16, r"off by 1e\+00 and .*00$"),
+    ):
+        batch = fnet.Batch(x, np.full(x.shape, -1.0, np.float32))
+        params = {"t": jnp.zeros((2, 2))}
+        report = fnet.check_model(narrow_table(dtype), loss, batch, key=key, params=params, **QUICK)
+        rows = {leaf.path: leaf for leaf in report.leaves}
+        assert rows["inputs"].verdict != "wrong" and rows["loss/outputs"].verdict == "ok"
+        assert rows["t"].verdict == "unverified" and re.search(words, rows["t"].cause), rows["t"]
+
+
+def test_an_identity_that_rounds_to_sixteen_bits_is_not_blamed_for_its_exact_gradient():
+    rounding = stateless(
+        "rounding",
+        lambda key, x: (),
+        lambda params, x: (x.astype(jnp.bfloat16).astype(x.dtype), ()),
+        lambda params, _, dy: ((), dy),
+    )
+    report = fnet.check_layer(rounding, np.float32(NORMAL_8X8), key=jax.random.key(0), **QUICK)
+    assert {leaf.verdict for leaf in report.leaves} == {"unverified"}
+    assert all("without them the claimed gradient is off by 0e+00" in leaf.cause for leaf in report.leaves)

@@ -167,7 +167,7 @@ def test_every_row_stands_in_the_page_with_verdict_cause_and_worst_values(full_p
     )
     for words in ("logits", "13 digits", "hidden", "3.75", "[1, 3]", "factor 1.25"):
         assert words in text
-    for words in ("5e-01 (3e-07)", "does not run: TypeError", "1,234,567", "1.500 ms", "seed", "17", *FULL.notes):
+    for words in ("5e-01 ✗ (3e-07)", "does not run: TypeError", "1,234,567", "1.500 ms", "seed", "17", *FULL.notes):
         assert words in text
 
 

@@ -87,7 +87,7 @@ def check_gradients(
     engines = {"claimed": engine} if gradient is not None else {}
     if witnesses.autodiff is not None:
         engines["autodiff"] = autodiff
-    checks = climb(problem, witnesses.autodiff or claimed.grads, engines, checks, precisions)
+    checks = climb(problem, witnesses.exact or claimed.grads, engines, checks, precisions)
     costs = measure_costs(problem, engines, outer_x64) if cost else ()
     compared = ()
     if intermediates is not None:
@@ -111,7 +111,9 @@ def remarks(w: Witnesses, claimed: Claim) -> tuple[str, ...]:
     notes = ["float64, products in the highest precision; errors are relative to each leaf's largest entry"]
     if w.autodiff is None:
         notes.append(f"autodiff cannot differentiate this function ({w.why_not}): slopes alone")
-    elif w.traced.custom:
+    elif w.why_not:
+        notes.append(w.why_not)
+    if w.traced.custom and w.autodiff is not None:
         notes.append("the function has custom rules: autodiff as a witness ignores them")
     if claimed.closed is None:
         notes.append("the gradient is not traceable and ran uncompiled")

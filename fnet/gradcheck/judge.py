@@ -10,11 +10,12 @@ agrees with autodiff entry by entry? ── yes ─▶ do the slopes agree? ─ 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fnet.gradcheck import causes, places
 from fnet.gradcheck.problem import Claim, largest
-from fnet.gradcheck.report import LeafCheck
+from fnet.gradcheck.report import LeafCheck, Rung
 from fnet.gradcheck.slopes import taylor
 from fnet.gradcheck.witnesses import (
     EXCESS,
@@ -30,8 +31,11 @@ from fnet.gradcheck.witnesses import (
     numeric_power,
     pairs,
     resolve,
+    small_faults,
 )
 from fnet.interpret import dependencies
+
+NARROW = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")  # by their rounding
 
 
 def judge_all(witnesses: Witnesses, claimed: Claim) -> list[LeafCheck]:
@@ -71,7 +75,24 @@ def judge(w: Witnesses, claimed: Claim, i: int) -> LeafCheck:
     check = check._replace(**(with_autodiff(w, claimed, i, c, a) if a is not None else without_autodiff(w, i, c)))
     if complaint:
         check = check._replace(verdict="wrong", cause=complaint)
+    exact = None if w.exact is None else w.exact[i]
+    if w.traced.casts and check.verdict in ("wrong", "unverified") and exact is not None and a is not None:
+        check = beside_casts(w, i, check, c, a, exact)
     return check
+
+
+def beside_casts(w: Witnesses, i: int, check: LeafCheck, c: np.ndarray, a: np.ndarray, exact: np.ndarray) -> LeafCheck:
+    """The verdict of a leaf of a function with casts, and which of the two gradients is that of it without them."""
+    scale = largest(exact) or 1.0
+    mine, autos = (float(np.abs(g - exact).max()) / scale for g in (c, a))
+    side = Rung(next(name for name in NARROW if w.traced.eps <= 1.01 * jnp.finfo(name).eps), mine, autos).erred
+    if check.verdict == "wrong":  # by autodiff alone, which is no witness where it errs itself
+        if side != "autodiff" or first_against(w, i, c) is not None:
+            return check
+        check = check._replace(**settle(w, i, check.evidence, TIGHT))
+    errs = {"": "", "claimed": ": the claimed one errs", "autodiff": ": autodiff errs"}[side]
+    words = f"without them the claimed gradient is off by {mine:.0e} and autodiff's by {autos:.0e}{errs}"
+    return check._replace(cause=f"{check.cause}; {words}")
 
 
 def compare(check: LeafCheck, c: np.ndarray, e: np.ndarray) -> LeafCheck:
@@ -131,7 +152,10 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.nda
     if not np.isfinite(c).all():
         place = where_not_finite(w, claimed)
         return wrong(f"not finite: {place}" if place else "")
-    if not differ.any():
+    small = np.zeros(c.shape, bool)
+    if (difference <= 0.5 * FAULT * scale).all() and (small := small_faults(c, a)).any():
+        small &= difference > ROUNDING * noise_of(w, claimed, i)  # what the leaf's largest entry would hide
+    if not differ.any() and not small.any():
         evidence.insert(0, f"agrees with autodiff to {digits(c, a, scale)}")
         if bad is not None:
             blocked = f": stop_gradient at {', '.join(w.traced.blocked[:3])}" if w.traced.blocked else ""
@@ -140,7 +164,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.nda
 
     # is it rounding?
     clear = bad is not None and first_against(w, i, a) is None and np.nanmax(difference) > 1e-2 * scale
-    if not clear and np.isfinite(a).all() and bad is None:
+    if not small.any() and not clear and np.isfinite(a).all() and bad is None:
         noise = noise_of(w, claimed, i)
         size, power = float(noise.max()) / (scale or 1.0), ROUNDING * float(noise.max()) / (scale or 1.0)
         if (difference <= ROUNDING * noise + TIGHT * scale).all():
@@ -158,14 +182,22 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.nda
             return settled | ({"verdict": "imprecise", "cause": cause} if settled["verdict"] == "ok" else {})
 
     # who is right where they differ: the slopes decide
+    where = {}
+    if small.any():  # measured among themselves: beside the largest entry they are rounding
+        differ, c, a = small, np.where(small, c, 0.0), np.where(small, a, 0.0)
+        share = f"in {small.sum()} of {small.size} entries, small beside the leaf's largest"
+        pattern = causes.pattern(c[small], a[small], None, w.problem.examples)
+        worst = np.unravel_index(int(np.abs(c - a).argmax()), c.shape)
+        values = {"worst": tuple(map(int, worst)), "claimed": float(c[worst]), "expected": float(a[worst])}
+        where = {"cause": f"{share}: {pattern or 'another value than autodiff gives'}", **values}
     found = resolve(w, i, c, np.flatnonzero(differ), a) if bad is None else None
     against = bad if found is None else found.against
     if against is not None:
         at = kinks(w, i) if against[1].kinked else ""
-        return wrong(f"outside the one-sided slopes of the kink: {at}" if at else "", against)
+        return wrong(f"outside the one-sided slopes of the kink: {at}" if at else "", against) | where
     assert found is not None
     if found.blind or (found.open and not found.kinked and np.isfinite(a[differ]).all()):
-        return wrong()
+        return wrong() | where
     evidence.insert(0, f"{found.probes} lines over the entries where autodiff differs agree with the measured slopes")
     if found.open:
         cause = f"autodiff differs in {differ.sum()} entries, too many or too rough to measure: {kinks(w, i)}"

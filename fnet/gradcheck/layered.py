@@ -16,7 +16,7 @@ from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise
 from fnet.gradcheck.report import LeafCheck, Report
-from fnet.gradcheck.witnesses import TIGHT
+from fnet.gradcheck.witnesses import TIGHT, small_faults
 from fnet.gradients import backprop, loss_gradient, measure
 from fnet.interpret import is_float
 from fnet.jax_insides import quick_jit
@@ -134,7 +134,8 @@ class Local(NamedTuple):
             blank = LeafCheck(path, a.shape, self.dtypes[path], "ok", 0.0, 0.0, (), 0.0, 0.0, 0.0, power=TIGHT)
             agrees = a.size == 0
             if c is not None and c.shape == a.shape and a.size:
-                blank, agrees = compare(blank, c, a), bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())
+                tight = bool((np.abs(c - a) <= TIGHT * np.abs(a).max()).all())
+                blank, agrees = compare(blank, c, a), tight and not small_faults(c, a).any()
             if not agrees:
                 report = check_gradients(self.value, self.tree, *self.args, gradient=self.by_hand, **options)
                 named = ((path_in_report(self.path, leaf.path, self.tree), leaf) for leaf in report.leaves)

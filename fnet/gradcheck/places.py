@@ -221,13 +221,18 @@ def rounding(closed, inputs, samples: int = 4, seed: int = 0) -> list[np.ndarray
             return decided[site][visits[site]]
 
         def disturb(site, eqn, inputs, outputs, calls, rng=rng):
-            if eqn.primitive.name in EXACT or eqn.primitive.name in STRUCTURE:
+            cast = eqn.primitive.name == "convert_element_type" and is_float(inputs[0]) and is_float(outputs[0])
+            rounds = cast and np.dtype(outputs[0].dtype).itemsize < np.dtype(inputs[0].dtype).itemsize
+            if (eqn.primitive.name in EXACT and not rounds) or eqn.primitive.name in STRUCTURE:
                 return None
             for k, out in enumerate(outputs):  # changed in place: evaluate goes on with the observer's list
                 if is_float(out):
                     eps = float(jnp.finfo(out.dtype).eps)
-                    # eps is below half a unit of 1 in a narrow type, so the factor is applied in float64
-                    wide = np.asarray(out, np.float64) * (1 + eps * rng.uniform(-1, 1, out.shape))
+                    # eps is below half a unit of 1 in a narrow type, so the factor is applied in float64; there it is
+                    # large enough to reach the number beside it, for a rounding that is not seen counts as none
+                    r = rng.uniform(-1, 1, out.shape)
+                    r = r if eps < 1e-12 else (r + np.sign(r)) / 2
+                    wide = np.asarray(out, np.float64) * (1 + eps * r)
                     outputs[k] = jnp.asarray(wide, out.dtype)
             return None
 

@@ -23,8 +23,8 @@ from fnet.interpret import (
     location,
     walk,
 )
-from fnet.jax_insides import quick_jit
-from fnet.types import PyTree
+from fnet.jax_insides import bind, quick_jit
+from fnet.types import PyTree, is_floating_dtype
 
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
@@ -248,6 +248,30 @@ def undecorated(closed) -> Callable:
         return not (eqn.primitive.name in CUSTOM and defined_in_jax(eqn))
 
     return lambda leaves, others: evaluate(closed, [*leaves, *others], opened=opened)[0][0]
+
+
+def without_casts(closed) -> Callable:
+    """`undecorated`, with float64 in the place of every narrower floating type: what the program would be without them.
+
+    Its derivative is what rounding to the narrow types has taken from autodiff's, which rounds where the program does.
+    """
+
+    def rule(site, eqn, inputs, extras):
+        if eqn is None:
+            return None
+        inputs[:] = [x.astype(jnp.float64) if is_float(x) else x for x in map(jnp.asarray, inputs)]
+        name = eqn.primitive.name
+        if name in STRUCTURE:
+            return None  # entered, with the inputs as they are now
+        if name == "reduce_precision":
+            return inputs
+        narrow = {k: v for k, v in eqn.params.items() if is_floating_dtype(v) and np.dtype(v) != np.float64}
+        return bind(eqn.replace(params={**eqn.params, **dict.fromkeys(narrow, np.dtype(np.float64))}), inputs)
+
+    def opened(site, eqn):
+        return not (eqn.primitive.name in CUSTOM and defined_in_jax(eqn))
+
+    return lambda leaves, others: evaluate(closed, [*leaves, *others], rule=rule, opened=opened)[0][0]
 
 
 class Claim(NamedTuple):

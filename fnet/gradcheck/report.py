@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 VERDICTS = ("ok", "kink", "imprecise", "unverified", "wrong")
@@ -21,6 +22,15 @@ class Rung(NamedTuple):
     error: float  # of the claimed gradient
     expected: float  # of autodiff at the same precision: what rounding makes of a right gradient
     note: str = ""  # why the rung could not be measured
+
+    @property
+    def erred(self) -> str:
+        """Which of the two errs, ``claimed`` or ``autodiff``: by 10 times the rounding and the other's error."""
+        eps = float(jnp.finfo(self.dtype).eps)
+        for name, mine, other in (("claimed", self.error, self.expected), ("autodiff", self.expected, self.error)):
+            if math.isfinite(other) and not mine <= 10 * max(eps, other):
+                return name
+        return ""
 
 
 class LeafCheck(NamedTuple):
@@ -145,7 +155,8 @@ class Report(NamedTuple):
             for leaf in ladders:
                 rungs = {rung.dtype: rung for rung in leaf.ladder}
                 rows.append((leaf.path, *(show_rung(rungs.get(dtype)) for dtype in dtypes)))
-            parts.append(columns(rows))
+            erred = any(rung.erred for leaf in ladders for rung in leaf.ladder if not rung.note)
+            parts.append(columns(rows) + (f"\n{ERRED}" if erred else ""))
         if self.costs:
             rows = [("cost", "flops", "bytes", "peak", "median")]
             rows += [
@@ -191,11 +202,15 @@ class Report(NamedTuple):
         return audit_tables(self)
 
 
+ERRED = "✗ errs: by 10 times its dtype's rounding and the other's error"
+
+
 def show_rung(rung: Rung | None) -> str:
-    """``1e-07 (2e-07)``: the claimed gradient's error and autodiff's."""
-    if rung is None:
-        return ""
-    return rung.note or f"{rung.error:.0e} ({rung.expected:.0e})"
+    """``1e-07 (2e-07)``: the claimed gradient's error and autodiff's; ``✗`` behind the one that errs."""
+    if rung is None or rung.note:
+        return "" if rung is None else rung.note
+    marks = {"": ("", ""), "claimed": (" ✗", ""), "autodiff": ("", " ✗")}[rung.erred]
+    return f"{rung.error:.0e}{marks[0]} ({rung.expected:.0e}{marks[1]})"
 
 
 def columns(rows) -> str:

@@ -148,16 +148,22 @@ def extrapolate(estimates: np.ndarray, ratio: float, noise: np.ndarray) -> tuple
 def taylor(line: Line, slope: float) -> tuple[tuple[tuple[float, float], ...], float | None]:
     """``(t, |f(t) − f(0) − t slope|)`` along a line, and the order in t at which it vanishes.
 
-    The order is 2 or more for the right slope and 1 for a wrong one; None where the remainder is all rounding.
+    The order is 2 or more for the right slope and 1 for a wrong one. It is read at the smallest steps at which the
+    remainder still falls well above where it stops falling, which is rounding; None where it is all rounding.
     """
     noise = 2.0**-50 * max([abs(line.base), *(abs(v) for pair in line.values for v in pair)], default=0.0)
     points = []
     for t, (up, down) in zip(line.steps, line.values, strict=True):
         points.append((t, max(abs(up - line.base - t * slope), abs(down - line.base + t * slope))))
+    sizes = [r for _, r in points]
+    falls = 0  # down to here each step, a quarter of the one before, at least halves the remainder
+    while falls + 1 < len(sizes) and 2 * sizes[falls + 1] <= sizes[falls] < np.inf:
+        falls += 1
+    rounding = max([4 * noise, *(10 * r for r in sizes[falls + 1 :])])
     orders = [
         np.log(r0 / r1) / np.log(t0 / t1)
-        for (t0, r0), (t1, r1) in itertools.pairwise(points)
-        if r1 > 4 * noise and r0 > 0 and np.isfinite(r0)
+        for (t0, r0), (t1, r1) in itertools.pairwise(points[: falls + 1])
+        if r1 > rounding
     ]
     return tuple(points), (float(orders[-1]) if orders else None)
 

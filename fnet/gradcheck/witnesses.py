@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated
+from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated, without_casts
 from fnet.gradcheck.slopes import Line, make_probe
 from fnet.jax_insides import quick_jit
 
@@ -17,6 +17,7 @@ FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest
 TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is measured to be larger
 ROUNDING = 50  # times the measured rounding noise is still rounding
 EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
+LEAST = 1e-290  # what is smaller may have lost its digits, or be 0, by underflow
 SMALL = 64  # entries up to which every coordinate is probed where there is no autodiff
 PROBES = 1024  # lines at most over the entries that differ from autodiff's
 
@@ -27,6 +28,7 @@ class Witnesses(NamedTuple):
     problem: Problem
     traced: Traced
     autodiff: list[Any] | None  # without custom rules; None where jax cannot differentiate the function
+    exact: list[Any] | None  # the same, of the function without its casts to narrower types
     why_not: str  # the reason
     probe: Callable
     lines: list[list[Line]]  # what was measured over each leaf, along its `directions`
@@ -42,18 +44,24 @@ def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = Non
     ``same`` is a claim that is that very autodiff, so that it need not be compiled again.
     """
     derivative, why_not, grads = jax.grad(undecorated(traced.closed)), "", None
+    arguments = problem.leaves, problem.others
     try:
-        arguments = problem.leaves, problem.others
         grads = same.grads if same is not None else [to_numpy(g) for g in quick_jit(derivative)(*arguments)]
     except (NotImplementedError, ValueError, TypeError) as error:
         why_not = str(error).strip().splitlines()[0][:200]
+    exact = grads
+    if traced.casts and grads is not None and all(leaf.dtype == np.float64 for leaf in problem.leaves):
+        try:
+            exact = [to_numpy(g) for g in quick_jit(jax.grad(without_casts(traced.closed)))(*arguments)]
+        except (NotImplementedError, ValueError, TypeError) as error:
+            why_not = f"without its casts it does not run: {str(error).strip().splitlines()[0][:120]}"
     probe = make_probe(traced.closed, problem.leaves, problem.others, traced.eps)
     lines = []
     for i, leaf in enumerate(problem.leaves):
         drawn = directions(np.asarray(leaf, np.float64), [seed, i], grads is not None)
         lines.append([probe({i: d}) for d in drawn])
     finite = np.isfinite(probe({}).base)
-    return Witnesses(problem, traced, grads, why_not, probe, lines, seed, bool(finite), derivative, {})
+    return Witnesses(problem, traced, grads, exact, why_not, probe, lines, seed, bool(finite), derivative, {})
 
 
 def directions(p: np.ndarray, seed, autodiff: bool) -> Iterator[np.ndarray]:
@@ -108,6 +116,12 @@ def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray, share: float = 
 def first_against(w: Witnesses, i: int, gradient: np.ndarray, share: float = 0.5 * FAULT):
     """The first direction and line over one leaf that contradict a gradient, None if none does."""
     return next(((d, line) for d, line in pairs(w, i) if contradicts(line, gradient, d, share)), None)
+
+
+def small_faults(c: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """Where two gradients differ by a fault of the entry itself, however small it is beside the leaf's largest."""
+    difference = np.abs(c - a)
+    return (difference > FAULT * np.maximum(np.abs(c), np.abs(a))) & (difference > LEAST)
 
 
 class Resolved(NamedTuple):
