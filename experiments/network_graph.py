@@ -37,10 +37,10 @@ from rich.table import Table
 
 import fnet
 from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from fnet.children import watch
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
 from fnet.report.plots import new_figure
-from fnet.types import watch
 
 HIDDEN = 3
 NAMES = ["z", "a", "ŷ", "L", "∂L/∂ŷ", "∂L/∂W_o", "∂L/∂b_o", "∂L/∂a", "∂L/∂z", "∂L/∂W", "∂L/∂b"]

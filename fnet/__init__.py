@@ -20,19 +20,7 @@ from fnet.nonfinite import NonFiniteError
 from fnet.driver import fit
 from fnet.rate_finder import RateCurve, find_learning_rate
 from fnet.population import train_population
-from fnet.types import (
-    Batch,
-    Layer,
-    LayerError,
-    Loss,
-    Mean,
-    Optimizer,
-    Schedule,
-    TrainState,
-    Transform,
-    apply,
-    init,
-    parameter_paths,
-)
+from fnet.children import apply, init, parameter_paths
+from fnet.types import Batch, Layer, LayerError, Loss, Mean, Optimizer, Schedule, TrainState, Transform
 
 __version__ = "0.1.0"

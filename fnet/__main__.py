@@ -10,7 +10,7 @@ from importlib import metadata
 
 import jax
 
-import fnet
+from fnet.extras import DISTRIBUTION
 from fnet.runs import environment
 
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<version>[^;\[]*)(?:;(?P<marker>.*))?")
@@ -39,7 +39,7 @@ def _settings() -> Iterator[str]:
 
 def _extras() -> Iterator[str]:
     try:
-        lines = metadata.requires("fnet") or []
+        lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         yield "  fnet is not installed but run from its source, so its extras are not known;"
         yield "  to install it with all of them, in the folder of pyproject.toml:"
@@ -56,7 +56,7 @@ def _extras() -> Iterator[str]:
         listed = textwrap.wrap(", ".join(items), 76 - width, break_on_hyphens=False)
         yield (first + f"\n{later}".join(listed)).replace("\0", " ")
         if not all(fine for _, fine in states.values()):
-            yield f"  {'':{width}}  the rest: pip install 'fnet[{extra}]'"
+            yield f"  {'':{width}}  the rest: pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def _by_extra(lines: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -68,7 +68,7 @@ def _by_extra(lines: Sequence[str]) -> dict[str, dict[str, str]]:
         extra = found and re.search(r"extra\s*==\s*['\"]([^'\"]+)", found["marker"] or "")
         if found and extra:
             needed = extras.setdefault(extra[1], {})
-            if found["name"] == fnet.__name__:
+            if found["name"] == DISTRIBUTION:
                 others.setdefault(extra[1], []).extend(re.findall(r"[\w.-]+", found["extras"] or ""))
             else:
                 needed[found["name"]] = found["version"].strip()

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.extras import need
 from fnet.files import first_line
 from fnet.types import PyTree, by_path
 
@@ -178,10 +179,7 @@ def saved_results(path: Path) -> dict[str, Any]:
 
 def _orbax():
     """Orbax, and a checkpointer for one call."""
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError("checkpoints need orbax: pip install 'fnet[runs]'") from error
+    ocp: Any = need("a checkpoint", "orbax.checkpoint")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it logs as an error, pages of it, it raises too
     parts = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype as canonical
 
+from fnet.children import apply
+from fnet.extras import need
 from fnet.files import first_line, whole_file
 from fnet.layers.recurrent import LSTMCarry
-from fnet.types import Layer, PyTree, apply, named_leaves
+from fnet.types import Layer, PyTree, named_leaves
 
 FORMAT = "1"  # of the files of export_inference
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
@@ -521,13 +522,11 @@ def _whole(path: str | Path):
 
 
 def _safetensors():
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("weights in files need safetensors: pip install 'fnet[runs]'") from error
+    need("a file of weights", "safetensors")
+    import safetensors.numpy
+
     return safetensors.numpy
 
 
 def _require_flatbuffers() -> None:
-    if importlib.util.find_spec("flatbuffers") is None:  # by which jax.export writes
-        raise ImportError("exported inference needs flatbuffers: pip install 'fnet[runs]'")
+    need("exported inference", "flatbuffers")  # by which jax.export writes

@@ -19,8 +19,23 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
+from fnet.children import backward_of, forward_of, shapes_known
 from fnet.data.arrays import trace_batch, with_zeros
-from fnet.types import Batch, Layer, Loss, Mean, PyTree, join, require_counts, split_floating, weighted_mean, wide
+from fnet.types import (
+    Batch,
+    Layer,
+    Loss,
+    Mean,
+    PyTree,
+    called,
+    described,
+    join,
+    require_counts,
+    require_layer,
+    split_floating,
+    weighted_mean,
+    wide,
+)
 
 Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
 
@@ -31,7 +46,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
     ``metrics`` maps names, but for "loss", to functions of ``(outputs, targets)`` that give one value per example. With
     ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
     """
-    refuse_names(metrics or {}, ["loss"])
+    check_engine("autodiff", model, loss, metrics)
 
     def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
@@ -39,7 +54,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
 
         def objective(params, floating):
             x = join(floating, others)
-            outputs, new_state, _ = model.forward(params, state, x, key=key, train=True)
+            outputs, new_state, _ = forward_of(model, params, state, x, key=key, train=True)
             with jax.named_scope("loss"):
                 measured = measure(loss, metrics, outputs, batch)
                 return scaled(measured["loss"].value, scale), (new_state, measured)
@@ -55,17 +70,18 @@ def backprop(
     model: Layer, loss: Loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False
 ) -> Gradient:
     """The same gradients by the hand-derived backwards of the loss and of each layer; no autodiff takes part."""
-    refuse_names(metrics or {}, ["loss"])
+    check_engine("backprop", model, loss, metrics, by_hand=True)
 
     def gradient(params, state, batch, key, *, scale=None):
         batch = Batch(*batch)
-        outputs, new_state, residuals = model.forward(params, state, batch.inputs, key=key, train=True)
-        with jax.named_scope("loss"):
-            measured = measure(loss, metrics, outputs, batch)
-        with jax.named_scope("backward"):
+        with shapes_known():
+            outputs, new_state, residuals = forward_of(model, params, state, batch.inputs, key=key, train=True)
             with jax.named_scope("loss"):
-                dy = loss_gradient(loss, outputs, batch, measured["loss"].count, scale)
-            dparams, dx = model.backward(params, residuals, dy)
+                measured = measure(loss, metrics, outputs, batch)
+            with jax.named_scope("backward"):
+                with jax.named_scope("loss"):
+                    dy = loss_gradient(loss, outputs, batch, measured["loss"].count, scale)
+                dparams, dx = backward_of(model, params, residuals, dy)
         return ((dparams, dx) if inputs else dparams), new_state, measured
 
     return gradient
@@ -81,6 +97,11 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
     with weights, the mean is the one by these weights, ``Σ w ℓ / Σ w``, and counts ``Σ w`` where batches are added up;
     any other counts its examples.
     """
+    if not callable(loss_fn) or isinstance(loss_fn, Layer | Loss):
+        raise TypeError(
+            f"from_loss: loss_fn is {described(loss_fn)}; expected a function of (params, batch, key) that gives one "
+            "number; a model and a loss go to fnet.autodiff(model, loss)"
+        )
 
     def objective(params, state, batch, key, scale):
         if has_state:
@@ -153,6 +174,50 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
         return jax.tree.map(lambda g, p: (g * share.astype(g.dtype)).astype(p.dtype), grads, params), state, metrics
 
     return accumulated
+
+
+def check_engine(who: str, model, loss, metrics, by_hand: bool = False) -> None:
+    """Require a layer, a loss (with a gradient ``by_hand``) and metrics by name; TypeError for what is none."""
+    require_layer(f"{who}: model", model)
+    check_loss(who, loss, by_hand)
+    check_metrics(who, metrics)
+
+
+def check_loss(who: str, loss, by_hand: bool = False) -> None:
+    """Require a loss: a function of outputs and targets, and by hand a `Loss`, which has its gradient."""
+    if isinstance(loss, Loss):
+        return
+    makes_one = getattr(loss, "__annotations__", {}).get("return") in (Loss, "Loss")
+    if makes_one:
+        raise TypeError(f"{who}: loss is the function {loss.__name__}, which makes one; call it: {loss.__name__}(...)")
+    if not callable(loss) or isinstance(loss, Layer):
+        raise TypeError(
+            f"{who}: loss = {loss!r:.80}; expected a function of (outputs, targets) that gives one value per example, "
+            "such as fnet.softmax_cross_entropy"
+        )
+    if by_hand:
+        raise TypeError(
+            f"{who}: loss is {called(loss)}, which has no gradient by hand; expected fnet.Loss(value, gradient), with "
+            "gradient(outputs, targets) the derivative of each example's value by its outputs; autodiff needs none"
+        )
+
+
+def check_metrics(who: str, metrics) -> None:
+    """Require None or a mapping of names, but for "loss", to functions of outputs and targets."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"{who}: metrics = {metrics!r:.80}; expected a dict of names and functions of (outputs, targets): "
+            "{'accuracy': fnet.metrics.accuracy}"
+        )
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or not callable(metric):
+            raise TypeError(
+                f"{who}: metrics[{name!r}] = {metric!r:.80}; expected a name and a function of (outputs, targets), "
+                "such as fnet.metrics.accuracy"
+            )
+    refuse_names(metrics, ["loss"])
 
 
 def scaled(value: jax.Array, scale) -> jax.Array:

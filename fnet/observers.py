@@ -24,6 +24,7 @@ from zipfile import ZipFile
 import jax
 import numpy as np
 
+from fnet.extras import need
 from fnet.files import whole_file
 from fnet.history import Event
 from fnet.metrics import DECADES, magnitude_edges
@@ -43,13 +44,11 @@ def progress(title: str = "training", console=None) -> Observer:
     Where the console is no terminal, or the environment has CI=true, one plain line per epoch instead. A run that does
     not begin at step 0 says where it continues.
     """
-    try:
-        from rich.console import Console, Group
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.text import Text
-    except ImportError as error:
-        raise ImportError("progress needs rich: pip install 'fnet[runs]'") from error
+    need("progress", "rich")
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     console = console or Console()
     alive = console.is_terminal and os.environ.get("CI", "").lower() not in ("true", "1")
@@ -166,10 +165,8 @@ def tensorboard(
 
     Raises FileExistsError for a folder that has event files, unless ``resume``.
     """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard needs tensorboardX: pip install 'fnet[runs]'") from error
+    need("tensorboard", "tensorboardX")
+    from tensorboardX import SummaryWriter
 
     folder, due = Path(folder), _due("tensorboard: histograms", histograms or (1, "epochs"))
     _refuse("tensorboard", not resume and any(folder.glob("events.out.tfevents.*")), folder)

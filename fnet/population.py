@@ -31,7 +31,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from fnet.schedules import check_numbers
-from fnet.types import PyTree, require_counts, stream
+from fnet.types import PyTree, named_leaves, require_counts, stream
 
 Run = Callable[..., PyTree]
 Numbers = ArrayLike | Sequence[float]
@@ -183,6 +183,59 @@ def train_population(
     return Population(hyper, keys, results, *cost)
 
 
+def join(populations: Sequence[Population], **axes: Numbers) -> Population:
+    """One population of the members of several, one after another; ``axes`` are what each of them had of its own.
+
+    So members are compared that no program can run together, such as those of several widths:
+
+    >>> def run(hyper, key, width):
+    ...     return hyper["scale"] * jax.random.normal(key, (width,)).std()
+    >>> keys, widths = jax.random.split(jax.random.key(0), 2), [10, 1000]
+    >>> apart = [train_population(partial(run, width=width), {"scale": [1, 2]}, keys) for width in widths]
+    >>> joined = join(apart, width=widths)
+    >>> {name: values.tolist() for name, values in joined.hyper.items()}
+    {'scale': [1.0, 2.0, 1.0, 2.0], 'width': [10, 10, 1000, 1000]}
+    >>> joined.results.shape
+    (4,)
+
+    ``chunk``, ``member_bytes`` and ``devices`` are the greatest of theirs, seconds are added up. Raises ValueError for
+    populations whose numbers have other names, or results another tree or other shapes of a member, and for an axis
+    without one value for each.
+    """
+    if not populations:
+        raise ValueError("join: populations = []; expected one at least")
+    first, *others = populations
+    for name, values in axes.items():
+        if np.shape(values) != (len(populations),) or name in first.hyper:
+            raise ValueError(
+                f"join: {name} = {values!r:.80}; expected one value for each of {len(populations)} populations, under "
+                f"a name that is not among theirs ({', '.join(first.hyper) or 'none'})"
+            )
+    wanted = _members(first)
+    for i, other in enumerate(others, start=1):
+        found = _members(other)
+        if found != wanted:
+            path = next(path for path in (*wanted, *found) if wanted.get(path) != found.get(path))
+            raise ValueError(
+                f"join: {path} of populations[0] is {wanted.get(path, 'not there')}, of populations[{i}] "
+                f"{found.get(path, 'not there')}; expected the same of each member: let the runs return their scores"
+            )
+    counts = [len(population.keys) for population in populations]
+    hyper = {name: np.concatenate([population.hyper[name] for population in populations]) for name in first.hyper}
+    hyper |= {name: np.repeat(np.asarray(values), counts) for name, values in axes.items()}
+    members = [(population.keys, population.results) for population in populations]
+    keys, results = jax.tree.map(lambda *parts: _joined(parts), *members)
+    greatest = (max(getattr(population, name) for population in populations) for name in Population._fields[3:6])
+    seconds = (sum(getattr(population, name) for population in populations) for name in Population._fields[6:])
+    return Population(hyper, keys, results, *greatest, *seconds)
+
+
+def _members(population: Population) -> dict[str, str]:
+    """What the numbers, the key and the results of one member are, by their paths."""
+    parts = {"hyper": population.hyper, "keys": population.keys, "results": population.results}
+    return {path: f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in named_leaves(parts)}
+
+
 class Cost(NamedTuple):
     """How members were run: the last fields of a `Population`."""
 
@@ -316,19 +369,44 @@ def check_range(run: Run, hyper: Mapping[str, np.ndarray], keys: jax.Array, data
     A range that holds for the least and for the greatest value of a name holds for all between them. The numbers are
     those of members that exist, as few as show every extreme: of a grid the first and the last.
     """
+    some = {name: jax.ShapeDtypeStruct((), values.dtype) for name, values in hyper.items()}
+    try:
+        results = jax.eval_shape(run, some, keys[0], *data)
+    except (TypeError, ValueError) as error:
+        if names := _deciding(run, hyper, keys[0], data):
+            name, values = names[0], [_plain(value) for value in np.unique(hyper[names[0]])]
+            raise ValueError(
+                f"{name} decides a shape or what is computed, and members of one program have that in common; expected "
+                f"one population for each of {name} = {', '.join(f'{value:g}' for value in values)}, with a run that "
+                f"takes it as a Python number: fnet.population.join(populations, {name}=values) makes one of them"
+            ) from error
+        raise
     extremes = [set(np.flatnonzero(v == edge)) for v in hyper.values() for edge in (v.min(), v.max())] or [{0}]
-    results = None
     while extremes:
         i = min(set.union(*extremes), key=lambda i: (-sum(i in e for e in extremes), i))
         extremes = [e for e in extremes if i not in e]
         numbers = {name: _plain(values[i]) for name, values in hyper.items()}
         try:
-            results = jax.eval_shape(lambda key, *data, numbers=numbers: run(numbers, key, *data), keys[0], *data)
+            jax.eval_shape(lambda key, *data, numbers=numbers: run(numbers, key, *data), keys[0], *data)
         except ValueError as error:
-            jax.eval_shape(run, *_take((dict(hyper), keys), i), *data)  # what any numbers raise is raised as it is
             shown = ", ".join(f"{name} = {number}" for name, number in numbers.items())
             raise ValueError(f"member {i} ({shown}): {error}") from error
     return results
+
+
+def _deciding(run: Run, hyper: Mapping[str, np.ndarray], key: jax.Array, data: tuple) -> list[str]:
+    """The names with which ``run`` is traced as Python numbers, whole ones as int, but not as traced ones."""
+    numbers = {name: _plain(values[0]) for name, values in hyper.items()}
+    numbers = {name: int(number) if number == int(number) else number for name, number in numbers.items()}
+
+    def runs(**traced):
+        try:
+            jax.eval_shape(lambda traced, key, *data: run({**numbers, **traced}, key, *data), traced, key, *data)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    return [name for name, values in hyper.items() if not runs(**{name: values[0]})] if runs() else []
 
 
 def _check_memory(who: str, memory: float | None) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.types import Layer, PyTree, apply, require, require_counts, wide
+from fnet.children import apply
+from fnet.types import Layer, PyTree, require, require_counts, wide
 
 
 def generate(

@@ -18,10 +18,22 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from fnet.data.arrays import DataError, count_examples, trace_batch
-from fnet.gradients import Gradient, measure, refuse_names
+from fnet.children import apply
+from fnet.data.arrays import DataError, check_host_data, count_examples, trace_batch
+from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
-from fnet.types import Batch, Layer, Mean, Optimizer, PyTree, TrainState, apply, stream
+from fnet.types import (
+    Batch,
+    Layer,
+    Mean,
+    Optimizer,
+    PyTree,
+    TrainState,
+    described,
+    require_key,
+    require_optimizer,
+    stream,
+)
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
@@ -31,6 +43,8 @@ def init_train_state(params: PyTree, optimizer: Optimizer, key: jax.Array, state
 
     ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none.
     """
+    require_optimizer("init_train_state: optimizer", optimizer)
+    require_key("init_train_state", key)
     # compiled, since array by array each shape of the moments would be a program of its own
     return TrainState(jnp.asarray(0, jnp.int32), params, state, jax.jit(optimizer.init)(params), key)
 
@@ -41,6 +55,17 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
     ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and what each of the ``monitors`` returns
     of the gradients, by name: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
     """
+    if not callable(gradient) or isinstance(gradient, Layer):
+        raise TypeError(
+            f"make_step: gradient is {described(gradient)}; expected a gradient engine, such as "
+            "fnet.backprop(model, loss) makes one"
+        )
+    require_optimizer("make_step: optimizer", optimizer)
+    if not isinstance(monitors or {}, Mapping) or not all(callable(monitor) for monitor in (monitors or {}).values()):
+        raise TypeError(
+            f"make_step: monitors = {monitors!r:.80}; expected a dict of names and functions of the gradients: "
+            "{'gradient_norm': fnet.metrics.gradient_norms}"
+        )
     refuse_names(monitors or {}, ["loss", "learning_rate"])
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
@@ -84,7 +109,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
 
     With ``batch_size`` the data pass in slices of it (and a smaller last one), so that memory does not grow with them.
     """
-    refuse_names(metrics or {}, ["loss"])
+    check_engine("make_evaluate", model, loss, metrics)
 
     def on_batch(params, state, batch):
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)
@@ -187,9 +212,9 @@ def train(
     as it is, and the sums and counts of all metrics are 0.
 
     Give ``data`` and ``validation`` as arguments of the function that you compile: what it closes over becomes a
-    constant of the program. Nothing is checked here but the batch size; `fit` checks the data.
+    constant of the program. Nothing is checked here but the batch size, and data that are NumPy's; `fit` checks more.
     """
-    data = Batch(*data)
+    data = check_host_data(data)
     n = count_examples(data)
     if not 1 <= batch_size <= n:
         raise DataError(f"batch_size = {batch_size}; expected 1 to {n}, the number of examples")

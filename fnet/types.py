@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -216,21 +214,14 @@ def stateless(name: str, init, forward, backward, *, several: bool = False) -> L
     def full_forward(params, state, x, *, key=None, train=False):
         if not several:
             require_array(x)
-        y, residuals = forward(params, x)
-        return y, state, residuals
+        made = forward(params, x)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise LayerError(
+                f"forward returned {described(made)}; expected (y, residuals), with () for residuals that there are not"
+            )
+        return made[0], state, made[1]
 
     return Layer(name, full_init, full_forward, backward)
-
-
-def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
-    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program."""
-    shapes = jax.eval_shape(lambda x: x, x)
-    return jax.jit(lambda key: model.init(key, shapes))(key)
-
-
-def apply(model: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-    """The model's outputs in inference. Under jit, XLA drops the residuals that nobody reads."""
-    return model.forward(params, state, x, key=None, train=False)[0]
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array | None = None, axes: int = 1) -> Mean:
@@ -274,7 +265,82 @@ def require(condition, message: str) -> None:
 
 def is_whole(number, least=1) -> bool:
     """Whether this is a whole number of Python or NumPy, at least ``least``; True and False are none."""
-    return isinstance(number, int | np.integer) and not isinstance(number, bool) and number >= least
+    return isinstance(number, int | np.integer) and not isinstance(number, bool) and bool(number >= least)
+
+
+def described(tree: PyTree) -> str:
+    """What was given, as a message shows it: a layer by its name, a tree with the dtypes and shapes of its arrays."""
+    if isinstance(tree, Layer):
+        return f"the layer {tree.name}"
+    if isinstance(tree, Loss | Optimizer | Schedule | Transform):
+        return f"{'an' if isinstance(tree, Optimizer) else 'a'} {type(tree).__name__}"
+    if callable(tree):
+        return called(tree)
+    shown = repr(jax.tree.map(lambda leaf: _Shown(leaf) if hasattr(leaf, "shape") else leaf, tree))
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
+
+
+class _Shown:
+    """An array in a message: ``float32[3, 4]``."""
+
+    def __init__(self, leaf):
+        self.leaf = leaf
+
+    def __repr__(self):
+        return f"{self.leaf.dtype}{list(self.leaf.shape)}"
+
+
+def called(function) -> str:
+    """A function as a message names it: ``the function tanh of jax.numpy``."""
+    name, home = getattr(function, "__name__", type(function).__name__), getattr(function, "__module__", None) or ""
+    home = home.split("._")[0]  # jax.nn.relu says that it is of jax._src.nn.functions
+    return f"the function {name}" + (f" of {home}" if home and not home.startswith(("__main__", "fnet")) else "")
+
+
+def require_layer(who: str, given) -> None:
+    """Raise TypeError unless this is a `Layer`, with the remedy for a function that stands in its place."""
+    if isinstance(given, Layer):
+        return
+    if not callable(given) or isinstance(given, tuple):
+        raise TypeError(f"{who} is {described(given)}; expected a Layer, such as fnet.dense(10)")
+    from fnet import layers  # for the message alone
+
+    name = getattr(given, "__name__", "")
+    if (getattr(given, "__module__", None) or "").startswith("fnet."):
+        raise TypeError(f"{who} is {called(given)}; expected the Layer that it makes: call it, {name}(...)")
+    own = f"fnet.layers.{name}()" if name in layers.__all__ else "fnet.types.stateless(name, init, forward, backward)"
+    raise TypeError(f"{who} is {called(given)}; expected a Layer, with its backward by hand: {own}")
+
+
+def require_optimizer(who: str, given) -> None:
+    """Raise TypeError unless this is an `Optimizer`, with the remedy for a function that makes one."""
+    if isinstance(given, Optimizer):
+        return
+    if callable(given) and (getattr(given, "__module__", None) or "").startswith("fnet."):
+        raise TypeError(
+            f"{who} is {called(given)}; expected the Optimizer that it makes: call it, {given.__name__}(...)"
+        )
+    raise TypeError(f"{who} is {described(given)}; expected an Optimizer, such as fnet.adam(1e-3)")
+
+
+def require_state(who: str, opt_state, kind: type) -> None:
+    """Raise TypeError unless this is the state that the optimizer's ``init`` makes."""
+    if not isinstance(opt_state, kind):
+        given = None if opt_state is None else f"a {type(opt_state).__name__}"
+        raise TypeError(
+            f"{who}: opt_state is {given}; expected the {kind.__name__} that this optimizer's "
+            "init(params) made, or the one that its last update returned"
+        )
+
+
+def require_key(who: str, key) -> None:
+    """Raise TypeError unless this is one random key."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and jnp.shape(key) == ()
+    if not typed and not (dtype == jnp.uint32 and len(key.shape) == 1):
+        given = f"{dtype}{list(key.shape)}" if hasattr(key, "shape") else f"{key!r:.60}"
+        number = f"({key})" if is_whole(key, 0) else "(0)"
+        raise TypeError(f"{who}: key is {given}; expected a random key: jax.random.key{number}")
 
 
 def require_counts(who: str, **counts) -> None:
@@ -345,24 +411,6 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return dict(leaves)
 
 
-def parameter_paths(model: Layer, x: PyTree) -> list[str]:
-    """The paths of the model's parameters in the order in which its layers stand; nothing is computed.
-
-    jax sorts the keys of a dict wherever it rebuilds one, so this order is read off ``init`` itself while it is traced.
-    """
-    paths = []
-
-    def walk(tree, path):
-        if isinstance(tree, dict):
-            for name, child in tree.items():
-                walk(child, (*path, name))
-        else:
-            paths.extend("/".join((*path, name) if name else path) for name, _ in named_leaves(tree))
-
-    jax.eval_shape(lambda key: walk(model.init(key, x)[0], ()), jax.random.key(0))
-    return paths
-
-
 def stream(key: jax.Array, name: str) -> jax.Array:
     """A key for the use called ``name``, independent of every other name's."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -374,67 +422,3 @@ class LayerError(ValueError):
     def __init__(self, message: str, path: tuple[str, ...] = ()):
         super().__init__(f"{'/'.join(path)}: {message}" if path else message)
         self.message, self.path = message, path
-
-
-@contextmanager
-def inside(name: str):
-    """Everything that happens within belongs to the child ``name``: errors and compiled operations carry its path."""
-    with jax.named_scope(name):
-        try:
-            yield
-        except LayerError as error:
-            raise LayerError(error.message, (name, *error.path)) from None
-
-
-class Call(NamedTuple):
-    """The forward of a child inside a combinator, as `watch` shows it."""
-
-    path: tuple[str, ...]
-    layer: Layer
-    params: PyTree
-    state: PyTree
-    x: PyTree
-    key: Any
-    train: bool
-
-
-Watcher = Callable[[Call, PyTree], PyTree]
-_watch: ContextVar[tuple[tuple[str, ...], Watcher] | None] = ContextVar("watch", default=None)
-
-
-@contextmanager
-def watch(watcher: Watcher):
-    """While a model's forward is traced within, ``watcher(call, y) -> y`` sees each child's forward and its outputs.
-
-    This is how the audit reaches the layers of a model; nothing of it is left in a program that nobody watches.
-    """
-    token = _watch.set(((), watcher))
-    try:
-        yield
-    finally:
-        _watch.reset(token)
-
-
-def watched() -> bool:
-    """Whether somebody watches: then no layer may run its children inside a scan or a checkpoint, which hide values."""
-    return _watch.get() is not None
-
-
-def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
-    """The forward of the child ``name``, as every combinator calls it: errors, scopes and `watch` know its path.
-
-    ``key`` is the parent's: the child's own is folded from it by its name, as in ``init``.
-    """
-    key = None if key is None else stream(key, name)
-    watched = _watch.get()
-    if watched is None:
-        with inside(name):
-            return layer.forward(params, state, x, key=key, train=train)
-    path = (*watched[0], name)
-    token = _watch.set((path, watched[1]))
-    try:
-        with inside(name):
-            y, new_state, residuals = layer.forward(params, state, x, key=key, train=train)
-    finally:
-        _watch.reset(token)
-    return watched[1](Call(path, layer, params, state, x, key, train), y), new_state, residuals

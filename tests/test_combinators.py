@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.children import apply
 from fnet.gradcheck import check_layer, check_model
 from fnet.initializers import normal
 from fnet.layers import dense, gelu, relu, serial, tanh
 from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
-from fnet.types import Layer, LayerError, apply, stateless, stream
+from fnet.types import Layer, LayerError, stateless, stream
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 X = np.random.default_rng(0).standard_normal((5, 4))

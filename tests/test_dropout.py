@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.children import apply
 from fnet.gradcheck import check_layer
 from fnet.layers import dense, serial
 from fnet.layers.dropout import dropout
-from fnet.types import LayerError, apply
+from fnet.types import LayerError
 from tests.oracles import assert_leaves_close
 
 

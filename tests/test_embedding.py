@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.children import init
 from fnet.gradcheck import check_layer
 from fnet.initializers import normal
 from fnet.layers import dense, serial, tanh
@@ -20,7 +21,7 @@ from fnet.layers.embedding import (
     sinusoidal_positions,
     tied_embedding,
 )
-from fnet.types import Layer, LayerError, init, stateless
+from fnet.types import Layer, LayerError, stateless
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 IDS = np.array([[2, 0, 2], [1, 4, 2]])  # 2 stands three times, 3 never

@@ -13,6 +13,7 @@ import pytest
 import fnet
 from experiments import gradient_audit
 from fnet import layers
+from fnet.children import apply
 from fnet.layers import (
     attention,
     batch_norm,
@@ -47,7 +48,8 @@ from fnet.layers import (
     tied_embedding,
     with_hand_backward,
 )
-from fnet.types import LayerError, apply, split_floating
+from fnet.layers.recurrent import LSTMCarry
+from fnet.types import LayerError, split_floating
 from tests.oracles import assert_leaves_close
 
 CASES = gradient_audit.layer_cases(gradient_audit.constructors(None), np.random.default_rng(0))
@@ -116,7 +118,9 @@ def test_autodiff_adds_up_nothing_in_sixteen_bits(name, key):
     x = in_dtype(jax.tree.map(jnp.asarray, x), jnp.bfloat16)
     params, state = in_dtype(fnet.init(layer, key, x), jnp.bfloat16)
     dy = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), split_floating(apply(layer, params, state, x))[0])
-    closed = jax.make_jaxpr(lambda *given: gradients(layer, *given, key)[1])(params, state, x, dy)
+    closed = jax.make_jaxpr(lambda params, state, x, dy: gradients(layer, params, state, x, dy, key)[1])(
+        params, state, x, dy
+    )
     assert sums_in_16_bits(closed.jaxpr) == []
 
 
@@ -162,12 +166,12 @@ def test_both_engines_agree_in_bfloat16_where_many_gradients_add_up(name, key):
     x = jnp.asarray(x, jnp.float32 if x.dtype.kind == "f" else jnp.int32)
     params, state = fnet.init(model, key, x)
     target = jnp.full(jax.eval_shape(lambda: apply(model, params, state, x)).shape, -1.0)
-    found = [
+    autodiff, backprop = (
         jax.jit(engine(model, fnet.losses.squared_error))(params, state, (x, target), key)[0]
         for engine in (fnet.autodiff, fnet.backprop)
-    ]
+    )
     # to a few roundings of 2^-8: sums in 16 bits were off by factors of 10. The keys' bias has the gradient 0
-    assert_trees_close(*found, 0.03)
+    assert_trees_close(autodiff, backprop, 0.03)
 
 
 def test_a_bias_that_meets_fifty_thousand_outputs_has_its_gradient_in_bfloat16(key):
@@ -240,9 +244,7 @@ def test_the_gates_of_recurrent_layers_keep_their_digits_where_they_are_nearly_s
     params["b"] = jnp.asarray([z, 0, 30, 30], dtype)  # i shut, g = 1, o = 1
     (y, carry), _, residuals = layer.forward(params, (), (x, None))
     np.testing.assert_allclose(float(carry.c[0, 0]), shut, rtol=4 * eps)
-    dparams, _ = layer.backward(
-        params, residuals, (jnp.zeros_like(y), layers.recurrent.LSTMCarry(*jnp.array([[[0]], [[1]]], dtype)))
-    )
+    dparams, _ = layer.backward(params, residuals, (jnp.zeros_like(y), LSTMCarry(*jnp.array([[[0]], [[1]]], dtype))))
     np.testing.assert_allclose(float(dparams["b"][0]), shut * (1 - shut), rtol=8 * eps)  # ∂c/∂z_i = g i (1 − i)
     slope = jax.grad(lambda b: layer.forward({**params, "b": b}, (), (x, None))[0][1].c.astype(jnp.float32).sum())
     np.testing.assert_allclose(float(slope(params["b"])[0]), shut * (1 - shut), rtol=8 * eps)

@@ -9,9 +9,10 @@ import pytest
 
 import fnet
 from fnet import models
+from fnet.children import apply
 from fnet.layers import gru, lstm, sigmoid
 from fnet.report import summary
-from fnet.types import Layer, LayerError, apply, stateless
+from fnet.types import Layer, LayerError, stateless
 
 LABELS = np.array([0, 2, 1])
 IDS = np.random.default_rng(0).integers(0, 11, (3, 7))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.children import init
 from fnet.gradcheck import check_layer
 from fnet.initializers import normal
 from fnet.layers import dense, relu, serial, softmax, softplus
@@ -25,7 +26,7 @@ from fnet.layers.recurrent import (
     stacked,
     zero_carry,
 )
-from fnet.types import LayerError, init
+from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 B, T, I, H = 3, 4, 3, 2

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.types import Batch, PyTree
+from fnet.types import Batch, PyTree, require_key
 
 
 class DataError(ValueError):
@@ -84,6 +84,12 @@ def count_examples(data: Batch, name: str = "data") -> int:
                 "expected the same number in each: the first axis of every array is the examples"
             )
     return examples
+
+
+def check_host_data(data: Batch | tuple) -> Batch:
+    """The data as they are if they are jax' already, else as `check_data` makes them."""
+    on_host = any(not isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data))
+    return check_data(data) if on_host else _as_batch(data, "data")
 
 
 def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -> Any:
@@ -177,6 +183,7 @@ def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> 
     >>> len(train.inputs), sorted(np.concatenate([train.inputs, test.inputs]).tolist())
     (8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
+    require_key("split", key)
     batch = _as_batch(data, "data")
     examples = count_examples(batch)
     parts = _part_sizes(sizes, examples)
@@ -273,6 +280,16 @@ def _check_weights(weights: Any, name: str, part: bool) -> jax.Array:
     return weights if jnp.issubdtype(weights.dtype, jnp.floating) else jnp.array(host, dtype=float)
 
 
+def _suggested(sizes: Any, examples: int) -> str:
+    """The whole numbers that fractions may have meant."""
+    shares = np.asarray(sizes) if isinstance(sizes, list | tuple) else np.zeros(0)
+    if shares.dtype.kind != "f" or len(shares) < 2 or not np.isclose(shares.sum(), 1):
+        return ", such as (4000, 1000)"
+    ends = np.round(np.cumsum(shares) * examples).astype(int)
+    whole = np.diff([0, *ends[:-1], examples]).tolist()
+    return f": {tuple(whole)}" + (f", or {sizes[0]}" if len(whole) == 2 else "")
+
+
 def _part_sizes(sizes: Any, examples: int) -> list[int]:
     if isinstance(sizes, float | np.floating):
         if not 0 < sizes < 1:
@@ -283,7 +300,10 @@ def _part_sizes(sizes: Any, examples: int) -> list[int]:
         try:
             parts = [operator.index(size) for size in sizes]
         except TypeError:
-            raise DataError(f"sizes = {sizes!r}; expected whole numbers such as (4000, 1000), or a fraction") from None
+            meant = _suggested(sizes, examples)
+            raise DataError(
+                f"sizes = {sizes!r}; expected a fraction, or whole numbers that add up to {examples}{meant}"
+            ) from None
     if sum(parts) != examples or min(parts, default=0) < 1:
         remedy = "name every part and leave none empty"
         raise DataError(f"sizes = {sizes!r} make parts of {parts}; expected sizes that add up to {examples}: {remedy}")

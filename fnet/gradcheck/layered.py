@@ -12,15 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.children import Call, backward_of, forward_of, init_of, watch
 from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise
 from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT, small_faults
-from fnet.gradients import backprop, loss_gradient, measure
+from fnet.gradients import check_engine, loss_gradient, measure
 from fnet.interpret import is_float
 from fnet.jax_insides import quick_jit
-from fnet.types import Batch, Call, Layer, Loss, PyTree, cast_like, join, named_leaves, split_floating, watch
+from fnet.types import (
+    Batch,
+    Layer,
+    Loss,
+    PyTree,
+    cast_like,
+    join,
+    named_leaves,
+    require_key,
+    require_layer,
+    split_floating,
+)
 
 
 def check_layer(
@@ -32,13 +44,15 @@ def check_layer(
     ``layer.init`` from ``key`` if not given, with a little noise. Rows are called ``train/params/w``, ``eval/inputs``.
     Other options and errors are those of `check_gradients`.
     """
+    require_layer("check_layer: layer", layer)
+    require_key("check_layer", key)
     x, params, state, run_key = ready(layer, x, key, params, state)
     reports = []
     for mode in ("train", "eval"):
         call = Call((), layer, params, state, x, run_key, mode == "train")
         with precise():
             y = jax.eval_shape(
-                lambda *a, c=call: c.layer.forward(*a, key=c.key, train=c.train)[0], *to_float64(call[2:5])
+                lambda *a, c=call: forward_of(c.layer, *a, key=c.key, train=c.train)[0], *to_float64(call[2:5])
             )
             cotangent = random_like(split_floating(y)[0], seed=1)
         value, by_hand, tree, args = functions(call, call[2:6], cotangent)
@@ -64,15 +78,19 @@ def check_model(
     ``key`` if not given, with a little noise, so that no bias is zero. Other options and errors are those of
     `check_gradients`.
     """
+    check_engine("check_model", model, loss, None, by_hand=True)
+    require_key("check_model", key)
     x, params, state, run_key = ready(model, Batch(*batch).inputs, key, params, state)
     batch = Batch(x, *Batch(*batch)[1:])
 
     def objective(params, state, batch, run_key):
-        outputs, _, _ = model.forward(params, state, batch.inputs, key=run_key, train=True)
+        outputs, _, _ = forward_of(model, params, state, batch.inputs, key=run_key, train=True)
         return measure(loss, None, outputs, batch)["loss"].value
 
     def by_hand(params, state, batch, run_key):
-        return backprop(model, loss)(params, state, batch, run_key)[0]
+        outputs, _, residuals = forward_of(model, params, state, batch.inputs, key=run_key, train=True)
+        count = measure(loss, None, outputs, batch)["loss"].count
+        return backward_of(model, params, residuals, loss_gradient(loss, outputs, batch, count))[0]
 
     whole = Report(())
     if any(is_float(leaf) for leaf in jax.tree.leaves(params)):
@@ -178,7 +196,7 @@ def record(model: Layer, params, state, x, key, offsets=None) -> tuple[PyTree, l
         return join(jax.tree.map(jnp.add, floating, offsets[len(calls) - 1]), others)
 
     with watch(watcher):
-        y, _, _ = model.forward(params, state, x, key=key, train=True)
+        y, _, _ = forward_of(model, params, state, x, key=key, train=True)
     return watcher(Call((), model, params, state, x, key, True), y), calls
 
 
@@ -257,13 +275,13 @@ def functions(call: Call, given: tuple, cotangent):
     inputs, others = split_floating(x)
 
     def value(tree, others, state, key, v):
-        y = layer.forward(tree["params"], state, join(tree["inputs"], others), key=key, train=train)[0]
+        y = forward_of(layer, tree["params"], state, join(tree["inputs"], others), key=key, train=train)[0]
         return inner(split_floating(y)[0], v)
 
     def by_hand(tree, others, state, key, v):
         x = join(tree["inputs"], others)
-        y, _, residuals = layer.forward(tree["params"], state, x, key=key, train=train)
-        dparams, dx = layer.backward(tree["params"], residuals, cast_like(v, split_floating(y)[0]))
+        y, _, residuals = forward_of(layer, tree["params"], state, x, key=key, train=train)
+        dparams, dx = backward_of(layer, tree["params"], residuals, cast_like(v, split_floating(y)[0]))
         return {"params": dparams, "inputs": split_like(dx, tree["inputs"])}
 
     return value, by_hand, {"params": params, "inputs": inputs}, (others, state, key, cotangent)
@@ -303,7 +321,7 @@ def ready(layer: Layer, x, key, params, state):
     x = jax.tree.map(jnp.asarray, x)
     shapes = jax.eval_shape(lambda x: x, x)
     if params is None or state is None:
-        drawn, first_state = quick_jit(lambda key: layer.init(key, shapes))(init_key)
+        drawn, first_state = quick_jit(lambda key: init_of(layer, key, shapes))(init_key)
         state = first_state if state is None else state
     if params is None:
         rng = np.random.default_rng(0)

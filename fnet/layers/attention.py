@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnet.children import inside
 from fnet.initializers import glorot_uniform, zeros
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
 from fnet.layers.masks import is_masked, with_mask
-from fnet.types import Layer, LayerError, inside, require_array, require_counts, stateless, stream, wide
+from fnet.types import Layer, LayerError, require_array, require_counts, stateless, stream, wide
 
 
 def attention(

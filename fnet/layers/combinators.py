@@ -14,31 +14,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
-from fnet.types import (
-    Copies,
-    Layer,
-    LayerError,
+from fnet.children import (
+    backward_child,
+    backward_of,
     forward_child,
+    forward_of,
+    init_child,
+    init_of,
     inside,
-    is_whole,
-    require_array,
-    stateless,
-    stream,
     watched,
 )
+from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
+from fnet.types import Copies, Layer, LayerError, described, is_whole, require_array, require_layer, stateless
 
 
-def named_children(layers) -> list[tuple[str, Layer]]:
+def named_children(who: str, layers) -> list[tuple[str, Layer]]:
     """``(name, layer)`` for each entry: names are given as pairs, or counted by kind: ``dense_0, relu_0, dense_1``."""
     seen = Counter()
     children = []
-    for entry in layers:
-        name, layer = (None, entry) if isinstance(entry, Layer) else entry
-        if name is None:
-            name = f"{layer.name}_{seen[layer.name]}"
-            seen[layer.name] += 1
-        children.append((name, layer))
+    for i, entry in enumerate(layers):
+        if isinstance(entry, tuple) and not isinstance(entry, Layer):
+            if len(entry) != 2 or not isinstance(entry[0], str):
+                raise TypeError(f"{who}: entry {i} is {described(entry)}; expected a Layer, or a pair (name, layer)")
+            require_layer(f"{who}: entry {i}, {entry[0]!r},", entry[1])
+            children.append(entry)
+        else:
+            require_layer(f"{who}: entry {i}", entry)
+            children.append((f"{entry.name}_{seen[entry.name]}", entry))
+            seen[entry.name] += 1
     for name, count in Counter(name for name, _ in children).items():
         if count > 1:
             raise ValueError(f"{count} children are called {name!r}; give each its own name: (name, layer)")
@@ -55,13 +58,13 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
     >>> list(params)
     ['dense_0', 'relu_0', 'dense_1']
     """
-    children = named_children(layers)
+    children = named_children("serial", layers)
 
     def init(key, x):
         params, state = {}, {}
         for name, layer in children:
+            params[name], state[name] = init_child(name, layer, key, x)
             with inside(name):
-                params[name], state[name] = layer.init(stream(key, name), x)
                 x = output_shape(layer, params[name], state[name], x)
         return params, state
 
@@ -78,8 +81,7 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
     def backward(params, residuals, dy):
         dparams = {}
         for name, layer in reversed(children):
-            with inside(name):
-                dparams[name], dy = layer.backward(params[name], residuals[name], dy)
+            dparams[name], dy = backward_child(name, layer, params[name], residuals[name], dy)
         return dparams, dy
 
     return Layer("serial", init, forward, backward)
@@ -98,9 +100,8 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
     >>> list(params)
     ['dense_0', 'relu_0', 'dense_1']
     """
+    named_children("residual", [*layers, *([] if shortcut is None else [("shortcut", shortcut)])])  # the name is free
     branch = serial(*layers)
-    if shortcut is not None:
-        named_children([*layers, ("shortcut", shortcut)])  # the name is free
 
     def split(tree):
         if shortcut is None:
@@ -116,8 +117,7 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         params, state = branch.init(key, x)
         if shortcut is None:
             return params, state
-        with inside("shortcut"):
-            skip_params, skip_state = shortcut.init(stream(key, "shortcut"), x)
+        skip_params, skip_state = init_child("shortcut", shortcut, key, x)
         return merge(params, skip_params), merge(state, skip_state)
 
     def forward(params, state, x, *, key=None, train=False):
@@ -144,8 +144,7 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         dparams, dx = branch.backward(params, residuals, dy)
         if shortcut is None:
             return dparams, jax.tree.map(jnp.add, dx, dy)
-        with inside("shortcut"):
-            dskip_params, dskip = shortcut.backward(skip_params, skip_residuals, dy)
+        dskip_params, dskip = backward_child("shortcut", shortcut, skip_params, skip_residuals, dy)
         return merge(dparams, dskip_params), jax.tree.map(jnp.add, dx, dskip)
 
     return Layer("residual", init, forward, backward)
@@ -156,15 +155,14 @@ def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
 
     ``(x, mask)`` gives ``((y_0, y_1, ...), mask)`` where every layer hands the mask on; where none does, the tuple.
     """
-    children = named_children(layers)
+    children = named_children("parallel", layers)
     if not children:
         raise ValueError("parallel: no layers; expected at least one")
 
     def init(key, x):
         params, state = {}, {}
         for name, layer in children:
-            with inside(name):
-                params[name], state[name] = layer.init(stream(key, name), x)
+            params[name], state[name] = init_child(name, layer, key, x)
         return params, state
 
     def forward(params, state, x, *, key=None, train=False):
@@ -187,9 +185,8 @@ def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
     def backward(params, residuals, dy):  # x feeds every child: dx = Σ_i dx_i
         dparams, parts, (masked, residuals) = {}, [], residuals
         for (name, layer), d in zip(children, dy if masked is None else dy[0], strict=True):
-            with inside(name):
-                d = d if masked is None else (d, None)
-                dparams[name], dx = layer.backward(params[name], residuals[name], d)
+            d = d if masked is None else (d, None)
+            dparams[name], dx = backward_child(name, layer, params[name], residuals[name], d)
             parts.append(dx)
         return dparams, jax.tree.map(lambda *d: sum(d[1:], d[0]), *parts)
 
@@ -233,6 +230,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     """
     if not is_whole(count):
         raise ValueError(f"repeat: count = {count!r}; expected a whole number of at least 1")
+    require_layer("repeat: layer", layer)
     count = int(count)
     names = [str(i) for i in range(count)]
     folds = np.asarray([zlib.crc32(name.encode()) for name in names], np.uint32)  # stream(key, name), all at once
@@ -241,7 +239,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
         return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, folds)
 
     def init(key, x):
-        first = jax.eval_shape(lambda key: layer.init(key, x), key)
+        first = jax.eval_shape(lambda key: init_of(layer, key, x), key)
         require_like(x, output_shape(layer, first[0], first[1], x))
         params, state = jax.vmap(lambda key: layer.init(key, x))(keys(key))
         if jax.tree.leaves(params) and not isinstance(params, dict):
@@ -254,7 +252,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     def forward(params, state, x, *, key=None, train=False):
         def one(x, child):
             params, state, key = child
-            y, state, residuals = layer.forward(params, state, x, key=key, train=train)
+            y, state, residuals = forward_of(layer, params, state, x, key=key, train=train)
             require_like(x, y)
             return y, (state, residuals)
 
@@ -277,7 +275,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     def backward(params, residuals, dy):
         def one(dy, child):
             params, residuals = child
-            dparams, dx = layer.backward(params, residuals, dy)
+            dparams, dx = backward_of(layer, params, residuals, dy)
             return dx, dparams
 
         dx, dparams = jax.lax.scan(one, dy, (apart(params), residuals), length=count, reverse=True, unroll=unroll)
@@ -300,9 +298,11 @@ def remat(layer: Layer) -> Layer:
     find the two computations to be one and keep the values after all. Source: Chen et al., arXiv:1604.06174.
     """
 
+    require_layer("remat: layer", layer)
+
     def forward(params, state, x, *, key=None, train=False):
         def outputs(params, state, x, key):
-            return layer.forward(params, state, x, key=key, train=train)[:2]
+            return forward_of(layer, params, state, x, key=key, train=train)[:2]
 
         y, new_state = (outputs if watched() else jax.checkpoint(outputs))(params, state, x, key)
         return y, new_state, {"train" if train else "eval": (state, x, key)}
@@ -327,6 +327,6 @@ def output_shape(layer: Layer, params, state, x):
     """The shapes and dtypes of the layer's outputs, without computing them."""
 
     def outputs(params, state, x, key):
-        return layer.forward(params, state, x, key=key, train=True)[0]
+        return forward_of(layer, params, state, x, key=key, train=True)[0]
 
     return jax.eval_shape(outputs, params, state, x, jax.random.key(0))

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.children import backward_child, forward_child, init_child
 from fnet.initializers import normal
 from fnet.layers.dense import plus, product, rows, wide_product
 from fnet.layers.masks import by_position
 from fnet.types import (
     Layer,
     LayerError,
-    forward_child,
-    inside,
     require_array,
     require_counts,
+    require_layer,
     require_params,
     stateless,
     stream,
@@ -74,14 +74,14 @@ def tied_embedding(
     (8, 16, 100)
     """
     require_counts("tied_embedding", vocabulary=vocabulary, features=features)
+    require_layer("tied_embedding: body", body)
 
     def init(key, x):
         ids, rest = head_of(x)
         require_ids(ids, vocabulary)
         params = {"table": weights(stream(key, "table"), (vocabulary, features), dtype)}
         vectors = jax.ShapeDtypeStruct((*ids.shape, features), dtype)
-        with inside("body"):
-            params["body"], state = body.init(stream(key, "body"), beside(vectors, rest))
+        params["body"], state = init_child("body", body, key, beside(vectors, rest))
         if bias is not None:
             params["b"] = bias(stream(key, "b"), (vocabulary,), dtype)
         return params, {"body": state}
@@ -113,8 +113,7 @@ def tied_embedding(
         # logits = h tableᵀ + b:  dh = dlogits table,  db = Σ_rows dlogits,  and through the output dtable = dlogitsᵀ h
         dh = product(d, table).reshape(h.shape)
         from_output = jnp.matmul(d.T, rows(h), preferred_element_type=wide(h.dtype))
-        with inside("body"):
-            dbody, dx = body.backward(params["body"], residuals["body"], beside(dh, dothers))
+        dbody, dx = backward_child("body", body, params["body"], residuals["body"], beside(dh, dothers))
         dvectors, drest = head_of(dx)
         # the table stands twice in the formula, so its gradient is the sum of both
         from_input = scatter(ids, dvectors, vocabulary)

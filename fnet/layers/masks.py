@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fnet.types import Layer, LayerError, PyTree, require_array
+from fnet.types import Layer, LayerError, PyTree, require_array, require_layer
 
 
 def is_masked(x: PyTree) -> bool:
@@ -53,6 +53,8 @@ def by_position(layer: Layer) -> Layer:
     >>> y.shape, same is mask
     ((2, 5, 3), True)
     """
+
+    require_layer("by_position: layer", layer)
 
     def init(key, x):
         return layer.init(key, split_mask(x)[0])

@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fnet.children import backward_child, forward_child, init_child, inside
 from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
 from fnet.layers.activation import tanh
 from fnet.layers.combinators import named_children, output_shape, require_children
 from fnet.layers.dense import plus, product, rows
 from fnet.layers.masks import is_masked
-from fnet.types import Layer, LayerError, PyTree, forward_child, inside, require_counts, stateless, stream, wide
+from fnet.types import Layer, LayerError, PyTree, require_counts, require_layer, stateless, stream, wide
 
 
 class LSTMCarry(NamedTuple):
@@ -67,6 +68,7 @@ class _Cell(NamedTuple):
 
 
 def _rnn(activation: Layer) -> _Cell:
+    require_layer("rnn: activation", activation)
     if activation.name == "softmax":
         raise ValueError(f"rnn: activation {activation.name} mixes entries; expected one that acts on each by itself")
 
@@ -381,7 +383,8 @@ def _parts(given, masked: bool) -> tuple[Any, Any, Any]:
     """
     if not isinstance(given, tuple):
         return given, None, None
-    return (given[0], None, given[1]) if masked else (*given, None)[:3]
+    x, second, third = (*given, None)[:3]
+    return (x, None, second) if masked else (x, second, third)
 
 
 def _like(given, y, carry, mask):
@@ -569,14 +572,14 @@ def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
     """
     if merge not in ("concatenate", "sum"):
         raise ValueError(f"bidirectional: merge = {merge!r}; expected 'concatenate' or 'sum'")
+    require_layer("bidirectional: layer", layer)
     names = ("forward", "backward")
     children = [(name, layer) for name in names]
 
     def init(key, x):
         made = {}
         for name in names:
-            with inside(name):
-                made[name] = layer.init(stream(key, name), x[0] if isinstance(x, tuple) else x)
+            made[name] = init_child(name, layer, key, x[0] if isinstance(x, tuple) else x)
         return {name: made[name][0] for name in names}, {name: made[name][1] for name in names}
 
     def forward(params, state, given, *, key=None, train=False):
@@ -601,9 +604,8 @@ def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
         dys = (dy, dy) if merge == "sum" else jnp.split(dy, 2, -1)
         dparams, dxs, dcarries = {}, [], []
         for name, dy, dcarry in zip(names, dys, dlast, strict=True):
-            with inside(name):
-                dy = _mirrored(name, dy)
-                dparams[name], (dx, dcarry, _) = layer.backward(params[name], residuals[name], (dy, dcarry, None))
+            given = (_mirrored(name, dy), dcarry, None)
+            dparams[name], (dx, dcarry, _) = backward_child(name, layer, params[name], residuals[name], given)
             dxs.append(_mirrored(name, dx))
             dcarries.append(dcarry)
         return dparams, _inputs_gradient(form, dxs[0] + dxs[1], dcarries)
@@ -623,15 +625,15 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
     >>> y.shape, first.h.shape, second.shape
     ((32, 10, 5), (32, 3), (32, 5))
     """
-    children = named_children(layers)
+    children = named_children("stacked", layers)
     names = [name for name, _ in children]
 
     def init(key, x):
         x = x[0] if isinstance(x, tuple) else x
         params, state = {}, {}
         for name, layer in children:
+            params[name], state[name] = init_child(name, layer, key, x)
             with inside(name):
-                params[name], state[name] = layer.init(stream(key, name), x)
                 x, _ = output_shape(layer, params[name], state[name], (x, None))
         return params, state
 
@@ -653,8 +655,8 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
         dy, dlast = _gradients(form, dy, names)
         dparams, dcarries = {}, []
         for (name, layer), dcarry in zip(reversed(children), reversed(dlast), strict=True):
-            with inside(name):
-                dparams[name], (dy, dcarry, *_) = layer.backward(params[name], residuals[name], (dy, dcarry))
+            given = (dy, dcarry)
+            dparams[name], (dy, dcarry, *_) = backward_child(name, layer, params[name], residuals[name], given)
             dcarries.append(dcarry)
         return dparams, _inputs_gradient(form, dy, dcarries[::-1])
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fnet.types import Layer, PyTree, cast_like, is_floating_dtype, join, split_floating, wide
+from fnet.types import Layer, PyTree, cast_like, is_floating_dtype, join, require_layer, split_floating, wide
 
 
 def with_hand_backward(layer: Layer) -> Layer:
@@ -22,6 +22,8 @@ def with_hand_backward(layer: Layer) -> Layer:
     >>> print(jax.grad(lambda x: layer.forward((), (), x)[0].sum())(jnp.ones(2)))
     [7. 7.]
     """
+
+    require_layer("with_hand_backward: layer", layer)
 
     def forward(params, state, x, *, key=None, train=False):
         floating, others = split_floating(x)
@@ -54,6 +56,8 @@ def freeze(layer: Layer) -> Layer:
     Running statistics still move. An optimizer that decays weights or carries momentum from before moves parameters
     without a gradient, too.
     """
+
+    require_layer("freeze: layer", layer)
 
     def forward(params, state, x, *, key=None, train=False):
         return layer.forward(jax.lax.stop_gradient(params), state, x, key=key, train=train)
@@ -89,6 +93,7 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
     A layer within may have another policy: ``mixed_precision(softmax(), Policy(compute=jnp.float32))`` is a float32
     island in a bfloat16 model. Raises ValueError for a dtype that is not floating, and a state in 16 bits.
     """
+    require_layer("mixed_precision: layer", layer)
     for name, dtype in policy._asdict().items():
         if not is_floating_dtype(dtype) and not (name == "outputs" and dtype is None):
             raise ValueError(f"mixed_precision: {name} = {dtype}; expected a floating dtype, such as bfloat16")

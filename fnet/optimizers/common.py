@@ -28,6 +28,7 @@ from fnet.types import (
     is_floating_dtype,
     named_leaves,
     on_each_copy,
+    require_state,
     stacked_axes,
     wide,
     without_copies,
@@ -36,7 +37,7 @@ from fnet.types import (
 
 def elementwise(
     name: str,
-    state: Callable,
+    state: type,
     hyper: Any,
     rule: Callable,
     numbers: Callable,
@@ -80,6 +81,7 @@ def elementwise(
         return state(*start(name, params, rate_fn, hyper), *kept, *ones)
 
     def update(grads, opt_state, params, *, value=None):
+        require_state(name, opt_state, state)
         step, hyper, rate = advance(opt_state, rate_fn)
         shrink = None
         if decay_fn is not None:
@@ -226,16 +228,16 @@ def global_norm(tree: PyTree, axes: Sequence[int] | None = None) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     dtype = wide(*(leaf.dtype for leaf in leaves))
     arrays = [leaf.astype(dtype) for leaf in leaves] or [jnp.zeros((), dtype)]
-    keep = axes is not None
+    keep, add_up = axes is not None, partial(functools.reduce, jnp.add)
 
     def anew():
         most = functools.reduce(jnp.maximum, [jnp.abs(a).max(axes, keepdims=keep, initial=0) for a in arrays])
         # a number whose reciprocal has all its digits, by which XLA may multiply instead
         by = jnp.minimum(jnp.where(jnp.isfinite(most) & (most > 0), most, 1), jnp.finfo(dtype).max / 64)
-        found = by * _root_of_sum(sum(jnp.square(a / by).sum(axes, keepdims=keep) for a in arrays))
+        found = by * _root_of_sum(add_up(jnp.square(a / by).sum(axes, keepdims=keep) for a in arrays))
         return jnp.where(jnp.isfinite(most), found, most)
 
-    squares = sum(jnp.square(a).sum(axes, keepdims=keep) for a in arrays)
+    squares = add_up(jnp.square(a).sum(axes, keepdims=keep) for a in arrays)
     return jax.lax.cond(jnp.isfinite(squares).all(), lambda: _root_of_sum(squares), anew)
 
 
@@ -267,9 +269,9 @@ def per_leaf(
     def one(i, decays, copies, p, g, *kept):
         old = (jnp.asarray(p), *kept)
         dtype = wide(*(x.dtype for x in old if x is not None))
-        arrays = [None if x is None else jnp.asarray(x, dtype) for x in (p, g, *kept)]
+        arrays: list[Any] = [None if x is None else jnp.asarray(x, dtype) for x in (p, g, *kept)]
         given = [None if x is None else jnp.asarray(x, dtype) for x in numbers]
-        taken = jnp.asarray(shrink if shrink is not None and decays else 0, dtype)
+        taken = jnp.asarray(0 if shrink is None or not decays else shrink, dtype)
         given += [taken] if inside else []
         apply = on_each_copy(lambda *arrays: rule(*arrays, *given), copies if whole else 0)
         new_p, *new = apply(*arrays)
@@ -307,6 +309,8 @@ def _is_float(leaf) -> bool:
 
 def check_like(params: PyTree, name: str, tree: PyTree) -> None:
     """Require a tree of floats with the paths and shapes of ``params``."""
+    if params is None:
+        raise ValueError("params is None; expected the parameters: update(grads, opt_state, params)")
     expected, given = ({path or "()": leaf for path, leaf in by_path(t).items()} for t in (params, tree))
     missing = [path for path in expected if path not in given]
     unexpected = [path for path in given if path not in expected]

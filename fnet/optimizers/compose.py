@@ -28,7 +28,7 @@ from fnet.optimizers.common import (
 )
 from fnet.optimizers.which import check_patterns
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Transform, by_path, named_leaves, wide
+from fnet.types import Optimizer, PyTree, Transform, by_path, named_leaves, require_optimizer, require_state, wide
 
 
 def of_optimizer(name: str, doc: str) -> property:
@@ -41,8 +41,7 @@ def init_within(who: str, optimizer: Optimizer) -> Callable[[PyTree], Any]:
 
     That ``init`` raises ValueError for `dynamic_loss_scale`, whose scale would not be applied there.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{who}: got {optimizer!r}; expected an Optimizer, such as sgd(0.1)")
+    require_optimizer(f"{who}: optimizer", optimizer)
 
     def init(params):
         state = optimizer.init(params)
@@ -100,6 +99,7 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
         return ChainState({name: t.init(params) for name, t in named.items()}, init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("chain", opt_state, ChainState)
         check_like(params, "gradient", grads)
         grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))  # whose copies are known
         states = {}
@@ -153,8 +153,7 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
     for pattern, member in members.items():
         if not isinstance(pattern, str):
             raise TypeError(f"groups: the pattern {pattern!r} is no text; expected one such as '*/w'")
-        if not isinstance(member, Optimizer):
-            raise TypeError(f"groups: {pattern!r} has {type(member).__name__}; expected an Optimizer")
+        require_optimizer(f"groups: what belongs to {pattern!r}", member)
 
     def owners(tree) -> list[str]:
         """For each leaf the pattern that it belongs to."""
@@ -184,6 +183,7 @@ def groups(by_pattern: Mapping[str, Optimizer], default: Optimizer | None = None
         return GroupsState(_zero(), states)
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("groups", opt_state, GroupsState)
         check_like(params, "gradient", grads)
         owner = owners(params)
         grads_of, params_of = parts(grads, owner), parts(params, owner)
@@ -219,6 +219,7 @@ def frozen() -> Optimizer:
         return FrozenState(_zero(), jnp.zeros((), float))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("frozen", opt_state, FrozenState)
         check_like(params, "gradient", grads)
         return params, FrozenState(count_on(opt_state.step), opt_state.rate)
 
@@ -294,6 +295,7 @@ def averaged(
         return AveragedState(hyper, moment(params), _zero(), init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("averaged", opt_state, AveragedState)
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
         hyper, after = opt_state.hyper, inner.step - opt_state.hyper.start.astype(jnp.int32)
         # an update that was left out within is none
@@ -368,6 +370,7 @@ def lookahead(optimizer: Optimizer, every: ArrayLike = 5, slow_rate: ArrayLike =
         return LookaheadState(hyper, _wide_copy(params), inner)
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("lookahead", opt_state, LookaheadState)
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
         hyper = opt_state.hyper
         now = inner.step % hyper.every.astype(jnp.int32) == 0
@@ -411,6 +414,7 @@ def skip_nonfinite(optimizer: Optimizer, *, stop: bool = False) -> Optimizer:
         return GuardedState(_zero(), jnp.full((), -1, jnp.int32), none, jnp.zeros((), bool), inner)
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("skip_nonfinite", opt_state, GuardedState)
         check_like(params, "gradient", grads)
         seen, old = opt_state.step + opt_state.skipped, (params, opt_state.optimizer)
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)
@@ -471,6 +475,7 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
         return MasterState(master, init_optimizer(master))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("master_weights", opt_state, MasterState)
         check_like(params, "gradient", grads)
         grads = jax.tree.map(lambda g, m: jnp.asarray(g, m.dtype), grads, opt_state.master)
         master, inner = optimizer.update(grads, opt_state.optimizer, opt_state.master, value=value)
@@ -526,6 +531,7 @@ def dynamic_loss_scale(
         return LossScaleState(hyper, jnp.array(initial, float), _zero(), _zero(), init_optimizer(params))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("dynamic_loss_scale", opt_state, LossScaleState)
         check_like(params, "gradient", grads)
         hyper, scale = opt_state.hyper, opt_state.loss_scale
         grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / scale.astype(wide(g.dtype)), grads)
@@ -603,6 +609,7 @@ def reduce_on_plateau(
         return PlateauState(hyper, jnp.zeros((), float), jnp.full((), jnp.inf, float), _zero(), inner)
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("reduce_on_plateau", opt_state, PlateauState)
         if value is None:
             raise ValueError("reduce_on_plateau: value is None; expected the loss: update(..., value=loss)")
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)

@@ -30,7 +30,17 @@ from fnet.optimizers.common import (
 )
 from fnet.optimizers.which import Mask, check_mask, decaying
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Schedule, named_leaves, on_each_copy, require_counts, stacked_axes, wide
+from fnet.types import (
+    Optimizer,
+    PyTree,
+    Schedule,
+    named_leaves,
+    on_each_copy,
+    require_counts,
+    require_state,
+    stacked_axes,
+    wide,
+)
 
 
 class LambHyper(NamedTuple):
@@ -175,6 +185,7 @@ def adafactor(
         return AdafactorState(*first, rows, columns, zeros(lambda s: (0,) if len(s) > 1 else s))
 
     def update(grads, opt_state, params, *, value=None):
+        require_state("adafactor", opt_state, AdafactorState)
         check_like(params, "gradient", grads)
         step, hyper, rate = advance(opt_state, rate_fn)
         t = step.astype(rate.dtype)

@@ -46,7 +46,7 @@ def check_mask_kind(who: str, mask: Mask) -> None:
             ) from None
         except ValueError:  # a function of C without a signature
             pass
-    elif mask is not None and not is_patterns(mask):
+    elif mask is not None and patterns_of(mask) is None:
         leaves = jax.tree_util.tree_leaves_with_path(mask)
         for path, leaf in leaves:
             if not isinstance(leaf, bool | np.bool_):
@@ -56,10 +56,12 @@ def check_mask_kind(who: str, mask: Mask) -> None:
             raise TypeError(f"{who}: mask = {mask!r} holds nothing; expected {EXPECTED}")
 
 
-def is_patterns(mask: Mask) -> bool:
-    """Whether a mask is one pattern or several."""
-    several = isinstance(mask, list | tuple | set | frozenset) and bool(mask)
-    return isinstance(mask, str) or (several and all(isinstance(pattern, str) for pattern in mask))
+def patterns_of(mask: Mask) -> list[str] | None:
+    """The patterns of a mask that is one or several, else None."""
+    patterns = [mask] if isinstance(mask, str) else mask
+    if not isinstance(patterns, list | tuple | set | frozenset) or not patterns:
+        return None
+    return [*patterns] if all(isinstance(pattern, str) for pattern in patterns) else None
 
 
 def decaying(who: str, mask: Mask, params: PyTree) -> list[bool]:
@@ -77,8 +79,8 @@ def decaying(who: str, mask: Mask, params: PyTree) -> list[bool]:
             _answer(who, mask, path, leaf, axes)
             for (path, leaf), axes in zip(leaves, stacked_axes(params), strict=True)
         ]
-    if is_patterns(mask):
-        patterns = [mask] if isinstance(mask, str) else [*mask]
+    patterns = patterns_of(mask)
+    if patterns is not None:
         check_patterns(who, patterns, params)
         return [any(fnmatchcase(path, pattern) for pattern in patterns) for path, _ in leaves]
     try:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 
+from fnet.children import Call, forward_of, init_of, watch
 from fnet.gradcheck.report import columns
 from fnet.interpret import STRUCTURE, is_float, walk
-from fnet.types import Call, Layer, PyTree, split_floating, watch
+from fnet.types import Layer, PyTree, split_floating
 
 MOVES = frozenset(  # primitives that move, name or generate numbers and operate on none
     """broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice concatenate stack pad rev
@@ -72,7 +73,7 @@ def summary(model: Layer, x: PyTree) -> Summary:
     """
     shapes = abstract(x)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, state = jax.eval_shape(lambda key: model.init(key, shapes), key)
+    params, state = jax.eval_shape(lambda key: init_of(model, key, shapes), key)
     calls: list[tuple[Call, PyTree]] = []
 
     def watcher(call, y):
@@ -82,7 +83,7 @@ def summary(model: Layer, x: PyTree) -> Summary:
 
     def traced(params, state, x, key):
         with watch(watcher):
-            return model.forward(params, state, x, key=key, train=True)[0]
+            return forward_of(model, params, state, x, key=key, train=True)[0]
 
     y = jax.eval_shape(traced, params, state, shapes, key)
     counts: dict[str, tuple[int, float]] = {}

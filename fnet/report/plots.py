@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fnet.extras import need
 from fnet.rate_finder import RateCurve
 from fnet.types import Schedule
 
@@ -51,6 +52,7 @@ class Panel(NamedTuple):
 
 def new_figure(columns: int = 1, height: float = 4.0, width: float = 5.0, rows: int = 1):
     """A figure that belongs to no window, and its axes: one, or an array of them."""
+    need("a picture", "matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -219,10 +221,7 @@ def _styled(lines: Sequence[tuple[str, Series]]) -> list[Line]:
 
 def plot_history(history: History, path: str | Path | None = None):
     """The figure of `fnet.History.plot`: a panel for each metric; written as PNG if there is a ``path``."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("History.plot needs matplotlib: pip install 'fnet[experiments]'") from error
+    need("History.plot", "matplotlib")
     panels = [panel for part in series_of(history) for panel in panels_of(*part)]
     columns = min(3, max(1, len(panels)))
     figure, axes = new_figure(columns, height=3.2, width=4.6, rows=max(1, math.ceil(len(panels) / columns)))

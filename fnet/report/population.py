@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from fnet.extras import need
 from fnet.population import Population, Ranking, band, per_member
 from fnet.report.plots import new_figure
 from fnet.types import named_leaves
@@ -25,6 +26,7 @@ def ranking_table(title: str, ranking: Ranking, most: int = 20):
     ± is half an interval. A row that begins with ≈ ties with the best: the interval of the difference, which is taken
     seed by seed, holds 0.
     """
+    need("a table", "rich")
     from rich.table import Table
 
     table = Table(title=title)
@@ -87,6 +89,7 @@ def plot_heat_map(
     The best cell is framed; one with a value that is not finite says so, one without members is empty. For numbers on a
     grid: raises ValueError for a name with more than 40 values.
     """
+    need("plot_heat_map", "matplotlib")
     from matplotlib.patches import Rectangle
 
     b = band(population, values, names)
@@ -124,6 +127,7 @@ def plot_parallel(
     Better members are drawn over worse ones; those whose value is not finite are grey and end before the last axis. A
     few values stand apart evenly, many on a line or, where they span more than a factor of 10, on a logarithmic one.
     """
+    need("plot_parallel", "matplotlib")
     from matplotlib.collections import LineCollection
 
     values = per_member("plot_parallel", population, values, 1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fnet.extras import need
 from fnet.types import PyTree, Schedule, named_leaves
 
 
@@ -14,6 +15,7 @@ def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], ord
 
     Differences are relative to the largest entry of the leaf in the first gradient of the pair.
     """
+    need("a table", "rich")
     from rich.table import Table
 
     table = Table(title=title)
@@ -33,6 +35,7 @@ def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], ord
 
 def schedule_table(title: str, schedules: Mapping[str, Schedule], counts: Sequence[int]):
     """A rich table of the rates of schedules: a row for each count of updates applied before, a column for each."""
+    need("a table", "rich")
     from rich.table import Table
 
     table = Table(title=title)
@@ -45,6 +48,7 @@ def schedule_table(title: str, schedules: Mapping[str, Schedule], counts: Sequen
 
 def engine_table(title: str, rows: Mapping[str, Mapping[str, str]]):
     """A rich table with a row for each quantity and a column for each engine."""
+    need("a table", "rich")
     from rich.table import Table
 
     engines = list(dict.fromkeys(engine for row in rows.values() for engine in row))

@@ -1,0 +1,210 @@
+"""A layer's three functions as others call them: under the layer's path, checked, and watched.
+
+Combinators run their children by `init_child`, `forward_child` and `backward_child`. So errors and compiled operations
+carry the path of the layer that they come from, a function that does not return what the contract says is named where
+it stands, and `watch` sees each layer of a model. Nothing of it is left in a compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+
+from fnet.types import (
+    Layer,
+    LayerError,
+    PyTree,
+    described,
+    named_leaves,
+    require_key,
+    require_layer,
+    split_floating,
+    stream,
+)
+
+
+def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program.
+
+    Raises TypeError for what is no layer and no key, `LayerError` for inputs that do not fit.
+    """
+    require_layer("init: model", model)
+    require_key("init", key)
+    shapes = jax.eval_shape(lambda x: x, x)
+    return jax.jit(lambda key: init_of(model, key, shapes))(key)
+
+
+def apply(model: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+    """The model's outputs in inference. Under jit, XLA drops the residuals that nobody reads."""
+    return forward_of(model, params, state, x, key=None, train=False)[0]
+
+
+def parameter_paths(model: Layer, x: PyTree) -> list[str]:
+    """The paths of the model's parameters in the order in which its layers stand; nothing is computed.
+
+    jax sorts the keys of a dict wherever it rebuilds one, so this order is read off ``init`` itself while it is traced.
+    """
+    paths = []
+
+    def walk(tree, path):
+        if isinstance(tree, dict):
+            for name, child in tree.items():
+                walk(child, (*path, name))
+        else:
+            paths.extend("/".join((*path, name) if name else path) for name, _ in named_leaves(tree))
+
+    jax.eval_shape(lambda key: walk(init_of(model, key, x)[0], ()), jax.random.key(0))
+    return paths
+
+
+_path: ContextVar[tuple[str, ...]] = ContextVar("path", default=())
+
+
+@contextmanager
+def inside(name: str):
+    """Everything that happens within belongs to the child ``name``: errors and compiled operations carry its path."""
+    token = _path.set((*_path.get(), name))
+    try:
+        with jax.named_scope(name):
+            yield
+    except LayerError as error:
+        raise LayerError(error.message, (name, *error.path)) from None
+    finally:
+        _path.reset(token)
+
+
+def init_child(name: str, layer: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+    """``params, state`` of the child ``name``; its key is folded from its parent's by its name."""
+    with inside(name):
+        return init_of(layer, stream(key, name), x)
+
+
+def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
+    """The forward of the child ``name``, as every combinator calls it.
+
+    ``key`` is the parent's: the child's own is folded from it by its name, as in ``init``.
+    """
+    key = None if key is None else stream(key, name)
+    with inside(name):
+        y, new_state, residuals = forward_of(layer, params, state, x, key=key, train=train)
+        watcher = _watcher.get()
+        if watcher is not None:
+            y = watcher(Call(_path.get(), layer, params, state, x, key, train), y)
+    return y, new_state, residuals
+
+
+def backward_child(name: str, layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
+    """The backward of the child ``name``, as every combinator calls it."""
+    with inside(name):
+        return backward_of(layer, params, residuals, dy)
+
+
+# --- what the contract says ------------------------------------------------------------------------------------------
+
+
+def init_of(layer: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+    """``layer.init``; raises `LayerError` unless it returns ``params, state``."""
+    made = layer.init(key, x)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise LayerError(f"init returned {described(made)}; expected (params, state), with () for what there is not")
+    return made
+
+
+def forward_of(layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
+    """``layer.forward``; raises `LayerError` unless it returns ``y, state, residuals``."""
+    made = layer.forward(params, state, x, key=key, train=train)
+    if not isinstance(made, tuple) or len(made) != 3:
+        raise LayerError(
+            f"forward returned {described(made)}; expected (y, state, residuals), with () for residuals that there "
+            "are not, and the state as it came where it does not change"
+        )
+    shapes = _shapes.get()
+    if shapes is not None:
+        shapes[_path.get()] = jax.eval_shape(lambda x: x, split_floating(x)[0])
+    return made
+
+
+def backward_of(layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
+    """``layer.backward``; raises `LayerError` unless it returns ``dparams, dx``, in `shapes_known` of right shapes."""
+    made = layer.backward(params, residuals, dy)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise LayerError(
+            f"backward returned {described(made)}; expected (dparams, dx), the gradients of the parameters and of the "
+            "inputs, with () for parameters that there are not"
+        )
+    shapes = _shapes.get()
+    if shapes is not None:
+        _require_alike("dparams", made[0], "the parameters", params)
+        if _path.get() in shapes:
+            _require_alike("dx", made[1], "the inputs", shapes[_path.get()])
+    return made
+
+
+def _require_alike(what: str, given: PyTree, name: str, wanted: PyTree) -> None:
+    """Raise `LayerError` unless a gradient has the tree and the shapes of what it is of; at None anything may stand."""
+    none = lambda leaf: leaf is None  # noqa: E731
+    leaves, tree = jax.tree.flatten(wanted, is_leaf=none)
+    found, structure = jax.tree.flatten(given, is_leaf=none)
+    fits = tree == structure and all(
+        w is None or (hasattr(g, "shape") and g.shape == w.shape) for w, g in zip(leaves, found, strict=True)
+    )
+    if not fits:
+        raise LayerError(f"backward returned {what} {described(given)}; expected {described(wanted)}, like {name}")
+
+
+_shapes: ContextVar[dict[tuple[str, ...], PyTree] | None] = ContextVar("shapes", default=None)
+
+
+@contextmanager
+def shapes_known():
+    """Within, gradients must have the trees and shapes of what they are of: each forward's inputs are remembered.
+
+    One of a wrong shape may else be broadcast, and train on. (The audit reports them instead.)
+    """
+    token = _shapes.set({})
+    try:
+        yield
+    finally:
+        _shapes.reset(token)
+
+
+# --- watching --------------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """The forward of a child inside a combinator, as `watch` shows it."""
+
+    path: tuple[str, ...]
+    layer: Layer
+    params: PyTree
+    state: PyTree
+    x: PyTree
+    key: Any
+    train: bool
+
+
+Watcher = Callable[[Call, PyTree], PyTree]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watch(watcher: Watcher):
+    """While a model's forward is traced within, ``watcher(call, y) -> y`` sees each child's forward and its outputs.
+
+    This is how the audit reaches the layers of a model; nothing of it is left in a program that nobody watches.
+    """
+    tokens = _watcher.set(watcher), _path.set(())
+    try:
+        yield
+    finally:
+        _watcher.reset(tokens[0])
+        _path.reset(tokens[1])
+
+
+def watched() -> bool:
+    """Whether somebody watches: then no layer may run its children inside a scan or a checkpoint, which hide values."""
+    return _watcher.get() is not None

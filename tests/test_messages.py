@@ -1,0 +1,419 @@
+"""The commonest slips of someone who writes a layer or a loop: each case's whole message.
+
+A message names the thing, what was given, what was expected and what to do; the type is the one that is raised wherever
+the slip is met, in `fnet.fit` too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet import DataError, LayerError, layers
+from fnet.layers import dense
+from fnet.population import Population, join, train_population
+from fnet.types import Layer, Loss, stateless
+
+KEY, X = jax.random.key(0), jnp.ones((4, 3))
+BATCH = fnet.Batch(X, jnp.zeros(4, int))
+MODEL, ADAM = fnet.mlp(3, 2), fnet.adam()
+PARAMS, STATE = fnet.init(MODEL, KEY, X)
+LOSS = fnet.softmax_cross_entropy
+STEP = fnet.make_step(fnet.backprop(MODEL, LOSS), ADAM)
+TS = fnet.init_train_state(PARAMS, ADAM, KEY, STATE)
+
+
+# --- layers of one's own that break the contract ----------------------------------------------------------------------
+
+
+def scale(forward=lambda params, x: (params["w"][None] * x, x), backward=None, init=lambda key, x: {"w": jnp.ones(3)}):
+    """``y = w x``, but for the changes."""
+    return stateless(
+        "scale", init, forward, backward or (lambda params, x, dy: ((dy * x).sum(0), params["w"][None] * dy))
+    )
+
+
+def by_hand(dw=lambda w, x, dy: (dy * x).sum(0), dx=lambda w, x, dy: w * dy):
+    return lambda params, x, dy: ({"w": dw(params["w"][None], x, dy)}, dx(params["w"][None], x, dy))
+
+
+NO_RESIDUALS = scale(forward=lambda params, x: params["w"][None] * x)
+ONLY_DX = scale(backward=lambda params, x, dy: params["w"][None] * dy)
+DW_OF_EACH_EXAMPLE = scale(backward=by_hand(dw=lambda w, x, dy: dy * x))
+DX_SUMMED = scale(backward=by_hand(dx=lambda w, x, dy: (w * dy).sum(0)))
+DW_WITHOUT_ITS_NAME = scale()
+TWO_RETURNED = Layer("scale", scale().init, lambda params, state, x, **_: (params["w"][None] * x, x), by_hand())
+NO_STATE = Layer("scale", lambda key, x: {"w": jnp.ones(3)}, scale().forward, by_hand())
+
+
+def fit(layer):
+    """A run of a model that holds the layer."""
+    model = fnet.serial(dense(3), layer, dense(2))
+    params, state = fnet.init(model, KEY, X)
+    step = fnet.make_step(fnet.backprop(model, LOSS), ADAM)
+    fnet.fit(step, fnet.init_train_state(params, ADAM, KEY, state), BATCH, epochs=1, batch_size=2)
+
+
+def width_run(hyper, key, data):
+    model = fnet.mlp(hyper["width"], 2)
+    params, state = model.init(key, data.inputs)
+    return fnet.apply(model, params, state, data.inputs).sum() * hyper["scale"]
+
+
+def depth_run(hyper, key, data):
+    return jnp.stack([data.inputs.sum()] * int(hyper["depth"])).sum()
+
+
+def members(**hyper):
+    keys = jax.random.split(KEY, len(next(iter(hyper.values()))))
+    return lambda run: train_population(run, hyper, keys, BATCH)
+
+
+CASES = {  # what is done, the error, its whole message
+    "a function of jax as a layer": (
+        lambda: fnet.serial(dense(3), jax.nn.relu),
+        TypeError,
+        "serial: entry 1 is the function relu of jax; expected a Layer, with its backward by hand: fnet.layers.relu()",
+    ),
+    "a function of one's own as a layer": (
+        lambda: fnet.serial(dense(3), lambda x: x),
+        TypeError,
+        "serial: entry 1 is the function <lambda> of tests.test_messages; expected a Layer, with its backward by hand: "
+        "fnet.types.stateless(name, init, forward, backward)",
+    ),
+    "a layer's function that is not called": (
+        lambda: fnet.serial(dense(3), layers.relu),
+        TypeError,
+        "serial: entry 1 is the function relu; expected the Layer that it makes: call it, relu(...)",
+    ),
+    "in a pair": (
+        lambda: fnet.serial(("act", layers.relu)),
+        TypeError,
+        "serial: entry 0, 'act', is the function relu; expected the Layer that it makes: call it, relu(...)",
+    ),
+    "a pair without a name": (
+        lambda: fnet.serial((dense(3), layers.relu())),
+        TypeError,
+        "serial: entry 0 is (Layer(name='dense',",
+    ),
+    "a word as a layer": (
+        lambda: fnet.serial("relu"),
+        TypeError,
+        "serial: entry 0 is 'relu'; expected a Layer, such as fnet.dense(10)",
+    ),
+    "a list of layers": (
+        lambda: fnet.serial([dense(3), layers.relu()]),
+        TypeError,
+        "serial: entry 0 is [Layer(name='dense',",
+    ),
+    "in a residual": (
+        lambda: layers.residual(layers.relu),
+        TypeError,
+        "residual: entry 0 is the function relu; expected the Layer that it makes: call it, relu(...)",
+    ),
+    "in a repeat": (
+        lambda: layers.repeat(dense, 3),
+        TypeError,
+        "repeat: layer is the function dense; expected the Layer that it makes: call it, dense(...)",
+    ),
+    "in mixed precision": (
+        lambda: layers.mixed_precision(fnet.mlp),
+        TypeError,
+        "mixed_precision: layer is the function mlp; expected the Layer that it makes: call it, mlp(...)",
+    ),
+    "an activation of jax": (
+        lambda: layers.rnn(3, jnp.tanh),
+        TypeError,
+        "rnn: activation is the function tanh of jax.numpy; expected a Layer, with its backward by hand: "
+        "fnet.layers.tanh()",
+    ),
+    "an audit of a function": (
+        lambda: fnet.check_layer(layers.relu, X, key=KEY),
+        TypeError,
+        "check_layer: layer is the function relu; expected the Layer that it makes: call it, relu(...)",
+    ),
+    "a forward without residuals": (
+        lambda: fit(NO_RESIDUALS),
+        LayerError,
+        "scale_0: forward returned float32[4, 3]; expected (y, residuals), with () for residuals that there are not",
+    ),
+    "a forward without a state": (
+        lambda: fit(TWO_RETURNED),
+        LayerError,
+        "scale_0: forward returned (float32[4, 3], float32[4, 3]); expected (y, state, residuals), with () for "
+        "residuals that there are not, and the state as it came where it does not change",
+    ),
+    "an init without a state": (
+        lambda: fit(NO_STATE),
+        LayerError,
+        "scale_0: init returned {'w': float32[3]}; expected (params, state), with () for what there is not",
+    ),
+    "a backward of dx alone": (
+        lambda: fit(ONLY_DX),
+        LayerError,
+        "scale_0: backward returned float32[2, 3]; expected (dparams, dx), the gradients of the parameters and of the "
+        "inputs, with () for parameters that there are not",
+    ),
+    "a gradient that is not summed over the batch": (
+        lambda: fit(DW_OF_EACH_EXAMPLE),
+        LayerError,
+        "scale_0: backward returned dparams {'w': float32[2, 3]}; expected {'w': float32[3]}, like the parameters",
+    ),
+    "a gradient that is not in a dict": (
+        lambda: fit(DW_WITHOUT_ITS_NAME),
+        LayerError,
+        "scale_0: backward returned dparams float32[3]; expected {'w': float32[3]}, like the parameters",
+    ),
+    "a gradient of the inputs of another shape": (
+        lambda: fit(DX_SUMMED),
+        LayerError,
+        "scale_0: backward returned dx float32[3]; expected float32[2, 3], like the inputs",
+    ),
+    "a model that is one wrong layer": (
+        lambda: fnet.backprop(DX_SUMMED, fnet.losses.squared_error)({"w": jnp.ones(3)}, (), (X, X), KEY),
+        LayerError,
+        "backward returned dx float32[3]; expected float32[4, 3], like the inputs",
+    ),
+    "metrics as a list": (
+        lambda: fnet.backprop(MODEL, LOSS, metrics=["accuracy"]),
+        TypeError,
+        "backprop: metrics = ['accuracy']; expected a dict of names and functions of (outputs, targets): "
+        "{'accuracy': fnet.metrics.accuracy}",
+    ),
+    "metrics by name": (
+        lambda: fnet.make_evaluate(MODEL, LOSS, {"accuracy": "accuracy"}),
+        TypeError,
+        "make_evaluate: metrics['accuracy'] = 'accuracy'; expected a name and a function of (outputs, targets), such "
+        "as fnet.metrics.accuracy",
+    ),
+    "monitors as a list": (
+        lambda: fnet.make_step(fnet.backprop(MODEL, LOSS), ADAM, ["norms"]),
+        TypeError,
+        "make_step: monitors = ['norms']; expected a dict of names and functions of the gradients: "
+        "{'gradient_norm': fnet.metrics.gradient_norms}",
+    ),
+    "a plain loss by hand": (
+        lambda: fnet.backprop(MODEL, lambda outputs, targets: outputs.sum(-1)),
+        TypeError,
+        "backprop: loss is the function <lambda> of tests.test_messages, which has no gradient by hand; expected "
+        "fnet.Loss(value, gradient), with gradient(outputs, targets) the derivative of each example's "
+        "value by its outputs; autodiff needs none",
+    ),
+    "a loss by its name": (
+        lambda: fnet.autodiff(MODEL, "cross_entropy"),
+        TypeError,
+        "autodiff: loss = 'cross_entropy'; expected a function of (outputs, targets) that gives one value per example, "
+        "such as fnet.softmax_cross_entropy",
+    ),
+    "a loss that is not called": (
+        lambda: fnet.backprop(MODEL, fnet.losses.huber),
+        TypeError,
+        "backprop: loss is the function huber, which makes one; call it: huber(...)",
+    ),
+    "a model and a loss to from_loss": (
+        lambda: fnet.from_loss(MODEL),
+        TypeError,
+        "from_loss: loss_fn is the layer mlp; expected a function of (params, batch, key) that gives one number; a "
+        "model and a loss go to fnet.autodiff(model, loss)",
+    ),
+    "a model as an engine": (
+        lambda: fnet.make_step(MODEL, ADAM),
+        TypeError,
+        "make_step: gradient is the layer mlp; expected a gradient engine, such as fnet.backprop(model, loss) makes "
+        "one",
+    ),
+    "an optimizer that is not called": (
+        lambda: fnet.make_step(fnet.backprop(MODEL, LOSS), fnet.adam),
+        TypeError,
+        "make_step: optimizer is the function adam; expected the Optimizer that it makes: call it, adam(...)",
+    ),
+    "arguments in another order": (
+        lambda: fnet.make_step(ADAM, fnet.backprop(MODEL, LOSS)),
+        TypeError,
+        "make_step: gradient is an Optimizer; expected a gradient engine, such as fnet.backprop(model, loss) makes one",
+    ),
+    "a number as a key of init": (
+        lambda: fnet.init(MODEL, 7, X),
+        TypeError,
+        "init: key is 7; expected a random key: jax.random.key(7)",
+    ),
+    "an array as a key of init": (
+        lambda: fnet.init(MODEL, X, KEY),
+        TypeError,
+        "init: key is float32[4, 3]; expected a random key: jax.random.key(0)",
+    ),
+    "keys in the place of one": (
+        lambda: fnet.init(MODEL, jax.random.split(KEY), X),
+        TypeError,
+        "init: key is key<fry>[2]; expected a random key: jax.random.key(0)",
+    ),
+    "a number as a key of a run": (
+        lambda: fnet.init_train_state(PARAMS, ADAM, 0),
+        TypeError,
+        "init_train_state: key is 0; expected a random key: jax.random.key(0)",
+    ),
+    "an update without a state": (
+        lambda: ADAM.update(PARAMS, None, PARAMS),
+        TypeError,
+        "adam: opt_state is None; expected the AdamState that this optimizer's init(params) made, or the one that its "
+        "last update returned",
+    ),
+    "an update with another optimizer's state": (
+        lambda: ADAM.update(PARAMS, fnet.sgd(0.1).init(PARAMS), PARAMS),
+        TypeError,
+        "adam: opt_state is a SgdState; expected the AdamState that this optimizer's init(params) made, or the one "
+        "that its last update returned",
+    ),
+    "a chain's update without a state": (
+        lambda: fnet.chain(fnet.transforms.clip_by_value(1.0), ADAM).update(PARAMS, None, PARAMS),
+        TypeError,
+        "chain: opt_state is None; expected the ChainState that this optimizer's init(params) made, or the one that "
+        "its last update returned",
+    ),
+    "an update of no parameters": (
+        lambda: ADAM.update(PARAMS, ADAM.init(PARAMS), None),
+        ValueError,
+        "params is None; expected the parameters: update(grads, opt_state, params)",
+    ),
+    "fractions of a split": (
+        lambda: fnet.split(BATCH, (0.75, 0.25), KEY),
+        DataError,
+        "sizes = (0.75, 0.25); expected a fraction, or whole numbers that add up to 4: (3, 1), or 0.75",
+    ),
+    "three fractions": (
+        lambda: fnet.split(BATCH, (0.5, 0.25, 0.25), KEY),
+        DataError,
+        "sizes = (0.5, 0.25, 0.25); expected a fraction, or whole numbers that add up to 4: (2, 1, 1)",
+    ),
+    "a number as a key of a split": (
+        lambda: fnet.split(BATCH, 0.5, 3),
+        TypeError,
+        "split: key is 3; expected a random key: jax.random.key(3)",
+    ),
+    "a width in a sweep": (
+        lambda: members(width=[8, 4, 8], scale=[1.0, 2.0, 3.0])(width_run),
+        ValueError,
+        "width decides a shape or what is computed, and members of one program have that in common; expected one "
+        "population for each of width = 4, 8, with a run that takes it as a Python number: "
+        "fnet.population.join(populations, width=values) makes one of them",
+    ),
+    "a depth in a sweep": (
+        lambda: members(depth=[1, 2])(depth_run),
+        ValueError,
+        "depth decides a shape or what is computed, and members of one program have that in common; expected one "
+        "population for each of depth = 1, 2, with a run that takes it as a Python number: "
+        "fnet.population.join(populations, depth=values) makes one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_slip_is_told_with_its_remedy(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error) as raised:
+        call()
+    assert type(raised.value) is error
+    told = str(raised.value)
+    # what begins like the layers' repr goes on with addresses
+    assert told.startswith(message) if message.endswith(",") else told == message
+
+
+@pytest.mark.parametrize(
+    "layer", [DW_OF_EACH_EXAMPLE, DW_WITHOUT_ITS_NAME, DX_SUMMED], ids=["each example", "no name", "summed"]
+)
+def test_the_audit_reports_gradients_of_wrong_trees_and_shapes_instead(layer):
+    report = fnet.check_layer(layer, X, key=KEY, precisions=(), cost=False)
+    assert not report.ok
+    assert any(
+        leaf.verdict == "wrong" and leaf.cause.startswith(("wrong shape", "wrong tree")) for leaf in report.leaves
+    )
+
+
+def test_what_has_the_contracts_form_passes():
+    ours = scale(backward=by_hand())
+    fit(ours)
+    assert fnet.check_layer(ours, X, key=KEY, precisions=(), cost=False).ok
+    assert isinstance(fnet.backprop(MODEL, Loss(lambda o, t: o.sum(-1), lambda o, t: jnp.ones_like(o))), type(fit))
+
+
+def test_train_takes_numpy_data_uncompiled_as_compiled():
+    inputs, labels = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32), np.array([0, 1, 1, 0])
+    plain, *_ = fnet.train(STEP, TS, (inputs, labels), epochs=2, batch_size=2)
+    compiled, *_ = jax.jit(lambda data: fnet.train(STEP, TS, data, epochs=2, batch_size=2))((inputs, labels))
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(compiled.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match=r"data\.inputs has dtype <U1"):
+        fnet.train(STEP, TS, (np.array([["a"] * 3] * 4), labels), epochs=2, batch_size=2)
+
+
+# --- populations of other shapes, joined ------------------------------------------------------------------------------
+
+
+def width_population(width, scales=(1.0, 2.0), returned=lambda x: x.sum()):
+    def run(hyper, key, data, width):
+        return returned(hyper["scale"] * jnp.ones((width,)) + 0 * data.inputs.sum())
+
+    return train_population(partial(run, width=width), {"scale": scales}, jax.random.split(KEY, len(scales)), BATCH)
+
+
+def test_joined_populations_rank_as_one():
+    apart = [width_population(3), width_population(5, (1.0, 2.0, 3.0))]
+    joined = join(apart, width=[3, 5])
+    assert {name: values.tolist() for name, values in joined.hyper.items()} == {
+        "scale": [1.0, 2.0, 1.0, 2.0, 3.0],
+        "width": [3, 3, 5, 5, 5],
+    }
+    np.testing.assert_array_equal(joined.results, [3, 6, 5, 10, 15])
+    np.testing.assert_array_equal(
+        jax.random.key_data(joined.keys), np.concatenate([jax.random.key_data(p.keys) for p in apart])
+    )
+    assert joined.run_seconds == sum(p.run_seconds for p in apart)
+    assert joined.member_bytes == max(p.member_bytes for p in apart)
+    best = fnet.population.best(joined, joined.results, greatest=True)
+    assert best.hyper == {"scale": 3.0, "width": 5}
+
+
+def rename(population: Population) -> Population:
+    return population._replace(hyper={"rate": population.hyper["scale"]})
+
+
+@pytest.mark.parametrize(
+    ("populations", "axes", "message"),
+    [
+        (lambda: [], {}, "join: populations = []; expected one at least"),
+        (
+            lambda: [width_population(3), width_population(5)],
+            {"width": [3]},
+            "join: width = [3]; expected one value for each of 2 populations, under a name that is not among theirs "
+            "(scale)",
+        ),
+        (
+            lambda: [width_population(3), width_population(5)],
+            {"scale": [3, 5]},
+            "join: scale = [3, 5]; expected one value for each of 2 populations, under a name that is not among theirs "
+            "(scale)",
+        ),
+        (
+            lambda: [width_population(w, returned=lambda x: {"w": x}) for w in (3, 5)],
+            {"width": [3, 5]},
+            "join: results/w of populations[0] is float32[3], of populations[1] float32[5]; expected the same of each "
+            "member: let the runs return their scores",
+        ),
+        (
+            lambda: [width_population(3), rename(width_population(5))],
+            {"width": [3, 5]},
+            "join: hyper/scale of populations[0] is float32[], of populations[1] not there; expected the same of each "
+            "member: let the runs return their scores",
+        ),
+    ],
+    ids=["none", "one value", "a name taken", "results of other shapes", "other names"],
+)
+def test_what_cannot_be_joined_is_refused(populations, axes, message):
+    with pytest.raises(ValueError) as raised:
+        join(populations(), **axes)
+    assert str(raised.value) == message
