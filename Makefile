@@ -1,7 +1,9 @@
 # Needs make and Python 3.11 or newer; each target installs into .venv what it lacks, once.
-#   make train ARGS="--epochs 5"         make test ARGS="-k adam"         make train PYTHON=/path/to/python3.11
+#   make train ARGS="--epochs 5"         make test ARGS="-k adam"         make test PYTHON=/path/to/python3.12
+# Another PYTHON makes .venv anew; VENV=.venv-other keeps a second one beside it.
 
 PYTHON ?=
+VENV ?= .venv
 MODULE ?= benchmarks.s1
 ARGS ?=
 
@@ -10,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-slow lint bench clean
+.PHONY: help train test test-slow test-newest lint bench clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -18,32 +20,41 @@ help:
 	@echo "make train   train the digit classifier"
 	@echo "make test    run all tests but the slow ones"
 	@echo "make test-slow   run the slow ones"
+	@echo "make test-newest   run all tests but the slow ones on the newest releases of everything"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make clean   remove the environments and caches"
 
-train: .venv/.installed-experiments
-	.venv/bin/python -m experiments.digits_mlp $(ARGS)
+train: $(VENV)/.installed-experiments
+	$(VENV)/bin/python -m experiments.digits_mlp $(ARGS)
 
-test: .venv/.installed-test
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
-test-slow: .venv/.installed-test
-	.venv/bin/python -m pytest -n 2 -m slow $(ARGS)
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n 2 -m slow $(ARGS)
 
-lint: .venv/.installed-lint .venv/.installed-test
-	.venv/bin/python -m ruff check .
-	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m pyright --pythonpath .venv/bin/python
+# Does what was released since break fnet? Always installs, and without constraints.
+test-newest: export PIP_CONSTRAINT =
+test-newest: export PIP_BUILD_CONSTRAINT =
+test-newest: .venv-newest/.created
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test]"
+	.venv-newest/bin/python -m pip freeze --exclude-editable
+	.venv-newest/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-lint $(VENV)/.installed-test
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-bench .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
 
-.venv/.installed-%: .venv/.created pyproject.toml constraints.txt
-	.venv/bin/python -m pip install --editable ".[$*]"
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
+	$(VENV)/bin/python -m pip install --editable ".[$*]"
 	@touch $@
 
 .venv-bench/.installed: .venv-bench/.created pyproject.toml constraints.txt benchmarks/requirements.txt
@@ -55,10 +66,14 @@ PROBE = import sys, importlib.util as util; venv = all(map(util.find_spec, ("ven
 	print("%d.%d.%d" % sys.version_info[:3] + ("" if venv else " without venv")); \
 	sys.exit(not venv or sys.version_info < (3, 11))
 
+CANDIDATES = python3 python3.13 python3.12 python3.11 python3.14
+.venv-newest/.created: CANDIDATES = python3.14 python3.13 python3.12 python3.11 python3
+
 # A shim may stand in for a version that is not installed, so each candidate is run, not only found.
-.venv/.created .venv-bench/.created:
+ENVIRONMENTS = $(sort $(VENV) .venv-bench .venv-newest)
+$(ENVIRONMENTS:=/.created):
 	@seen=; \
-	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14); do \
+	for python in $(if $(PYTHON),"$(PYTHON)",$(CANDIDATES)); do \
 	    if version=$$("$$python" -c '$(PROBE)' 2>/dev/null); then \
 	        echo "creating $(@D) with Python $$version ($$python)"; \
 	        "$$python" -m venv --clear $(@D) && touch $@; exit; \
@@ -69,3 +84,9 @@ PROBE = import sys, importlib.util as util; venv = all(map(util.find_spec, ("ven
 	    "Install one (Debian, Ubuntu: apt install python3-venv) or name one:" \
 	    " make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11\n" >&2; \
 	exit 1
+
+# An environment of another Python than the PYTHON that is named is made anew, not used in its place.
+ifneq ($(PYTHON),)
+version = $(shell "$(1)" -c '$(PROBE)' 2>/dev/null)
+.PHONY: $(foreach venv,$(ENVIRONMENTS),$(if $(filter-out $(call version,$(PYTHON)),$(call version,$(venv)/bin/python)),$(venv)/.created))
+endif

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fnet
+from fnet.extras import DISTRIBUTION, EXTRAS
 
 ROOT = Path(__file__).parents[1]
 GENERATED = re.compile(
@@ -33,16 +34,43 @@ def project_files():
     return [ROOT / path for path in paths if not any(GENERATED.fullmatch(folder) for folder in path.parts[:-1])]
 
 
+CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+
+
+def pins_of(python):
+    """The constraints that hold on a Python."""
+    pins = [Requirement(line) for line in CONSTRAINTS]
+    return [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+
+
 def test_constraints_are_names_and_exact_versions():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==\d[\w.]*", line, re.ASCII)] == []
-    names = [canonicalize_name(line.split("==")[0]) for line in lines]
-    assert len(names) == len(set(names)) > 0
+    marker = r'( ; python_version (<|>=) "3\.\d+"( and python_version < "3\.\d+")?)?'
+    assert [line for line in CONSTRAINTS if not re.fullmatch(r"[\w.-]+==\d[\w.]*" + marker, line, re.ASCII)] == []
+    for python in ("3.11", "3.12", "3.13", "3.14"):
+        pins = pins_of(python)
+        assert len(pins) == len({canonicalize_name(pin.name) for pin in pins}) > 70
+    assert pins_of("3.11") != pins_of("3.12")
+
+
+def test_the_constraints_are_merged_from_what_each_python_has(tmp_path):
+    (tmp_path / "a").write_text("Ab_c==1\nold==3\nsame==1.0\nfnet-jax @ file:///somewhere\n")
+    (tmp_path / "b").write_text("ab-c==2\nsame==1.0\n")
+    (tmp_path / "c").write_text("ab.c==2\nnew==1\nsame==1.0\n-e git+https://host/fnet\n")
+    files = [f"3.{minor}={tmp_path / name}" for minor, name in ((9, "a"), (10, "b"), (11, "c"))]
+    command = [sys.executable, ROOT / ".ci" / "constraints.py", *files]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line for line in printed.splitlines() if not line.startswith("#")] == [
+        'ab-c==1 ; python_version < "3.10"',
+        'ab-c==2 ; python_version >= "3.10"',
+        'new==1 ; python_version >= "3.11"',
+        'old==3 ; python_version < "3.10"',
+        "same==1.0",
+    ]
 
 
 def test_constraints_hold_whatever_the_tests_install():
-    lines = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    pins = {canonicalize_name(name): version for name, version in lines}
+    here = pins_of("{}.{}".format(*sys.version_info))
+    pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in here}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["project"]["dependencies"], *extras["experiments"], *extras["test"], *extras["lint"]]
@@ -51,7 +79,7 @@ def test_constraints_hold_whatever_the_tests_install():
     while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
-        if name == "fnet" or (name, *requirement.extras) in seen:
+        if name == "fnet-jax" or (name, *requirement.extras) in seen:
             continue
         seen.add((name, *requirement.extras))
         if name not in pins:
@@ -200,6 +228,38 @@ def test_a_second_run_installs_nothing_and_a_changed_pin_installs_again(checkout
     assert make(checkout, "test")[0] == [install("test"), "-m pytest -n 2"]
 
 
+def test_another_python_makes_the_environment_anew_and_the_same_does_not(checkout):
+    fake_python(checkout / "bin" / "python3", version="3.11.7")
+    fake_python(checkout / "bin" / "other", version="3.12.1")
+    install = "-m pip install --editable .[test]"
+    assert make(checkout, "test")[0] == [install, "-m pytest -n 2"]
+    calls, run = make(checkout, "test", "PYTHON=other")
+    assert calls == [install, "-m pytest -n 2"] and "creating .venv with Python 3.12.1 (other)\n" in run.stdout
+    assert make(checkout, "test", "PYTHON=other")[0] == ["-m pytest -n 2"]
+    assert make(checkout, "test")[0] == ["-m pytest -n 2"]  # what is there, when none is named
+    calls, run = make(checkout, "test", "PYTHON=python3", "VENV=.venv-beside")
+    assert calls == [install, "-m pytest -n 2"] and "creating .venv-beside with Python 3.11.7" in run.stdout
+    assert make(checkout, "test", "PYTHON=other")[0] == ["-m pytest -n 2"]
+    fake_python(checkout / "bin" / "python3.9", version="3.9.18", unfit=1)
+    calls, run = make(checkout, "test", "PYTHON=python3.9")
+    assert run.returncode != 0 and calls == [] and (checkout / ".venv" / "bin" / "python").exists()
+
+
+def test_the_newest_releases_are_installed_anew_each_time_without_constraints(checkout):
+    fake_python(checkout / "bin" / "python3", version="3.11.7")
+    fake_python(checkout / "bin" / "python3.13", version="3.13.0")
+    expected = [
+        "-m pip install --upgrade --upgrade-strategy eager --editable .[test]",
+        "-m pip freeze --exclude-editable",
+        "-m pytest -n 2 -k adam",
+    ]
+    calls, run = make(checkout, "test-newest", "ARGS=-k adam")
+    assert calls == expected and "creating .venv-newest with Python 3.13.0 (python3.13)\n" in run.stdout
+    assert make(checkout, "test-newest", "ARGS=-k adam")[0] == expected
+    rules = (ROOT / "Makefile").read_text()
+    assert "test-newest: export PIP_CONSTRAINT =\n" in rules and "test-newest: export PIP_BUILD_CONSTRAINT =\n" in rules
+
+
 def test_a_failed_install_is_tried_again(checkout):
     fake_python(checkout / "bin" / "python3")
     calls, run = make(checkout, "test", fail="install")
@@ -219,6 +279,106 @@ def test_lint_runs_its_tools_on_what_tests_install_and_bench_has_its_own_environ
     assert not (checkout / ".venv").exists() and not (checkout / ".venv-bench").exists()
 
 
-def test_ci_is_make_lint_then_make_test():
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
-    assert commands == ["make lint </dev/null", "make test </dev/null"]
+FAKE_MAKE = """#!/bin/sh
+echo "$*" >> calls
+case "$1" in lint) mkdir -p .venv/bin && cp bin/python3.11 .venv/bin/python ;; esac
+"""
+
+
+@pytest.fixture
+def ci(checkout):
+    """Run `.ci/run` with the interpreters of ``bin`` and of a pyenv: what it had make do, and what it printed."""
+    (checkout / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci")
+    (checkout / "bin" / "make").write_text(FAKE_MAKE)
+    (checkout / "bin" / "make").chmod(0o755)
+    for tool in ("bash", "dirname", "env"):
+        os.symlink(shutil.which(tool) or tool, checkout / "bin" / tool)
+    fake_python(checkout / "bin" / "python3.11", version="3.11")
+
+    def run():
+        (checkout / "calls").unlink(missing_ok=True)
+        env = {"PATH": str(checkout / "bin"), "PYENV_ROOT": str(checkout / "pyenv")}
+        done = subprocess.run([checkout / ".ci" / "run"], env=env, capture_output=True, text=True, check=True)
+        return (checkout / "calls").read_text().splitlines(), done.stdout
+
+    return run
+
+
+def test_ci_says_so_when_there_is_no_second_python(ci, checkout):
+    fake_python(checkout / "bin" / "python3.14", version="3.10", unfit=1)
+    calls, printed = ci()
+    assert calls == ["lint", "test"]
+    assert printed.startswith("NOT TESTED on a second Python: this machine has none from 3.11 on but 3.11;")
+
+
+def test_ci_runs_what_touches_jaxs_insides_on_the_newest_other_python(ci, checkout):
+    fake_python(checkout / "bin" / "python3.12", version="3.12")
+    calls, printed = ci()
+    assert calls[:2] == ["lint", "test"] and len(calls) == 3 and "NOT TESTED" not in printed
+    assert calls[2].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
+    files = calls[2].split("ARGS=")[1].split()
+    assert len(files) > 5 and all((ROOT / file).exists() for file in files)
+    (checkout / "pyenv" / "versions" / "3.13.0").mkdir(parents=True)
+    fake_python(checkout / "pyenv" / "versions" / "3.13.0" / "bin" / "python3", version="3.13")
+    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][2]
+
+
+# --- the wheel -------------------------------------------------------------------------------------------------------
+
+
+def test_no_message_and_no_page_names_a_command_that_fetches_another_project():
+    """`fnet` on the package index is somebody else's."""
+    command = re.compile(r"(install|add)\b[^\n]*?[\s'\"=]" + "fn" + r"et(?![\w/.-]|-jax)")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in project_files()
+        for match in command.finditer(path.read_bytes().decode("utf-8", "replace"))
+    ]
+    assert found == []
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    assert name == DISTRIBUTION == "fnet-jax"
+
+
+def test_every_package_that_is_asked_for_is_in_its_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        names = [canonicalize_name(Requirement(text).name) for text in extras[extra]]
+        assert any(name.startswith(canonicalize_name(package.split(".")[0])) for name in names), (package, extra)
+
+
+def core_packages():
+    """The packages that jax, jaxlib and numpy are made of, with all that they need."""
+    queue, found = ["jax", "jaxlib", "numpy"], {}
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found[name] = distribution(name)
+            needs = [Requirement(text) for text in found[name].requires or ()]
+            queue += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found.values()
+
+
+def test_a_wheel_of_a_clean_clone_runs_the_readmes_first_snippet_with_nothing_but_the_core(tmp_path):
+    clone, site, work = tmp_path / "clone", tmp_path / "site", tmp_path / "work"
+    for path in project_files():
+        target = clone / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path]
+    subprocess.run(command, cwd=clone, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("fnet_jax-*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    assert (site / "fnet" / "py.typed").exists()
+    assert {path.name for path in site.iterdir()} == {"fnet", f"fnet_jax-{fnet.__version__}.dist-info"}
+    for package in core_packages():
+        for top in {file.parts[0] for file in package.files or () if not file.parts[0].startswith(("..", "__pyc"))}:
+            if not (site / top).exists():
+                os.symlink(package.locate_file(top), site / top)
+    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    work.mkdir()
+    # -I -S: neither this folder nor what else is installed here
+    code = f"import sys; sys.path.append({str(site)!r})\n{snippet}\nassert fnet.__file__.startswith({str(site)!r})"
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=work, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert sum(line.split()[-1:] == ["ok"] for line in run.stdout.splitlines()) == 12, run.stdout

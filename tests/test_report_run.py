@@ -741,7 +741,7 @@ def test_a_history_without_an_epoch_is_shown():
 def test_a_history_names_what_its_picture_needs_and_is_shown_without(real, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=re.escape("matplotlib: pip install 'fnet[experiments]'")):
+    with pytest.raises(ImportError, match=re.escape("History.plot needs matplotlib: pip install 'fnet-jax[plots]'")):
         real[1].plot()
     assert "<svg" in real[1]._repr_html_() and write_report(real[0]).exists()
 
@@ -766,7 +766,7 @@ def test_the_extras_are_those_of_the_packages_metadata(monkeypatch):
         "jax>=0.10",
         'orbax-checkpoint>=0.12 ; extra == "runs"',
         "safetensors>=0.7; extra == 'runs'",
-        "fnet[runs,streams]; extra == 'experiments'",
+        "fnet-jax[runs,streams]; extra == 'experiments'",
         "pyright[nodejs]>=1.9; python_version > '3' and extra == 'experiments'",
         "grain; extra == 'streams'",
     ]
@@ -782,10 +782,10 @@ def test_the_extras_are_those_of_the_packages_metadata(monkeypatch):
     old, missing = "safetensors 0.6.9 TOO OLD (>=0.7)", "grain MISSING (any version)"
     text = "\n".join(fnet.__main__._extras())
     assert [re.sub(r"\s+", " ", part) for part in re.split(r"\n  (?=\w)", text.strip())] == [
-        f"runs orbax-checkpoint 0.12.0rc1, {old} the rest: pip install 'fnet[runs]'",
+        f"runs orbax-checkpoint 0.12.0rc1, {old} the rest: pip install 'fnet-jax[runs]'",
         f"experiments orbax-checkpoint 0.12.0rc1, {old}, {missing}, pyright 1.10.0 "
-        "the rest: pip install 'fnet[experiments]'",
-        f"streams {missing} the rest: pip install 'fnet[streams]'",
+        "the rest: pip install 'fnet-jax[experiments]'",
+        f"streams {missing} the rest: pip install 'fnet-jax[streams]'",
     ]
     installed |= {"safetensors": "0.7", "grain": "1"}
     assert "pip" not in "\n".join(fnet.__main__._extras())

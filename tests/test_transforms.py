@@ -287,7 +287,7 @@ def test_what_is_no_optimizer_and_no_key_is_named_at_construction():
     wrappers = averaged, lookahead, skip_nonfinite, master_weights, dynamic_loss_scale
     for wrapper in (*wrappers, functools.partial(reduce_on_plateau, window=1)):
         for inner in (0.1, sgd):
-            with pytest.raises(TypeError, match="expected an Optimizer, such as"):
+            with pytest.raises(TypeError, match=r"expected (an|the) Optimizer"):
                 wrapper(inner)
     with pytest.raises(
         TypeError, match=re.escape("gradient_noise: key = 0; expected a key, such as jax.random.key(0)")
@@ -461,7 +461,7 @@ def test_a_pattern_without_leaves_and_a_leaf_without_a_group_are_errors(by_patte
 
 
 def test_a_group_of_what_is_no_optimizer_is_an_error():
-    with pytest.raises(TypeError, match=re.escape("groups: '*/b' has float; expected an Optimizer")):
+    with pytest.raises(TypeError, match=re.escape("groups: what belongs to '*/b' is 0.1; expected an Optimizer")):
         groups({"*/b": 0.1})
 
 

@@ -149,7 +149,7 @@ def test_a_mask_that_does_not_fit_the_parameters_is_refused_by_init(optimizer, n
             "groups: the pattern ('*/w', '*/b') is no text; expected one such",
         ),
         (lambda: groups({True: sgd(0.1)}), "groups: the pattern True is no text"),
-        (lambda: groups({"*/w": 0.1}), "groups: '*/w' has float; expected an Optimizer"),
+        (lambda: groups({"*/w": 0.1}), "groups: what belongs to '*/w' is 0.1; expected an Optimizer"),
         (lambda: lamb(0.1, weight_decay=0.1, mask=1.5), "lamb: mask is 1.5; expected None"),
         (lambda: muon(0.1, weight_decay=0.1, mask=object), "muon: mask is a function that does not take (path, leaf)"),
     ],

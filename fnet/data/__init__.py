@@ -1,7 +1,8 @@
-"""Data in memory, mapped or streamed: checked, split without loss; and the digits of the examples."""
+"""Data in memory, mapped or streamed: checked, split without loss; the digits and the spirals of the examples."""
 
 from fnet.data.arrays import DataError, check_data, split, take
 from fnet.data.digits import mnist_5k, mnist_idx, sklearn_digits
+from fnet.data.spirals import spirals
 from fnet.data.streams import Stream, open_arrays
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "mnist_idx",
     "open_arrays",
     "sklearn_digits",
+    "spirals",
     "split",
     "take",
 ]

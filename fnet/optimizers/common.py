@@ -309,7 +309,7 @@ def _is_float(leaf) -> bool:
 
 def check_like(params: PyTree, name: str, tree: PyTree) -> None:
     """Require a tree of floats with the paths and shapes of ``params``."""
-    if params is None:
+    if params is None and jax.tree.leaves(tree):
         raise ValueError("params is None; expected the parameters: update(grads, opt_state, params)")
     expected, given = ({path or "()": leaf for path, leaf in by_path(t).items()} for t in (params, tree))
     missing = [path for path in expected if path not in given]
