@@ -83,11 +83,13 @@ def run_chunk(
             if evaluate:
                 due &= (steps == 0) | (ts.step % every != 0)  # an evaluation comes first
 
-            def last_batch(ts, metrics):
+            def last_batch(_, carry):
+                ts, metrics = carry
                 ts, now = one(ts, order[full * batch_size :])
                 return ts, put(metrics, done, now)
 
-            ts, metrics = jax.lax.cond(due, last_batch, lambda ts, metrics: (ts, metrics), ts, metrics)
+            # a loop too, which XLA may compile by another emitter than what is in none: see run_batches
+            ts, metrics = jax.lax.fori_loop(0, due.astype(jnp.int32), last_batch, (ts, metrics))
             done = done + due.astype(jnp.int32)
         if evaluate:
 
@@ -149,8 +151,8 @@ def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
 def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterator[Callable]:
     """The function that makes a chunk of data that a thread reads ahead, with the arguments and outputs of `run_chunk`.
 
-    Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; a batch of another size,
-    such as an epoch's last, runs by itself.
+    Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; one that is alone, such as
+    an epoch's last of another size, runs in a loop of its own.
     """
     position, key = int(ts.step), jax.tree.map(jnp.copy, ts.key)
     settings: Any = jax.config
@@ -171,18 +173,17 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     waiting: deque[Read] = deque()
     programs: dict[Any, Callable] = {}  # by their shapes
 
-    def program(ts, batches, count=None):
-        """That of one batch, or of ``count`` batches; compiled at the first of their kind."""
-        shapes = count is None, kind_of(batches)
+    def program(ts, batches, count):
+        """That of so many batches; compiled at the first of their kind."""
+        shapes = kind_of(batches)
         if shapes not in programs:
-            several = {} if count is None else {"count": count}
-            arguments = {"state": ts, "batch" if count is None else "batches": batches, **several}
-            programs[shapes] = compile(run_batch if count is None else run_batches, {"step": plan.step}, arguments)
+            arguments = {"state": ts, "batches": batches, "count": count}
+            programs[shapes] = compile(run_batches, {"step": plan.step}, arguments)
         return programs[shapes]
 
-    some = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape), a.dtype), plan.sample)
-    program(ts, plan.sample)
-    if size > 1:
+    few = min(size, 2)  # an index into an axis of one is no index, and the loop another program
+    for many in {few, size}:
+        some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
         program(ts, some, jnp.asarray(0, jnp.int32))
     at_boundary = None
     if plan.evaluate:
@@ -206,16 +207,11 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         while position < end and not bool(stopped(ts)):
             most = min(size, end - position, every - position % every if plan.evaluate else size)
             taken = take(most)
-            if len(taken) == 1:
-                batch = on_device(taken, 1)
-                ts, now = program(ts, batch)(ts, batch)
-                metrics.append(jax.tree.map(lambda a: np.asarray(a)[None], now))
-            else:
-                n, whole = len(taken), on_device(taken, size)
-                parts = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), whole)
-                number = jnp.asarray(n, jnp.int32)
-                ts, now = program(ts, parts, number)(ts, parts, number)
-                metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
+            n, room_for = len(taken), size if len(taken) > 1 else few
+            whole, number = on_device(taken, room_for), jnp.asarray(n, jnp.int32)
+            parts = jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole)
+            ts, now = program(ts, parts, number)(ts, parts, number)
+            metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step
             position += len(taken)
             if at_boundary and position % every == 0:
@@ -253,13 +249,12 @@ def on_device(reads: list[Read], size: int) -> Batch:
         raise
 
 
-def run_batch(ts: TrainState, batch: Batch, *, step: Step) -> tuple[TrainState, PyTree]:
-    """A step."""
-    return step(ts, batch)
-
-
 def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:
-    """The first ``count`` of the batches ``(C, B, ...)``, one after another."""
+    """The first ``count`` of the batches ``(C, B, ...)``, one after another.
+
+    In a loop even where there is one: from jax 0.12 on, XLA compiles loops without products of matrices for CPU by
+    another emitter, which takes sums in another order, so a step outside of one may differ in its last bits.
+    """
     capacity = count_examples(batches)
     abstract = jax.eval_shape(step, ts, jax.tree.map(lambda a: a[0], batches))[1]
     metrics = room(abstract, capacity)
