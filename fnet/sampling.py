@@ -48,8 +48,8 @@ def generate(
     require_counts("generate", count=count, context=context, top_k=top_k)
     require(temperature > 0, f"generate: temperature = {temperature}; expected above 0; for the likeliest id, top_k=1")
     length = prompt.shape[1]
-    one_id = prompt[:, :1]
-    shape = jax.eval_shape(lambda ids: apply(model, params, state, ids if context else (ids, None)), one_id)
+    ids = jax.ShapeDtypeStruct((len(prompt), context or length), prompt.dtype)  # as the model is given them
+    shape = jax.eval_shape(lambda ids: apply(model, params, state, ids if context else (ids, None)), ids)
     vocabulary = (shape if context else shape[0]).shape[-1]
     if top_k is not None and top_k > vocabulary:
         raise ValueError(f"generate: top_k = {top_k}; expected 1 to {vocabulary}, the vocabulary")

@@ -224,6 +224,19 @@ def test_one_id_at_a_time_with_a_carry_draws_what_the_whole_sequence_would(key):
     assert (with_carry == whole).all()
 
 
+def test_a_model_is_asked_for_its_vocabulary_with_the_shape_that_it_will_be_given():
+    shapes = []
+
+    def forward(params, state, x, *, key=None, train=False):
+        assert x.shape[1] % 4 == 0  # a model of windows of four
+        shapes.append(x.shape)
+        return 3.0 * jax.nn.one_hot((x + 1) % 5, 5), state, ()
+
+    windows = counting()._replace(forward=forward)
+    assert sampled([[3], [1]], 3, model=windows, context=8, top_k=1).tolist() == [[3, 4, 0, 1], [1, 2, 3, 4]]
+    assert set(shapes) == {(2, 8)}
+
+
 def test_bad_arguments_of_generate_are_named():
     with pytest.raises(ValueError, match=r"the prompt is float32 of shape \(1, 2\); expected integer ids"):
         sampled(np.ones((1, 2), np.float32), 1)
