@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import ShapedArray
 
 from fnet import jax_insides
 from fnet.jax_insides import constant, quick_jit, quick_options, scan_parts
@@ -61,12 +62,12 @@ def test_compile_options_that_a_release_does_not_have_are_left_out(monkeypatch):
     ],
 )
 def test_python_numbers_in_a_program_have_its_dtypes(value, dtype, expected):
-    found = constant(value, jax.core.ShapedArray((), jnp.dtype(dtype)))
+    found = constant(value, ShapedArray((), jnp.dtype(dtype)))
     assert type(found) is jnp.dtype(expected).type and found == value
 
 
 def test_numpy_arrays_in_a_program_have_its_dtypes():
-    aval = jax.core.ShapedArray((2,), jnp.dtype(np.float32))
+    aval = ShapedArray((2,), jnp.dtype(np.float32))
     assert constant(np.array([1.0, 2.0]), aval).dtype == np.float32
     array = np.array([1.0, 2.0], np.float32)
     assert constant(array, aval) is array

@@ -16,7 +16,7 @@ import pytest
 import fnet
 from fnet import DataError, LayerError, layers
 from fnet.layers import dense
-from fnet.population import Population, join, train_population
+from fnet.population import Population, best, join, train_population
 from fnet.types import Layer, Loss, stateless
 
 KEY, X = jax.random.key(0), jnp.ones((4, 3))
@@ -374,8 +374,8 @@ def test_joined_populations_rank_as_one():
     )
     assert joined.run_seconds == sum(p.run_seconds for p in apart)
     assert joined.member_bytes == max(p.member_bytes for p in apart)
-    best = fnet.population.best(joined, joined.results, greatest=True)
-    assert best.hyper == {"scale": 3.0, "width": 5}
+    found = best(joined, joined.results, greatest=True)
+    assert found.hyper == {"scale": 3.0, "width": 5}
 
 
 def rename(population: Population) -> Population:

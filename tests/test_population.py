@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 from rich.console import Console
 
 import fnet
@@ -365,7 +366,7 @@ def test_the_range_of_a_grid_is_checked_by_its_first_and_last_member():
     hyper, keys = module.check_members("test", hyper, keys)
     check_range(noted, hyper, keys, ())
     traced, *plain = seen
-    assert all(isinstance(number, jax.core.Tracer) for number in traced)  # first, as the program will have them
+    assert all(isinstance(number, Tracer) for number in traced)  # first, as the program will have them
     assert plain == [(0.1, 1.0), (0.3, 2.0)] and all(type(number) is float for numbers in plain for number in numbers)
 
 
