@@ -48,7 +48,8 @@ class Copies(dict):
 
     It is a dict in all else, and paths do not show it. Whatever looks at a whole tensor (norms, factored moments,
     centring, masks by shape) acts on each copy: so one update of stacked layers is the update of the same layers apart.
-    Copies within copies have two such axes. A leaf whose first axis is not ``count`` long counts as one copy's own.
+    Copies of copies have two such axes, and ``counts`` for both. A leaf whose first axes are not as long counts as one
+    copy's own.
 
     >>> blocks = Copies({"w": jnp.zeros((6, 4, 4)), "b": jnp.zeros((6, 4))}, 6)
     >>> dict(zip(["blocks/b", "blocks/w", "head"], stacked_axes({"blocks": blocks, "head": jnp.zeros(2)}), strict=True))
@@ -57,13 +58,17 @@ class Copies(dict):
     {'b': (4,), 'w': (4, 4)}
     """
 
-    def __init__(self, params, count: int):
+    def __init__(self, params, *count: int):
         super().__init__(params)
-        self.count = count
+        self.counts = (*count, *(params.counts if isinstance(params, Copies) else ()))
+
+    def apart(self) -> dict:
+        """The same arrays as a tree of one copy's kind, which knows no more of the first axis."""
+        return Copies(dict(self), *self.counts[1:]) if len(self.counts) > 1 else dict(self)
 
     def one(self, i: int) -> dict:
-        """The parameters of one copy, a plain dict."""
-        return jax.tree.map(lambda leaf: leaf[i], dict(self))
+        """The parameters of one copy: a plain dict, unless it is made of copies too."""
+        return jax.tree.map(lambda leaf: leaf[i], self.apart())
 
     def tree_flatten_with_keys(self):
         children, aux = self.tree_flatten()
@@ -71,12 +76,12 @@ class Copies(dict):
 
     def tree_flatten(self):
         names = tuple(sorted(self))
-        return [self[name] for name in names], (names, self.count)
+        return [self[name] for name in names], (names, self.counts)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        names, count = aux
-        return cls(zip(names, children, strict=True), count)
+        names, counts = aux
+        return cls(zip(names, children, strict=True), *counts)
 
 
 def stacked_axes(tree: PyTree, counts: tuple[int, ...] = ()) -> list[int]:
@@ -84,7 +89,7 @@ def stacked_axes(tree: PyTree, counts: tuple[int, ...] = ()) -> list[int]:
     found = []
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Copies)):
         if isinstance(node, Copies):
-            found += stacked_axes(dict(node), (*counts, node.count))
+            found += stacked_axes(dict(node), (*counts, *node.counts))
         else:
             found.append(len(counts) if np.shape(node)[: len(counts)] == counts else 0)
     return found

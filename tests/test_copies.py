@@ -66,7 +66,7 @@ OPTIMIZERS = {
 def apart(params):
     """The parameters of a `repeat`, at any depth, as those of a serial of its copies, each by the number it has."""
     if isinstance(params, Copies):
-        return {str(i): apart(params.one(i)) for i in range(params.count)}
+        return {str(i): apart(params.one(i)) for i in range(params.counts[0])}
     return {name: apart(child) for name, child in params.items()} if isinstance(params, dict) else params
 
 
@@ -80,6 +80,8 @@ MODELS = {
     "as many copies as features": repeat(dense(4), 4),
     "block": serial(dense(4), ("blocks", repeat(residual(layer_norm(), dense(6), gelu(), dense(4)), COUNT)), dense(2)),
     "nested": serial(("outer", repeat(serial(("inner", repeat(dense(4), 2)), layer_norm()), COUNT)), dense(2)),
+    "copies of copies": repeat(repeat(dense(4), 2), COUNT),
+    "copies of copies, all counts alike": repeat(repeat(repeat(dense(4), 4), 4), 4),
 }
 
 
@@ -137,8 +139,15 @@ def test_copies_are_a_dict_in_all_else(key):
     assert "blocks/w   (3, 4, 4)" in describe(lamb(0.1), params)
 
 
-def test_every_engine_returns_the_gradient_in_the_parameters_tree(key):
-    model = serial(("blocks", repeat(residual(dense(4)), COUNT)), dense(2))
+BLOCKS = {
+    "copies": repeat(residual(dense(4)), COUNT),
+    "copies of copies": repeat(repeat(dense(4), 2), COUNT),
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_engine_returns_the_gradient_in_the_parameters_tree(blocks, key):
+    model = serial(("blocks", BLOCKS[blocks]), dense(2))
     x, labels = jax.random.normal(key, (5, 4)), jnp.arange(5) % 2
     params, state = fnet.init(model, key, x)
     for engine in (
@@ -153,8 +162,9 @@ def test_every_engine_returns_the_gradient_in_the_parameters_tree(key):
         assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
-def test_a_run_of_stacked_layers_is_saved_resumed_swept_and_exported(key, tmp_path):
-    model = serial(("blocks", repeat(residual(dense(4)), COUNT)), dense(2))
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_run_of_stacked_layers_is_saved_resumed_swept_and_exported(blocks, key, tmp_path):
+    model = serial(("blocks", BLOCKS[blocks]), dense(2))
     data = fnet.Batch(jax.random.normal(key, (12, 4)), jnp.arange(12) % 2)
     params, state = fnet.init(model, key, data.inputs)
     optimizer = lamb(0.01)
@@ -168,8 +178,9 @@ def test_a_run_of_stacked_layers_is_saved_resumed_swept_and_exported(key, tmp_pa
     members = jax.jit(jax.vmap(lambda key: fnet.train(step, start._replace(key=key), data, epochs=1, batch_size=4)[0]))(
         jax.random.split(key, 2)
     )
-    blocks = members.params["blocks"]
-    assert isinstance(blocks, Copies) and blocks["dense_0"]["w"].shape == (2, COUNT, 4, 4)
+    stacked, swept = straight.params["blocks"], members.params["blocks"]
+    assert isinstance(swept, Copies) and swept.counts == stacked.counts
+    assert [leaf.shape for leaf in jax.tree.leaves(swept)] == [(2, *leaf.shape) for leaf in jax.tree.leaves(stacked)]
     path = tmp_path / "weights.safetensors"
     save_weights(path, straight.params)
     assert_leaves_close(load_weights(path, straight.params), straight.params, 0)

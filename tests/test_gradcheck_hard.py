@@ -173,7 +173,7 @@ def test_intermediates_may_be_off_by_the_rounding_of_their_own_type(given, verdi
         (lambda: check(lambda w: tap("z", w).sum(), W, intermediates=[1]), TypeError, "got list; expected a dict"),
         (lambda: check(lambda w: tap("z", w).sum(), W, intermediates={"z": None}), TypeError, "z is object"),
         (lambda: jax.jit(lambda w: check(lambda w: w.sum(), w))(W), ValueError, "outside jit, vmap and grad"),
-        (lambda: fnet.check_layer(None, W, key=jax.random.key(0)), TypeError, "expected an fnet.Layer, got NoneType"),
+        (lambda: fnet.check_layer(None, W, key=jax.random.key(0)), TypeError, "layer is None; expected a Layer"),
     ],
     ids=["no function", "no pair", "text", "list", "none", "traced", "no layer"],
 )

@@ -247,7 +247,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
         return (Copies(params, count) if isinstance(params, dict) else params), state
 
     def apart(params):  # the layer sees its own parameters, of which there is one
-        return dict(params) if isinstance(params, dict) else params
+        return params.apart() if isinstance(params, Copies) else params
 
     def forward(params, state, x, *, key=None, train=False):
         def one(x, child):
