@@ -255,8 +255,13 @@ def test_the_line_search_goes_on_where_the_slope_still_steepens(x64):
 
 @pytest.mark.parametrize(
     "loss_fn",
-    [jnp.log, lambda x: jnp.sqrt(x + 1), lambda x: -jnp.exp(-1000 * x)],
-    ids=["nan", "nan_gradient", "minus_inf"],
+    [
+        jnp.log,
+        lambda x: jnp.sqrt(x + 1),
+        lambda x: -jnp.exp(-1000 * x),
+        lambda x: jnp.where(x > 0, x**2, jnp.inf),
+    ],
+    ids=["nan", "nan_gradient", "minus_inf", "inf_and_a_gradient_of_0"],
 )
 def test_a_start_that_is_not_finite_is_reported_as_stuck(loss_fn):
     result = minimize_lbfgs(loss_fn, jnp.asarray(-1.0))

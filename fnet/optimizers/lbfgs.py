@@ -21,8 +21,8 @@ from fnet.types import PyTree, require_counts
 class Minimum(NamedTuple):
     """What `minimize_lbfgs` found.
 
-    ``converged`` says that the gradient's largest entry is within the tolerance; else the line search found no lower
-    point (``stuck``, mostly rounding) or the iterations ran out.
+    ``converged`` says that the value is finite and the gradient's largest entry within the tolerance; else the line
+    search found no lower point (``stuck``: rounding mostly, or a start that is not finite) or the iterations ran out.
     """
 
     params: PyTree
@@ -222,4 +222,5 @@ def minimize_lbfgs(
     state = _State(start, value, gradient, none, none, ratios, zero, zero, zero + 1, ~finite(value, gradient))
     end = jax.lax.while_loop(unfinished, iterate, state)
     most = largest(end.gradient)
-    return Minimum(unravel(end.x), end.value, most, end.iterations, end.evaluations, most <= tolerance, end.stuck)
+    converged = (most <= tolerance) & jnp.isfinite(end.value)  # an infinite value may have a gradient of 0
+    return Minimum(unravel(end.x), end.value, most, end.iterations, end.evaluations, converged, end.stuck)
