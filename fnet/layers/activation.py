@@ -45,15 +45,20 @@ def step() -> Layer:
     return _activation("step", forward, backward)
 
 
+def logistic(x: jax.Array) -> jax.Array:
+    """``σ(x) = 1 / (1 + exp(-x))``, in float32 at least: float16 has no ``exp(12)``."""
+    return jax.nn.sigmoid(x.astype(wide(x.dtype))).astype(x.dtype)
+
+
 def sigmoid() -> Layer:
     """``y = 1 / (1 + exp(-x))``, between 0 and 1."""
 
     def forward(x):
-        y = jax.nn.sigmoid(x)
-        return y, y
+        return logistic(x), x
 
-    def backward(y, dy):  # y' = e^{-z} / (1 + e^{-z})² = y (1 − y)
-        return dy * y * (1 - y)
+    def backward(x, dy):  # y' = e^{-z} / (1 + e^{-z})² = σ(z) σ(−z); y (1 − y) would cancel where y rounds to 1
+        z, d = x.astype(wide(x.dtype)), dy.astype(wide(dy.dtype))
+        return (d * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)).astype(dy.dtype)
 
     return _activation("sigmoid", forward, backward)
 
@@ -109,29 +114,32 @@ def gelu(approximate: bool = False) -> Layer:
     # all in float32 at least: a rounding of the argument to 16 bits would be x² times larger in the tail's result
 
     def gate(x):
-        # ½ (1 + tanh u) is σ(2u), which does not cancel where u is below 0. Beyond ±25 it is exactly 1 or 0 in float64
-        # too, and the cube would overflow: an infinity times a slope of exactly 0
-        x = jnp.where(jnp.abs(x) > 25, 25 * jnp.sign(x), x)
-        return jax.nn.sigmoid(2 * scale * (x + cubic * x * x * x)), x
+        # ½ (1 + tanh u) is σ(2u), which does not cancel where u is below 0
+        return jax.nn.sigmoid(2 * scale * (x + cubic * x * x * x))
+
+    def near(x):
+        # beyond ±40 the gate is exactly 1 or 0 in float64 too, and cubes overflow: an infinity times exactly 0
+        z = x.astype(wide(x.dtype))
+        return jnp.where(jnp.abs(z) > 40, 40 * jnp.sign(z), z)
 
     def exact_forward(x):
-        z = x.astype(wide(x.dtype))
-        return (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype), x
+        z = near(x)
+        return jnp.where(x > 40, x, (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype)), x
 
     def exact_backward(x, dy):  # y' = Φ(z) + z φ(z), φ the density exp(−z²/2)/√(2π)
-        z, d = x.astype(wide(x.dtype)), dy.astype(wide(dy.dtype))
+        z, d = near(x), dy.astype(wide(dy.dtype))
         density = jnp.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         return (d * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2 + z * density)).astype(dy.dtype)
 
     def tanh_forward(x):
-        z = x.astype(wide(x.dtype))
-        return (z * gate(z)[0]).astype(x.dtype), x
+        z = near(x)
+        return jnp.where(x > 40, x, (z * gate(z)).astype(x.dtype)), x
 
     def tanh_backward(x, dy):
         # y = z g, g = σ(2u), u = s (z + c z³):  y' = g + z · 2 g (1 − g) · s (1 + 3 c z²)
-        g, near = gate(x.astype(wide(x.dtype)))
-        slope = g + near * 2 * g * (1 - g) * (scale * (1 + 3 * cubic * near * near))
-        return (dy.astype(slope.dtype) * slope).astype(dy.dtype)
+        z, d = near(x), dy.astype(wide(dy.dtype))
+        g = gate(z)
+        return (d * (g + z * 2 * g * (1 - g) * (scale * (1 + 3 * cubic * z * z)))).astype(dy.dtype)
 
     if approximate:
         return _activation("gelu", tanh_forward, tanh_backward)
@@ -145,7 +153,7 @@ def softplus() -> Layer:
         return jnp.logaddexp(x, jnp.zeros_like(x)), x
 
     def backward(x, dy):  # y' = e^z / (1 + e^z) = sigmoid(z)
-        return dy * jax.nn.sigmoid(x)
+        return dy * logistic(x)
 
     return _activation("softplus", forward, backward)
 

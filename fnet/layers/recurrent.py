@@ -27,7 +27,7 @@ from jax import lax
 
 from fnet.children import backward_child, forward_child, init_child, inside
 from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
-from fnet.layers.activation import tanh
+from fnet.layers.activation import logistic, tanh
 from fnet.layers.combinators import named_children, output_shape, require_children
 from fnet.layers.dense import plus, product, rows
 from fnet.layers.masks import is_masked
@@ -74,7 +74,7 @@ def _rnn(activation: Layer) -> _Cell:
 
     def step(recurrent, z, carry):
         h, _, residuals = activation.forward((), (), z + product(carry[0], recurrent["w"]), key=None, train=False)
-        return (h,), None if residuals is h else residuals  # tanh, relu and sigmoid need only their output
+        return (h,), None if residuals is h else residuals  # tanh and relu need only their output
 
     def slopes(residuals, before, after):  # dz = dh · a'(z), and a backward of ones is a'
         residuals = after[0] if residuals is None else residuals
@@ -93,7 +93,7 @@ def _lstm() -> _Cell:
         z = z + product(h, recurrent["w"])
         # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut
         i, f, g, o = jnp.split(z, 4, -1)
-        i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+        i, f, g, o = logistic(i), logistic(f), jnp.tanh(g), logistic(o)
         gates = jnp.concatenate([i, f, g, o], -1)
         c = f * c + i * g
         return (o * jnp.tanh(c), c), gates
@@ -119,7 +119,7 @@ def _gru_after(bias: Initializer | None) -> _Cell:
     def step(recurrent, z, carry):
         (h,), units = carry, carry[0].shape[-1]
         a = product(h, recurrent["w"])
-        r, u = jnp.split(jax.nn.sigmoid(z[..., : 2 * units] + a[..., : 2 * units]), 2, -1)
+        r, u = jnp.split(logistic(z[..., : 2 * units] + a[..., : 2 * units]), 2, -1)
         q = a[..., 2 * units :]
         if "b" in recurrent:
             q = plus(q, recurrent["b"]).astype(q.dtype)
@@ -152,7 +152,7 @@ def _gru_after(bias: Initializer | None) -> _Cell:
 def _gru_before() -> _Cell:
     def step(recurrent, z, carry):
         (h,), w, units = carry, recurrent["w"], carry[0].shape[-1]
-        r, u = jnp.split(jax.nn.sigmoid(z[..., : 2 * units] + product(h, w[:, : 2 * units])), 2, -1)
+        r, u = jnp.split(logistic(z[..., : 2 * units] + product(h, w[:, : 2 * units])), 2, -1)
         n = jnp.tanh(z[..., 2 * units :] + product(r * h, w[:, 2 * units :]))
         return ((1 - u) * n + u * h,), (r, u, n)
 
