@@ -284,6 +284,11 @@ def test_where_products_round_to_zero_the_last_good_point_is_returned(dtype, los
     assert np.isfinite(np.asarray(result.value, np.float64)) and np.isfinite(np.float64(result.largest_gradient))
 
 
+def test_a_loss_may_be_a_number_of_pythons():
+    result = minimize_lbfgs(lambda x: 3.0, jnp.ones(2))
+    assert result.converged and result.value == 3 and result.iterations == 0
+
+
 def test_a_start_at_the_minimum_stays_there_and_the_iterations_are_a_limit(x64):
     result = minimize_lbfgs(rosenbrock, jnp.ones(2))
     assert result.converged and result.iterations == 0 and (result.params == 1).all()
@@ -301,7 +306,11 @@ def test_a_start_at_the_minimum_stays_there_and_the_iterations_are_a_limit(x64):
         (jnp.sum, jnp.ones(2), {"tolerance": -1}, ValueError, "tolerance = -1; expected 0 <= tolerance < inf"),
         (lambda p: 0.0, {}, {}, ValueError, "the parameters hold no numbers; expected at least one"),
         (jnp.sum, jnp.ones((0, 3)), {}, ValueError, "the parameters hold no numbers; expected at least one"),
-        (lambda x: x, jnp.ones(2), {}, ValueError, "the loss has shape (2,); expected a scalar"),
+        (lambda x: x, jnp.ones(2), {}, ValueError, "loss_fn returned float32[2]; expected a scalar, one float"),
+        (lambda x: x.sum().astype(int), jnp.ones(2), {}, ValueError, "loss_fn returned int32[]; expected a scalar"),
+        (lambda x: (x.sum(), x), jnp.ones(2), {}, ValueError, "loss_fn returned (float32[], float32[2]); expected a"),
+        (lambda x: None, jnp.ones(2), {}, ValueError, "loss_fn returned None; expected a scalar, one float"),
+        (jnp.ones(2), jnp.ones(2), {}, TypeError, "loss_fn is float32[2]; expected a function of the parameters"),
         (jnp.sum, jnp.arange(2), {}, TypeError, "parameter () has dtype int32; expected a float"),
         (
             lambda p: p["a"],

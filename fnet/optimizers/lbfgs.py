@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from fnet.optimizers.common import check_floats
 from fnet.schedules import check_numbers
-from fnet.types import PyTree, require_counts
+from fnet.types import PyTree, described, require_counts
 
 
 class Minimum(NamedTuple):
@@ -93,7 +93,8 @@ def minimize_lbfgs(
     A function without a lower bound gives the lowest point that was seen, and ``converged`` False.
 
     Raises ValueError for iterations, memory or tries below 1, a tolerance that is negative, parameters of several
-    dtypes or of no numbers, and a loss that is not a scalar; TypeError for a parameter that is not a float.
+    dtypes or of no numbers, and a loss that is not one float; TypeError for a parameter that is not a float, and a loss
+    that is no function.
 
     >>> result = minimize_lbfgs(lambda p: ((p["x"] - 3.0) ** 2).sum(), {"x": jnp.zeros(2)})
     >>> print(result.params["x"], bool(result.converged))
@@ -101,6 +102,8 @@ def minimize_lbfgs(
     """
     require_counts("minimize_lbfgs", iterations=iterations, memory=memory, line_search_tries=line_search_tries)
     check_numbers("minimize_lbfgs", tolerance=tolerance)
+    if not callable(loss_fn):
+        raise TypeError(f"minimize_lbfgs: loss_fn is {described(loss_fn)}; expected a function of the parameters")
     check_floats("minimize_lbfgs", params)
     if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError("minimize_lbfgs: the parameters hold no numbers; expected at least one")
@@ -108,10 +111,11 @@ def minimize_lbfgs(
     if len(dtypes) != 1:
         raise ValueError(f"minimize_lbfgs: parameters of dtypes {dtypes}; expected one dtype")
     start, unravel = ravel_pytree(params)
-    shape = jax.eval_shape(loss_fn, params).shape
-    if shape != ():
-        raise ValueError(f"minimize_lbfgs: the loss has shape {shape}; expected a scalar")
-    evaluate = jax.value_and_grad(lambda x: loss_fn(unravel(x)).astype(start.dtype))
+    loss = jax.eval_shape(loss_fn, params)
+    real = isinstance(loss, jax.ShapeDtypeStruct) and jnp.issubdtype(loss.dtype, jnp.floating)
+    if not real or loss.shape != ():
+        raise ValueError(f"minimize_lbfgs: loss_fn returned {described(loss)}; expected a scalar, one float")
+    evaluate = jax.value_and_grad(lambda x: jnp.asarray(loss_fn(unravel(x)), start.dtype))
 
     def unit(vector) -> tuple[jax.Array, jax.Array]:
         """A vector divided by its largest entry, and that entry; zeros stay as they are."""
