@@ -242,11 +242,15 @@ def on_device(reads: list[Read], size: int) -> Batch:
     except DataError:
         for read in reads:  # which of them it is, and where in it
             try:
-                check_data(read.batch, name="batch", part=True)
+                check_data(read.batch, name=name_of(read), part=True, rows=read.rows)
             except DataError as error:
-                where = "of the stream" if read.rows is None else f"of the rows {read.rows}"
-                raise DataError(f"a batch {where}: {error}") from None
+                raise DataError(str(error)) from None
         raise
+
+
+def name_of(read: Read) -> str:
+    """What messages call a batch; the rows of mapped data are those of the whole."""
+    return "data" if read.rows is not None else "a batch of the stream"
 
 
 def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:
@@ -284,9 +288,8 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
             now = {i: (min(known[i][0], low), max(known[i][1], high)) for i, (low, high) in ends.items()}
             if now != extremes or kind_of(read.batch) not in kinds:
                 kinds.add(kind_of(read.batch))
-                rows = "" if read.rows is None else f" (rows {read.rows[:8]} …)"
-                batch = check_data(read.batch, part=True)
-                dry_run(f"a batch{rows}", plan.step, like, batch, count_examples(batch))
+                batch = check_data(read.batch, name=name_of(read), part=True, rows=read.rows)
+                dry_run(name_of(read), plan.step, like, batch, count_examples(batch), read.rows)
                 extremes = now
             yield read
     finally:

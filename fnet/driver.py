@@ -332,12 +332,12 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
 
     def batches():
         for read in chunk.outputs.reads:
-            yield None, check_data(read.batch, part=True)
+            yield None, check_data(read.batch, name="a batch of the stream", part=True)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
             rows = order[begin : begin + plan.batch_size].tolist()
-            yield rows, check_data(take_rows(plan.data, rows), part=True)
+            yield rows, check_data(take_rows(plan.data, rows), part=True, rows=rows)
 
     if leaf := bad_leaf(before):
         message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.checkpoint import words_of
-from fnet.data.arrays import EXTREMES, DataError, check_batch_size, check_data, count_examples, trace_batch
+from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
 from fnet.data.streams import Stream, first_batch, is_read_ahead
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
@@ -88,7 +89,8 @@ def check_run(
         per_epoch = data.steps_per_epoch
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
     elif is_read_ahead(data):
-        data, n = Batch(*data), count_examples(Batch(*data))
+        data = as_batch(data)
+        n = count_examples(data)
         check_batch_size(batch_size, n)
         known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data), part=True)
         per_epoch = steps_per_epoch(data, batch_size)
@@ -248,16 +250,22 @@ def examples_between(plan: Plan, first: int, last: int) -> int:
     return seen(last) - seen(first)
 
 
-def dry_run(name: str, function: Callable, ts: TrainState, data: Batch, size: int):
-    """The shapes of ``function(ts, batch)``, by `trace_batch`; DataError where labels or ids are out of range."""
+def dry_run(
+    name: str, function: Callable, ts: TrainState, data: Batch, size: int, rows: Sequence[int] | None = None
+) -> Any:
+    """The shapes of ``function(ts, batch)``, by `trace_batch`; DataError where labels or ids are out of range.
+
+    ``rows`` says which ones of the whole data these are.
+    """
     try:
         return trace_batch(function, (ts,), data, size)
     except ValueError as error:
-        rows = [note.removeprefix(EXTREMES) for note in getattr(error, "__notes__", ()) if note.startswith(EXTREMES)]
-        if not rows:  # the function's own error, whatever the labels
+        found = [note.removeprefix(EXTREMES) for note in getattr(error, "__notes__", ()) if note.startswith(EXTREMES)]
+        if not found:  # the function's own error, whatever the labels
             error.add_note(f"in {name}")
             raise
-        where = f"{name}, examples {rows[-1]} (those with the least and the greatest label or id)"
+        at = [row if rows is None else rows[row] for row in json.loads(found[-1])]
+        where = f"{name}, examples {at} (those with the least and the greatest label or id)"
         if isinstance(error, LayerError):
             error.add_note(f"in {where}")
             raise

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fnet.schedules import check_numbers
@@ -96,10 +98,28 @@ def early_stopping(
 
 
 def best_weights(ts: TrainState) -> TrainState:
-    """``ts`` with the parameters and model state of its best evaluation; ValueError where none were kept."""
-    weights = getattr(ts.stopping, "weights", ())
+    """``ts`` with the parameters and model state of its best evaluation.
+
+    Raises ValueError where none were kept, and where no evaluation was made or none was finite: what is kept then is
+    what the run began with.
+    """
+    own = ts.stopping
+    weights = getattr(own, "weights", ())
     if not weights:
         raise ValueError("best_weights: the state holds none; expected that of a run with stop=early_stopping(...)")
+    if not isinstance(own.best, Tracer) and (none := np.isinf(own.best)).any():
+        members = f" of the members {np.flatnonzero(none).tolist()}" if own.best.ndim else ""
+        made = int(np.max(np.asarray(own.since)[none]))
+        what = f"the {made} evaluations{members} were finite" if made else f"evaluation{members} was made"
+        raise ValueError(
+            f"best_weights: {'none of' if made else 'no'} {what}, so that there is no best state; expected a finite "
+            "result of one evaluation at least: "
+            + (
+                "look where the run stops being finite"
+                if made
+                else "let the run reach its first evaluation, or evaluate more often (evaluate_every)"
+            )
+        )
     return ts._replace(params=weights[0], state=weights[1])
 
 

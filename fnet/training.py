@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from fnet.children import apply
-from fnet.data.arrays import DataError, check_host_data, count_examples, trace_batch
+from fnet.data.arrays import DataError, as_batch, check_host_data, count_examples, trace_batch
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
@@ -115,7 +115,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)
 
     def evaluate(params, state, data):
-        data = Batch(*data)
+        data = as_batch(data)
         n = count_examples(data)
         size = batch_size or n
         if n <= size:

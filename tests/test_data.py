@@ -32,7 +32,7 @@ def changed(array, index, value):
 BAD_DATA = {
     "not a Batch": (
         {"inputs": X},
-        "data is a dict; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+        "data is a dict of 'inputs'; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
     ),
     "a tuple of one": ((X,), "data is a tuple of length 1; expected Batch(inputs, targets)"),
     "no inputs": ((None, Y), "data.inputs = None holds no array; expected one of shape (examples, ...)"),

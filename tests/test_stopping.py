@@ -131,3 +131,28 @@ def test_a_state_goes_on_with_its_own_rule_alone(other):
         )
     end, _ = fnet.fit(step, half, data, epochs=2, stop=by_accuracy, **options)
     assert_same_bits(end, fnet.fit(step, ts, data, epochs=2, stop=by_accuracy, **options)[0])
+
+
+def test_where_no_evaluation_was_finite_there_are_no_best_weights():
+    step, ts, data, evaluate = problem()
+    stop = early_stopping("validation_loss", patience=5)
+
+    def never_finite(params, state, data):
+        return jax.tree.map(lambda a: a * jnp.nan, evaluate(params, state, data))
+
+    options = {"epochs": 2, "batch_size": 8, "validation": data, "stop": stop}
+    end, _ = fnet.fit(step, ts, data, evaluate=evaluate, evaluate_every=(3, "epochs"), **options)
+    with pytest.raises(
+        ValueError, match=r"no evaluation was made, so that there is no best state; .*\(evaluate_every\)"
+    ):
+        fnet.best_weights(end)
+    end, _ = fnet.fit(step, ts, data, evaluate=never_finite, **options)
+    with pytest.raises(ValueError, match="none of the 2 evaluations were finite, so that there is no best state"):
+        fnet.best_weights(end)
+    with pytest.raises(ValueError, match="no evaluation was made"):
+        fnet.best_weights(ts._replace(stopping=stop.init(ts)))
+    good, _ = fnet.fit(step, ts, data, evaluate=evaluate, **options)
+    members = jax.tree.map(lambda *leaves: jnp.stack(leaves), good.stopping, end.stopping)
+    with pytest.raises(ValueError, match=r"none of the 2 evaluations of the members \[1\] were finite"):
+        fnet.best_weights(good._replace(stopping=members))
+    assert_same_bits(fnet.best_weights(good).params, jax.jit(fnet.best_weights)(good).params)

@@ -1,6 +1,7 @@
 """Data sets in memory: checked once on the host, before anything is compiled.
 
-A data set is a `Batch` whose arrays all have the examples along their first axis.
+A data set is a `Batch` whose arrays all have the examples along their first axis. What people hold their numbers in
+(pandas, torch, another byte order) becomes arrays at one door, `as_arrays`, before any example is taken of it.
 
 Legend: N examples, S any shape of rows.
 """
@@ -8,7 +9,7 @@ Legend: N examples, S any shape of rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.files import first_line
 from fnet.types import Batch, PyTree, require_key
 
 
@@ -23,8 +25,77 @@ class DataError(ValueError):
     """The data do not fit the run; the message names the field, the value, what was expected and the remedy."""
 
 
+def as_arrays(data: PyTree, name: str = "data") -> PyTree:
+    """The data with each leaf as an array of NumPy or jax, in the order of its rows; no number is lost.
+
+    Arrays of jax, of NumPy and of mapped files stay as they are, but for another byte order than the machine's. Tables
+    and columns (pandas, polars: whatever has ``to_numpy``) and tensors (whatever NumPy reads, such as torch's on the
+    CPU) become arrays by position: an index counts for nothing.
+
+    Raises DataError for masked values, for sparse matrices, and for what NumPy cannot read.
+
+    >>> as_arrays({"a": np.array([1.5, 2.0], ">f4")})["a"].dtype
+    dtype('float32')
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_array(_written(name, path), leaf), data)
+
+
+def as_batch(data: Any, name: str = "data") -> Batch:
+    """The data as a `Batch` of `as_arrays`.
+
+    They are a `Batch`, a plain tuple or list of two or three, or a dict of ``inputs``, ``targets`` and ``weights``.
+    """
+    if type(data) in (tuple, list) and len(data) in (2, 3):  # another NamedTuple's fields may mean something else
+        return as_arrays(Batch(*data), name)
+    if isinstance(data, Batch):
+        return as_arrays(data, name)
+    if isinstance(data, Mapping) and {"inputs", "targets"} <= set(data) <= set(Batch._fields):
+        return as_arrays(Batch(**data), name)
+    found = f"a {type(data).__name__}"
+    if type(data) in (tuple, list):
+        found += f" of length {len(data)}"
+    if isinstance(data, Mapping):
+        found += f" of {', '.join(map(repr, data))}"
+    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights)")
+
+
+def _as_array(path: str, leaf: Any) -> Any:
+    if isinstance(
+        leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | np.generic | int | float
+    ):  # a number is named by its reader
+        return leaf
+    kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}"
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise DataError(
+            f"{path} has {int(np.ma.getmaskarray(leaf).sum())} masked values; expected none, since a mask would be "
+            "dropped: fill them, a.filled(0), or leave their examples out by a weight of 0"
+        )
+    if hasattr(leaf, "toarray") and not hasattr(leaf, "__array__"):
+        raise DataError(f"{path} is a {kind}, which is sparse; expected a dense array: .toarray() makes one")
+    try:
+        return native(np.asarray(leaf.to_numpy() if hasattr(leaf, "to_numpy") else leaf))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{path} is a {kind} that NumPy cannot read ({first_line(error)}); expected arrays: of a tensor of torch "
+            "take .detach().cpu().numpy(), after .float() if it has 16 bits"
+        ) from error
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """In the machine's byte order; NumPy's long doubles, which jax has not, as its doubles."""
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # what gets infinite is refused where infinities are
+            return array.astype(np.float64)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def check_data(
-    data: Batch | tuple, *, batch_size: SupportsIndex | None = None, name: str = "data", part: bool = False
+    data: Batch | tuple,
+    *,
+    batch_size: SupportsIndex | None = None,
+    name: str = "data",
+    part: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Batch:
     """The data as arrays on the device, or a `DataError` that says what is wrong with them.
 
@@ -37,6 +108,7 @@ def check_data(
         batch_size: if given, must be a whole number from 1 to N.
         name: what the messages call the data, e.g. ``"validation"``.
         part: these are some of the examples, so that all of their weights may be 0.
+        rows: which ones of the whole data they are, as messages then say.
 
     Raises:
         DataError: no examples; arrays of different N or without a first axis; a dtype that is not real numbers; a value
@@ -50,13 +122,15 @@ def check_data(
     Traceback (most recent call last):
     fnet.data.arrays.DataError: data.inputs[1, 0] = nan; expected finite numbers: drop or replace them (1 value in all)
     """
-    batch = _as_batch(data, name)
+    batch = as_batch(data, name)
     for path, leaf in _leaves(batch, name):
         if isinstance(leaf, Tracer):
             raise DataError(f"{path} is traced; expected values, which can be checked: call check_data outside of jit")
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
-            remedy = "encode text and categories as integers, complex numbers as two real ones"
+            remedy = "encode text and categories as integers, times as seconds, complex numbers as two real ones"
+            if dtype is np.dtype(object):
+                remedy = "numbers among objects by .astype(float), text and categories by integers (.cat.codes)"
             raise DataError(f"{path} has dtype {dtype}; expected booleans, integers or floats: {remedy}")
     examples = count_examples(batch, name)
     if batch_size is not None:
@@ -64,9 +138,9 @@ def check_data(
     paths, leaves = zip(*_leaves(batch, name), strict=True)
     structure = jax.tree.structure(batch)
     counts = _counting(batch, name)
-    arrays = [_to_device(path, leaf, count) for path, leaf, count in zip(paths, leaves, counts, strict=True)]
+    arrays = [_to_device(path, leaf, count, rows) for path, leaf, count in zip(paths, leaves, counts, strict=True)]
     batch = jax.tree.unflatten(structure, arrays)
-    return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name, part))
+    return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name, part, rows))
 
 
 def count_examples(data: Batch, name: str = "data") -> int:
@@ -89,7 +163,7 @@ def count_examples(data: Batch, name: str = "data") -> int:
 def check_host_data(data: Batch | tuple) -> Batch:
     """The data as they are if they are jax' already, else as `check_data` makes them."""
     on_host = any(not isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data))
-    return check_data(data) if on_host else _as_batch(data, "data")
+    return check_data(data) if on_host else as_batch(data, "data")
 
 
 def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -> Any:
@@ -156,6 +230,7 @@ def take(data: PyTree, rows: Any) -> PyTree:
     >>> take(Batch(np.array([10, 11, 12]), np.array([0, 1, 2])), [2, 0])
     Batch(inputs=array([12, 10]), targets=array([2, 0]), weights=None)
     """
+    data = as_arrays(data)
     if isinstance(rows, Tracer):
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data)
     rows = np.asarray(rows)
@@ -184,7 +259,7 @@ def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> 
     (8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     require_key("split", key)
-    batch = _as_batch(data, "data")
+    batch = as_batch(data, "data")
     examples = count_examples(batch)
     parts = _part_sizes(sizes, examples)
     order = jax.random.permutation(key, examples)
@@ -192,20 +267,13 @@ def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> 
     return tuple(take(batch, order[end - size : end]) for size, end in zip(parts, ends, strict=True))
 
 
-def _as_batch(data: Any, name: str) -> Batch:
-    if isinstance(data, Batch):
-        return data
-    if type(data) is tuple and len(data) in (2, 3):  # another NamedTuple's fields may mean something else
-        return Batch(*data)
-    found = f"a tuple of length {len(data)}" if type(data) is tuple else f"a {type(data).__name__}"
-    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights)")
-
-
 def _leaves(data: PyTree, name: str) -> list[tuple[str, Any]]:
     """Every leaf with the path a reader would write: ``data.targets/labels``."""
-    leaves = jax.tree_util.tree_leaves_with_path(data)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return [(f"{name}.{path}" if path else name, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+    return [(_written(name, path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)]
+
+
+def _written(name: str, path) -> str:
+    return f"{name}.{jax.tree_util.keystr(path, simple=True, separator='/')}" if path else name
 
 
 def _length(path: str, leaf: Any) -> int:
@@ -239,40 +307,42 @@ def _counting(batch: Batch, name: str) -> list[np.ndarray | None]:
     ]
 
 
-def _to_device(path: str, leaf: Any, counting: np.ndarray | None = None) -> jax.Array:
-    host = np.asarray(leaf)
+def _to_device(path: str, leaf: Any, counting: np.ndarray | None, rows: Sequence[int] | None) -> jax.Array:
+    host = native(np.asarray(leaf))
     floating = jnp.issubdtype(host.dtype, jnp.floating)
     if floating:
         bad = ~np.isfinite(host)
         if counting is not None:
             bad &= counting.reshape(counting.shape + (1,) * (host.ndim - counting.ndim))
-        _refuse(path, host, bad, "expected finite numbers: drop or replace them")
+        _refuse(path, host, bad, "expected finite numbers: drop or replace them", rows)
     dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     if dtype == host.dtype:
         return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # device_put may share NumPy's memory
     with np.errstate(over="ignore"):
         narrow = host.astype(dtype)
     lost = np.isinf(narrow) & np.isfinite(host) if floating else narrow != host
-    _refuse(path, host, lost, f"expected numbers that {dtype} holds: scale or renumber them, or enable jax_enable_x64")
+    expected = f"expected numbers that {dtype} holds: scale or renumber them, or enable jax_enable_x64"
+    _refuse(path, host, lost, expected, rows)
     return jnp.array(narrow)
 
 
-def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str) -> None:
+def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str, rows: Sequence[int] | None) -> None:
     """Raise about the first of the bad values, if there is one."""
     if bad.any():
         index = np.unravel_index(bad.argmax(), bad.shape)
         total = int(bad.sum())
-        where, many = ", ".join(map(str, index)), "value" if total == 1 else "values"
+        row = index[0] if rows is None else rows[index[0]]
+        where, many = ", ".join(map(str, (row, *index[1:]))), "value" if total == 1 else "values"
         raise DataError(f"{path}[{where}] = {host[index]}; {expected} ({total} {many} in all)")
 
 
-def _check_weights(weights: Any, name: str, part: bool) -> jax.Array:
+def _check_weights(weights: Any, name: str, part: bool, rows: Sequence[int] | None) -> jax.Array:
     if not isinstance(weights, jax.Array):
         raise DataError(
             f"{name}.weights is a {type(weights).__name__}; expected one array, shaped like the loss' values"
         )
     host = np.asarray(weights)
-    _refuse(f"{name}.weights", host, host < 0, "expected 0 or more: 0 leaves an example out")
+    _refuse(f"{name}.weights", host, host < 0, "expected 0 or more: 0 leaves an example out", rows)
     if not host.any() and not part:
         raise DataError(
             f"{name}.weights sum to 0; expected one above 0 at least: weights=None counts every example once"

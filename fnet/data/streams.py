@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnet.data.arrays import DataError
+from fnet.data.arrays import DataError, as_batch, native
 from fnet.files import first_line
 from fnet.types import Batch, is_whole
 
@@ -81,7 +81,7 @@ def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: in
 
 def take_rows(data: Any, rows: list[int]) -> Batch:
     """These examples, on the host; of memory-mapped data no others are read."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf[np.asarray(rows)]), data)  # jax takes no list
+    return jax.tree.map(lambda leaf: native(np.asarray(leaf[np.asarray(rows)])), data)  # jax takes no list
 
 
 def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
@@ -106,15 +106,9 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
             raise DataError(
                 f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
             ) from error
-        yield Read(_as_batch(element), None, held)
+        yield Read(as_batch(element, "a batch of the stream"), None, held)
         step += 1
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
-
-
-def _as_batch(element: Any) -> Batch:
-    if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
-        raise DataError(f"Stream: the source gives a {type(element).__name__}; expected (inputs, targets) or a Batch")
-    return Batch(*element)
 
 
 def first_batch(stream: Stream) -> Batch:
@@ -132,7 +126,7 @@ def first_batch(stream: Stream) -> Batch:
             "expected an iterable that begins anew, such as a list or a grain dataset"
         )
     for element in begun:
-        return _as_batch(element)
+        return as_batch(element, "a batch of the stream")
     raise DataError("Stream: the source is empty; expected at least 1 batch")
 
 

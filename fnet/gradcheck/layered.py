@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.children import Call, backward_of, forward_of, init_of, watch
+from fnet.data.arrays import as_batch
 from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise
@@ -22,7 +23,6 @@ from fnet.gradients import check_engine, loss_gradient, measure
 from fnet.interpret import is_float
 from fnet.jax_insides import quick_jit
 from fnet.types import (
-    Batch,
     Layer,
     Loss,
     PyTree,
@@ -80,8 +80,9 @@ def check_model(
     """
     check_engine("check_model", model, loss, None, by_hand=True)
     require_key("check_model", key)
-    x, params, state, run_key = ready(model, Batch(*batch).inputs, key, params, state)
-    batch = Batch(x, *Batch(*batch)[1:])
+    batch = as_batch(batch, "batch")
+    x, params, state, run_key = ready(model, batch.inputs, key, params, state)
+    batch = batch._replace(inputs=x)
 
     def objective(params, state, batch, run_key):
         outputs, _, _ = forward_of(model, params, state, batch.inputs, key=run_key, train=True)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.checkpoint import saved_steps
+from fnet.data.arrays import as_batch
 from fnet.files import whole_file
 from fnet.report.audit import shorten
 from fnet.report.html import _number
 from fnet.report.plots import Series, natural
 from fnet.runs import RunError
-from fnet.types import Batch
 
 if TYPE_CHECKING:
     from fnet.gradcheck.report import Report
@@ -74,7 +74,7 @@ def save_evaluation(
     to the greatest number in all inputs. An evaluation that is there already is replaced. Raises RunError where the
     folder is not a run's, ValueError where the arguments do not fit.
     """
-    folder, batch = _run_folder(folder), Batch(*batch)
+    folder, batch = _run_folder(folder), as_batch(batch, "batch")
     logits, targets = np.asarray(outputs, np.float64), np.asarray(batch.targets)
     if logits.ndim != 2 or not logits.size:
         raise ValueError(f"save_evaluation: outputs have shape {logits.shape}; expected logits (N, K)")

@@ -1,0 +1,177 @@
+"""What people hold their numbers in becomes arrays at one door, by position and without loss."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+import fnet
+from fnet.data import DataError, check_data, split, take
+from fnet.data.arrays import as_arrays
+from tests.test_training import assert_same_bits, problem
+
+X, Y = np.arange(24.0, dtype=np.float32).reshape(8, 3), np.arange(8) % 3
+ORDER = np.array([5, 2, 7, 0, 3, 6, 1, 4])  # of an index that has been shuffled
+
+
+class Tensor:
+    """Of another library, which NumPy reads by the array interface, as it does torch's on the CPU."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+    def __getitem__(self, rows):
+        raise AssertionError("taken of before it was an array")
+
+
+class OnAnotherDevice(Tensor):
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+
+HELD = {  # each holds X and Y, in a form of its own
+    "frame and column": lambda: (pd.DataFrame(X, index=ORDER), pd.Series(Y, index=ORDER)),
+    "array and column": lambda: (X, pd.Series(Y, index=ORDER)),
+    "columns by name": lambda: ({"a": pd.Series(X[:, 0], index=ORDER), "b": X[:, 1]}, pd.Series(Y)),
+    "a filtered frame": lambda: filtered(),
+    "column of categories of numbers": lambda: (X, pd.Series(Y, index=ORDER, dtype="category")),
+    "nullable": lambda: (X, pd.Series(Y, index=ORDER, dtype="Int64")),
+    "the other byte order": lambda: (X.astype(">f4"), Y.astype(">i8")),
+    "long doubles": lambda: (X.astype(np.longdouble), Y),
+    "float16": lambda: (X.astype(np.float16), Y.astype(np.int8)),
+    "tensors": lambda: (Tensor(X), Tensor(Y)),
+    "nothing masked": lambda: (np.ma.MaskedArray(X, np.zeros(X.shape, bool)), np.ma.MaskedArray(Y)),
+    "jax": lambda: (jnp.asarray(X), jnp.asarray(Y)),
+    "backwards in memory": lambda: (X[::-1][::-1], Y[::-1][::-1]),
+    "not to be written to": lambda: tuple(unwritable(a) for a in (X.copy(), Y.copy())),
+    "a list": lambda: [X, Y],
+    "a dict": lambda: {"targets": Y, "inputs": X},
+}
+
+
+def filtered():
+    twice = pd.DataFrame(np.repeat(X, 2, 0)).assign(label=np.repeat(Y, 2))[lambda frame: frame.index % 2 == 0]
+    return twice[[0, 1, 2]], twice["label"]
+
+
+def unwritable(array):
+    array.flags.writeable = False
+    return array
+
+
+def agree(batch):
+    """Whether each row of the inputs stands beside the label that it had."""
+    inputs = batch.inputs["a"] if isinstance(batch.inputs, dict) else batch.inputs[:, 0]
+    return (np.asarray(batch.targets) == np.asarray(inputs) // 3 % 3).all()
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_rows_are_taken_by_position_whatever_holds_them(form, key):
+    parts = split(HELD[form](), 0.75, key)
+    assert [len(part.targets) for part in parts] == [6, 2]
+    assert all(agree(part) for part in parts)
+    firsts = np.concatenate([jax.tree.leaves(part.inputs)[0].reshape(len(part.targets), -1)[:, 0] for part in parts])
+    assert sorted(firsts.tolist()) == X[:, 0].tolist()
+    whole = check_data(HELD[form]())
+    assert agree(whole) and whole.targets.tolist() == Y.tolist()
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(whole))
+    batch = take(fnet.Batch(*whole), [6, 1, 1])
+    assert agree(batch) and batch.targets.tolist() == Y[[6, 1, 1]].tolist()
+    held = HELD[form]()
+    some = take(held, [6, 1, 1])
+    assert agree(fnet.Batch(**some) if isinstance(some, dict) else fnet.Batch(*some))
+
+
+@pytest.mark.parametrize("form", ["frame and column", "the other byte order", "tensors"])
+def test_a_run_an_evaluation_and_an_audit_take_what_split_takes(form, key):
+    model = fnet.layers.serial(fnet.layers.dense(3))
+    held = HELD[form]()
+    params, state = fnet.init(model, key, X)
+    optimizer = fnet.optimizers.sgd(0.01)
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
+    ts = fnet.init_train_state(params, optimizer, key, state)
+    evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy, batch_size=3)
+    options = {"batch_size": 3, "epochs": 2, "evaluate": evaluate}
+    end, history = fnet.fit(step, ts, held, validation=held, **options)
+    expected, straight = fnet.fit(step, ts, (X, Y), validation=(X, Y), **options)
+    assert_same_bits(end.params, expected.params)
+    assert_same_bits(history.evaluations, straight.evaluations)
+    assert_same_bits(evaluate(params, state, held), evaluate(params, state, fnet.Batch(X, Y)))
+    assert fnet.check_model(model, fnet.softmax_cross_entropy, held, key=key, params=params, state=state).ok
+
+
+REFUSED = {
+    "masked": (
+        lambda: (np.ma.MaskedArray(X, X == -999).copy(), np.ma.masked_equal(Y, 2)),
+        "data.targets has 2 masked values; expected none, since a mask would be dropped: fill them",
+    ),
+    "masked inputs": (lambda: (np.ma.masked_less(X, 2), Y), "data.inputs has 2 masked values; expected none"),
+    "sparse": (
+        lambda: (scipy.sparse.csr_matrix(X), Y),
+        "data.inputs is a scipy.csr_matrix, which is sparse; expected a dense array: .toarray() makes one",
+    ),
+    "a sparse array": (lambda: (scipy.sparse.coo_array(X), Y), "data.inputs is a scipy.coo_array, which is sparse"),
+    "on another device": (
+        lambda: (OnAnotherDevice(X), Y),
+        "data.inputs is a tests.OnAnotherDevice that NumPy cannot read (TypeError: can't convert cuda:0 device type",
+    ),
+    "categories": (
+        lambda: (X, pd.Categorical(list("abcabcab"))),
+        "data.targets has dtype object; expected booleans, integers or floats: numbers among objects by "
+        ".astype(float), text and categories by integers (.cat.codes)",
+    ),
+    "a column of categories": (lambda: (X, pd.Series(list("abcabcab"), dtype="category")), "data.targets has dtype"),
+    "missing of a nullable": (
+        lambda: (X, pd.Series([1, 2, None, 1, 0, 0, 1, 2], dtype="Int64")),
+        "data.targets",
+    ),
+    "missing in a frame": (
+        lambda: (pd.DataFrame({"a": [1.0, None] * 4, "b": 1.0}, index=ORDER), Y),
+        "data.inputs[1, 0] = nan; expected finite numbers",
+    ),
+    "dates": (
+        lambda: (pd.Series(pd.date_range("2026-01-01", periods=8)), Y),
+        "data.inputs has dtype datetime64[us]; expected booleans, integers or floats: encode text and categories as "
+        "integers, times as seconds",
+    ),
+    "a long double that is too long": (lambda: (np.full((8, 1), np.longdouble("1e4000")), Y), "data.inputs[0, 0] = "),
+    "records": (lambda: (np.zeros(8, [("a", float), ("b", int)]), Y), "data.inputs has dtype [('a', '<f8'),"),
+    "a frame of several kinds": (lambda: (pd.DataFrame({"a": 1.5, "b": ["x"] * 8}), Y), "data.inputs has dtype object"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_would_lose_numbers_is_refused_with_the_remedy(form, key):
+    held, message = REFUSED[form]
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_data(held())
+    step, ts, *_ = problem()
+    with pytest.raises(DataError, match=re.escape(message)):
+        fnet.fit(step, ts, held(), epochs=1, batch_size=2)
+
+
+def test_arrays_stay_as_they_are(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    low = X.astype(ml_dtypes.bfloat16)
+    held = {"numpy": X, "jax": jnp.asarray(X), "mapped": mapped, "low": low, "none": None}
+    assert all(as_arrays(held)[name] is held[name] for name in held)
+
+
+def test_mapped_files_of_the_other_byte_order_give_the_run_of_their_numbers(tmp_path):
+    step, ts, data, _ = problem()
+    x, y = np.asarray(data.inputs), np.asarray(data.targets)
+    np.save(tmp_path / "x.npy", x.astype(x.dtype.newbyteorder(">")))
+    np.save(tmp_path / "y.npy", y.astype(y.dtype.newbyteorder(">")))
+    end, _ = fnet.fit(step, ts, fnet.data.open_arrays(tmp_path / "x.npy", tmp_path / "y.npy"), epochs=2, batch_size=3)
+    assert_same_bits(end, fnet.fit(step, ts, data, epochs=2, batch_size=3)[0])
