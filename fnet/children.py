@@ -7,6 +7,7 @@ it stands, and `watch` sees each layer of a model. Nothing of it is left in a co
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from fnet.types import (
     require_layer,
     split_floating,
     stream,
+    takes,
 )
 
 
@@ -108,7 +110,7 @@ def backward_child(name: str, layer: Layer, params, residuals, dy) -> tuple[PyTr
 
 def init_of(layer: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
     """``layer.init``; raises `LayerError` unless it returns ``params, state``."""
-    made = layer.init(key, x)
+    made = _call("init", layer.init, "(key, x)", key, x)
     if not isinstance(made, tuple) or len(made) != 2:
         raise LayerError(f"init returned {described(made)}; expected (params, state), with () for what there is not")
     return made
@@ -116,7 +118,8 @@ def init_of(layer: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
 
 def forward_of(layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, PyTree, PyTree]:
     """``layer.forward``; raises `LayerError` unless it returns ``y, state, residuals``."""
-    made = layer.forward(params, state, x, key=key, train=train)
+    expected = "(params, state, x, *, key=None, train=False)"
+    made = _call("forward", layer.forward, expected, params, state, x, key=key, train=train)
     if not isinstance(made, tuple) or len(made) != 3:
         raise LayerError(
             f"forward returned {described(made)}; expected (y, state, residuals), with () for residuals that there "
@@ -129,8 +132,8 @@ def forward_of(layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, P
 
 
 def backward_of(layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
-    """``layer.backward``; raises `LayerError` unless it returns ``dparams, dx``, in `shapes_known` of right shapes."""
-    made = layer.backward(params, residuals, dy)
+    """``layer.backward``; raises `LayerError` unless it returns ``dparams, dx``, in `shapes_known` of right kinds."""
+    made = _call("backward", layer.backward, "(params, residuals, dy)", params, residuals, dy)
     if not isinstance(made, tuple) or len(made) != 2:
         raise LayerError(
             f"backward returned {described(made)}; expected (dparams, dx), the gradients of the parameters and of the "
@@ -144,13 +147,24 @@ def backward_of(layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
     return made
 
 
+def _call(what: str, function: Callable, expected: str, *args, **kwargs):
+    """The call; raises `LayerError` where the function does not take these arguments."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError:
+        if takes(function, *args, **kwargs):
+            raise
+    raise LayerError(f"{what} takes {inspect.signature(function)}; expected {expected}")
+
+
 def _require_alike(what: str, given: PyTree, name: str, wanted: PyTree) -> None:
-    """Raise `LayerError` unless a gradient has the tree and the shapes of what it is of; at None anything may stand."""
+    """Raise `LayerError` unless a gradient has the tree, shapes and dtypes of what it is of; None takes anything."""
     none = lambda leaf: leaf is None  # noqa: E731
     leaves, tree = jax.tree.flatten(wanted, is_leaf=none)
     found, structure = jax.tree.flatten(given, is_leaf=none)
     fits = tree == structure and all(
-        w is None or (hasattr(g, "shape") and g.shape == w.shape) for w, g in zip(leaves, found, strict=True)
+        w is None or (hasattr(g, "shape") and (g.shape, g.dtype) == (w.shape, w.dtype))
+        for w, g in zip(leaves, found, strict=True)
     )
     if not fits:
         raise LayerError(f"backward returned {what} {described(given)}; expected {described(wanted)}, like {name}")
@@ -161,7 +175,7 @@ _shapes: ContextVar[dict[tuple[str, ...], PyTree] | None] = ContextVar("shapes",
 
 @contextmanager
 def shapes_known():
-    """Within, gradients must have the trees and shapes of what they are of: each forward's inputs are remembered.
+    """Within, gradients must have the trees, shapes and dtypes of what they are of: each forward's inputs are kept.
 
     One of a wrong shape may else be broadcast, and train on. (The audit reports them instead.)
     """

@@ -14,13 +14,15 @@ Legend: B batch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from fnet.children import backward_of, forward_of, shapes_known
-from fnet.data.arrays import trace_batch, with_zeros
+from fnet.data.arrays import DataError, as_batch, trace_batch, with_zeros
+from fnet.interpret import is_float
 from fnet.types import (
     Batch,
     Layer,
@@ -31,8 +33,10 @@ from fnet.types import (
     described,
     join,
     require_counts,
+    require_key,
     require_layer,
     split_floating,
+    takes,
     weighted_mean,
     wide,
 )
@@ -49,7 +53,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
     check_engine("autodiff", model, loss, metrics)
 
     def gradient(params, state, batch, key, *, scale=None):
-        batch = Batch(*batch)
+        batch = checked("autodiff", batch, key)
         floating, others = split_floating(batch.inputs)
 
         def objective(params, floating):
@@ -73,7 +77,7 @@ def backprop(
     check_engine("backprop", model, loss, metrics, by_hand=True)
 
     def gradient(params, state, batch, key, *, scale=None):
-        batch = Batch(*batch)
+        batch = checked("backprop", batch, key)
         with shapes_known():
             outputs, new_state, residuals = forward_of(model, params, state, batch.inputs, key=key, train=True)
             with jax.named_scope("loss"):
@@ -105,12 +109,17 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
 
     def objective(params, state, batch, key, scale):
         if has_state:
-            value, new_state, metrics = loss_fn(params, state, batch, key)
+            made = loss_fn(params, state, batch, key)
+            if not isinstance(made, tuple) or len(made) != 3:
+                raise ValueError(f"from_loss: loss_fn returned {described(made)}; expected (scalar, state, metrics)")
+            value, new_state, metrics = made
         else:
             value, new_state, metrics = loss_fn(params, batch, key), state, {}
-        if jnp.shape(value) != ():
+        value = jnp.asarray(value) if isinstance(value, float) else value
+        if not is_float(value) or jnp.shape(value) != ():
+            more = "" if has_state else "; with has_state=True, (scalar, state, metrics)"
             raise ValueError(
-                f"from_loss: the loss has shape {jnp.shape(value)}; expected a scalar, the mean over the batch"
+                f"from_loss: the loss is {described(value)}; expected a scalar, one float, the batch's mean{more}"
             )
         return scaled(value, scale), (value, new_state, metrics)
 
@@ -176,6 +185,16 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
     return accumulated
 
 
+def checked(who: str, batch, key) -> Batch:
+    """The batch as a `Batch` of arrays; DataError where it is none, TypeError for what is no key."""
+    if key is not None:  # a model without noise needs none
+        require_key(who, key)
+    batch = as_batch(batch, f"{who}: batch")
+    if batch.weights is not None and not hasattr(batch.weights, "ndim"):
+        raise DataError(f"{who}: batch.weights = {batch.weights!r:.80}; expected an array, one weight for each example")
+    return batch
+
+
 def check_engine(who: str, model, loss, metrics, by_hand: bool = False) -> None:
     """Require a layer, a loss (with a gradient ``by_hand``) and metrics by name; TypeError for what is none."""
     require_layer(f"{who}: model", model)
@@ -217,6 +236,11 @@ def check_metrics(who: str, metrics) -> None:
                 f"{who}: metrics[{name!r}] = {metric!r:.80}; expected a name and a function of (outputs, targets), "
                 "such as fnet.metrics.accuracy"
             )
+        if not takes(metric, None, None):
+            raise TypeError(
+                f"{who}: metrics[{name!r}] is {called(metric)}, which takes {inspect.signature(metric)}; expected a "
+                "function of (outputs, targets); one that makes such a function is called first, as top_k(5)"
+            )
     refuse_names(metrics, ["loss"])
 
 
@@ -231,7 +255,13 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
     values = loss(outputs, targets)
     measured = {"loss": weighted_mean(values, batch.weights, values.ndim)}
     for name, metric in (metrics or {}).items():
-        measured[name] = weighted_mean(metric(outputs, targets), batch.weights, values.ndim)
+        each = metric(outputs, targets)
+        if jnp.shape(each)[: values.ndim] != values.shape:
+            raise ValueError(
+                f"the metric {name!r} returned {described(each)}; expected a value for each of {list(values.shape)}, "
+                "as the loss has: what is measured of a whole batch is no mean over examples"
+            )
+        measured[name] = weighted_mean(jnp.asarray(each), batch.weights, values.ndim)
     return measured
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.types import require, wide
+from fnet.types import called, described, require, wide
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
 
@@ -169,6 +169,19 @@ def orthogonal(gain=1.0) -> Initializer:
         return (q if rows >= columns else q.T).reshape(shape).astype(dtype)
 
     return init
+
+
+def require_initializers(who: str, *optional: str, **given) -> None:
+    """Raise TypeError unless each is an initializer, or None where it is ``optional`` and leaves its parameter out."""
+    for name, value in given.items():
+        none = ", or None to leave the parameter out" if name in optional else ""
+        if not callable(value) and not (none and value is None):
+            raise TypeError(
+                f"{who}: {name} = {described(value)}; expected an initializer, such as fnet.initializers.zeros(){none}"
+            )
+        if "Initializer" in str(getattr(value, "__annotations__", {}).get("return")):
+            made = f"call it, {value.__name__}()"
+            raise TypeError(f"{who}: {name} is {called(value)}; expected the initializer that it makes{none}: {made}")
 
 
 # --- shared --------------------------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def accuracy(logits, targets) -> jax.Array:
 
 def top_k(k: int) -> Callable[..., jax.Array]:
     """1 where the label is among the k largest logits, else 0; ``top_k(1)`` is `accuracy`. Raises for a k above K."""
-    if k < 1:
-        raise ValueError(f"top_k: k = {k}; expected at least 1")
+    require_counts("top_k", k=k)
 
     def metric(logits, targets):
         logits, labels, known = _read("top_k", logits, targets)
@@ -66,6 +65,7 @@ def confusion(classes: int) -> Callable[..., jax.Array]:
     An example without a prediction (NaN among its logits) or without a class (a traced label out of range) is a matrix
     of zeros, so that the trace divided by the count is the accuracy.
     """
+    require_counts("confusion", classes=classes)
 
     def metric(logits, targets):
         logits, labels, known = _read("confusion", logits, targets)
@@ -153,7 +153,8 @@ def gradient_histograms(bins: int = 1) -> Callable[[PyTree], dict[str, jax.Array
 
 
 def _floating_leaves(tree):
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def _read(name, logits, targets):

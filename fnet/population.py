@@ -31,7 +31,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from fnet.schedules import check_numbers
-from fnet.types import PyTree, named_leaves, require_counts, stream
+from fnet.types import PyTree, described, named_leaves, require_counts, stream
 
 Run = Callable[..., PyTree]
 Numbers = ArrayLike | Sequence[float]
@@ -157,6 +157,11 @@ def train_population(
     >>> population.results.tolist(), population.chunk
     ([0.0, 57.0, 100.0], 3)
     """
+    if not callable(run) or not isinstance(hyper, Mapping):
+        raise TypeError(
+            f"train_population: run is {described(run)} and hyper is {described(hyper)}; expected a function of "
+            "(hyper, key, *data), then a dict of numbers by name, such as {'learning_rate': [0.1, 0.3]}"
+        )
     hyper, keys = check_members("train_population", hyper, keys)
     devices = list(jax.local_devices() if devices is None else devices)
     require_counts("train_population", chunk=chunk)

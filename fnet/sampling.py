@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.children import apply
-from fnet.types import Layer, PyTree, require, require_counts, wide
+from fnet.types import Layer, PyTree, require, require_counts, require_key, require_layer, wide
 
 
 def generate(
@@ -48,8 +48,14 @@ def generate(
     require_counts("generate", count=count, context=context, top_k=top_k)
     require(temperature > 0, f"generate: temperature = {temperature}; expected above 0; for the likeliest id, top_k=1")
     length = prompt.shape[1]
+    require_layer("generate: model", model)
+    require_key("generate", key)
     ids = jax.ShapeDtypeStruct((len(prompt), context or length), prompt.dtype)  # as the model is given them
-    shape = jax.eval_shape(lambda ids: apply(model, params, state, ids if context else (ids, None)), ids)
+    try:
+        shape = jax.eval_shape(lambda ids: apply(model, params, state, ids if context else (ids, None)), ids)
+    except Exception:
+        refuse_other_kind(model, params, state, ids, context)
+        raise
     vocabulary = (shape if context else shape[0]).shape[-1]
     if top_k is not None and top_k > vocabulary:
         raise ValueError(f"generate: top_k = {top_k}; expected 1 to {vocabulary}, the vocabulary")
@@ -100,3 +106,16 @@ def generate(
         return jax.lax.scan(one, ids, jnp.arange(length, length + count))[0][:, : length + count]
 
     return from_carry() if context is None else from_context(context)
+
+
+def refuse_other_kind(model: Layer, params: PyTree, state: PyTree, ids, context: int | None) -> None:
+    """Raise ValueError where a model that does not run as one kind does as the other."""
+    try:
+        jax.eval_shape(lambda ids: apply(model, params, state, (ids, None) if context else ids), ids)
+    except Exception:  # the first error says more
+        return
+    if context:
+        raise ValueError(f"generate: context = {context}, but the model maps (ids, carry); expected context=None")
+    raise ValueError(
+        "generate: the model maps ids to logits and keeps no carry; expected context=..., how many ids it is given"
+    )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from fnet.children import apply
-from fnet.data.arrays import DataError, as_batch, check_host_data, count_examples, trace_batch
+from fnet.data.arrays import as_batch, check_batch_size, check_host_data, count_examples, trace_batch
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
@@ -30,6 +30,7 @@ from fnet.types import (
     PyTree,
     TrainState,
     described,
+    require_counts,
     require_key,
     require_optimizer,
     stream,
@@ -69,6 +70,7 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
     refuse_names(monitors or {}, ["loss", "learning_rate"])
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
+        require_train_state("step", ts)
         key = jax.random.fold_in(stream(ts.key, "noise"), ts.step)
         loss_scale = getattr(ts.opt_state, "loss_scale", None)  # that of fnet.optimizers.dynamic_loss_scale
         scale = {} if loss_scale is None else {"scale": loss_scale}
@@ -82,6 +84,12 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
         return ts._replace(step=ts.step + 1, params=params, state=state, opt_state=opt_state), metrics
 
     return step
+
+
+def require_train_state(who: str, ts) -> None:
+    """Raise TypeError unless this is a `TrainState`."""
+    if not isinstance(ts, TrainState):
+        raise TypeError(f"{who}: ts is {described(ts)}; expected a TrainState, as fnet.init_train_state makes one")
 
 
 def augmented(step: Step, augment: Callable[[jax.Array, Batch], Batch]) -> Step:
@@ -110,6 +118,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
     With ``batch_size`` the data pass in slices of it (and a smaller last one), so that memory does not grow with them.
     """
     check_engine("make_evaluate", model, loss, metrics)
+    require_counts("make_evaluate", batch_size=batch_size)
 
     def on_batch(params, state, batch):
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)
@@ -214,10 +223,13 @@ def train(
     Give ``data`` and ``validation`` as arguments of the function that you compile: what it closes over becomes a
     constant of the program. Nothing is checked here but the batch size, and data that are NumPy's; `fit` checks more.
     """
+    if not callable(step) or isinstance(step, Layer):
+        raise TypeError(f"train: step is {described(step)}; expected a step, as fnet.make_step makes one")
+    require_train_state("train", ts)
+    require_counts("train", epochs=epochs)
     data = check_host_data(data)
     n = count_examples(data)
-    if not 1 <= batch_size <= n:
-        raise DataError(f"batch_size = {batch_size}; expected 1 to {n}, the number of examples")
+    check_batch_size(batch_size, n)
     full, per_epoch = n - n % batch_size, steps_per_epoch(data, batch_size)
 
     def one(ts, rows):

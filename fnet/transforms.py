@@ -184,7 +184,7 @@ def gradient_noise(key: jax.Array, scale: ArrayLike = 0.1, power: ArrayLike = 0.
         return NoiseState(as_arrays(NoiseHyper(scale, power)), jnp.copy(key), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params):
-        hyper, leaves = state.hyper, jax.tree.leaves(grads)
+        hyper, leaves = state.hyper, list(map(jnp.asarray, jax.tree.leaves(grads)))
         sigma = hyper.scale * (1 + state.count.astype(hyper.scale.dtype)) ** (-hyper.power / 2)
         keys = jax.random.split(jax.random.fold_in(state.key, state.count), max(len(leaves), 1))
         noisy = [
@@ -205,6 +205,7 @@ def _stateless(name: str, hyper, function: Callable, check: Callable[[PyTree], A
         return TransformState(as_arrays(hyper))
 
     def update(grads, state, params):
+        grads, params = jax.tree.map(jnp.asarray, (grads, params))  # numbers of Python, arrays of NumPy
         return function(grads, params, state.hyper), state
 
     return Transform(name, init, update)
@@ -221,14 +222,20 @@ def _unit_norm(a: jax.Array) -> jax.Array:
     return jnp.abs(a) if a.ndim < 2 else global_norm(a, range(a.ndim - 1))
 
 
-def _within(limit: jax.Array, norm: jax.Array) -> jax.Array:
-    """``min(1, limit / norm)``, 1 for a norm of 0."""
+def _within(limit: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``min(1, limit / norm)``, 1 for a norm of 0, as a power of two and another factor.
+
+    By itself it may be too small a number for its dtype, which XLA makes 0; the power of two is 1 elsewhere.
+    """
     limit = limit.astype(norm.dtype)
-    return jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
+    norm = jnp.where(norm > limit, norm, limit)
+    least = float(jnp.finfo(norm.dtype).tiny) ** 0.5
+    first = jnp.where(limit / norm < least, least, 1).astype(norm.dtype)
+    return first, limit / (norm * first)
 
 
-def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
-    return _computed(jnp.multiply, g, factor)
+def _scaled(g: jax.Array, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return _computed(lambda g, first, second: g * first * second, g, *factors)
 
 
 def _computed(function: Callable, g: jax.Array, *others: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ Legend: B batch (examples), N examples of a data set.
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable
@@ -61,6 +62,15 @@ class Copies(dict):
     def __init__(self, params, *count: int):
         super().__init__(params)
         self.counts = (*count, *(params.counts if isinstance(params, Copies) else ()))
+
+    def copy(self):
+        return Copies(dict(self), *self.counts)
+
+    def __or__(self, other):
+        return Copies({**self, **other}, *self.counts)
+
+    def __ror__(self, other):
+        return Copies({**other, **self}, *self.counts)
 
     def apart(self) -> dict:
         """The same arrays as a tree of one copy's kind, which knows no more of the first axis."""
@@ -208,8 +218,15 @@ class TrainState(NamedTuple):
 def stateless(name: str, init, forward, backward, *, several: bool = False) -> Layer:
     """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``; no state.
 
-    ``x`` is one array, or with ``several`` whatever the functions take.
+    ``x`` is one array, or with ``several`` whatever the functions take. Raises TypeError for a function that does not
+    take these arguments.
     """
+    wanted = {"init": (init, "(key, x)"), "forward": (forward, "(params, x)")}
+    for what, (function, expected) in {**wanted, "backward": (backward, "(params, residuals, dy)")}.items():
+        if not callable(function):
+            raise TypeError(f"stateless: {name}'s {what} is {described(function)}; expected a function of {expected}")
+        if not takes(function, *expected.split(",")):
+            raise TypeError(f"stateless: {name}'s {what} takes {inspect.signature(function)}; expected {expected}")
 
     def full_init(key, x):
         if not several:
@@ -293,6 +310,17 @@ class _Shown:
 
     def __repr__(self):
         return f"{self.leaf.dtype}{list(self.leaf.shape)}"
+
+
+def takes(function, *args, **kwargs) -> bool:
+    """Whether a function can be called with these arguments, as far as Python knows its signature."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # of a function of C none is known
+        return True
+    return True
 
 
 def called(function) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,8 @@ def test_copies_are_a_dict_in_all_else(key):
     assert [path for path, _ in named_leaves(params)] == ["blocks/b", "blocks/w", "dense_0/b", "dense_0/w"]
     assert stacked_axes(params) == [1, 1, 0, 0]
     assert fnet.parameter_paths(model, jnp.ones((2, 4))) == ["blocks/b", "blocks/w", "dense_0/w", "dense_0/b"]
+    for same in (blocks.copy(), blocks | {}, {} | blocks, blocks | {"w": blocks["w"]}, copy.copy(blocks)):
+        assert isinstance(same, Copies) and same == blocks and same.counts == (COUNT,)
     # a copy taken from each leaf is no stack, though the container is of the same kind
     assert stacked_axes(jax.tree.map(lambda leaf: leaf[0], blocks)) == [0, 0]
     # parameters and gradients in plain dicts, from a file say, serve too

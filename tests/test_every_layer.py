@@ -116,7 +116,8 @@ def added_up(body) -> list[str]:
 def test_autodiff_adds_up_nothing_in_sixteen_bits(name, key):
     layer, x = CASES[name]
     x = in_dtype(jax.tree.map(jnp.asarray, x), jnp.bfloat16)
-    params, state = in_dtype(fnet.init(layer, key, x), jnp.bfloat16)
+    params, state = fnet.init(layer, key, x)
+    params = in_dtype(params, jnp.bfloat16)
     dy = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), split_floating(apply(layer, params, state, x))[0])
     closed = jax.make_jaxpr(lambda params, state, x, dy: gradients(layer, params, state, x, dy, key)[1])(
         params, state, x, dy
@@ -299,11 +300,38 @@ def test_the_gates_of_recurrent_layers_keep_their_digits_where_they_are_nearly_s
     )  # ∂c/∂z_i = g i (1 − i)
     slope = jax.grad(lambda b: layer.forward({**params, "b": b}, (), (x, None))[0][1].c.astype(jnp.float32).sum())
     np.testing.assert_allclose(float(slope(params["b"])[0]), shut * (1 - shut), rtol=8 * eps, atol=near)
-    cell = gru(1, weights=zeros, recurrent=zeros)
-    params, _ = cell.init(jax.random.key(0), x)
-    params["b"] = jnp.asarray([0, -z, 30], dtype)  # u = 1 − shut, n = 1: h = (1 − u) n + u h₋ with h₋ = 0
-    y = apply(cell, params, (), x)
-    np.testing.assert_allclose(float(y[0, 0, 0]), shut, atol=2 * eps)
+    for reset_after in (True, False):
+        cell = gru(1, weights=zeros, recurrent=zeros, reset_after=reset_after)
+        params, _ = cell.init(jax.random.key(0), x)
+        params["b"] = jnp.asarray([0, -z, 30], dtype)  # u = 1 − shut, n = 1: h = (1 − u) n + u h₋ with h₋ = 0
+        y = apply(cell, params, (), x)
+        np.testing.assert_allclose(float(y[0, 0, 0]), shut, rtol=4 * eps, atol=near)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("z", [4.0, 6.0, 8.0])
+def test_the_slopes_of_gates_keep_their_digits_where_they_are_nearly_open(z, dtype):
+    # all weights 0: gates and candidates are functions of the bias alone
+    eps, x, zeros = float(jnp.finfo(dtype).eps), jnp.zeros((1, 1, 1), dtype), fnet.initializers.zeros()
+    open_, flat = 1 / (2 + math.exp(z) + math.exp(-z)), 1 / math.cosh(z) ** 2  # σ'(z), tanh'(z)
+    cases = {  # the layer, its bias, which entry of it, and the slope of y by that
+        "lstm, input": (lstm, [z, 0, 30, 30], 0, open_ / math.cosh(1 / (1 + math.exp(-z))) ** 2),
+        "lstm, candidate": (lstm, [30, 0, z, 30], 2, flat / math.cosh(math.tanh(z)) ** 2),
+        "lstm, output": (lstm, [30, 0, 30, z], 3, open_ * math.tanh(1)),
+        "gru, update": (gru, [0, z, 30], 1, -open_),
+        "gru, candidate": (gru, [0, -30, z], 2, flat),
+        "rnn": (rnn, [z], 0, flat),
+    }
+    for name, (make, bias, entry, slope) in cases.items():
+        layer = make(1, weights=zeros, recurrent=zeros)
+        params, _ = layer.init(jax.random.key(0), x)
+        params["b"] = jnp.asarray(bias, dtype)
+        y, _, residuals = layer.forward(params, (), x)
+        by_hand = layer.backward(params, residuals, jnp.ones_like(y))[0]["b"][entry]
+        value = lambda b, layer=layer, params=params: apply(layer, {**params, "b": b}, (), x).astype(jnp.float32).sum()
+        for found in (by_hand, jax.grad(value)(params["b"])[entry]):
+            near = 4 * float(jnp.finfo(jnp.float32).eps) + least(dtype)  # of 1 − y in float32
+            np.testing.assert_allclose(float(found), slope, rtol=8 * eps, atol=near, err_msg=name)
 
 
 # --- batches of no examples ------------------------------------------------------------------------------------------

@@ -442,3 +442,57 @@ def test_an_identity_that_rounds_to_sixteen_bits_is_not_blamed_for_its_exact_gra
     report = fnet.check_layer(rounding, np.float32(NORMAL_8X8), key=jax.random.key(0), **QUICK)
     assert {leaf.verdict for leaf in report.leaves} == {"unverified"}
     assert all("without them the claimed gradient is off by 0e+00" in leaf.cause for leaf in report.leaves)
+
+
+# --- leaves whose entries are of very different sizes -----------------------------------------------------------------
+
+SPREAD = 10.0 ** np.linspace(-4, 4, 5)
+
+
+def table(seed):
+    """Logistic regression on raw columns: a constant, an age, an income, a share and a fortune."""
+    rng = np.random.default_rng(seed)
+    columns = [np.ones(200), *(rng.uniform(*ends, 200) for ends in ((18, 80), (1e4, 1e5), (0, 1e-3), (1e6, 1e8)))]
+    x, y = np.stack(columns, 1), rng.integers(0, 2, 200).astype(float)
+
+    def loss(w):
+        return (jnp.logaddexp(0, x @ w) - y * (x @ w)).mean()
+
+    return loss, rng.standard_normal(5) / x.max(0)
+
+
+SCALES = {
+    "sin": (lambda v: jnp.sin(np.array([1e-4, 1e4]) * v).sum(), 0.5 / np.array([1e-4, 1e4])),
+    "sin, five sizes": (lambda v: jnp.sin(SPREAD * v).sum(), 0.5 / SPREAD),
+    "tanh": (lambda v: jnp.tanh(SPREAD * v).sum(), 0.5 / SPREAD),
+    "saturated": (lambda v: jnp.tanh(SPREAD * v).sum(), SPREAD),
+    "far out": (lambda w: jnp.sin(w).sum(), np.array([1e8, 1e-8, 0.5])),
+    "reciprocals": (lambda v: (1 / v).sum(), SPREAD),
+    "raw columns": table(0),
+    "other raw columns": table(1),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_entries_of_very_different_sizes_are_audited_without_a_false_alarm(name):
+    loss, point = SCALES[name]
+    assert check(loss, point).ok
+    report = check(loss, point, gradient=jax.grad(loss))
+    assert report.ok, report
+    with jax.enable_x64(True):
+        slopes = np.asarray(jax.grad(loss)(jnp.asarray(point)))
+    for k in np.flatnonzero(slopes):
+        report = check(loss, point, gradient=lambda v, k=k: jax.grad(loss)(v).at[k].multiply(1.01))
+        assert report.leaves[0].verdict == "wrong" and report.leaves[0].worst == (k,)
+
+
+def test_a_kink_beside_entries_of_other_sizes_stays_one():
+    report = check(lambda v: jnp.abs(v).sum(), np.array([0.0, 1e4, 1e-4]))
+    assert report.leaves[0].verdict == "kink"
+    report = check(lambda v: jnp.abs(v).sum(), np.array([0.0, 1e4, 1e-4]), gradient=lambda v: jnp.sign(v) + 2.0)
+    assert report.leaves[0].verdict == "wrong"
+
+
+def test_what_the_compiler_does_not_count_is_a_dash():
+    report = fnet.check_gradients(lambda w: w.sum() * 0 + 1, np.array([1.0, 2.0]))
+    assert "nan" not in str(report) and "–" in str(report)

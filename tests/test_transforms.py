@@ -650,6 +650,7 @@ SQUARING = {
     "adam": adam(0.1), "amsgrad": amsgrad(0.1), "nadam": nadam(0.1), "radam": radam(0.1), "rmsprop": rmsprop(0.1),
     "adagrad": adagrad(0.1), "adadelta": adadelta(1.0), "adafactor": adafactor(0.1), "lamb": lamb(0.1),
     "muon": muon(0.1), "clipped": chain(clip_by_global_norm(1.0), adam(0.1)), "groups": groups({"*": adam(0.1)}),
+    "amsgrad corrected": amsgrad(0.1, variant="corrected"), "radam torch": radam(0.1, variant="torch"),
 }  # fmt: skip
 
 
@@ -668,11 +669,37 @@ def test_a_finite_gradient_whose_square_is_not_is_left_out_or_taken_and_stays_in
     assert all((leaf < 1).all() for leaf in jax.tree.leaves(last))  # and the run goes on
 
 
+@pytest.mark.parametrize("name", SQUARING)
+def test_a_run_that_begins_with_a_huge_gradient_goes_on(name):
+    # at the first update the correction divides the second moment by 1 − b2: that may overflow where it does not
+    optimizer, ones = skip_nonfinite(SQUARING[name]), jnp.ones((3, 2))
+    (new, after), (last, end) = updates(optimizer, ones, [jnp.full((3, 2), 1e20), ones])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, last, end.optimizer)))
+    assert after.skipped or (new < 1).all()
+    assert (last < 1).all()
+
+
+@pytest.mark.parametrize("variant", ["standard", "torch"])
+def test_radam_takes_its_first_steps_by_the_gradient_alone_however_large(variant):
+    ((new, _),) = updates(radam(0.1, variant=variant), jnp.ones(2), [jnp.full(2, 1e30)])
+    np.testing.assert_allclose(new, np.full(2, 1 - 0.1 * 1e30), rtol=1e-6)
+
+
 def test_adafactor_alone_takes_a_gradient_whose_square_is_not_finite_as_one_small_step():
     for shape in ((3, 2), (5,), ()):
         params = jnp.ones(shape)
         (first, _), (second, _) = updates(adafactor(), params, [jnp.full(shape, 1e20), jnp.ones(shape)])
         assert ((first < 1) & (first > 0.9)).all() and (jnp.isfinite(second) & (second <= first)).all()
+
+
+def test_clips_by_a_factor_that_is_no_normal_number():
+    huge = jnp.full(4, 1e38)
+    for transform in (clip_by_global_norm(1.0), clip_by_leaf_norm(1.0)):
+        np.testing.assert_allclose(applied(transform, {"w": huge})["w"], np.full(4, 0.5), rtol=1e-6)
+        np.testing.assert_allclose(applied(transform, {"w": huge / 16})["w"], np.full(4, 0.5), rtol=1e-6)
+    tiny = applied(clip_by_global_norm(1e-9), {"w": jnp.full(4, 1e30)})["w"]
+    np.testing.assert_allclose(tiny, np.full(4, 5e-10), rtol=1e-6)
+    np.testing.assert_allclose(applied(adaptive_clip(1e-3, 1.0), {"w": huge})["w"], np.full(4, 1e-3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-10, 1.0, 1e18, 1e25, 1e36])

@@ -29,15 +29,23 @@ def as_arrays(data: PyTree, name: str = "data") -> PyTree:
     """The data with each leaf as an array of NumPy or jax, in the order of its rows; no number is lost.
 
     Arrays of jax, of NumPy and of mapped files stay as they are, but for another byte order than the machine's. Tables
-    and columns (pandas, polars: whatever has ``to_numpy``) and tensors (whatever NumPy reads, such as torch's on the
-    CPU) become arrays by position: an index counts for nothing.
+    and columns (pandas, polars: whatever has ``to_numpy``), tensors (whatever NumPy reads, such as torch's on the CPU)
+    and lists of numbers become arrays by position: an index counts for nothing.
 
-    Raises DataError for masked values, for sparse matrices, and for what NumPy cannot read.
+    Raises DataError for masked values, sparse matrices, lists of unequal lengths, and for what NumPy cannot read.
 
     >>> as_arrays({"a": np.array([1.5, 2.0], ">f4")})["a"].dtype
     dtype('float32')
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_array(_written(name, path), leaf), data)
+
+    def numbers(node) -> bool:
+        return isinstance(node, list) and all(
+            numbers(item) or isinstance(item, bool | int | float | np.generic) for item in node
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _as_array(_written(name, path), leaf), data, is_leaf=numbers
+    )
 
 
 def as_batch(data: Any, name: str = "data") -> Batch:
@@ -64,7 +72,7 @@ def _as_array(path: str, leaf: Any) -> Any:
         leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | np.generic | int | float
     ):  # a number is named by its reader
         return leaf
-    kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}"
+    kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}".removeprefix("builtins.")
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise DataError(
             f"{path} has {int(np.ma.getmaskarray(leaf).sum())} masked values; expected none, since a mask would be "
@@ -75,6 +83,8 @@ def _as_array(path: str, leaf: Any) -> Any:
     try:
         return native(np.asarray(leaf.to_numpy() if hasattr(leaf, "to_numpy") else leaf))
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(leaf, list):
+            raise DataError(f"{path} is a list of lists of unequal lengths; expected rows of one: pad them") from error
         raise DataError(
             f"{path} is a {kind} that NumPy cannot read ({first_line(error)}); expected arrays: of a tensor of torch "
             "take .detach().cpu().numpy(), after .float() if it has 16 bits"

@@ -98,6 +98,11 @@ class Cost(NamedTuple):
     peak: float  # bytes of arguments, results and temporary buffers together
     seconds: float
 
+    def row(self) -> tuple[str, ...]:
+        """Its cells in a table; what the compiler does not say is a dash."""
+        counts = ("–" if math.isnan(n) else f"{n:,.0f}" for n in (self.flops, self.bytes, self.peak))
+        return self.name, *counts, f"{self.seconds * 1e3:.3f} ms"
+
 
 class Report(NamedTuple):
     """The result of an audit. Printing it gives a row per leaf; ``ok`` is one boolean."""
@@ -159,10 +164,7 @@ class Report(NamedTuple):
             parts.append(columns(rows) + (f"\n{ERRED}" if erred else ""))
         if self.costs:
             rows = [("cost", "flops", "bytes", "peak", "median")]
-            rows += [
-                (c.name, f"{c.flops:,.0f}", f"{c.bytes:,.0f}", f"{c.peak:,.0f}", f"{c.seconds * 1e3:.3f} ms")
-                for c in self.costs
-            ]
+            rows += [cost.row() for cost in self.costs]
             parts.append(columns(rows))
         if self.notes:
             parts.append("\n".join(self.notes))

@@ -19,6 +19,8 @@ from fnet.interpret import STRUCTURE, evaluate, is_float, weights
 from fnet.jax_insides import quick_jit
 
 LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
+EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
+SHORTER = (2.0**-14, 2.0**-28)  # of a direction, to measure along it again
 TS = np.concatenate([[0.0], LEVELS, -LEVELS])
 
 
@@ -42,6 +44,13 @@ class Line(NamedTuple):
     @property
     def usable(self) -> bool:
         return self.left is not None
+
+    def stretched(self, share: float) -> Line:
+        """The line of ``d``, where this is the one of ``share · d``."""
+        if not self.usable:
+            return self
+        steps = tuple(share * t for t in self.steps)
+        return self._replace(left=self.left / share, right=self.right / share, error=self.error / share, steps=steps)
 
     def outside(self, claimed: float) -> float:
         """How far a claimed slope lies outside the one-sided slopes; 0 within."""
@@ -73,6 +82,21 @@ def make_probe(closed, leaves, others, eps: float = 2.0**-52):
         return read_line(np.asarray(f, np.float64), np.asarray(marks), eps)
 
     return probe
+
+
+def settled(probe, i: int, d: np.ndarray, line: Line) -> Line:
+    """The line along ``d`` over leaf ``i``, or that of shorter steps where they refute it.
+
+    Steps that are long beside what a function bends over can agree with each other and be wrong: entries of one leaf
+    may differ in size by many decades, and a step across all of them is as long as the largest wants it.
+    """
+    for share in SHORTER:
+        finer = probe({i: share * d}).stretched(share)
+        error = EXCESS * (finer.error + line.error)
+        same = line.usable and finer.usable and max(finer.outside(line.left), finer.outside(line.right)) <= error
+        if finer.usable and not same:
+            line = finer
+    return line
 
 
 def read_line(f: np.ndarray, marks: np.ndarray, eps: float = 2.0**-52) -> Line:

@@ -10,13 +10,12 @@ import numpy as np
 
 from fnet.gradcheck import places
 from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated, without_casts
-from fnet.gradcheck.slopes import Line, make_probe
+from fnet.gradcheck.slopes import EXCESS, Line, make_probe, settled
 from fnet.jax_insides import quick_jit
 
 FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry
 TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is measured to be larger
 ROUNDING = 50  # times the measured rounding noise is still rounding
-EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
 LEAST = 1e-290  # what is smaller may have lost its digits, or be 0, by underflow
 SMALL = 64  # entries up to which every coordinate is probed where there is no autodiff
 PROBES = 1024  # lines at most over the entries that differ from autodiff's
@@ -59,9 +58,15 @@ def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = Non
     lines = []
     for i, leaf in enumerate(problem.leaves):
         drawn = directions(np.asarray(leaf, np.float64), [seed, i], grads is not None)
-        lines.append([probe({i: d}) for d in drawn])
+        lines.append([measure(probe, i, d) for d in drawn])
     finite = np.isfinite(probe({}).base)
     return Witnesses(problem, traced, grads, exact, why_not, probe, lines, seed, bool(finite), derivative, {})
+
+
+def measure(probe: Callable, i: int, d: np.ndarray) -> Line:
+    """The line along a direction over leaf ``i``; one that is not smooth is measured again by shorter steps."""
+    line = probe({i: d})
+    return line if line.usable and not line.kinked else settled(probe, i, d, line)
 
 
 def directions(p: np.ndarray, seed, autodiff: bool) -> Iterator[np.ndarray]:
@@ -114,8 +119,16 @@ def contradicts(line: Line, gradient: np.ndarray, d: np.ndarray, share: float = 
 
 
 def first_against(w: Witnesses, i: int, gradient: np.ndarray, share: float = 0.5 * FAULT):
-    """The first direction and line over one leaf that contradict a gradient, None if none does."""
-    return next(((d, line) for d, line in pairs(w, i) if contradicts(line, gradient, d, share)), None)
+    """The first direction and line over one leaf that contradict a gradient, None if none does.
+
+    A line that does is measured again by shorter steps first.
+    """
+    for k, (d, line) in enumerate(pairs(w, i)):
+        if contradicts(line, gradient, d, share):
+            line = w.lines[i][k] = settled(w.probe, i, d, line)
+            if contradicts(line, gradient, d, share):
+                return d, line
+    return None
 
 
 def small_faults(c: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -144,8 +157,10 @@ def resolve(w: Witnesses, i: int, c: np.ndarray, entries: np.ndarray, a: np.ndar
         d = np.zeros(p.size)
         d[part] = rng.choice([-1.0, 1.0], len(part)) * common[part]
         d = d.reshape(p.shape)
-        line = w.probe({i: d})
+        line = measure(w.probe, i, d)
         probes += 1
+        if contradicts(line, c, d):
+            line = settled(w.probe, i, d, line)
         if contradicts(line, c, d):
             return Resolved((d, line), kinked, unmeasured, blind, probes)
         if not line.usable or (line.kinked and len(part) > 1):

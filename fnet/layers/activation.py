@@ -47,18 +47,22 @@ def step() -> Layer:
 
 def logistic(x: jax.Array) -> jax.Array:
     """``σ(x) = 1 / (1 + exp(-x))``, in float32 at least: float16 has no ``exp(12)``."""
-    return jax.nn.sigmoid(x.astype(wide(x.dtype))).astype(x.dtype)
+    return jax.nn.sigmoid(x.astype(wide(x.dtype)))
+
+
+def tanh_of(x: jax.Array) -> jax.Array:
+    """``tanh(x)`` in float32 at least."""
+    return jnp.tanh(x.astype(wide(x.dtype)))
 
 
 def sigmoid() -> Layer:
     """``y = 1 / (1 + exp(-x))``, between 0 and 1."""
 
     def forward(x):
-        return logistic(x), x
+        return logistic(x).astype(x.dtype), x
 
     def backward(x, dy):  # y' = e^{-z} / (1 + e^{-z})² = σ(z) σ(−z); y (1 − y) would cancel where y rounds to 1
-        z, d = x.astype(wide(x.dtype)), dy.astype(wide(dy.dtype))
-        return (d * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)).astype(dy.dtype)
+        return (dy.astype(wide(dy.dtype)) * logistic(x) * logistic(-x)).astype(dy.dtype)
 
     return _activation("sigmoid", forward, backward)
 
@@ -66,12 +70,12 @@ def sigmoid() -> Layer:
 def tanh() -> Layer:
     """``y = tanh(x)``, between -1 and 1."""
 
-    def forward(x):
-        y = jnp.tanh(x)
-        return y, y
+    def forward(x):  # y is kept in float32 at least: in 16 bits 1 − y² would be 0 from x = 3.5 on
+        y = tanh_of(x)
+        return y.astype(x.dtype), y
 
     def backward(y, dy):  # y' = 1 − tanh²
-        return dy * (1 - y * y)
+        return (dy.astype(y.dtype) * (1 - y * y)).astype(dy.dtype)
 
     return _activation("tanh", forward, backward)
 
@@ -153,7 +157,7 @@ def softplus() -> Layer:
         return jnp.logaddexp(x, jnp.zeros_like(x)), x
 
     def backward(x, dy):  # y' = e^z / (1 + e^z) = sigmoid(z)
-        return dy * logistic(x)
+        return (dy.astype(wide(dy.dtype)) * logistic(x)).astype(dy.dtype)
 
     return _activation("softplus", forward, backward)
 
@@ -163,7 +167,7 @@ def softmax() -> Layer:
 
     def forward(x):
         z = x.astype(wide(x.dtype))  # so that sums are wide both ways, by autodiff too
-        e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
+        e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-math.inf)))
         y = (e / e.sum(-1, keepdims=True)).astype(x.dtype)
         return y, y
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnet.children import inside
-from fnet.initializers import glorot_uniform, zeros
+from fnet.initializers import glorot_uniform, require_initializers, zeros
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
 from fnet.layers.masks import is_masked, with_mask
@@ -75,6 +75,7 @@ def attention(
     kv_heads = heads if kv_heads is None else kv_heads
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
     require_counts("attention", **given, block_size=block_size)
+    require_initializers("attention", "bias", weights=weights, bias=bias)
     if isinstance(rotary, bool):
         raise ValueError(f"attention: rotary = {rotary}; expected the base, such as 10000.0, or None")
     if heads % kv_heads:
@@ -89,6 +90,8 @@ def attention(
         if head_features is None and out % heads:
             raise LayerError(f"{heads} heads do not divide the query's {out} features: give head_features")
         size = out // heads if head_features is None else head_features
+        if not query.shape[-1] or not memory.shape[-1]:
+            raise LayerError(f"expected features, got shapes {query.shape} and {memory.shape}")
         if rotary is not None and size % 2:
             raise LayerError(f"rotary needs heads of an even number of features, got {size}: give head_features")
         widths = {

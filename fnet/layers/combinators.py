@@ -230,6 +230,8 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
     """
     if not is_whole(count):
         raise ValueError(f"repeat: count = {count!r}; expected a whole number of at least 1")
+    if not isinstance(unroll, bool) and not is_whole(unroll):
+        raise ValueError(f"repeat: unroll = {unroll!r}; expected True, or a whole number of at least 1")
     require_layer("repeat: layer", layer)
     count = int(count)
     names = [str(i) for i in range(count)]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.initializers import he_normal, zeros
+from fnet.initializers import he_normal, require_initializers, zeros
 from fnet.layers.dense import plus, product
 from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
 
@@ -71,7 +71,7 @@ def conv(
     ((5, 5, 1, 6), (8, 28, 28, 6))
     """
     windows = windows_of("conv", kernel_size, stride, dilation, padding)
-    check_counts("conv", features, form)
+    check_arguments("conv", features, form, weights, bias)
     shapes = shapes_of(windows, features, bias)
     require_counts("conv", groups=groups)
     if features % groups:
@@ -130,7 +130,7 @@ def conv_transpose(
     (8, 14, 14, 3)
     """
     windows = windows_of("conv_transpose", kernel_size, stride, dilation, padding)
-    check_counts("conv_transpose", features, form)
+    check_arguments("conv_transpose", features, form, weights, bias)
     shapes = shapes_of(windows, features, bias)
 
     def init(key, x):
@@ -153,9 +153,10 @@ def conv_transpose(
     return stateless("conv_transpose", init, forward, backward)
 
 
-def check_counts(what: str, features: int, form: Form) -> None:
-    """The static arguments that both layers share."""
+def check_arguments(what: str, features: int, form: Form, weights, bias) -> None:
+    """The arguments that both layers share."""
     require_counts(what, features=features)
+    require_initializers(what, "bias", weights=weights, bias=bias)
     if form not in (None, "patches", "xla"):
         raise ValueError(f"{what}: form = {form!r}; expected 'patches', 'xla' or None for the platform's")
 
@@ -291,7 +292,7 @@ def over_inputs(windows: Windows, x) -> Windows:
     if min(m) < 1:
         raise LayerError(
             f"windows that reach over {windows.extent} do not fit into inputs of {n} with padding {padding!r}: "
-            "no output is left; take a smaller window, padding SAME, or larger inputs"
+            f"no output is left; take {'' if padding == 'SAME' else 'a smaller window, padding SAME, or '}larger inputs"
         )
     return windows._replace(inputs=n, outputs=m, low=low)
 

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.initializers import he_normal, zeros
+from fnet.initializers import he_normal, require_initializers, zeros
 from fnet.layers.masks import by_position
 from fnet.types import Layer, LayerError, is_whole, require_counts, require_params, stateless, stream, wide
 
@@ -30,6 +30,7 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
     {'b': (3,), 'w': (4, 3)}
     """
     require_counts("dense", units=units)
+    require_initializers("dense", "bias", weights=weights, bias=bias)
     shapes = {"w": (None, units)} if bias is None else {"w": (None, units), "b": (units,)}
 
     def init(key, x):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.layers.masks import by_position
-from fnet.types import Layer, LayerError, require, require_array, wide
+from fnet.types import Layer, LayerError, require, require_array, require_key, wide
 
 
 def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:
@@ -50,6 +50,7 @@ def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:
             return x, state, None
         if key is None:
             raise LayerError("expected a key in training, got None: pass forward(..., key=key, train=True)")
+        require_key("dropout", key)
         shared = {axis % x.ndim for axis in shared_axes}
         shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
         mask = jax.random.bernoulli(key, jnp.asarray(1 - rate, jnp.float32), shape)

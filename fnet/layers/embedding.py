@@ -11,12 +11,13 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.children import backward_child, forward_child, init_child
-from fnet.initializers import normal
+from fnet.initializers import normal, require_initializers
 from fnet.layers.dense import plus, product, rows, wide_product
 from fnet.layers.masks import by_position
 from fnet.types import (
     Layer,
     LayerError,
+    require,
     require_array,
     require_counts,
     require_layer,
@@ -40,6 +41,7 @@ def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp
     ((100, 4), (8, 16, 4))
     """
     require_counts("embedding", vocabulary=vocabulary, features=features)
+    require_initializers("embedding", weights=weights)
 
     def init(key, ids):
         require_ids(ids, vocabulary)
@@ -74,6 +76,7 @@ def tied_embedding(
     (8, 16, 100)
     """
     require_counts("tied_embedding", vocabulary=vocabulary, features=features)
+    require_initializers("tied_embedding", "bias", weights=weights, bias=bias)
     require_layer("tied_embedding: body", body)
 
     def init(key, x):
@@ -195,6 +198,7 @@ def learned_positions(length: int, *, weights=normal(0.02)) -> Layer:
     (8, 9, 4)
     """
     require_counts("learned_positions", length=length)
+    require_initializers("learned_positions", weights=weights)
 
     def check(x, features):
         require_sequence(x)
@@ -232,6 +236,7 @@ def sinusoidal_positions(base=10000.0) -> Layer:
     >>> y[0].round(4).tolist()[0]
     [0.0, 1.0, 0.0, 1.0]
     """
+    require(base > 0, f"sinusoidal_positions: base = {base}; expected a number above 0")
 
     def forward(params, x):
         require_sequence(x)

@@ -15,13 +15,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.initializers import constant, zeros
+from fnet.initializers import constant, require_initializers, zeros
 from fnet.layers.dense import rows
 from fnet.layers.masks import by_position, split_mask, with_mask
 from fnet.types import (
     Layer,
     LayerError,
     cast_like,
+    described,
     require,
     require_array,
     require_counts,
@@ -59,6 +60,7 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
     """
     require((decay >= 0) & (decay <= 1), f"batch_norm: decay = {decay}; expected a number from 0 to 1")
     require(eps >= 0, f"batch_norm: eps = {eps}; expected at least 0")
+    require_initializers("batch_norm", "scale", "bias", scale=scale, bias=bias)
     if variance not in ("biased", "unbiased"):
         raise ValueError(f"batch_norm: variance = {variance!r}; expected 'biased' or 'unbiased'")
 
@@ -75,6 +77,8 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
             raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
         require_features(x, state["mean"].shape[0])
         require_params(params, **affine_shapes(x, scale, bias))
+        if any(wide(leaf.dtype) != leaf.dtype for leaf in state.values()):
+            raise LayerError(f"expected a state in float32 at least, got {described(state)}: 16 bits do not move")
         dtype = wide(x.dtype)
         counted = None if mask is None else counted_rows(x, mask)
         v = only(rows(x).astype(dtype), counted)  # (N, C)
@@ -191,6 +195,7 @@ def _within(name, mean, centre: bool, eps, scale, bias, check=lambda x: None) ->
     ``mean(v, counted)`` is over what is counted, all of it if that is None.
     """
     require(eps >= 0, f"{name}: eps = {eps}; expected at least 0")
+    require_initializers(name, "scale", "bias", scale=scale, bias=bias)
 
     def init(key, x):
         x, _ = split_mask(x)

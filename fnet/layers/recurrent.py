@@ -26,8 +26,8 @@ import numpy as np
 from jax import lax
 
 from fnet.children import backward_child, forward_child, init_child, inside
-from fnet.initializers import Initializer, glorot_uniform, orthogonal, zeros
-from fnet.layers.activation import logistic, tanh
+from fnet.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
+from fnet.layers.activation import logistic, tanh, tanh_of
 from fnet.layers.combinators import named_children, output_shape, require_children
 from fnet.layers.dense import plus, product, rows
 from fnet.layers.masks import is_masked
@@ -64,6 +64,11 @@ class _Cell(NamedTuple):
     biased: bool = True  # whether params have a "b"
 
 
+def widened(a: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return a.astype(wide(a.dtype))
+
+
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -91,20 +96,21 @@ def _lstm() -> _Cell:
     def step(recurrent, z, carry):
         h, c = carry
         z = z + product(h, recurrent["w"])
-        # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut
+        # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut. And in float32 at
+        # least, the gates that are kept too: in 16 bits 1 − σ would be 0 where one is nearly open
         i, f, g, o = jnp.split(z, 4, -1)
-        i, f, g, o = logistic(i), logistic(f), jnp.tanh(g), logistic(o)
+        i, f, g, o = logistic(i), logistic(f), tanh_of(g), logistic(o)
         gates = jnp.concatenate([i, f, g, o], -1)
-        c = f * c + i * g
-        return (o * jnp.tanh(c), c), gates
+        c = (f * widened(c) + i * g).astype(z.dtype)
+        return ((o * tanh_of(c)).astype(z.dtype), c), gates
 
     def slopes(gates, before, after):
         # σ' = σ (1 − σ), tanh' = 1 − tanh²:  ∂c/∂z_i = g i(1−i), ∂c/∂z_f = c₋ f(1−f), ∂c/∂z_g = i(1−g²);
         # h = o t with t = tanh(c):  ∂h/∂z_o = t o(1−o), ∂h/∂c = o(1−t²);  ∂c/∂c₋ = f
         i, f, g, o = jnp.split(gates, 4, -1)
-        t = jnp.tanh(after[1])
-        by_z = [g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
-        return jnp.concatenate(by_z, -1), (o * (1 - t * t), f)
+        t, dtype = tanh_of(after[1]), after[1].dtype
+        by_z = [g * i * (1 - i), widened(before[1]) * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
+        return jnp.concatenate(by_z, -1).astype(dtype), ((o * (1 - t * t)).astype(dtype), f.astype(dtype))
 
     def back(transposed, slopes, others, dcarry):
         (dh, dc), (h_by_c, f) = dcarry, others
@@ -119,19 +125,22 @@ def _gru_after(bias: Initializer | None) -> _Cell:
     def step(recurrent, z, carry):
         (h,), units = carry, carry[0].shape[-1]
         a = product(h, recurrent["w"])
-        r, u = jnp.split(logistic(z[..., : 2 * units] + a[..., : 2 * units]), 2, -1)
+        z_r, z_u = jnp.split(z[..., : 2 * units] + a[..., : 2 * units], 2, -1)
         q = a[..., 2 * units :]
         if "b" in recurrent:
             q = plus(q, recurrent["b"]).astype(q.dtype)
-        n = jnp.tanh(z[..., 2 * units :] + r * q)
-        return ((1 - u) * n + u * h,), (r, u, n, q)
+        # 1 − u as σ(−z), which does not cancel where u rounds to 1; all in float32 at least, what is kept too
+        r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
+        n = tanh_of(widened(z[..., 2 * units :]) + r * widened(q))
+        return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n, q)
 
     def slopes(kept, before, after):
         # h = (1−u) n + u h₋, n = tanh(z_n + r q):  ∂h/∂z_n = (1−u)(1−n²) =: s, ∂h/∂q = s r, ∂h/∂z_r = s q r(1−r),
         # ∂h/∂z_u = (h₋ − n) u(1−u), and directly ∂h/∂h₋ = u
-        r, u, n, q = kept
-        s = (1 - u) * (1 - n * n)
-        return jnp.concatenate([s * q * r * (1 - r), (before[0] - n) * u * (1 - u), s * r, s], -1), u
+        (r, u, rest, n, q), dtype = kept, before[0].dtype
+        s = rest * (1 - n * n)
+        by_z = [s * widened(q) * r * (1 - r), (widened(before[0]) - n) * u * rest, s * r, s]
+        return jnp.concatenate(by_z, -1).astype(dtype), u.astype(dtype)
 
     def back(transposed, slopes, u, dcarry):
         (dh,), units = dcarry, u.shape[-1]
@@ -152,14 +161,17 @@ def _gru_after(bias: Initializer | None) -> _Cell:
 def _gru_before() -> _Cell:
     def step(recurrent, z, carry):
         (h,), w, units = carry, recurrent["w"], carry[0].shape[-1]
-        r, u = jnp.split(logistic(z[..., : 2 * units] + product(h, w[:, : 2 * units])), 2, -1)
-        n = jnp.tanh(z[..., 2 * units :] + product(r * h, w[:, 2 * units :]))
-        return ((1 - u) * n + u * h,), (r, u, n)
+        z_r, z_u = jnp.split(z[..., : 2 * units] + product(h, w[:, : 2 * units]), 2, -1)
+        r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
+        p = (r * widened(h)).astype(h.dtype)
+        n = tanh_of(z[..., 2 * units :] + product(p, w[:, 2 * units :]))
+        return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n)
 
     def slopes(kept, before, after):
         # p = r h₋, n = tanh(z_n + p W_n):  ∂h/∂z_n = (1−u)(1−n²), ∂h/∂z_u = (h₋ − n) u(1−u), ∂p/∂z_r = h₋ r(1−r)
-        (r, u, n), h = kept, before[0]
-        return jnp.concatenate([h * r * (1 - r), (h - n) * u * (1 - u), (1 - u) * (1 - n * n)], -1), (r, u)
+        (r, u, rest, n), h, dtype = kept, widened(before[0]), before[0].dtype
+        by_z = [h * r * (1 - r), (h - n) * u * rest, rest * (1 - n * n)]
+        return jnp.concatenate(by_z, -1).astype(dtype), (r.astype(dtype), u.astype(dtype))
 
     def back(transposed, slopes, others, dcarry):
         (dh,), (r, u) = dcarry, others
@@ -171,8 +183,8 @@ def _gru_before() -> _Cell:
         return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
 
     def weights(kept, h, dz_h):
-        r, two = rows(kept[0]), 2 * h.shape[1]
-        return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product((r * h).T, dz_h[:, two:])], 1)}
+        p, two = (rows(kept[0]) * widened(h)).astype(h.dtype), 2 * h.shape[1]
+        return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product(p.T, dz_h[:, two:])], 1)}
 
     return _Cell("gru", 3, step, slopes, back, weights=weights)
 
@@ -182,6 +194,7 @@ def _gru_before() -> _Cell:
 
 def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, truncate: int | None, unroll: int):
     require_counts(cell.name, units=units, truncate=truncate, unroll=unroll)
+    require_initializers(cell.name, "bias", weights=weights, recurrent=recurrent, bias=bias)
     cell = cell._replace(biased=bias is not None)
 
     def forward(params, given):
@@ -247,6 +260,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
 def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
     name = f"{cell.name}_cell"
     require_counts(name, units=units)
+    require_initializers(name, "bias", weights=weights, recurrent=recurrent, bias=bias)
     cell = cell._replace(biased=bias is not None)
 
     def forward(params, given):

@@ -94,6 +94,10 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
     island in a bfloat16 model. Raises ValueError for a dtype that is not floating, and a state in 16 bits.
     """
     require_layer("mixed_precision: layer", layer)
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"mixed_precision: policy = {policy!r:.80}; expected a Policy: fnet.layers.Policy(compute=jnp.bfloat16)"
+        )
     for name, dtype in policy._asdict().items():
         if not is_floating_dtype(dtype) and not (name == "outputs" and dtype is None):
             raise ValueError(f"mixed_precision: {name} = {dtype}; expected a floating dtype, such as bfloat16")

@@ -403,7 +403,8 @@ def radam(
         m = b1 * m + rest1 * g
         v = b2 * v + rest2 * g * g
         # no select here: XLA rounds around one in a scan otherwise than in a loop
-        return p - rate * m / (enough * root(v) + eps), m, v
+        finite = jnp.minimum(v, jnp.finfo(v.dtype).max)  # 0 · ∞ is no number
+        return p - rate * m / (enough * root(finite) + eps), m, v
 
     moments = {"mu": 0.0, "nu": 0.0}
     options = {"narrow": ("mu",), "moment_dtype": moment_dtype, "mask": mask}

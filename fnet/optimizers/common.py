@@ -225,7 +225,7 @@ def global_norm(tree: PyTree, axes: Sequence[int] | None = None) -> jax.Array:
 
     Where the squares overflow, beyond 1e19 in float32, they are taken anew of numbers that are divided by the largest.
     """
-    leaves = jax.tree.leaves(tree)
+    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
     dtype = wide(*(leaf.dtype for leaf in leaves))
     arrays = [leaf.astype(dtype) for leaf in leaves] or [jnp.zeros((), dtype)]
     keep, add_up = axes is not None, partial(functools.reduce, jnp.add)

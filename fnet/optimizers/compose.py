@@ -319,7 +319,7 @@ def averages(opt_state, params: PyTree) -> PyTree:
     Where none has been taken up yet they are ``params``, and so is what belongs to `groups` that are not averaged.
     Raises ValueError for a state without an average.
     """
-    found, leaves = list(_found(opt_state, AveragedState)), by_path(params)
+    found, leaves = list(_found(opt_state, AveragedState)), by_path(jax.tree.map(jnp.asarray, params))
     if not found:
         raise ValueError(f"averages: no average in {type(opt_state).__name__}; expected the state of averaged(...)")
     for state in found:
@@ -534,6 +534,7 @@ def dynamic_loss_scale(
         require_state("dynamic_loss_scale", opt_state, LossScaleState)
         check_like(params, "gradient", grads)
         hyper, scale = opt_state.hyper, opt_state.loss_scale
+        grads = jax.tree.map(jnp.asarray, grads)
         grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)) / scale.astype(wide(g.dtype)), grads)
         finite = _finite(grads).all()
         new = optimizer.update(grads, opt_state.optimizer, params, value=value)

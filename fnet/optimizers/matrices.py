@@ -87,7 +87,7 @@ def lamb(
     def rule(p, g, m, v, rate, b1, b2, eps, c1, c2, decay):
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
-        u = m / c1 / (root(v / c2) + eps) + decay * p
+        u = m / c1 / (root(v) / jnp.sqrt(c2) + eps) + decay * p  # v / c2 may overflow where v does not
         of_p, of_u = norm(p), norm(u)
         ratio = jnp.where((of_p > 0) & (of_u > 0), of_p / jnp.where(of_u > 0, of_u, 1), 1)
         return p - rate * ratio * u, m, v

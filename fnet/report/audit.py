@@ -79,10 +79,7 @@ def audit_tables(report: Report) -> str:
     dtypes = list(dict.fromkeys(rung.dtype for leaf in ladders for rung in leaf.ladder))
     rungs = [({rung.dtype: rung for rung in leaf.ladder}, leaf.path) for leaf in ladders]
     ladder = [(code(path), *(show_rung(mine.get(dtype)) for dtype in dtypes)) for mine, path in rungs]
-    costs = [
-        (c.name, f"{c.flops:,.0f}", f"{c.bytes:,.0f}", f"{c.peak:,.0f}", f"{c.seconds * 1e3:.3f} ms")
-        for c in report.costs
-    ]
+    costs = [cost.row() for cost in report.costs]
     head = ("leaf", "shape", "dtype", "verdict", "error", "sees", "order", "what was found")
     named = ("intermediate", "shape", "verdict", "error", "agrees", "claimed", "expected", "worst at", "cause")
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
