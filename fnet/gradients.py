@@ -117,7 +117,7 @@ def from_loss(loss_fn: Callable, *, has_state: bool = False) -> Gradient:
             value, new_state, metrics = loss_fn(params, batch, key), state, {}
         value = jnp.asarray(value) if isinstance(value, float) else value
         if not is_float(value) or jnp.shape(value) != ():
-            more = "" if has_state else "; with has_state=True, (scalar, state, metrics)"
+            more = "; with has_state=True, (scalar, state, metrics)" if isinstance(value, tuple) else ""
             raise ValueError(
                 f"from_loss: the loss is {described(value)}; expected a scalar, one float, the batch's mean{more}"
             )

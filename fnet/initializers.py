@@ -180,7 +180,7 @@ def require_initializers(who: str, *optional: str, **given) -> None:
                 f"{who}: {name} = {described(value)}; expected an initializer, such as fnet.initializers.zeros(){none}"
             )
         if "Initializer" in str(getattr(value, "__annotations__", {}).get("return")):
-            made = f"call it, {value.__name__}()"
+            made = f"call it, {getattr(value, '__name__', 'it')}()"
             raise TypeError(f"{who}: {name} is {called(value)}; expected the initializer that it makes{none}: {made}")
 
 

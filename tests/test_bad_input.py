@@ -381,9 +381,9 @@ CASES = {
     ),
     # --- its data
     "data as a dict": (
-        lambda: fit(data={"inputs": X, "targets": Y}),
+        lambda: fit(data={"x": X, "y": Y}),
         DataError,
-        "data is a dict; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+        "data is a dict of 'x', 'y'; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
     ),
     "too few features": (lambda: fit(data=fnet.Batch(X[:, :5], Y)), LayerError, "dense_0: expected 6 features, got 5"),
     "inputs of bytes": (
@@ -428,7 +428,7 @@ CASES = {
     "a stream of arrays": (
         lambda: fit(data=Stream([np.zeros(3)], 3), batch_size=None),
         DataError,
-        "Stream: the source gives a ndarray; expected (inputs, targets) or a Batch",
+        "a batch of the stream is a ndarray; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
     ),
     "a stream that is read once": (
         lambda: fit(data=Stream(iter([BATCH]), 3), batch_size=None),

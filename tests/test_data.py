@@ -50,10 +50,10 @@ BAD_DATA = {
         ({"image": X, "text": X[:2]}, {"label": Y}),
         "data.inputs/text has 2 examples (shape (2, 3)) and data.inputs/image has 4; expected",
     ),
-    "a list": (
-        ([[0.0, 1.0], [1.0, 0.0]], Y[:2]),
-        "data.inputs/0/0 = 0.0 has no axis of examples; expected an array of shape (examples, ...): "
-        "a list counts as a tree of numbers, make it an array with numpy.asarray",
+    "a tuple": (
+        ((0.0, 1.0), Y[:2]),
+        "data.inputs/0 = 0.0 has no axis of examples; expected an array of shape (examples, ...): "
+        "a tuple counts as a tree of numbers, make it an array with numpy.asarray",
     ),
     "a scalar": ((X, np.float32(1)), "data.targets = np.float32(1.0) has no axis of examples; expected an array"),
     "text": (

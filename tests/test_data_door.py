@@ -54,7 +54,8 @@ HELD = {  # each holds X and Y, in a form of its own
     "jax": lambda: (jnp.asarray(X), jnp.asarray(Y)),
     "backwards in memory": lambda: (X[::-1][::-1], Y[::-1][::-1]),
     "not to be written to": lambda: tuple(unwritable(a) for a in (X.copy(), Y.copy())),
-    "a list": lambda: [X, Y],
+    "a pair in a list": lambda: [X, Y],
+    "lists of numbers": lambda: (X.tolist(), Y.tolist()),
     "a dict": lambda: {"targets": Y, "inputs": X},
 }
 
@@ -115,6 +116,11 @@ REFUSED = {
         lambda: (np.ma.MaskedArray(X, X == -999).copy(), np.ma.masked_equal(Y, 2)),
         "data.targets has 2 masked values; expected none, since a mask would be dropped: fill them",
     ),
+    "lists of unequal lengths": (
+        lambda: ([[1.0, 2.0], [3.0]] * 4, Y),
+        "data.inputs is a list of lists of unequal lengths; expected rows of one: pad them",
+    ),
+    "words in a list": (lambda: (X, list("abcabcab")), "data.targets/0 has dtype <U1; expected booleans, integers or"),
     "masked inputs": (lambda: (np.ma.masked_less(X, 2), Y), "data.inputs has 2 masked values; expected none"),
     "sparse": (
         lambda: (scipy.sparse.csr_matrix(X), Y),

@@ -328,7 +328,10 @@ def test_the_slopes_of_gates_keep_their_digits_where_they_are_nearly_open(z, dty
         params["b"] = jnp.asarray(bias, dtype)
         y, _, residuals = layer.forward(params, (), x)
         by_hand = layer.backward(params, residuals, jnp.ones_like(y))[0]["b"][entry]
-        value = lambda b, layer=layer, params=params: apply(layer, {**params, "b": b}, (), x).astype(jnp.float32).sum()
+
+        def value(b, layer=layer, params=params):
+            return apply(layer, {**params, "b": b}, (), x).astype(jnp.float32).sum()
+
         for found in (by_hand, jax.grad(value)(params["b"])[entry]):
             near = 4 * float(jnp.finfo(jnp.float32).eps) + least(dtype)  # of 1 − y in float32
             np.testing.assert_allclose(float(found), slope, rtol=8 * eps, atol=near, err_msg=name)

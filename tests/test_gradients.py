@@ -155,9 +155,7 @@ def test_a_plain_loss_function_may_carry_state_and_metrics():
 
 def test_a_loss_that_is_no_scalar_is_refused():
     gradient = fnet.from_loss(lambda params, batch, key: params * batch.inputs)
-    with pytest.raises(
-        ValueError, match=r"from_loss: the loss has shape \(3,\); expected a scalar, the mean over the batch"
-    ):
+    with pytest.raises(ValueError, match=r"from_loss: the loss is float32\[3\]; expected a scalar, one float"):
         gradient(jnp.asarray(1.0), (), fnet.Batch(jnp.ones(3), ()), None)
 
 

@@ -26,6 +26,7 @@ PARAMS, STATE = fnet.init(MODEL, KEY, X)
 LOSS = fnet.softmax_cross_entropy
 STEP = fnet.make_step(fnet.backprop(MODEL, LOSS), ADAM)
 TS = fnet.init_train_state(PARAMS, ADAM, KEY, STATE)
+GPT = fnet.models.gpt(5, length=4, layers=1, features=4, heads=1)
 
 
 # --- layers of one's own that break the contract ----------------------------------------------------------------------
@@ -178,6 +179,141 @@ CASES = {  # what is done, the error, its whole message
         lambda: fnet.backprop(DX_SUMMED, fnet.losses.squared_error)({"w": jnp.ones(3)}, (), (X, X), KEY),
         LayerError,
         "backward returned dx float32[3]; expected float32[4, 3], like the inputs",
+    ),
+    "a gradient of another dtype": (
+        lambda: fit(scale(backward=by_hand(dx=lambda w, x, dy: (w * dy).astype(jnp.bfloat16)))),
+        LayerError,
+        "scale_0: backward returned dx bfloat16[2, 3]; expected float32[2, 3], like the inputs",
+    ),
+    "a forward that takes no parameters": (
+        lambda: stateless("scale", lambda key, x: (), lambda x: (x, ()), lambda params, residuals, dy: ((), dy)),
+        TypeError,
+        "stateless: scale's forward takes (x); expected (params, x)",
+    ),
+    "a forward without key and train": (
+        lambda: fnet.apply(
+            fnet.serial(Layer("scale", scale().init, lambda params, state, x: (x, state, ()), by_hand())),
+            {"scale_0": ()},
+            {"scale_0": ()},
+            X,
+        ),
+        LayerError,
+        "scale_0: forward takes (params, state, x); expected (params, state, x, *, key=None, train=False)",
+    ),
+    "a number as an initializer": (
+        lambda: dense(3, weights=0),
+        TypeError,
+        "dense: weights = 0; expected an initializer, such as fnet.initializers.zeros()",
+    ),
+    "False as a bias": (
+        lambda: layers.conv(3, (3, 3), bias=False),
+        TypeError,
+        "conv: bias = False; expected an initializer, such as fnet.initializers.zeros(), or None to leave the "
+        "parameter out",
+    ),
+    "an initializer that is not called": (
+        lambda: layers.gru(3, recurrent=fnet.initializers.orthogonal),
+        TypeError,
+        "gru: recurrent is the function orthogonal; expected the initializer that it makes: call it, orthogonal()",
+    ),
+    "a dtype as a policy": (
+        lambda: layers.mixed_precision(dense(3), "bfloat16"),
+        TypeError,
+        "mixed_precision: policy = 'bfloat16'; expected a Policy: fnet.layers.Policy(compute=jnp.bfloat16)",
+    ),
+    "a fraction of copies in a loop": (
+        lambda: layers.repeat(dense(3), 2, unroll=-1),
+        ValueError,
+        "repeat: unroll = -1; expected True, or a whole number of at least 1",
+    ),
+    "a state in 16 bits": (
+        lambda: fnet.apply(
+            layers.batch_norm(),
+            {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
+            {"mean": jnp.zeros(3, jnp.bfloat16), "var": jnp.ones(3, jnp.bfloat16)},
+            X,
+        ),
+        LayerError,
+        "expected a state in float32 at least, got {'mean': bfloat16[3], 'var': bfloat16[3]}: 16 bits do not move",
+    ),
+    "a number as a key of dropout": (
+        lambda: layers.dropout(0.5).forward((), (), X, key=0, train=True),
+        TypeError,
+        "dropout: key is 0; expected a random key: jax.random.key(0)",
+    ),
+    "a number as a key of a gradient": (
+        lambda: fnet.backprop(MODEL, LOSS)(PARAMS, STATE, BATCH, 0),
+        TypeError,
+        "backprop: key is 0; expected a random key: jax.random.key(0)",
+    ),
+    "inputs alone as a batch": (
+        lambda: fnet.autodiff(MODEL, LOSS)(PARAMS, STATE, X, KEY),
+        DataError,
+        "autodiff: batch is a ArrayImpl; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+    ),
+    "a number as weights": (
+        lambda: fnet.backprop(MODEL, LOSS)(PARAMS, STATE, (X, BATCH.targets, 2.0), KEY),
+        DataError,
+        "backprop: batch.weights = 2.0; expected an array, one weight for each example",
+    ),
+    "a batch in the place of a state": (
+        lambda: STEP(BATCH, TS),
+        TypeError,
+        "step: ts is Batch(inputs=float32[4, 3], targets=int32[4], weights=None); expected a TrainState, as "
+        "fnet.init_train_state makes one",
+    ),
+    "a run's arguments in another order": (
+        lambda: fnet.train(TS, STEP, BATCH, epochs=1, batch_size=2),
+        TypeError,
+        "train: step is TrainState(step=int32[],",
+    ),
+    "half an epoch": (
+        lambda: fnet.train(STEP, TS, BATCH, epochs=1.5, batch_size=2),
+        ValueError,
+        "train: epochs = 1.5; expected a whole number of at least 1",
+    ),
+    "half a batch": (
+        lambda: fnet.train(STEP, TS, BATCH, epochs=1, batch_size=2.5),
+        DataError,
+        "batch_size = 2.5; expected a whole number from 1 to 4, the number of examples in data (all of them at once: "
+        "batch_size=4)",
+    ),
+    "an evaluation in slices of nothing": (
+        lambda: fnet.make_evaluate(MODEL, LOSS, batch_size=0),
+        ValueError,
+        "make_evaluate: batch_size = 0; expected at least 1",
+    ),
+    "a loss with more than it says": (
+        lambda: fnet.from_loss(lambda params, batch, key: (jnp.float32(1), {}))(PARAMS, STATE, BATCH, KEY),
+        ValueError,
+        "from_loss: the loss is (float32[], {}); expected a scalar, one float, the batch's mean; with has_state=True, "
+        "(scalar, state, metrics)",
+    ),
+    "a metric that is not called": (
+        lambda: fnet.backprop(MODEL, LOSS, {"top": fnet.metrics.top_k}),
+        TypeError,
+        "backprop: metrics['top'] is the function top_k, which takes (k: 'int') -> 'Callable[..., jax.Array]'; "
+        "expected a function of (outputs, targets); one that makes such a function is called first, as top_k(5)",
+    ),
+    "a metric of a whole batch": (
+        lambda: fnet.backprop(MODEL, LOSS, {"mean": lambda outputs, targets: outputs.mean()})(
+            PARAMS, STATE, BATCH, KEY
+        ),
+        ValueError,
+        "the metric 'mean' returned float32[]; expected a value for each of [4], as the loss has: what is measured of "
+        "a whole batch is no mean over examples",
+    ),
+    "a population's arguments in another order": (
+        lambda: train_population({"scale": [1.0]}, width_run, jax.random.split(KEY, 1)),
+        TypeError,
+        "train_population: run is {'scale': [1.0]} and hyper is the function width_run of tests.test_messages; "
+        "expected a function of (hyper, key, *data), then a dict of numbers by name, such as {'learning_rate': [0.1, "
+        "0.3]}",
+    ),
+    "a text that is generated without a context": (
+        lambda: fnet.generate(GPT, *fnet.init(GPT, KEY, jnp.zeros((1, 4), int)), jnp.zeros((1, 2), int), 3, key=KEY),
+        ValueError,
+        "generate: the model maps ids to logits and keeps no carry; expected context=..., how many ids it is given",
     ),
     "metrics as a list": (
         lambda: fnet.backprop(MODEL, LOSS, metrics=["accuracy"]),

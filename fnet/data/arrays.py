@@ -80,8 +80,9 @@ def _as_array(path: str, leaf: Any) -> Any:
         )
     if hasattr(leaf, "toarray") and not hasattr(leaf, "__array__"):
         raise DataError(f"{path} is a {kind}, which is sparse; expected a dense array: .toarray() makes one")
+    table: Any = getattr(leaf, "to_numpy", None)
     try:
-        return native(np.asarray(leaf.to_numpy() if hasattr(leaf, "to_numpy") else leaf))
+        return native(np.asarray(leaf if table is None else table()))
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(leaf, list):
             raise DataError(f"{path} is a list of lists of unequal lengths; expected rows of one: pad them") from error
@@ -289,7 +290,7 @@ def _written(name: str, path) -> str:
 def _length(path: str, leaf: Any) -> int:
     if np.ndim(leaf):
         return np.shape(leaf)[0]
-    remedy = "a list counts as a tree of numbers, make it an array with numpy.asarray"
+    remedy = "a tuple counts as a tree of numbers, make it an array with numpy.asarray"
     raise DataError(f"{path} = {leaf!r} has no axis of examples; expected an array of shape (examples, ...): {remedy}")
 
 
@@ -341,7 +342,7 @@ def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str, rows: S
     if bad.any():
         index = np.unravel_index(bad.argmax(), bad.shape)
         total = int(bad.sum())
-        row = index[0] if rows is None else rows[index[0]]
+        row = index[0] if rows is None else rows[int(index[0])]
         where, many = ", ".join(map(str, (row, *index[1:]))), "value" if total == 1 else "values"
         raise DataError(f"{path}[{where}] = {host[index]}; {expected} ({total} {many} in all)")
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fnet.types import PyTree, named_leaves, stacked_axes, takes, without_copies
 
@@ -44,7 +45,7 @@ def check_mask_kind(who: str, mask: Mask) -> None:
     elif mask is not None and patterns_of(mask) is None:
         leaves = jax.tree_util.tree_leaves_with_path(mask)
         for path, leaf in leaves:
-            if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) or np.asarray(leaf).dtype != bool:
+            if isinstance(leaf, Tracer) or np.shape(leaf) or np.asarray(leaf).dtype != bool:
                 at = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise TypeError(f"{who}: mask{f' at {at}' if at else ''} is {leaf!r}; expected {EXPECTED}")
         if not leaves:
