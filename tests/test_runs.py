@@ -386,7 +386,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path):
 def test_an_error_of_the_data_within_the_first_chunk_leaves_a_checkpoint(tmp_path):
     step, ts, arrays, _ = resumable.parts()
     batches = [(arrays[0][:8], arrays[1][:8])] * 3 + [(np.full((8, 6), np.nan, np.float32), arrays[1][:8])]
-    with pytest.raises(fnet.DataError, match=r"a batch of the stream: batch.inputs\[0, 0\] = nan") as caught:
+    with pytest.raises(fnet.DataError, match=r"a batch of the stream.inputs\[0, 0\] = nan") as caught:
         fnet.fit(step, ts, fnet.data.Stream(batches, 4), epochs=1, chunk_steps=4, run=fnet.Run(tmp_path / "run"))
     assert not hasattr(caught.value, "__notes__") and list(saved_steps(tmp_path / "run" / "checkpoints")) == [0]
 
