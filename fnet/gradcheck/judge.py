@@ -31,6 +31,7 @@ from fnet.gradcheck.witnesses import (
     numeric_power,
     pairs,
     resolve,
+    settle_lines,
     small_faults,
 )
 from fnet.interpret import dependencies
@@ -241,6 +242,8 @@ def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
         return said("unverified", cause, max(power, seen))
     if i in w.traced.unused:
         return said("ok", "the function does not depend on this leaf", 0.0)
+    if any(line.kinked or line.rough for line in w.lines[i]) and not kinks(w, i):
+        settle_lines(w, i)
     if any(line.rough for line in w.lines[i]):
         cause = f"one-sided slopes do not settle: a cusp or a jump ({kinks(w, i) or 'place unknown'})"
         return said("unverified", cause)

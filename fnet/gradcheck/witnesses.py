@@ -58,15 +58,9 @@ def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = Non
     lines = []
     for i, leaf in enumerate(problem.leaves):
         drawn = directions(np.asarray(leaf, np.float64), [seed, i], grads is not None)
-        lines.append([measure(probe, i, d) for d in drawn])
+        lines.append([probe({i: d}) for d in drawn])
     finite = np.isfinite(probe({}).base)
     return Witnesses(problem, traced, grads, exact, why_not, probe, lines, seed, bool(finite), derivative, {})
-
-
-def measure(probe: Callable, i: int, d: np.ndarray) -> Line:
-    """The line along a direction over leaf ``i``; one that is not smooth is measured again by shorter steps."""
-    line = probe({i: d})
-    return line if line.usable and not line.kinked else settled(probe, i, d, line)
 
 
 def directions(p: np.ndarray, seed, autodiff: bool) -> Iterator[np.ndarray]:
@@ -137,6 +131,13 @@ def small_faults(c: np.ndarray, a: np.ndarray) -> np.ndarray:
     return (difference > FAULT * np.maximum(np.abs(c), np.abs(a))) & (difference > LEAST)
 
 
+def settle_lines(w: Witnesses, i: int) -> None:
+    """Measure again, by shorter steps, the lines over one leaf that are not smooth."""
+    for k, (d, line) in enumerate(pairs(w, i)):
+        if line.kinked or not line.usable:
+            w.lines[i][k] = settled(w.probe, i, d, line)
+
+
 class Resolved(NamedTuple):
     """What lines over ever smaller parts of some entries say of a gradient."""
 
@@ -157,9 +158,9 @@ def resolve(w: Witnesses, i: int, c: np.ndarray, entries: np.ndarray, a: np.ndar
         d = np.zeros(p.size)
         d[part] = rng.choice([-1.0, 1.0], len(part)) * common[part]
         d = d.reshape(p.shape)
-        line = measure(w.probe, i, d)
+        line = w.probe({i: d})
         probes += 1
-        if contradicts(line, c, d):
+        if contradicts(line, c, d) or line.kinked or not line.usable:
             line = settled(w.probe, i, d, line)
         if contradicts(line, c, d):
             return Resolved((d, line), kinked, unmeasured, blind, probes)
