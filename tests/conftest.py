@@ -44,6 +44,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """What a module has traced and compiled is forgotten after it.
+
+    A worker would hold gigabytes; and jax' own memory of programs is bounded, so that late tests lost theirs to others.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 within the test."""

@@ -246,7 +246,10 @@ def test_a_tied_embedding_hands_masks_and_carries_through_its_body(key):
     ("body", "got"),
     [
         (dense(3), r"float32 \(2, 3, 3\)"),
-        (stateless("low", lambda key, x: (), lambda p, x: (x.astype("bfloat16"), ()), None), r"bfloat16 \(2, 3, 4\)"),
+        (
+            stateless("low", lambda key, x: (), lambda p, x: (x.astype("bfloat16"), ()), lambda p, r, dy: ((), dy)),
+            r"bfloat16 \(2, 3, 4\)",
+        ),
     ],
     ids=["width", "dtype"],
 )

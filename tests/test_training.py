@@ -372,7 +372,7 @@ def test_a_finished_state_is_refused_rather_than_run_for_no_steps():
 
 def test_train_refuses_a_batch_larger_than_the_data():
     step, ts, data, _ = problem()
-    with pytest.raises(fnet.DataError, match="batch_size = 54; expected 1 to 53"):
+    with pytest.raises(fnet.DataError, match="batch_size = 54; expected a whole number from 1 to 53"):
         fnet.train(step, ts, data, epochs=1, batch_size=54)
 
 
@@ -906,11 +906,11 @@ def test_a_stream_may_give_lists_and_what_it_gives_later_is_checked_too():
     x, y = np.asarray(data.inputs[:8]), np.asarray(data.targets[:8])
     of_tuples, _ = fnet.fit(step, ts, Stream([(x, y)] * 3, 3), epochs=1)
     assert_same_bits(fnet.fit(step, ts, Stream([[x, y]] * 3, 3), epochs=1)[0], of_tuples)
-    with pytest.raises(fnet.DataError, match="Stream: the source gives a dict; expected"):
+    with pytest.raises(fnet.DataError, match="a batch of the stream is a dict of 'x'; expected"):
         fnet.fit(step, ts, Stream([(x, y), {"x": x}], 2), epochs=1)
     with pytest.raises(fnet.LayerError, match="expected 6 features, got 5") as caught:
         fnet.fit(step, ts, Stream([(x, y), (x[:, :5], y)], 2), epochs=1)
-    assert "in a batch" in caught.value.__notes__
+    assert "in a batch of the stream" in caught.value.__notes__
 
 
 def test_each_observer_has_metrics_of_its_own():

@@ -124,11 +124,11 @@ def gelu(approximate: bool = False) -> Layer:
     def near(x):
         # beyond ±40 the gate is exactly 1 or 0 in float64 too, and cubes overflow: an infinity times exactly 0
         z = x.astype(wide(x.dtype))
-        return jnp.where(jnp.abs(z) > 40, 40 * jnp.sign(z), z)
+        return jax.lax.clamp(jnp.asarray(-40, z.dtype), z, jnp.asarray(40, z.dtype))
 
     def exact_forward(x):
         z = near(x)
-        return jnp.where(x > 40, x, (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype)), x
+        return jnp.where(x >= 40, x, (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype)), x
 
     def exact_backward(x, dy):  # y' = Φ(z) + z φ(z), φ the density exp(−z²/2)/√(2π)
         z, d = near(x), dy.astype(wide(dy.dtype))
@@ -137,7 +137,7 @@ def gelu(approximate: bool = False) -> Layer:
 
     def tanh_forward(x):
         z = near(x)
-        return jnp.where(x > 40, x, (z * gate(z)).astype(x.dtype)), x
+        return jnp.where(x >= 40, x, (z * gate(z)).astype(x.dtype)), x
 
     def tanh_backward(x, dy):
         # y = z g, g = σ(2u), u = s (z + c z³):  y' = g + z · 2 g (1 − g) · s (1 + 3 c z²)
