@@ -186,7 +186,8 @@ def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -
     raises for these integers alone, the rows are a note.
     """
     host = jax.tree.map(lambda leaf: None if isinstance(leaf, Tracer) else np.asarray(leaf), data)
-    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), data)
+    kept = lambda dtype: jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype  # noqa: E731
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), kept(leaf.dtype)), data)
     weights, counted = None, host
     if isinstance(data, Batch) and host.weights is not None:  # an example of weight 0 has no label
         weights, counted = host.weights, host._replace(targets=with_zeros(host.targets, host.weights == 0))
