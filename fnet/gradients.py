@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.children import backward_of, forward_of, shapes_known
-from fnet.data.arrays import DataError, as_batch, trace_batch, with_zeros
+from fnet.data.arrays import DataError, as_arrays, as_batch, trace_batch, with_zeros
 from fnet.interpret import is_float
 from fnet.types import (
     Batch,
@@ -151,6 +151,7 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
     require_counts("accumulate", parts=parts)
 
     def accumulated(params, state, batch, key, *, scale=None):
+        batch = as_arrays(batch, "accumulate: batch")
         n = jax.tree.leaves(batch)[0].shape[0]
         if parts > n:
             raise ValueError(f"accumulate: parts = {parts}; expected at most {n}, the examples of the batch")

@@ -228,8 +228,8 @@ def _within(limit: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     By itself it may be too small a number for its dtype, which XLA makes 0; the power of two is 1 elsewhere.
     """
     limit = limit.astype(norm.dtype)
-    norm = jnp.where(norm > limit, norm, limit)
-    least = float(jnp.finfo(norm.dtype).tiny) ** 0.5
+    over, least = norm > limit, float(jnp.finfo(norm.dtype).tiny) ** 0.5
+    limit, norm = jnp.where(over, limit, 1), jnp.where(over, norm, 1)
     first = jnp.where(limit / norm < least, least, 1).astype(norm.dtype)
     return first, limit / (norm * first)
 

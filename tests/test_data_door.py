@@ -111,6 +111,21 @@ def test_a_run_an_evaluation_and_an_audit_take_what_split_takes(form, key):
     assert fnet.check_model(model, fnet.softmax_cross_entropy, held, key=key, params=params, state=state).ok
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 0.0, 2.0, 1.0, 0.5, 1.0, 1.0]])
+@pytest.mark.parametrize("engine", [fnet.autodiff, fnet.backprop])
+def test_engines_take_lists_whole_and_in_parts(engine, weights, key):
+    model = fnet.layers.dense(3)
+    params, state = fnet.init(model, key, X)
+    arrays = (jnp.asarray(X), jnp.asarray(Y), None if weights is None else jnp.asarray(weights))
+    for gradient in (
+        engine(model, fnet.softmax_cross_entropy),
+        fnet.accumulate(engine(model, fnet.softmax_cross_entropy), 3),
+    ):
+        grads, _, metrics = gradient(params, state, (X, Y.tolist(), weights), key)
+        expected, _, measured = gradient(params, state, arrays, key)
+        assert_same_bits((grads, metrics), (expected, measured))
+
+
 REFUSED = {
     "masked": (
         lambda: (np.ma.MaskedArray(X, X == -999).copy(), np.ma.masked_equal(Y, 2)),

@@ -692,6 +692,14 @@ def test_adafactor_alone_takes_a_gradient_whose_square_is_not_finite_as_one_smal
         assert ((first < 1) & (first > 0.9)).all() and (jnp.isfinite(second) & (second <= first)).all()
 
 
+def test_a_limit_of_infinity_that_a_state_holds_clips_nothing():
+    grads = {"w": jnp.asarray([3.0, -4.0])}
+    for transform in (clip_by_global_norm(1.0), clip_by_leaf_norm(1.0)):
+        state = transform.init(grads)
+        state = state._replace(hyper=jax.tree.map(lambda limit: jnp.full_like(limit, jnp.inf), state.hyper))
+        np.testing.assert_array_equal(transform.update(grads, state, grads)[0]["w"], grads["w"])
+
+
 def test_clips_by_a_factor_that_is_no_normal_number():
     huge = jnp.full(4, 1e38)
     for transform in (clip_by_global_norm(1.0), clip_by_leaf_norm(1.0)):

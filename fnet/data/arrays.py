@@ -229,6 +229,7 @@ def with_zeros(tree: PyTree, where: Any) -> PyTree:
         if np.shape(leaf)[: where.ndim] != where.shape:
             return leaf
         xp: Any = jnp if isinstance(leaf, Tracer) or isinstance(where, Tracer) else np
+        leaf = xp.asarray(leaf)  # in the dtype that it has there
         return xp.where(where.reshape(where.shape + (1,) * (leaf.ndim - where.ndim)), xp.zeros((), leaf.dtype), leaf)
 
     return jax.tree.map(zeroed, tree)
