@@ -244,7 +244,7 @@ def on_device(reads: list[Read], size: int) -> Batch:
             try:
                 check_data(read.batch, name=name_of(read), part=True, rows=read.rows)
             except DataError as error:
-                raise DataError(str(error)) from None
+                raise error from None
         raise
 
 

@@ -109,16 +109,14 @@ def best_weights(ts: TrainState) -> TrainState:
         raise ValueError("best_weights: the state holds none; expected that of a run with stop=early_stopping(...)")
     if not isinstance(own.best, Tracer) and (none := np.isinf(own.best)).any():
         members = f" of the members {np.flatnonzero(none).tolist()}" if own.best.ndim else ""
-        made = int(np.max(np.asarray(own.since)[none]))
-        what = f"the {made} evaluations{members} were finite" if made else f"evaluation{members} was made"
+        what = f"no evaluation{members} was made"
+        remedy = "let the run reach its first evaluation, or evaluate more often (evaluate_every)"
+        if made := int(np.max(np.asarray(own.since)[none])):
+            what = f"none of the {made} evaluations{members} were finite"
+            remedy = "look where the run stops being finite"
         raise ValueError(
-            f"best_weights: {'none of' if made else 'no'} {what}, so that there is no best state; expected a finite "
-            "result of one evaluation at least: "
-            + (
-                "look where the run stops being finite"
-                if made
-                else "let the run reach its first evaluation, or evaluate more often (evaluate_every)"
-            )
+            f"best_weights: {what}, so that there is no best state; expected a finite result of one evaluation at "
+            f"least: {remedy}"
         )
     return ts._replace(params=weights[0], state=weights[1])
 

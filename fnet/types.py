@@ -221,8 +221,11 @@ def stateless(name: str, init, forward, backward, *, several: bool = False) -> L
     ``x`` is one array, or with ``several`` whatever the functions take. Raises TypeError for a function that does not
     take these arguments.
     """
-    wanted = {"init": (init, "(key, x)"), "forward": (forward, "(params, x)")}
-    for what, (function, expected) in {**wanted, "backward": (backward, "(params, residuals, dy)")}.items():
+    for what, function, expected in (
+        ("init", init, "(key, x)"),
+        ("forward", forward, "(params, x)"),
+        ("backward", backward, "(params, residuals, dy)"),
+    ):
         if not callable(function):
             raise TypeError(f"stateless: {name}'s {what} is {described(function)}; expected a function of {expected}")
         if not takes(function, *expected.split(",")):

@@ -68,9 +68,8 @@ def as_batch(data: Any, name: str = "data") -> Batch:
 
 
 def _as_array(path: str, leaf: Any) -> Any:
-    if isinstance(
-        leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | np.generic | int | float
-    ):  # a number is named by its reader
+    number = int | float | np.generic  # which whoever reads it names
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | number):
         return leaf
     kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}".removeprefix("builtins.")
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):

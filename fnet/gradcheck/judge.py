@@ -204,7 +204,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.nda
         cause = f"autodiff differs in {differ.sum()} entries, too many or too rough to measure: {kinks(w, i)}"
         return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": np.inf}
     if found.kinked:
-        return on_kink(w, i, evidence, TIGHT)
+        return on_kink(kinks(w, i), evidence, TIGHT)
     return settle(w, i, evidence, TIGHT)
 
 
@@ -221,11 +221,10 @@ def kinks(w: Witnesses, i: int) -> str:
     return "; ".join(places.ties(w.traced.closed, [*w.problem.leaves, *w.problem.others], i))
 
 
-def on_kink(w: Witnesses, i: int, evidence, power) -> dict:
+def on_kink(at: str, evidence, power) -> dict:
     """The verdict where one-sided slopes differ and the claim lies between: the kink, by its place, if it is one."""
-    found = kinks(w, i)
-    if found:
-        return {"verdict": "kink", "cause": found, "evidence": tuple(evidence), "power": power}
+    if at:
+        return {"verdict": "kink", "cause": at, "evidence": tuple(evidence), "power": power}
     cause = "one-sided slopes differ, but no operation is known to lie on a kink"
     return {"verdict": "unverified", "cause": cause, "evidence": tuple(evidence), "power": power}
 
@@ -242,13 +241,14 @@ def settle(w: Witnesses, i: int, evidence, power: float) -> dict:
         return said("unverified", cause, max(power, seen))
     if i in w.traced.unused:
         return said("ok", "the function does not depend on this leaf", 0.0)
-    if any(line.kinked or line.rough for line in w.lines[i]) and not kinks(w, i):
+    edged = any(line.kinked or line.rough for line in w.lines[i])
+    at = kinks(w, i) if edged else ""
+    if edged and not at:  # no tie explains it; a step that was too long may
         settle_lines(w, i)
     if any(line.rough for line in w.lines[i]):
-        cause = f"one-sided slopes do not settle: a cusp or a jump ({kinks(w, i) or 'place unknown'})"
-        return said("unverified", cause)
+        return said("unverified", f"one-sided slopes do not settle: a cusp or a jump ({at or 'place unknown'})")
     if any(line.kinked for line in w.lines[i]):
-        return on_kink(w, i, evidence, power)
+        return on_kink(at, evidence, power)
     a = w.autodiff[i] if w.autodiff is not None else None
     if a is not None and not a.any():
         at = places.flat_operations(w.traced.closed, i)

@@ -160,7 +160,7 @@ def resolve(w: Witnesses, i: int, c: np.ndarray, entries: np.ndarray, a: np.ndar
         d = d.reshape(p.shape)
         line = w.probe({i: d})
         probes += 1
-        if contradicts(line, c, d) or line.kinked or not line.usable:
+        if line.kinked or not line.usable or contradicts(line, c, d):
             line = settled(w.probe, i, d, line)
         if contradicts(line, c, d):
             return Resolved((d, line), kinked, unmeasured, blind, probes)
