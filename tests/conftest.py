@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def flags_that_are_known(*flags: str) -> str:
@@ -39,9 +40,17 @@ if "XLA_FLAGS" not in os.environ:  # read at the first program; the workers have
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """The cache is shared from here on.
+
+    While they collect, both workers import the same modules at once, and one may read what the other wrote in part.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
