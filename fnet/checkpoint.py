@@ -16,7 +16,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +54,17 @@ def host_leaves(tree: PyTree) -> list[HostLeaf]:
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, leaves: list[HostLeaf], meta: Mapping[str, Any] | None = None
+    folder: str | Path,
+    step: int,
+    leaves: list[HostLeaf],
+    meta: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
 ) -> Path:
     """Write ``leaves`` (`host_leaves`) and ``meta``, which JSON must hold, to ``folder/step_…``; returns that folder.
 
-    Raises CheckpointError if it exists, if the disk has no room for it, or if it cannot be written.
+    With ``verify`` it is read back, and every leaf compared, before it has that name. Raises CheckpointError if it
+    exists, if the disk has no room for it, if it cannot be written, and if it does not come back as it was.
     """
     path = Path(folder).absolute() / f"step_{step:09d}"
     if path.exists():
@@ -72,12 +80,13 @@ def save_checkpoint(
     arrays = {f"{i:05d}": leaf.array for i, leaf in enumerate(leaves) if leaf.array.size}  # orbax takes no empty ones
     meta = {**(meta or {}), "format": FORMAT, "step": step, "leaves": described}
     part = path.with_name(f".writing_{path.name}")
-    ocp, checkpointer = _orbax()
     try:
-        with checkpointer:
-            state = ocp.args.StandardSave(arrays or {"none": np.zeros(1)})
+        with _orbax() as (ocp, checkpointer):
+            state = ocp.args.PyTreeSave(arrays or {"none": np.zeros(1)})
             checkpointer.save(part, ocp.args.Composite(state=state, meta=ocp.args.JsonSave(meta)))
         write_manifest(part, meta.get("results", {}))
+        if verify:
+            _read_leaves(part, meta, {leaf.path: leaf.array for leaf in leaves})
         os.rename(part, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -87,44 +96,55 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: str | Path, like: PyTree, meta: Mapping[str, Any]) -> PyTree:
+def load_checkpoint(
+    path: str | Path, like: PyTree, meta: Mapping[str, Any], *, parts: Sequence[str] | None = None
+) -> PyTree:
     """The tree that was saved in the folder ``path`` with this `read_meta`; ``like`` has its structure and shapes.
+
+    With ``parts``, names of its first branches such as "params", ``like`` holds these alone, and no others are read.
 
     Raises CheckpointError where the folder is no whole checkpoint, where a leaf is missing, not expected, or of another
     shape or dtype (all of them named), and where a leaf is not what was saved.
     """
-    path = Path(path).absolute()
-    expected, found = _named(like), {saved["path"]: saved["kind"] for saved in meta["leaves"]}
+    path, expected = Path(path).absolute(), _named(like)
+    found = {saved["path"]: saved["kind"] for saved in meta["leaves"]}
+    if parts is not None:
+        found = {name: kind for name, kind in found.items() if name.split("/")[0] in parts}
     _compare(path, {name: _kind(leaf) for name, leaf in expected.items()}, found)
-    words = {name: words_of(expected[name]) for name in found}
-    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in words.items()}
-    places = {f"{i:05d}": name for i, (name, a) in enumerate(arrays.items()) if a.size}
-    ocp, checkpointer = _orbax()
-    try:
-        with checkpointer:
-            wanted = {place: arrays[name] for place, name in places.items()}
-            restore = ocp.args.StandardRestore(wanted or {"none": np.zeros(1)})
-            stored = checkpointer.restore(path, ocp.args.Composite(state=restore)).state
-    except Exception as error:  # orbax and tensorstore raise errors of many types
-        raise _damaged(path, error) from error
-    arrays |= {name: np.asarray(stored[place]) for place, name in places.items()}
-    for saved in meta["leaves"]:
-        if (digest := _digest(arrays[saved["path"]])) != saved["sha256"]:
-            raise CheckpointError(
-                f"{path}: {saved['path']} is not what was saved: expected SHA-256 {saved['sha256'][:12]}…, found "
-                f"{digest[:12]}…; it was altered: delete this folder to continue from the checkpoint before it"
-            )
+    arrays = _read_leaves(path, meta, {name: words_of(leaf) for name, leaf in expected.items()})
     leaves = [_as_leaf(arrays[name], leaf) for name, leaf in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _read_leaves(path: Path, meta: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Some of a checkpoint's leaves by path, each with the hash that it was saved with."""
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    saved = {leaf["path"]: (f"{i:05d}", leaf["sha256"]) for i, leaf in enumerate(meta["leaves"])}
+    wanted = {saved[name][0]: array for name, array in arrays.items() if array.size}
+    try:
+        with _orbax() as (ocp, checkpointer):
+            as_arrays = ocp.checkpoint_utils.construct_restore_args(wanted)
+            restore = ocp.args.PyTreeRestore(wanted, restore_args=as_arrays, partial_restore=True)
+            stored = checkpointer.restore(path, ocp.args.Composite(state=restore)).state if wanted else {}
+    except Exception as error:  # orbax and tensorstore raise errors of many types
+        raise _damaged(path, error) from error
+    for name in arrays:
+        place, expected = saved[name]
+        arrays[name] = np.asarray(stored.get(place, arrays[name]))
+        if (digest := _digest(arrays[name])) != expected:
+            raise CheckpointError(
+                f"{path}: {name} is not what was saved: expected SHA-256 {expected[:12]}…, found {digest[:12]}…; it "
+                "was altered: delete this folder to continue from the checkpoint before it"
+            )
+    return arrays
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself; CheckpointError where it is none, or none of this format."""
     path = Path(path).absolute()
     _verify_files(path)
-    ocp, checkpointer = _orbax()
     try:
-        with checkpointer:
+        with _orbax() as (ocp, checkpointer):
             meta = checkpointer.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         if not isinstance(meta, dict) or "format" not in meta or not isinstance(meta.get("leaves"), list):
             raise ValueError("it has no list of leaves")
@@ -177,12 +197,17 @@ def saved_results(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _orbax():
+_one_at_a_time = threading.RLock()  # orbax numbers its operations by process, not by thread
+
+
+@contextmanager
+def _orbax() -> Iterator[tuple[Any, Any]]:
     """Orbax, and a checkpointer for one call."""
     ocp: Any = need("a checkpoint", "orbax.checkpoint")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it logs as an error, pages of it, it raises too
-    parts = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts))
+    parts = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    with _one_at_a_time, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts)) as checkpointer:
+        yield ocp, checkpointer
 
 
 def _named(tree: PyTree) -> dict[str, jax.Array]:

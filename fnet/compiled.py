@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from fnet.programs import Line, difference, digest, program_lines
+from fnet.stopping import Reducer
 from fnet.training import Step
 from fnet.types import PyTree, TrainState, named_leaves
 
@@ -24,10 +28,21 @@ TRACED_UNDER = (
 )  # settings that a program depends on
 
 
-@functools.lru_cache(maxsize=24)
-def programs(step: Step, function: Callable) -> dict[Any, Any]:
-    """The programs that a function of a step was compiled to, by what for, the latest at the end."""
-    return {}
+KEPT = 16  # programs, for the runs to come
+
+
+class Kept(NamedTuple):
+    """A compiled program, and what it was asked for."""
+
+    program: Any
+    owner: Step
+    lines: list[str]
+    about: dict[str, Any]
+
+
+_kept: OrderedDict[Any, Kept] = OrderedDict()  # by what they compute, the latest at the end
+_asked: OrderedDict[Any, Any] = OrderedDict()  # their keys, by what was asked for: so a step is not traced again
+_lock = threading.RLock()
 
 
 def compiled(
@@ -37,37 +52,49 @@ def compiled(
     arguments: Mapping[str, PyTree],
     explain: bool,
 ) -> tuple[Callable, float]:
-    """``function(*arguments, **options)`` compiled, and how long that took: 0 where a run of ``owner`` had it compiled.
+    """``function(*arguments, **options)`` compiled, and how long that took: 0 where a run had compiled the same.
 
-    The first of the arguments, the state, is donated.
+    The same is what computes the same, `program_lines`, of whatever functions it is made. The first of the arguments,
+    the state, is donated.
     """
     settings: Any = jax.config
     traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
-    known = programs(owner, function)
     shardings = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments))
-    kinds = leaves_of(arguments), jax.tree.structure(arguments), shardings
-    signature = tuple({**options, **traced_under}.items()), *kinds
-    begin = time.perf_counter()
-    reason = reason_to_compile(signature, known)
-    with cache_hits() as cached:
-        if reason:
-            known[signature] = lowered(functools.partial(function, **options), *arguments.values()).compile()
-        else:
-            known[signature] = known.pop(signature)  # the latest stands at the end
-    took = time.perf_counter() - begin if reason else 0.0
+    leaves, structure = leaves_of(arguments), jax.tree.structure(arguments)
+    asked = function, owner, *{**options, **traced_under}.items(), leaves, structure, shardings
+    begin, reason = time.perf_counter(), ""
+    with _lock, cache_hits() as cached:
+        key = _asked.get(asked)
+        if traced_anew := key not in _kept:
+            traced = jitted(functools.partial(function, **options), next(iter(arguments.values()))).trace(
+                *arguments.values()
+            )
+            lines = program_lines(traced.jaxpr, callbacks=True)
+            key = function, digest(lines), structure, jax.tree.structure(traced.out_info), shardings
+            if key not in _kept:
+                about = {**options, **traced_under, **dict(leaves)}
+                reason = reason_to_compile(function, owner, about, lines)
+                _kept[key] = Kept(traced.lower().compile(), owner, [line.text for line in lines], about)
+        _asked[asked] = key
+        for memory, most in ((_kept, key), (_asked, asked)):
+            memory.move_to_end(most)
+            while len(memory) > KEPT:
+                memory.popitem(last=False)
+        program = _kept[key].program
+    took = time.perf_counter() - begin if traced_anew else 0.0
     if explain:
-        print(explanation(function.__name__, known[signature], reason, took, cached), flush=True)
-    return known[signature], took
+        print(explanation(function.__name__, program, reason, took, cached), flush=True)
+    return program, took
 
 
-def lowered(function: Callable, ts: TrainState, *rest: PyTree):
-    """The program that donates its first argument, and returns the state on the devices where it was."""
+def jitted(function: Callable, ts: TrainState):
+    """The function that donates its first argument, and returns the state on the devices where it was."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, ts)
     spread = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
     if not spread:
-        return jax.jit(function, donate_argnums=0).lower(ts, *rest)
+        return jax.jit(function, donate_argnums=0)
     # else XLA is free to choose others, and the program would not take its own state
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None)).lower(ts, *rest)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def leaves_of(tree: PyTree) -> tuple:
@@ -82,20 +109,21 @@ def leaves_of(tree: PyTree) -> tuple:
     return tuple((path, about(leaf)) for path, leaf in named_leaves(tree))
 
 
-def reason_to_compile(signature, known: Mapping) -> str:
-    """Why a program is compiled, in one line; empty if it is known."""
-    if signature in known:
-        return ""
-    if not known:
+def reason_to_compile(function: Callable, owner: Step, about: Mapping[str, Any], lines: Sequence[Line]) -> str:
+    """Why a program is compiled, in one line."""
+    same = [kept for (of, *_), kept in _kept.items() if of is function and kept.owner is owner]
+    if not same:
         return "the first run of this step"
-    before, now = (dict([*options, *leaves]) for options, leaves, *_ in (list(known)[-1], signature))
+    before = same[-1].about
     changes = [
-        f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
-        for name in {**now, **before}
-        if before.get(name) != now.get(name)
+        f"{name} was {before.get(name, 'not there')} and is {about.get(name, 'not there')}"
+        for name in {**about, **before}
+        if before.get(name) != about.get(name)
+        and not callable(about.get(name))
+        and not isinstance(about.get(name), Reducer)
     ]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    return "; ".join(changes[:3]) + more or "the containers or the devices of the state or the data are others"
+    return "; ".join(changes[:3]) + more or f"it computes something else: {difference(same[-1].lines, lines)}"
 
 
 @contextmanager
@@ -120,7 +148,7 @@ def explanation(name: str, program, reason: str, took: float, cached: Mapping[st
     arguments, donated, scratch = (
         size / 1e6 for size in (memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
     )
-    again = "not compiled again: same step, shapes, dtypes, options"
+    again = "not compiled again: it computes the same on the same shapes, dtypes and devices"
     hits = f" (compilation cache: {cached['hits']} hits, {cached['misses']} misses)" if sum(cached.values()) else ""
     return said(
         f"{name} {f'compiled in {took:.2f} s{hits}: {reason}' if reason else again}",

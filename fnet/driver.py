@@ -41,6 +41,7 @@ from fnet.plan import (
     described,
     examples_between,
     order_at,
+    programs_of,
 )
 from fnet.runs import Run, RunError, open_run
 from fnet.stopping import Reducer, stopped, with_stopping
@@ -104,20 +105,21 @@ def fit(
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
-    about = described(plan, ts) if run else {}
+    programs = programs_of(plan, ts) if run else {}
+    about = described(plan, ts, programs) if run else {}
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions()) if run else lambda: None
         recorder, stream = Recorder(plan.per_epoch), None
         rows = []
-        if folder and (resumed := folder.restore(ts, about)):
+        if folder and (resumed := folder.restore(ts, about, programs)):
             ts, meta, rows = resumed
             recorder, stream, about = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"], meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
                 return ts, recorder.history(0.0, 0.0)  # it had ended
         check_position(ts, plan, folder and folder.folder)
         if folder:
-            folder.begin(rows)
+            folder.begin(rows, programs)
         first = position = int(ts.step)
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
 

@@ -15,6 +15,7 @@ import numpy as np
 from fnet.checkpoint import words_of
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
 from fnet.data.streams import Stream, first_batch, is_read_ahead
+from fnet.programs import Line, digest, program_lines
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
 from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
@@ -164,8 +165,19 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
         )
 
 
-def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
-    """What must be the same when a run is resumed: its data, what is measured, and what its checkpoint overrides.
+def programs_of(plan: Plan, ts: TrainState) -> dict[str, list[Line]]:
+    """What a step and an evaluation compute, whatever their parts are called."""
+    shapes = jax.eval_shape(lambda *given: given, ts, plan.sample)
+    programs = {"step": program_lines(jax.make_jaxpr(plan.step)(*shapes))}
+    if plan.evaluate:
+        evaluation = jax.make_jaxpr(lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop))
+        held = jax.eval_shape(lambda held: held, plan.validation)
+        programs["evaluation"] = program_lines(evaluation(shapes[0], held))
+    return programs
+
+
+def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) -> dict[str, Any]:
+    """What must be the same when a run is resumed: its data, what it computes, and what its checkpoint overrides.
 
     The last are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
     """
@@ -178,9 +190,13 @@ def described(plan: Plan, ts: TrainState) -> dict[str, Any]:
             "shuffle": plan.shuffle,
             "rows": _rows_digest(plan.data),
         }
+    sets = plan.validation if isinstance(plan.validation, Mapping) else {"validation": plan.validation}
     return {
         **data,
+        **{f"rows of {name}": _rows_digest(held) for name, held in sets.items() if held is not None},
+        **{name: f"SHA-256 {digest(lines)[:12]}…" for name, lines in programs.items()},
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
+        "results": [f"{name}{_shape(result)}" for name, result in plan.results.items()],
         "rule to stop": plan.stop.about if plan.stop else None,
         "steps between evaluations": plan.every if plan.evaluate else None,
         "key": jax.tree.map(lambda key: np.asarray(words_of(key)).tolist(), ts.key),

@@ -2,10 +2,14 @@
 
 folder/config.json       the configuration
 folder/environment.json  versions, devices and settings of the process that began or resumed it last
+folder/programs.json     what a step and an evaluation compute, an operation a line
 folder/metrics.jsonl     one object for each evaluation and each epoch
+folder/changes.jsonl     what was knowingly changed when the run was resumed, and at which step
 folder/summary.json      steps, seconds and bytes, when a call of `fit` has ended
 folder/nonfinite.json    where the run stopped being finite, if it did
 folder/checkpoints/      `fnet.checkpoint`
+folder/.saved            the step of the latest checkpoint, so that one that is gone is missed
+folder/.lock             `fnet.locks`, while it is written to
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet import locks
 from fnet.checkpoint import (
     delete_checkpoint,
     host_leaves,
@@ -41,7 +47,11 @@ from fnet.checkpoint import (
     sweep,
 )
 from fnet.files import first_line, whole_file
+from fnet.programs import Line, difference
 from fnet.types import TrainState, named_leaves, require_counts
+
+# a program that is traced under another of these may be another, though it is of the same functions
+TRACED_BY = {"jax", "jaxlib", "fnet", "backend", "x64", "matmul_precision", "prng", "threefry_partitionable"}
 
 
 class RunError(ValueError):
@@ -57,7 +67,10 @@ class Run(NamedTuple):
 
     A new run needs a folder that does not exist or is empty. With ``resume`` it continues from the last complete
     checkpoint, or from the beginning if there is none yet. ``config``, a dataclass or a mapping that JSON can hold, is
-    stored with it and must be the same when it is resumed, save for the names in ``free``.
+    stored with it and must be the same when it is resumed, save for the names in ``free``. So must be what the run
+    computes: its step and evaluation (compared as traced programs, whatever functions they are made of), samples of its
+    data, and its numbers. What is changed knowingly is named in ``accept``, by the names that the error gives, ``*``
+    standing for anything: the run goes on with what is given now, and folder/changes.jsonl says so.
     """
 
     folder: str | Path
@@ -69,6 +82,8 @@ class Run(NamedTuple):
     keep_every: int | None = None  # steps: a checkpoint of a multiple is never deleted
     keep_best: str | None = None  # a result, "validation_loss": each evaluation is saved, and the least one stays
     greatest: bool = False  # of keep_best
+    verify: bool = True  # each checkpoint is read back, every leaf of it, before it counts as one
+    accept: tuple[str, ...] = ()  # ("step", "opt_state/hyper/learning_rate*"): may differ from what was saved
     free: tuple[str, ...] = ("epochs", "steps", "run_dir", "name", "resume", "quiet", "explain", "cache")
 
 
@@ -77,45 +92,89 @@ class OpenRun:
 
     def __init__(self, run: Run, folder: Path, config: dict[str, Any]):
         self.run, self.folder, self.config, self.environment = run, folder, config, environment()
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints, self.saved = folder / "checkpoints", folder / ".saved"
         self.saved_at = time.monotonic()
         self.last_saved: int | None = None
+        self.resumed_at, self.changes = 0, {}  # what differs knowingly from what was saved there
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
-    def restore(self, like: TrainState, about: dict[str, Any]) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
+    def restore(
+        self, like: TrainState, about: dict[str, Any], programs: Mapping[str, Sequence[Line]] = MappingProxyType({})
+    ) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
         """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins.
 
-        ``about`` must be as it was saved, but for numbers that are as the run left them: some optimizers change theirs.
-        Nothing is written: `begin` does, once the run is known to go on.
+        ``about`` must be as it was saved, but for numbers that are as the run left them, since some optimizers change
+        theirs, and for what the run accepts. Nothing is written: `begin` does, once the run is known to go on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
+        if not steps and self.saved.exists():
+            raise RunError(
+                f"{self.checkpoints} holds no checkpoint, and there was one at step {self.saved.read_text().strip()}; "
+                "expected it, to go on from: put it back, or begin in another folder"
+            )
         if not steps:
             return None
         path = list(steps.values())[-1]
         meta = read_meta(path)
-        if (rule := meta["plan"]["rule to stop"]) == about["rule to stop"]:  # else other leaves are missing too
+        ts, same = like, meta["plan"]["rule to stop"] == about["rule to stop"]
+        if same:  # else other leaves are missing too
             ts = load_checkpoint(path, like, meta)
             moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
-            differing = _differences({**meta["plan"], **moved}, about, "as saved")
+        elif self._accepts("rule to stop"):  # the given one, from its beginning
+            parts = [name for name in like._fields if name != "stopping"]
+            ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)
+            ts, moved = ts._replace(stopping=like.stopping), {}
         else:
-            differing = _differences({"rule to stop": rule}, {"rule to stop": about["rule to stop"]}, "as saved")
-        if differing:
+            about, moved = {"rule to stop": about["rule to stop"]}, {}
+            meta["plan"] = {"rule to stop": meta["plan"]["rule to stop"]}
+        saved = {**meta["plan"], **moved}
+        foreign = _different(meta["environment"], self.environment)
+        names = _different(saved, about)
+        if TRACED_BY & {*foreign}:  # then the same functions are other programs
+            names = [name for name in names if name not in programs]
+        if refused := [name for name in names if not self._accepts(name)]:
             raise RunError(
-                f"{self.folder} was run on other data or with other numbers: {differing}. "
-                "Resume it with its own, or name another folder"
+                f"{self.folder} was run otherwise: {self._differences(refused, saved, about, programs)}. Resume it "
+                f"with its own, name another folder, or say that it is meant: Run(accept={(*refused,)!r})"
             )
         rows = [row for row in self._read_metrics() if row["step"] <= meta["step"]]
-        if differing := _differences(meta["environment"], self.environment, "as saved"):
-            warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {differing}", RunWarning, stacklevel=4)
-        self.last_saved = meta["step"]
+        if foreign:
+            words = _in_words(foreign, meta["environment"], self.environment, "as saved")
+            warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {words}", RunWarning, stacklevel=4)
+        if names:
+            self.changes = {name: {"was": saved.get(name), "is": about.get(name)} for name in names}
+            ts = _with_numbers(ts, like, names)
+            meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
+        self.last_saved, self.resumed_at = meta["step"], meta["step"]
         return ts, meta, rows
 
-    def begin(self, rows: list[dict[str, Any]]) -> None:
+    def _accepts(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.run.accept)
+
+    def _differences(self, names: Sequence[str], saved, about, programs: Mapping[str, Sequence[Line]]) -> str:
+        """The differences in words; of a program the first operation that is another."""
+        try:
+            before = json.loads((self.folder / "programs.json").read_text())
+        except (OSError, ValueError):
+            before = {}
+        words = []
+        for name in names:
+            if name in programs and name in saved and isinstance(before.get(name), list):
+                words.append(f"{name} computes something else: {difference(before[name], programs[name])}")
+            else:
+                words.append(_in_words([name], saved, about, "as saved"))
+        return "; ".join(words)
+
+    def begin(self, rows: list[dict[str, Any]], programs: Mapping[str, Sequence[Line]] = MappingProxyType({})) -> None:
         """Write what a run has from its beginning on, and the metrics as far as it continues."""
         with _written(self.folder):
             _write_json(self.folder / "config.json", self.config)
             _write_json(self.folder / "environment.json", self.environment)
+            _write_json(self.folder / "programs.json", {n: [line.text for line in p] for n, p in programs.items()})
+            if self.changes:
+                with (self.folder / "changes.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": self.resumed_at, "changes": self.changes}) + "\n")
             with whole_file(self.folder / "metrics.jsonl") as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             (self.folder / "nonfinite.json").unlink(missing_ok=True)
@@ -163,7 +222,9 @@ class OpenRun:
         self._worker.shutdown(wait=True)
 
     def _save(self, step: int, leaves, meta) -> None:
-        save_checkpoint(self.checkpoints, step, leaves, meta)
+        save_checkpoint(self.checkpoints, step, leaves, meta, verify=self.run.verify)
+        with whole_file(self.saved) as part:
+            part.write_text(f"{step}\n")
         steps = saved_steps(self.checkpoints)
         kept = set(list(steps)[-self.run.keep_last :])
         if self.run.keep_every:
@@ -214,11 +275,16 @@ def _row(line: bytes) -> dict[str, Any]:
 def open_run(run: Run) -> Iterator[OpenRun]:
     """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
     _check(run)
-    folder, config = Path(run.folder).absolute(), _plain(run.config)
+    folder, config = Path(run.folder).expanduser().absolute(), _plain(run.config)
+    if odd := sorted(set("[]*?\\") & set(str(folder))):
+        raise RunError(
+            f"{folder} has {' '.join(odd)} in its path, below which orbax finds no checkpoints again; expected a path "
+            "without [ ] * ? and backslash: name another folder"
+        )
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # what a process leaves that is killed before it writes config.json
-    begun = {".lock", "checkpoints", ".config.json.part"}
-    if set(held) <= begun and not any((folder / "checkpoints").glob("*")):
+    begun = {"checkpoints", ".config.json.part"}
+    if all(name in begun or name.startswith(".lock") for name in held) and not any((folder / "checkpoints").glob("*")):
         held = []
     if held and "config.json" not in held:
         raise RunError(
@@ -232,10 +298,17 @@ def open_run(run: Run) -> Iterator[OpenRun]:
         )
     with _written(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    with lock:
-        with _written(folder):
-            _lock(folder, lock)
+    with ExitStack() as stack:
+        try:
+            with _written(folder):
+                ended = stack.enter_context(locks.held(folder / ".lock"))
+        except locks.Held as error:
+            raise RunError(
+                f"{folder} is in use by {error}; expected a folder that no run writes to: wait for its end, or name "
+                "another"
+            ) from None
+        if ended:
+            warnings.warn(f"{folder} was held by {ended}, which has ended", RunWarning, stacklevel=4)
         if (folder / "config.json").exists():
             _compare_config(run, folder, _read_config(folder / "config.json"), config)
         with _written(folder):
@@ -340,37 +413,31 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _compare_config(run: Run, folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     held, now = ({name: value for name, value in c.items() if name not in run.free} for c in (saved, given))
-    if differing := _differences(held, now, "as begun"):
+    if names := _different(held, now):
         raise RunError(
-            f"{folder} is a run of another configuration: {differing}. "
+            f"{folder} is a run of another configuration: {_in_words(names, held, now, 'as begun')}. "
             "Resume it with its own, which config.json holds, or name another folder"
         )
 
 
-def _differences(saved: Mapping[str, Any], given: Mapping[str, Any], when: str) -> str:
-    """What is not the same in both, in words; nothing where all is. NaN is NaN here."""
+def _different(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The names of what is not the same in both. NaN is NaN here."""
     text = lambda value: json.dumps(value, sort_keys=True)  # noqa: E731
-    names = sorted(n for n in {**saved, **given} if text(saved.get(n)) != text(given.get(n)))
+    return sorted(n for n in {**saved, **given} if text(saved.get(n)) != text(given.get(n)))
+
+
+def _in_words(names: Sequence[str], saved: Mapping[str, Any], given: Mapping[str, Any], when: str) -> str:
     return "; ".join(
         f"{n}: expected {saved.get(n, 'nothing')!r} ({when}), found {given.get(n, 'nothing')!r}" for n in names
     )
 
 
-def _lock(folder: Path, lock) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        raise RunError(
-            f"{folder} is in use by process {owner}; expected a folder that no run writes to: "
-            "wait for its end, or name another"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+def _with_numbers(ts: TrainState, given: TrainState, names: Sequence[str]) -> TrainState:
+    """``ts`` with the numbers, and the key, that are given now where ``names`` has them."""
+    held, now = (jax.tree_util.tree_flatten_with_path(state) for state in (ts, given))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in held[0]]
+    leaves = [new if path in names else old for path, (_, old), (_, new) in zip(paths, held[0], now[0], strict=True)]
+    return jax.tree.unflatten(held[1], leaves)
 
 
 def _write_json(path: Path, value: Any) -> None:

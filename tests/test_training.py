@@ -500,7 +500,7 @@ def test_explain_says_what_is_compiled_and_why(capsys):
     assert f"MB of arguments, of which {state:.3f} MB, the state, are donated and changed in place; " in first
     assert "64-bit numbers are off" in first and "compilation cache:" in first
     fnet.fit(step, ts, data, steps=2, batch_size=8, explain=True)
-    assert "not compiled again: same step, shapes, dtypes, options" in capsys.readouterr().out
+    assert "not compiled again: it computes the same on the same shapes, dtypes and devices" in capsys.readouterr().out
     fewer = jax.tree.map(lambda a: a[:40], data)
     fnet.fit(step, ts, fewer, steps=2, batch_size=8, explain=True)
     assert "data/inputs was float32(53, 6) and is float32(40, 6)" in capsys.readouterr().out

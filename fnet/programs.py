@@ -1,0 +1,133 @@
+"""Traced programs as text, without names and places: two that compute the same have the same lines.
+
+    lines = program_lines(jax.make_jaxpr(step)(ts, batch))
+    digest(lines)                     what a run is compared by when it is resumed, and a compiled program kept by
+    difference(lines, others)         where two part, in words
+
+A line is an operation: its primitive and parameters, the numbers of its operands, and the types of what it gives.
+Constants are told by a hash of their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnet.interpret import is_array
+from fnet.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
+
+NOTHING = (  # parameters that say how an operation is written, differentiated or called, not what it computes
+    *("name", "debug_info", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "inline", "keep_unused"),
+    *("ctx_mesh", "compiler_options_kvs", "donated_invars", "in_layouts", "out_layouts", "symbolic_zeros"),
+)
+
+
+class Line(NamedTuple):
+    """An operation, and the layers or stages of the model that it stands in."""
+
+    text: str
+    place: str
+
+
+def program_lines(closed: ClosedJaxpr, *, callbacks: bool = False) -> list[Line]:
+    """The program's lines. With ``callbacks``, functions of Python that it calls back count by their identity."""
+    constants = [Line(f"constant {_shown(const, callbacks)[0]}", "") for const in closed.consts]
+    return [*constants, *_lines(closed.jaxpr, callbacks, 0)]
+
+
+def digest(lines: Sequence[Line] | Sequence[str]) -> str:
+    """A hash of the lines, whatever their places."""
+    texts = (line.text if isinstance(line, Line) else line for line in lines)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def difference(before: Sequence[str], now: Sequence[Line]) -> str:
+    """Where a program parts from what it was, in words: the first operation that is another."""
+    for k, (old, new) in enumerate(zip(before, now, strict=False)):
+        if old != new.text:
+            at = f" in {new.place}" if new.place else ""
+            return f"operation {k}{at} was `{_shortened(old, new.text)}` and is `{_shortened(new.text, old)}`"
+    return f"it has {len(now)} operations and had {len(before)}"
+
+
+def _shortened(line: str, other: str, most: int = 80) -> str:
+    """The operation's name, and what follows from where the lines part."""
+    same = next((k for k, (a, b) in enumerate(zip(line, other, strict=False)) if a != b), min(len(line), len(other)))
+    name, begin = line.strip().split("[")[0], max(line.rfind(" ", 0, same) + 1, 0)
+    rest = line[begin : begin + most]
+    return f"{'' if rest.startswith(name) else f'{name} … '}{rest}{'…' if begin + most < len(line) else ''}"
+
+
+def _lines(jaxpr: Jaxpr, callbacks: bool, depth: int) -> Iterator[Line]:
+    numbers: dict[Any, int] = {}
+
+    def number(var) -> str:
+        return str(numbers.setdefault(var, len(numbers)))
+
+    def operand(atom) -> str:
+        if isinstance(atom, Literal):
+            return f"{atom.aval.str_short()}={value_of(atom)}"
+        return number(atom)
+
+    indent = "  " * depth
+    given = [f"{number(var)}:{var.aval.str_short()}" for var in (*jaxpr.constvars, *jaxpr.invars)]
+    yield Line(f"{indent}given {' '.join(given)}", "")
+    for eqn in _needed(jaxpr):
+        words, inner = [], []
+        for name in sorted(eqn.params):
+            if name not in NOTHING:
+                word, bodies = _shown(eqn.params[name], callbacks)
+                if "UnspecifiedValue" not in word:  # of a sharding
+                    words.append(f"{name}={word}")
+                inner += bodies
+        operands = " ".join(map(operand, eqn.invars))
+        made = " ".join(f"{number(var)}:{var.aval.str_short()}" for var in eqn.outvars)
+        place = str(eqn.source_info.name_stack)
+        yield Line(f"{indent}{eqn.primitive.name}[{' '.join(words)}] {operands} -> {made}", place)
+        for body in inner:
+            for line in _lines(body, callbacks, depth + 1):
+                yield line if line.place else line._replace(place=place)
+    yield Line(f"{indent}returns {' '.join(map(operand, jaxpr.outvars))}", "")
+
+
+def _needed(jaxpr: Jaxpr) -> list:
+    """The operations that something comes of: a layer that draws nothing has a key too, made of its name."""
+    read, kept = set(_variables(jaxpr.outvars)), []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(var in read for var in eqn.outvars):
+            kept.append(eqn)
+            read.update(_variables(eqn.invars))
+    return kept[::-1]
+
+
+def _variables(atoms) -> Iterator[Any]:
+    return (atom for atom in atoms if not isinstance(atom, Literal))
+
+
+def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
+    """A parameter as a word, and the programs within it."""
+    if isinstance(value, ClosedJaxpr):
+        constants = " ".join(_shown(const, callbacks)[0] for const in value.consts)
+        return f"program({constants})", [value.jaxpr]
+    if isinstance(value, Jaxpr):
+        return "program", [value]
+    if isinstance(value, Mapping):
+        value = sorted(value.items(), key=repr)
+    if isinstance(value, tuple | list):
+        parts = [_shown(item, callbacks) for item in value]
+        return f"({', '.join(word for word, _ in parts)})", [body for _, bodies in parts for body in bodies]
+    if is_array(value):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        host = np.asarray(value)
+        if host.size == 1:
+            return f"{host.dtype}{list(host.shape)} {host.item()!r}", []
+        return f"{host.dtype}{host.shape}#{hashlib.sha256(host.tobytes()).hexdigest()[:16]}", []
+    if isinstance(value, Callable) and not isinstance(value, type):
+        return f"function {id(value)}" if callbacks else "function", []
+    return re.sub(r" at 0x[0-9a-f]+|0x[0-9a-f]+", "", repr(value)), []
