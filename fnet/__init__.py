@@ -15,7 +15,7 @@ from fnet.training import augmented, init_train_state, make_evaluate, make_step,
 from fnet.history import Event, History
 from fnet.runs import Run, RunError
 from fnet.checkpoint import CheckpointError
-from fnet.interrupts import Interrupted
+from fnet.interrupts import Interrupted, Terminated
 from fnet.nonfinite import NonFiniteError
 from fnet.driver import fit
 from fnet.rate_finder import RateCurve, find_learning_rate

@@ -101,7 +101,7 @@ def load_checkpoint(
 ) -> PyTree:
     """The tree that was saved in the folder ``path`` with this `read_meta`; ``like`` has its structure and shapes.
 
-    With ``parts``, names of its first branches such as "params", ``like`` holds these alone, and no others are read.
+    With ``parts``, paths of branches such as "params", ``like`` holds these alone, and no others are read.
 
     Raises CheckpointError where the folder is no whole checkpoint, where a leaf is missing, not expected, or of another
     shape or dtype (all of them named), and where a leaf is not what was saved.
@@ -109,7 +109,8 @@ def load_checkpoint(
     path, expected = Path(path).absolute(), _named(like)
     found = {saved["path"]: saved["kind"] for saved in meta["leaves"]}
     if parts is not None:
-        found = {name: kind for name, kind in found.items() if name.split("/")[0] in parts}
+        within = tuple(f"{part}/" for part in parts)
+        found = {name: kind for name, kind in found.items() if f"{name}/".startswith(within)}
     _compare(path, {name: _kind(leaf) for name, leaf in expected.items()}, found)
     arrays = _read_leaves(path, meta, {name: words_of(leaf) for name, leaf in expected.items()})
     leaves = [_as_leaf(arrays[name], leaf) for name, leaf in expected.items()]

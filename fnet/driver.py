@@ -26,10 +26,10 @@ from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data
-from fnet.data.streams import is_read_ahead, take_rows
+from fnet.data.streams import Stream, check_resumable, is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
-from fnet.interrupts import Interrupted, interruptions
+from fnet.interrupts import Interrupted, Terminated, interruptions
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.plan import (
     Plan,
@@ -79,8 +79,9 @@ def fit(
     returned is then that of the event, the end of a chunk. One that raises ends the run with its error, after a
     checkpoint.
 
-    ``run`` keeps the run in a folder: its configuration, metrics and checkpoints. SIGTERM and SIGINT then save it at
-    the end of the chunk and raise `Interrupted` (exit codes 143 and 130); a second SIGINT leaves at once.
+    ``run`` keeps the run in a folder: its configuration, metrics and checkpoints. At the end of a chunk SIGINT, which
+    is Ctrl-C, raises `Interrupted`, a KeyboardInterrupt that carries the state, and SIGTERM `Terminated`, which ends
+    the process with 143; in a folder the run is saved first. A second SIGINT leaves at once.
 
     ``chunk_steps`` is how many steps run between two looks of the host, by default what takes half a second. The
     results are the same bits for every value. With ``keep`` a copy of the state is taken at the end of each chunk,
@@ -105,11 +106,13 @@ def fit(
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
+    if run and isinstance(plan.data, Stream):
+        check_resumable(plan.data)
     programs = programs_of(plan, ts) if run else {}
     about = described(plan, ts, programs) if run else {}
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
-        caught = stack.enter_context(interruptions()) if run else lambda: None
+        caught = stack.enter_context(interruptions())
         recorder, stream = Recorder(plan.per_epoch), None
         rows = []
         if folder and (resumed := folder.restore(ts, about, programs)):
@@ -135,11 +138,13 @@ def fit(
             return made
 
         def leave_if_asked() -> None:
-            if (number := caught()) is not None and folder:
+            if (number := caught()) is not None:
                 save(wait=True)
-                name = signal.Signals(number).name
-                print(f"{name}: the run is saved at step {position} in {folder.folder}", file=sys.stderr)
-                raise Interrupted(128 + number)
+                saved = f"is saved at step {position} in {folder.folder}" if folder else f"ended at step {position}"
+                message = f"{signal.Signals(number).name}: the run {saved}"
+                print(message, file=sys.stderr)
+                kind = Interrupted if number == signal.SIGINT else Terminated
+                raise kind(message, ts, recorder.history(seconds["compile"], seconds["run"]))
 
         def save(wait: bool = False) -> None:
             if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": about}):

@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(SystemExit):
-    """The run was asked to end by a signal, and is saved. The process ends with ``code`` = 128 + the signal's number.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGINT: the run ended at the end of a chunk, with ``state`` and ``history`` as `fnet.fit` returns them.
 
-    So 130 after SIGINT and 143 after SIGTERM, as the shell reports a process that a signal ended.
+    In a folder it is saved too. In a notebook: ``except fnet.Interrupted as stopped: ts = stopped.state``.
     """
+
+    def __init__(self, message: str, state: Any, history: Any):
+        super().__init__(message)
+        self.state, self.history = state, history
+
+
+class Terminated(SystemExit):
+    """SIGTERM: as `Interrupted`, and the process ends with the exit code 143, as the shell says of one so ended."""
+
+    def __init__(self, message: str, state: Any, history: Any):
+        super().__init__(128 + signal.SIGTERM)
+        self.message, self.state, self.history = message, state, history
 
 
 @contextmanager
@@ -24,7 +38,8 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     """A function that gives the first signal caught within, or None. Outside the main thread none is caught.
 
     Python runs handlers between its own operations, so not while a program compiles. The second SIGINT is therefore
-    seen by a thread that waits for the bytes which the interpreter's C handler writes.
+    seen by a thread that waits for the bytes which the interpreter's C handler writes. It ends the process; where
+    Python is interactive, and what it holds would be lost, it is a KeyboardInterrupt as soon as Python runs again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -35,12 +50,17 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
 
     def watch():
         while (number := reader.recv(1)) not in (b"", b"\0"):
-            if number[0] == signal.SIGINT and signal.SIGINT in seen:
+            if number[0] == signal.SIGINT and signal.SIGINT in seen and not interactive:
                 os.write(2, b"\nleft at once; the last complete checkpoint stands\n")
                 os._exit(128 + signal.SIGINT)
             seen.append(number[0])
 
-    before = {number: signal.signal(number, lambda *_: None) for number in CAUGHT}
+    def handle(number, _):
+        if number == signal.SIGINT and interactive and seen.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    before = {number: signal.signal(number, handle) for number in CAUGHT}
     before_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, name="fnet-signals", daemon=True)
     thread.start()

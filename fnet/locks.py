@@ -28,14 +28,14 @@ class Held(Exception):
 @contextmanager
 def held(path: Path) -> Iterator[str | None]:
     """Hold the lock ``path``; gives whose it was if it was taken over. Raises `Held`, and OSError as files do."""
-    own = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "token": uuid.uuid4().hex,
-    }
-    taken = _acquire(path, {**own, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-    _mine.add(own["token"])
+    pid, token = os.getpid(), uuid.uuid4().hex
+    own = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "token": token}
+    _mine.add(token)
+    try:
+        taken = _acquire(path, {**own, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    except BaseException:
+        _mine.discard(token)
+        raise
     ended = threading.Event()
 
     def beat():
@@ -48,11 +48,11 @@ def held(path: Path) -> Iterator[str | None]:
     try:
         yield taken
     finally:
-        if os.getpid() == own["pid"]:
+        if os.getpid() == pid:
             ended.set()
             thread.join()
-            _mine.discard(own["token"])
-            if (_read(path) or {}).get("token") == own["token"]:
+            _mine.discard(token)
+            if (_read(path) or {}).get("token") == token:
                 path.unlink(missing_ok=True)
 
 
@@ -75,7 +75,7 @@ def _acquire(path: Path, own: dict[str, Any]) -> str | None:
                 if _lives(other, path, part):
                     raise Held(_said(other)) from None
                 taken = _said(other)
-                _move_away(path, other, part)
+                _remove(path, other)
     finally:
         part.unlink(missing_ok=True)
 
@@ -92,17 +92,22 @@ def _link(part: Path, path: Path) -> None:
         part.touch()
 
 
-def _move_away(path: Path, other: dict[str, Any], part: Path) -> None:
-    """Remove a lock that was left over, if it still is that one."""
-    gone = part.with_name(f"{part.name}.old")
+def _remove(path: Path, other: dict[str, Any]) -> None:
+    """Remove a lock that was left over, if it still is that one; one at a time, so that no new one is removed."""
+    guard = path.with_name(f"{path.name}.removing")
     try:
-        os.rename(path, gone)
-    except FileNotFoundError:
-        return  # another was faster
-    if (_read(gone) or {}).get("token") != other.get("token"):  # a new one, of one who was faster: back with it
-        with suppress(FileExistsError):
-            _link(gone, path)
-    gone.unlink(missing_ok=True)
+        os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if time.time() - guard.stat().st_mtime > STALE:  # of one that was killed here
+                guard.unlink()
+        time.sleep(0.01)
+        return
+    try:
+        if (_read(path) or {}).get("token") == other.get("token"):
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -148,4 +153,5 @@ def _started(pid: int) -> str | None:
 
 
 def _said(other: dict[str, Any]) -> str:
-    return f"process {other.get('pid', 'unknown')} on {other.get('host', 'unknown')}, since {other.get('since', 'unknown')}"
+    pid, host, since = (other.get(name, "unknown") for name in ("pid", "host", "since"))
+    return f"process {pid} on {host}, since {since}"

@@ -37,6 +37,7 @@ import numpy as np
 
 from fnet import locks
 from fnet.checkpoint import (
+    CheckpointError,
     delete_checkpoint,
     host_leaves,
     load_checkpoint,
@@ -46,9 +47,10 @@ from fnet.checkpoint import (
     saved_steps,
     sweep,
 )
+from fnet.children import init_of
 from fnet.files import first_line, whole_file
 from fnet.programs import Line, difference
-from fnet.types import TrainState, named_leaves, require_counts
+from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, require_layer
 
 # a program that is traced under another of these may be another, though it is of the same functions
 TRACED_BY = {"jax", "jaxlib", "fnet", "backend", "x64", "matmul_precision", "prng", "threefry_partitionable"}
@@ -65,8 +67,10 @@ class RunWarning(UserWarning):
 class Run(NamedTuple):
     """Where and how `fit` keeps a run.
 
-    A new run needs a folder that does not exist or is empty. With ``resume`` it continues from the last complete
-    checkpoint, or from the beginning if there is none yet. ``config``, a dataclass or a mapping that JSON can hold, is
+    A new run needs a folder that does not exist or is empty. With ``resume=True`` the one that is there continues from
+    its last checkpoint, or from the beginning if there is none yet; with "auto" it does, or begins where there is none,
+    so that a script may be started again and again; with "newest whole" it continues from the last checkpoint that is
+    not damaged. ``config``, a dataclass or a mapping that JSON can hold, is
     stored with it and must be the same when it is resumed, save for the names in ``free``. So must be what the run
     computes: its step and evaluation (compared as traced programs, whatever functions they are made of), samples of its
     data, and its numbers. What is changed knowingly is named in ``accept``, by the names that the error gives, ``*``
@@ -75,13 +79,14 @@ class Run(NamedTuple):
 
     folder: str | Path
     config: Any = MappingProxyType({})
-    resume: bool = False
+    resume: bool | str = False  # True, "auto", "newest whole"
     save_every: int | None = None  # steps; None saves by the clock alone, as soon as save_seconds have passed
     save_seconds: float = 60.0
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # steps: a checkpoint of a multiple is never deleted
     keep_best: str | None = None  # a result, "validation_loss": each evaluation is saved, and the least one stays
     greatest: bool = False  # of keep_best
+    best: int = 1  # so many of them
     verify: bool = True  # each checkpoint is read back, every leaf of it, before it counts as one
     accept: tuple[str, ...] = ()  # ("step", "opt_state/hyper/learning_rate*"): may differ from what was saved
     free: tuple[str, ...] = ("epochs", "steps", "run_dir", "name", "resume", "quiet", "explain", "cache")
@@ -115,8 +120,7 @@ class OpenRun:
             )
         if not steps:
             return None
-        path = list(steps.values())[-1]
-        meta = read_meta(path)
+        path, meta = self._newest(steps)
         ts, same = like, meta["plan"]["rule to stop"] == about["rule to stop"]
         if same:  # else other leaves are missing too
             ts = load_checkpoint(path, like, meta)
@@ -126,8 +130,11 @@ class OpenRun:
             ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)
             ts, moved = ts._replace(stopping=like.stopping), {}
         else:
-            about, moved = {"rule to stop": about["rule to stop"]}, {}
-            meta["plan"] = {"rule to stop": meta["plan"]["rule to stop"]}
+            moved = {}  # and the state that holds the numbers is another
+            about, meta["plan"] = (
+                {name: value for name, value in plan.items() if not name.startswith(("opt_state/", "stopping/"))}
+                for plan in (about, meta["plan"])
+            )
         saved = {**meta["plan"], **moved}
         foreign = _different(meta["environment"], self.environment)
         names = _different(saved, about)
@@ -148,6 +155,33 @@ class OpenRun:
             meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
         self.last_saved, self.resumed_at = meta["step"], meta["step"]
         return ts, meta, rows
+
+    def _newest(self, steps: Mapping[int, Path]) -> tuple[Path, dict[str, Any]]:
+        """The last checkpoint and its meta; of "newest whole" the last that is not damaged."""
+        paths, passed = list(steps.values())[::-1], []
+        for path in paths:
+            try:
+                meta = read_meta(path)
+            except CheckpointError as error:
+                if self.run.resume != "newest whole":
+                    raise CheckpointError(f"{error}{self._whole_before(path, paths)}") from error
+                passed.append(path.name)
+                continue
+            if passed:
+                words = f"{self.folder} is resumed from {path.name}; damaged and left as they are: {', '.join(passed)}"
+                warnings.warn(words, RunWarning, stacklevel=5)
+            return path, meta
+        raise RunError(f"{self.checkpoints}: none of {', '.join(passed)} is whole; expected one to resume from")
+
+    def _whole_before(self, damaged: Path, paths: Sequence[Path]) -> str:
+        """The remedy for a damaged checkpoint where an older one is whole."""
+        for path in paths[paths.index(damaged) + 1 :]:
+            try:
+                read_meta(path)
+            except CheckpointError:
+                continue
+            return f". {path.name} is whole: Run(resume='newest whole') takes it"
+        return ""
 
     def _accepts(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.run.accept)
@@ -202,7 +236,8 @@ class OpenRun:
         if step == self.last_saved:
             return False
         results = self._results.get(step, {})
-        meta = {**meta, "config": self.config, "environment": self.environment, "results": results}
+        best = {"name": self.run.keep_best, "greatest": self.run.greatest} if self.run.keep_best else None
+        meta = {**meta, "config": self.config, "environment": self.environment, "results": results, "best": best}
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
@@ -230,10 +265,7 @@ class OpenRun:
         if self.run.keep_every:
             kept |= {step for step in steps if step % self.run.keep_every == 0}
         if self.run.keep_best:
-            results = {step: saved_results(path).get(self.run.keep_best) for step, path in steps.items()}
-            known = {step: value for step, value in results.items() if value is not None and np.isfinite(value)}
-            if known:
-                kept.add((max if self.run.greatest else min)(known, key=lambda step: known[step]))
+            kept |= {*best_first(steps, self.run.keep_best, self.run.greatest)[: self.run.best]}
         for step in steps.keys() - kept:
             delete_checkpoint(steps[step])
 
@@ -255,6 +287,66 @@ class OpenRun:
                     "object with kind, step, epoch and numbers: mend or delete that line"
                 ) from error
         return rows
+
+
+def best_first(steps: Mapping[int, Path], name: str, greatest: bool) -> list[int]:
+    """The steps whose checkpoints hold a finite result of this name, the best first; of equal ones the earlier."""
+    results = {step: saved_results(path).get(name) for step, path in steps.items()}
+    known = {step: value for step, value in results.items() if value is not None and np.isfinite(value)}
+    return sorted(known, key=lambda step: (-known[step] if greatest else known[step], step))
+
+
+def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "last") -> tuple[PyTree, PyTree]:
+    """``params, state`` of a model that a run has trained; nothing is written, and the optimizer is not needed.
+
+    Args:
+        folder: of the run.
+        model: as it was trained.
+        x: inputs like those that it was made for, or their shapes.
+        which: "last", the step of a checkpoint that is there, or "best": that of ``Run(keep_best=...)``, or else what
+            `early_stopping` kept.
+
+    Raises RunError where the folder holds no such checkpoint, CheckpointError where it is damaged or another model's.
+
+    >>> from fnet.layers import dense
+    >>> load_run("gone", dense(1), jnp.ones((1, 1)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    fnet.runs.RunError: ...gone holds no checkpoints; expected the folder of a run: fnet.Run(folder) keeps them
+    """
+    require_layer("load_run: model", model)
+    folder = Path(folder).expanduser().absolute()
+    steps = saved_steps(folder / "checkpoints")
+    if not steps:
+        raise RunError(f"{folder} holds no checkpoints; expected the folder of a run: fnet.Run(folder) keeps them")
+    shapes = jax.eval_shape(lambda key: init_of(model, key, x), jax.random.key(0))
+    params, state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    last = list(steps)[-1]
+    if which != "best":
+        at = last if which == "last" else which
+        if at not in steps:
+            there = ", ".join(map(str, steps))
+            raise RunError(
+                f"load_run: which = {which!r}; expected 'last', 'best', or the step of a checkpoint: {there}"
+            )
+        meta = read_meta(steps[at])
+        loaded = load_checkpoint(steps[at], {"params": params, "state": state}, meta, parts=("params", "state"))
+        return loaded["params"], loaded["state"]
+    meta = read_meta(steps[last])
+    if meta.get("best"):
+        ranked = best_first(steps, **meta["best"])
+        if not ranked:
+            raise RunError(
+                f"{folder} has no checkpoint with a finite {meta['best']['name']}; expected one: which='last'"
+            )
+        return load_run(folder, model, x, ranked[0])
+    if not any(leaf["path"].startswith("stopping/weights/") for leaf in meta["leaves"]):
+        raise RunError(
+            f"{folder} kept no best state; expected a run with Run(keep_best='validation_loss') or early_stopping: "
+            "which='last' takes its last"
+        )
+    weights = {"stopping": {"weights": {"0": params, "1": state}}}
+    kept = load_checkpoint(steps[last], weights, meta, parts=("stopping/weights",))["stopping"]["weights"]
+    return kept["0"], kept["1"]
 
 
 def _row(line: bytes) -> dict[str, Any]:
@@ -291,6 +383,8 @@ def open_run(run: Run) -> Iterator[OpenRun]:
             f"{folder} holds {', '.join(sorted(held)[:4])} and no config.json, and is left as it is; expected a run's "
             "folder or an empty one: name another"
         )
+    if not held and run.resume is True:
+        raise RunError(f"{folder} holds no run; expected one to resume: resume='auto' begins where there is none")
     if held and not run.resume:
         raise RunError(
             f"{folder} holds {', '.join(sorted(held)[:4])} already and is left as it is; expected an empty folder: "
@@ -371,7 +465,10 @@ def _fnet_version() -> str:
 
 
 def _check(run: Run) -> None:
-    require_counts("Run", save_every=run.save_every, keep_last=run.keep_last, keep_every=run.keep_every)
+    if run.resume not in (False, True, "auto", "newest whole"):
+        raise RunError(f"Run: resume = {run.resume!r}; expected False, True, 'auto' or 'newest whole'")
+    counts = {"save_every": run.save_every, "keep_last": run.keep_last, "keep_every": run.keep_every}
+    require_counts("Run", **counts, best=run.best)
     if run.keep_last is None:
         raise RunError("Run: keep_last = None; expected a whole number of at least 1: keep_every=1 keeps them all")
     if not isinstance(run.save_seconds, (int, float)) or not run.save_seconds > 0:

@@ -95,7 +95,9 @@ def run(folder=None, *, epochs=6, source="memory", optimizer="noisy", observers=
         data = open_arrays(*files)
     elif source == "stream":
         data, size = Stream(Numbers(*arrays), PER_EPOCH), {}
-    kept = None if folder is None else fnet.Run(folder, {"optimizer": optimizer}, resume=True, save_every=5, **options)
+    kept = (
+        None if folder is None else fnet.Run(folder, {"optimizer": optimizer}, resume="auto", save_every=5, **options)
+    )
     stop = fnet.early_stopping("validation_loss", patience=100)
     return fnet.fit(
         step,

@@ -29,11 +29,13 @@ class Stream(NamedTuple):
     """Batches from an iterable: `Batch`es or tuples of arrays, never-ending or long enough for the run.
 
     To be resumed, its iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's
-    have. ``steps_per_epoch`` says how many batches are called an epoch.
+    have. One without is for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a
+    folder. ``steps_per_epoch`` says how many batches are called an epoch.
     """
 
     source: Iterable
     steps_per_epoch: int
+    resumable: bool = True
 
 
 class Read(NamedTuple):
@@ -109,6 +111,18 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
         yield Read(as_batch(element, "a batch of the stream"), None, held)
         step += 1
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
+
+
+def check_resumable(stream: Stream) -> None:
+    """Require that a stream which is to be resumed can say where it stands; DataError names what its iterator lacks."""
+    iterator = iter(stream.source)
+    lacking = [name for name in ("get_state", "set_state") if not hasattr(iterator, name)]
+    if stream.resumable and lacking:
+        raise DataError(
+            f"Stream: the source's iterator, {type(iterator).__name__}, has no {' and no '.join(lacking)}, so that the "
+            "run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or "
+            "Stream(..., resumable=False) where that is meant"
+        )
 
 
 def first_batch(stream: Stream) -> Batch:
