@@ -13,7 +13,7 @@ from fnet.optimizers import adam, adamw, chain, describe, groups, momentum, rmsp
 from fnet.stopping import best_weights, early_stopping
 from fnet.training import augmented, init_train_state, make_evaluate, make_step, train
 from fnet.history import Event, History
-from fnet.runs import Run, RunError
+from fnet.runs import Run, RunError, load_run
 from fnet.checkpoint import CheckpointError
 from fnet.interrupts import Interrupted, Terminated
 from fnet.nonfinite import NonFiniteError

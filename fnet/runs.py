@@ -325,9 +325,7 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
         at = last if which == "last" else which
         if at not in steps:
             there = ", ".join(map(str, steps))
-            raise RunError(
-                f"load_run: which = {which!r}; expected 'last', 'best', or the step of a checkpoint: {there}"
-            )
+            raise RunError(f"load_run: which = {which!r}; expected 'last', 'best' or the step of a checkpoint: {there}")
         meta = read_meta(steps[at])
         loaded = load_checkpoint(steps[at], {"params": params, "state": state}, meta, parts=("params", "state"))
         return loaded["params"], loaded["state"]
@@ -335,8 +333,9 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
     if meta.get("best"):
         ranked = best_first(steps, **meta["best"])
         if not ranked:
+            name = meta["best"]["name"]
             raise RunError(
-                f"{folder} has no checkpoint with a finite {meta['best']['name']}; expected one: which='last'"
+                f"{folder} has no checkpoint with a finite {name}; expected one: which='last' takes its last"
             )
         return load_run(folder, model, x, ranked[0])
     if not any(leaf["path"].startswith("stopping/weights/") for leaf in meta["leaves"]):

@@ -95,9 +95,8 @@ def run(folder=None, *, epochs=6, source="memory", optimizer="noisy", observers=
         data = open_arrays(*files)
     elif source == "stream":
         data, size = Stream(Numbers(*arrays), PER_EPOCH), {}
-    kept = (
-        None if folder is None else fnet.Run(folder, {"optimizer": optimizer}, resume="auto", save_every=5, **options)
-    )
+    run = fnet.Run(folder or "", {"optimizer": optimizer}, resume="auto", save_every=5, **options)
+    kept = None if folder is None else run
     stop = fnet.early_stopping("validation_loss", patience=100)
     return fnet.fit(
         step,

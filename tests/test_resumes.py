@@ -1,0 +1,446 @@
+"""What a resumed run must find as it was: whatever it computes, on whatever data; and what may change knowingly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet import layers
+from fnet.checkpoint import saved_steps
+from fnet.compiled import _kept
+from fnet.data import Stream
+from fnet.losses import softmax_cross_entropy
+from fnet.optimizers import amsgrad, momentum
+from fnet.programs import difference, digest, program_lines
+from fnet.training import augmented
+from tests.test_training import assert_same_bits
+
+X = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
+Y = np.random.default_rng(1).integers(0, 3, 32)
+DATA, HELD = fnet.Batch(X[:24], Y[:24]), fnet.Batch(X[24:], Y[24:])
+
+
+def parts(**changes):
+    """The arguments of a run, but for the changes."""
+    made = {
+        "act": layers.relu(),
+        "rate": 0.1,
+        "eps": 1e-5,
+        "loss": softmax_cross_entropy,
+        "evaluated_loss": softmax_cross_entropy,
+        "engine": fnet.backprop,
+        "augment": None,
+        "held": HELD,
+        "optimizer": momentum(0.05),
+        "stop": fnet.early_stopping("validation_loss", 100),
+        "epochs": 2,
+        **changes,
+    }
+    model = fnet.serial(
+        fnet.dense(5), made["act"], layers.batch_norm(eps=made["eps"]), layers.dropout(made["rate"]), fnet.dense(3)
+    )
+    params, state = fnet.init(model, jax.random.key(0), X[:1])
+    step = fnet.make_step(made["engine"](model, made["loss"]), made["optimizer"])
+    if made["augment"] is not None:
+        step = augmented(step, made["augment"])
+    ts = fnet.init_train_state(params, made["optimizer"], jax.random.key(1), state)
+    options = {"evaluate": fnet.make_evaluate(model, made["evaluated_loss"]), "validation": made["held"]}
+    if not isinstance(made["held"], fnet.Batch):
+        made["stop"] = None
+    return step, ts, {**options, "stop": made["stop"], "epochs": made["epochs"], "batch_size": 8}
+
+
+def fit(folder, resume: bool | str = False, accept=(), **changes):
+    step, ts, options = parts(**changes)
+    run = fnet.Run(folder, resume=resume, accept=accept)
+    return fnet.fit(step, ts, DATA, run=run, **options)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    fit(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(half, tmp_path):
+    return shutil.copytree(half, tmp_path / "run")
+
+
+def noisy(key, batch):
+    return batch._replace(inputs=batch.inputs + 0.1 * jax.random.normal(key, batch.inputs.shape))
+
+
+def scaled(outputs, targets):
+    return softmax_cross_entropy(outputs, targets) * 1.5
+
+
+CHANGES = {
+    "an activation": (
+        {"act": layers.tanh()},
+        r"step computes something else: operation \d+ in \S*tanh_0 was .* is `tanh",
+    ),
+    "the rate of a dropout": ({"rate": 0.2}, r"step computes something else: operation \d+ in \S*dropout_0 was .*0\.8"),
+    "the eps of a normalization": (
+        {"eps": 1e-3},
+        r"step computes something else: operation \d+ in \S*batch_norm_0",
+    ),
+    "the loss": (
+        {"loss": fnet.Loss(scaled, lambda y, t: 1.5 * softmax_cross_entropy.gradient(y, t))},
+        "step comp",
+    ),
+    "the evaluation's loss": ({"evaluated_loss": scaled}, "evaluation computes something else: operation"),
+    "the engine": ({"engine": fnet.autodiff}, "step computes something else: operation"),
+    "an augmentation": ({"augment": noisy}, "step computes something else: operation"),
+    "the validation data": (
+        {"held": fnet.Batch(X[24:] + 1, Y[24:])},
+        r"rows of validation: expected 'SHA-256 \w{12}…' \(as saved\), found 'SHA-256",
+    ),
+    "nesterov": (
+        {"optimizer": momentum(0.05, nesterov=True)},
+        r"step computes something else: operation \d+ in optimizer",
+    ),
+    "the rule to stop": (
+        {"stop": fnet.early_stopping("validation_loss", 100, greatest=True)},
+        "rule to stop: expected 'early_stopping by the least validation_loss'",
+    ),
+    "the rate": ({"optimizer": momentum(0.1)}, r"opt_state/hyper/learning_rate: expected 0.05 \(as saved\), found 0.1"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_run_computes_is_the_same_when_it_is_resumed_or_named(change, folder):
+    changes, message = CHANGES[change]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(fnet.RunError, match=message) as caught:
+        fit(folder, resume=True, epochs=4, **changes)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    names = re.search(r"Run\(accept=\((.*)\)\)$", str(caught.value))
+    assert names is not None, caught.value
+    accept = tuple(re.findall(r"'([^']*)'", names[1]))
+    end, _ = fit(folder, resume=True, epochs=4, accept=accept, **changes)
+    assert int(end.step) == 12
+    (line,) = (folder / "changes.jsonl").read_text().splitlines()
+    recorded = json.loads(line)
+    assert recorded["step"] == 6 and set(recorded["changes"]) == set(accept)
+    fit(folder, resume=True, epochs=5, **changes)  # from now on it is what the run computes
+
+
+def test_the_names_of_the_sets_are_the_same_or_named(tmp_path):
+    fit(tmp_path / "run", held={"valid": HELD, "test": HELD})
+    with pytest.raises(fnet.RunError, match=r"results: expected .*'valid_loss\(\)'.*found .*'other_loss\(\)'"):
+        fit(tmp_path / "run", resume=True, epochs=4, held={"other": HELD, "test": HELD})
+
+
+def test_a_variant_of_an_optimizer_is_named(tmp_path):
+    fit(tmp_path / "run", optimizer=amsgrad(0.01))
+    with pytest.raises(fnet.RunError, match=r"step computes something else: operation \d+ in optimizer"):
+        fit(tmp_path / "run", resume=True, epochs=4, optimizer=amsgrad(0.01, variant="corrected"))
+
+
+def test_the_same_run_written_otherwise_is_the_same(folder, half):
+    same = layers.relu()
+    again = fnet.types.Layer("relu", same.init, lambda *a, **k: same.forward(*a, **k), same.backward)
+    resumed, _ = fit(folder, resume=True, epochs=4, act=again)
+    other = shutil.copytree(half, folder.parent / "other")
+    assert_same_bits(resumed, fit(other, resume=True, epochs=4)[0])
+    assert not (folder / "changes.jsonl").exists()
+
+
+def test_an_accepted_number_is_the_one_that_is_given(folder):
+    end, _ = fit(folder, resume=True, epochs=4, optimizer=momentum(0.1), accept=("opt_state/hyper/*",))
+    np.testing.assert_allclose(end.opt_state.hyper.learning_rate, 0.1)
+
+
+# --- programs as text -------------------------------------------------------------------------------------------------
+
+
+def lines_of(f, *args):
+    return program_lines(jax.make_jaxpr(f)(*args))
+
+
+def test_programs_are_compared_by_what_they_compute():
+    x = jnp.ones(3)
+
+    def first(x):
+        with jax.named_scope("here"):
+            y = jnp.sin(x) * 2
+        return y.sum()
+
+    def second(z):
+        unused = jnp.cos(z)  # noqa: F841
+        return (jnp.sin(z) * 2).sum()
+
+    assert digest(lines_of(first, x)) == digest(lines_of(second, x))
+    others = [
+        lambda x: (jnp.sin(x) * 3).sum(),
+        lambda x: (jnp.cos(x) * 2).sum(),
+        lambda x: (2 * jnp.sin(x)).mean(),
+        lambda x: (jnp.sin(x) * jnp.array([2.0, 2.0, 2.5])).sum(),
+        lambda x: jax.lax.fori_loop(0, 2, lambda i, x: jnp.sin(x), x).sum(),
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x), x).sum(),
+        lambda x: jax.lax.cond(x[0] > 0, jnp.sin, jnp.cos, x).sum(),
+        lambda x: jax.lax.cond(x[0] > 0, jnp.cos, jnp.sin, x).sum(),
+    ]
+    digests = [digest(lines_of(f, x)) for f in (first, *others)]
+    assert len(set(digests)) == len(digests)
+    assert digest(lines_of(first, x)) != digest(lines_of(first, jnp.ones(4)))
+    before = [line.text for line in lines_of(second, x)]
+    words = difference(before, lines_of(lambda x: (jnp.sin(x) * 3).sum(), x))
+    assert words == "operation 2 was `mul … float32[]=2.0 -> 2:float32[3]` and is `mul … float32[]=3.0 -> 2:float32[3]`"
+    with_place = lines_of(lambda x: (jax.named_call(jnp.cos, name="there")(x) * 2).sum(), x)
+    assert "in there was `sin" in difference(before, with_place)
+
+
+def test_constants_count_by_their_numbers():
+    def closing_over(array):
+        return lines_of(lambda x: (x * array).sum(), jnp.ones(100))
+
+    ones = np.ones(100, np.float32)
+    assert digest(closing_over(ones)) == digest(closing_over(ones.copy()))
+    other = ones.copy()
+    other[57] = 1 + 1e-6
+    assert digest(closing_over(ones)) != digest(closing_over(other))
+
+
+# --- one program ------------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_compute_the_same_share_a_program(capsys):
+    before = None
+    for _ in range(5):
+        step, ts, options = parts()
+        fnet.fit(step, ts, DATA, explain=True, **options)
+        said = capsys.readouterr().out
+        if before is not None:
+            assert "compiled in" not in said and len(_kept) == before
+        before = len(_kept)
+    assert before <= 16
+
+
+def test_a_step_that_calls_back_to_another_function_is_another_program():
+    step, ts, options = parts()
+    seen = []
+
+    def watching(name):
+        def watched(ts, batch):
+            jax.debug.callback(lambda loss: seen.append(name), ts.step)
+            return step(ts, batch)
+
+        return watched
+
+    for name in ("a", "b"):
+        fnet.fit(watching(name), ts, DATA, **options)
+        jax.effects_barrier()
+    assert {*seen} == {"a", "b"} and seen.count("a") == seen.count("b") == 6
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_what_is_there(folder):
+    for gone in ("step", "all"):
+        for path in saved_steps(folder / "checkpoints").values():
+            shutil.rmtree(path)
+        if gone == "all":
+            shutil.rmtree(folder / "checkpoints")
+        before = (folder / "metrics.jsonl").read_bytes()
+        for resume in (True, "auto", "newest whole"):
+            with pytest.raises(fnet.RunError, match="holds no checkpoint, and there was one at step 6; expected it"):
+                fit(folder, resume=resume, epochs=4)
+        assert (folder / "metrics.jsonl").read_bytes() == before != b""
+
+
+@pytest.mark.parametrize("odd", ["a[b", "a]b", "a*b", "a?b", "a\\b", "[ab]/run"])
+def test_a_path_below_which_no_checkpoint_is_found_again_is_refused_before_the_first_step(odd, tmp_path):
+    with pytest.raises(fnet.RunError, match="in its path, below which orbax finds no checkpoints again"):
+        fit(tmp_path / odd)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_is_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit("~/runs/a")
+    assert (tmp_path / "runs" / "a" / "config.json").exists() and not (tmp_path / "~").exists()
+
+
+def test_resume_true_wants_a_run_and_auto_begins_one(tmp_path):
+    with pytest.raises(fnet.RunError, match="holds no run; expected one to resume: resume='auto' begins"):
+        fit(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    fit(tmp_path / "run", resume="auto")
+    end, _ = fit(tmp_path / "run", resume="auto", epochs=4)
+    assert int(end.step) == 12
+    with pytest.raises(fnet.RunError, match=r"Run: resume = 'yes'; expected False, True, 'auto' or 'newest whole'"):
+        fit(tmp_path / "run", resume="yes")
+
+
+def test_a_damaged_checkpoint_says_which_one_is_whole_and_newest_whole_takes_it(tmp_path):
+    step, ts, options = parts()
+    run = fnet.Run(tmp_path / "run", save_every=2)
+    fnet.fit(step, ts, DATA, run=run, **options)
+    damaged = tmp_path / "run" / "checkpoints" / "step_000000006" / "meta" / "metadata"
+    damaged.write_text("{}")
+    options["epochs"] = 4
+    with pytest.raises(fnet.CheckpointError, match=r"step_000000004 is whole: Run\(resume='newest whole'\) takes it"):
+        fnet.fit(step, ts, DATA, run=run._replace(resume=True), **options)
+    with pytest.warns(fnet.runs.RunWarning, match="resumed from step_000000004; damaged and left as they are: step"):
+        end, _ = fnet.fit(step, ts, DATA, run=run._replace(resume="newest whole"), **options)
+    assert_same_bits(end, fnet.fit(step, ts, DATA, **options)[0])
+
+
+def test_a_checkpoint_that_does_not_come_back_is_none(tmp_path, monkeypatch):
+    from fnet import checkpoint
+
+    honest, calls = checkpoint._read_leaves, []
+
+    def altered(path, meta, like):
+        calls.append(path)
+        found = honest(path, meta, like)
+        if len(calls) == 2:
+            raise fnet.CheckpointError("params/dense_0/w is not what was saved")
+        return found
+
+    monkeypatch.setattr(checkpoint, "_read_leaves", altered)
+    step, ts, options = parts()
+    with pytest.raises(fnet.CheckpointError, match=r"step_000000004 could not be written .*is not what was saved"):
+        fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", save_every=2), **options)
+    assert list(saved_steps(tmp_path / "run" / "checkpoints")) == [2]
+    calls.clear()
+    run = fnet.Run(tmp_path / "other", save_every=2, verify=False)
+    fnet.fit(step, ts, DATA, run=run, **options)
+    assert calls == []
+
+
+class Forgetful:
+    """An iterable that begins anew, and does not say where it stands."""
+
+    def __iter__(self):
+        return iter([(X[:8], Y[:8]), (X[8:16], Y[8:16])] * 10)
+
+
+def test_a_stream_that_cannot_be_resumed_is_refused_in_a_folder_or_says_so(tmp_path):
+    step, ts, options = parts(stop=None)
+    options = {"epochs": 2}
+    with pytest.raises(fnet.DataError, match="list_iterator, has no get_state and no set_state, so that the run could"):
+        fnet.fit(step, ts, Stream(Forgetful(), 2), run=fnet.Run(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+    stream = Stream(Forgetful(), 2, resumable=False)
+    end, _ = fnet.fit(step, ts, stream, run=fnet.Run(tmp_path / "run"), **options)
+    assert int(end.step) == 4
+    fnet.fit(step, ts, Stream(Forgetful(), 2), **options)  # without a folder nothing is lost
+
+
+# --- threads and signals ----------------------------------------------------------------------------------------------
+
+
+def test_runs_with_folders_in_several_threads_are_each_as_alone(tmp_path):
+    step, ts, options = parts()
+    expected, _ = fnet.fit(step, ts, DATA, **options)
+    ends, errors = {}, []
+
+    def work(name):
+        try:
+            for i in range(2):
+                run = fnet.Run(tmp_path / f"{name}-{i}", save_every=1)
+                ends[name, i], _ = fnet.fit(step, ts, DATA, run=run, **options)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and len(ends) == 6
+    for end in ends.values():
+        assert_same_bits(end, expected)
+
+
+def test_a_run_with_a_folder_inside_an_observer_of_another(tmp_path):
+    step, ts, options = parts()
+    inner = []
+
+    def observer(event):
+        if event.kind == "evaluation":
+            run = fnet.Run(tmp_path / f"inner-{event.step}", save_every=1)
+            inner.append(fnet.fit(step, ts, DATA, run=run, **options)[0])
+
+    end, _ = fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "outer", save_every=1), observers=[observer], **options)
+    assert len(inner) == 2
+    for state in inner:
+        assert_same_bits(state, end)
+
+
+@pytest.mark.parametrize("in_a_folder", [False, True])
+def test_ctrl_c_gives_back_what_was_trained(in_a_folder, tmp_path, capsys):
+    step, ts, options = parts()
+
+    def press(event):
+        if event.kind == "chunk" and event.step >= 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = {"run": fnet.Run(tmp_path / "run")} if in_a_folder else {}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fnet.fit(step, ts, DATA, observers=[press], chunk_steps=2, **run, **options)
+    stopped = caught.value
+    assert isinstance(stopped, fnet.Interrupted)
+    expected, _ = fnet.fit(step, ts, DATA, **{**options, "epochs": None}, steps=int(stopped.state.step))
+    assert int(stopped.state.step) == 4 and len(stopped.history.steps["loss"]) == 4
+    assert_same_bits(stopped.state.params, expected.params)
+    end = fnet.fit(step, stopped.state, DATA, **options)[0]
+    assert_same_bits(end.params, fnet.fit(step, ts, DATA, **options)[0].params)
+    said = "SIGINT: the run is saved at step 4 in" if in_a_folder else "SIGINT: the run ended at step 4"
+    assert said in capsys.readouterr().err
+
+
+# --- a trained model, had again ---------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_is_had_again_in_one_line(tmp_path):
+    step, ts, options = parts()
+    model = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+    run = fnet.Run(tmp_path / "run", save_every=2, keep_every=2, keep_best="validation_loss", best=2)
+    end, history = fnet.fit(step, ts, DATA, run=run, **{**options, "evaluate_every": (2, "steps")})
+    params, state = fnet.load_run(tmp_path / "run", model, X[:1])
+    assert_same_bits((params, state), (end.params, end.state))
+    at_two, _ = fnet.fit(step, ts, DATA, **{**options, "epochs": None}, steps=2)
+    params, state = fnet.load_run(tmp_path / "run", model, jax.ShapeDtypeStruct((1, 6), jnp.float32), which=2)
+    assert_same_bits((params, state), (at_two.params, at_two.state))
+    losses = history.evaluations["validation_loss"]
+    best = int(history.evaluations["step"][losses.argmin()])
+    best_one, _ = fnet.fit(step, ts, DATA, **{**options, "epochs": None}, steps=best)
+    assert_same_bits(fnet.load_run(tmp_path / "run", model, X[:1], which="best")[0], best_one.params)
+    with pytest.raises(fnet.RunError, match=r"which = 5; expected 'last', 'best' or the step of a checkpoint: 2, 4, 6"):
+        fnet.load_run(tmp_path / "run", model, X[:1], which=5)
+    with pytest.raises(fnet.CheckpointError, match="is of another model or optimizer: params/dense_1/b"):
+        fnet.load_run(tmp_path / "run", fnet.serial(fnet.dense(5), fnet.dense(4)), X[:1])
+
+
+def test_the_best_of_a_run_that_stopped_early_is_what_its_rule_kept(folder):
+    step, ts, options = parts()
+    end, _ = fnet.fit(step, ts, DATA, **options)
+    model = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+    best = fnet.best_weights(end)
+    assert_same_bits(fnet.load_run(folder, model, X[:1], which="best"), (best.params, best.state))
+
+
+def test_a_run_without_a_best_says_so(tmp_path):
+    fit(tmp_path / "run", stop=None)
+    model = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+    with pytest.raises(fnet.RunError, match=r"kept no best state; expected a run with Run\(keep_best="):
+        fnet.load_run(tmp_path / "run", model, X[:1], which="best")
+    with pytest.raises(fnet.RunError, match="holds no checkpoints; expected the folder of a run"):
+        fnet.load_run(tmp_path, model, X[:1])
