@@ -90,14 +90,15 @@ def save_weights(path: str | Path, params: PyTree, names: Names = None) -> None:
         part.write_bytes(_serialized(to_tensors(params, names)))
 
 
-def load_weights(path: str | Path, like: PyTree, names: Names = None) -> PyTree:
+def load_weights(path: str | Path, like: PyTree, names: Names = None, *, dtype=None) -> PyTree:
     """The tree that `save_weights` wrote; ``like`` has its structure, shapes and dtypes (arrays or shapes).
 
-    Raises ExportError for a file that is not safetensors', and where it does not hold exactly the tensors of ``like``:
-    it names every one that is missing, not expected, or of another shape or dtype.
+    With a floating ``dtype`` the file's floating tensors are converted to it. Raises ExportError for a file that is not
+    safetensors', and where it does not hold exactly the tensors of ``like``: it names those that are missing, not
+    expected, or of another shape or dtype.
     """
     arrays, _ = _read(path)
-    return from_tensors(arrays, like, names, where=str(path))
+    return from_tensors(arrays, like, names, dtype=dtype, where=str(path))
 
 
 def to_tensors(params: PyTree, names: Names = None) -> Arrays:
@@ -106,21 +107,49 @@ def to_tensors(params: PyTree, names: Names = None) -> Arrays:
     return _stored({path: np.array(leaf) for path, leaf in _leaves(params)}, _rules(params, names))
 
 
-def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, *, where: str = "tensors") -> PyTree:
-    """The tree that `to_tensors` took apart; errors as in `load_weights`, which begin with ``where``."""
+class Taken(NamedTuple):
+    """What ``from_tensors(..., partial=True)`` did: printed, a table of every tensor and leaf."""
+
+    taken: tuple[str, ...]  # leaves whose tensors were there and fitted
+    kept: dict[str, str]  # leaves that stay as they were, and why
+    left: tuple[str, ...]  # tensors that no leaf took
+
+    def __str__(self) -> str:
+        rows = [*((path, "taken") for path in self.taken), *self.kept.items(), *((name, "left") for name in self.left)]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"{name:{width}}  {what}" for name, what in rows)
+
+
+def from_tensors(
+    tensors: Mapping[str, Any],
+    like: PyTree,
+    names: Names = None,
+    *,
+    dtype=None,
+    partial: bool = False,
+    where: str = "tensors",
+) -> Any:
+    """The tree that `to_tensors` took apart; errors as in `load_weights`, which begin with ``where``.
+
+    With ``partial`` it is a pair: ``like`` with those of its leaves replaced whose tensors are there and fit (so a
+    backbone comes under another head), and `Taken`, which says why the others are not. Then ``like`` holds arrays.
+
+    >>> like = {"body": jnp.zeros(2), "head": jnp.ones(3)}
+    >>> tensors = {"body": np.array([5, 6], "float32"), "fc": np.zeros(9, "float32")}
+    >>> tree, taken = from_tensors(tensors, like, partial=True)
+    >>> print(tree["body"], tree["head"])
+    [5. 6.] [1. 1. 1.]
+    >>> print(taken)
+    body  taken
+    head  kept: no tensor head
+    fc    left
+    """
     shapes, rules = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in _leaves(like)}, _rules(like, names)
-    expected, found = _stored(shapes, rules), {name: _array(name, tensor) for name, tensor in tensors.items()}
-    owner = {name: ", ".join(rule.paths) for rule in rules for name in rule.names}
-    label = lambda name: name if owner.get(name, name) == name else f"{owner[name]} (as {name})"  # noqa: E731
-    differing = [
-        f"{label(name)}: expected {_kind(expected.get(name))}, found {_kind(found.get(name))}"
-        for name in {**expected, **found}
-        if _kind(expected.get(name)) != _kind(found.get(name))
-    ]
-    if differing:
-        raise ExportError(
-            f"{where} is not of this model: {'; '.join(differing)}. Give the model it is of, or its names"
-        )
+    expected = _stored(shapes, rules)
+    found = {name: _converted(_array(name, tensor), dtype) for name, tensor in tensors.items()}
+    if partial:
+        return _fitting(where, expected, found, rules, like)
+    _require_same(where, expected, found, rules)
     leaves = {}
     for rule in rules:
         leaves |= _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
@@ -134,10 +163,55 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Names = None, 
     return jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
 
 
+def _fitting(where: str, expected: Arrays, found: Arrays, rules: Sequence[Rule], like: PyTree) -> tuple[PyTree, Taken]:
+    """``like`` with the leaves of those rules whose tensors are all there and of their shapes and dtypes."""
+    made, taken, kept, used = {path: jnp.asarray(leaf) for path, leaf in _leaves(like)}, [], {}, set()
+    for rule in rules:
+        missing = [name for name in rule.names if name not in found]
+        other = [name for name in rule.names if name in found and _kind(found[name]) != _kind(expected[name])]
+        if missing or other:
+            why = f"no tensor {missing[0]}" if missing else f"{other[0]} is {_kind(found[other[0]])}"
+            kept |= dict.fromkeys(rule.paths, f"kept: {why}")
+            continue
+        restored = _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
+        made |= {path: jnp.array(leaf) for path, leaf in restored.items()}
+        taken += rule.paths
+        used |= {*rule.names}
+    if not taken:
+        raise ExportError(
+            f"{where}: no tensor fits ({'; '.join(kept.values())[:300]}); expected one at least: give the names of the "
+            "tensors, as torch_names makes them"
+        )
+    tree = jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
+    return tree, Taken(tuple(taken), kept, tuple(name for name in found if name not in used))
+
+
+def _converted(array: np.ndarray, dtype) -> np.ndarray:
+    """A floating array in ``dtype``; any other, and all without one, as they are."""
+    return array if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating) else array.astype(dtype)
+
+
+def _require_same(where: str, expected: Arrays, found: Arrays, rules: Sequence[Rule], most: int = 8) -> None:
+    """Raise ExportError where the tensors are not those of the model; of many the first are named."""
+    owner = {name: ", ".join(rule.paths) for rule in rules for name in rule.names}
+    label = lambda name: name if owner.get(name, name) == name else f"{owner[name]} (as {name})"  # noqa: E731
+    names = [name for name in {**expected, **found} if _kind(expected.get(name)) != _kind(found.get(name))]
+    if not names:
+        return
+    lines = [f"{label(n)}: expected {_kind(expected.get(n))}, found {_kind(found.get(n))}" for n in names[:most]]
+    differing = "; ".join(lines) + (f"; and {len(names) - most} more" if len(names) > most else "")
+    pairs = [(expected[name], found[name]) for name in names if name in expected and name in found]
+    by_dtype = len(pairs) == len(names) and all(a.shape == b.shape for a, b in pairs)
+    if by_dtype and all(jnp.issubdtype(a.dtype, jnp.floating) for pair in pairs for a in pair):
+        dtype = f"dtype={pairs[0][0].dtype.name!r}"
+        raise ExportError(f"{where} is of another dtype: {differing}. To convert it, give {dtype}")
+    raise ExportError(f"{where} is not of this model: {differing}. Give the model it is of, or its names")
+
+
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[str, ...]]) -> list[Rule]:
+def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[str, ...] | Rule]) -> list[Rule]:
     """The name map between a tree and a ``state_dict`` of PyTorch, from the layers' paths and the modules' names.
 
     In a module's name ``*`` stands for its parameters', so ``"0.*"`` is ``0.weight`` and ``0.bias``:
@@ -160,11 +234,14 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[st
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
 
     PyTorch takes images as (B, C, H, W). A transposed convolution has the leaves of a convolution, whose rule is wrong
-    for it: write a `Rule`. Raises ExportError for a path that is not there, for leaves of no such layer, and for leaves
-    that no module has.
+    for it: give its path a `Rule` of your own, as any layer that is not in this list. Raises ExportError for a path
+    that is not there, for leaves of no such layer, and for leaves that no module has.
     """
     rules, leaves = [], dict(named_leaves(params))
     for path, given in modules.items():
+        if isinstance(given, Rule):
+            rules.append(given)
+            continue
         start = f"{path}/" if path else ""
         within = {name.removeprefix(start): leaf for name, leaf in leaves.items() if name.startswith(start)}
         within |= {"": leaves[path]} if path in leaves else {}

@@ -422,6 +422,15 @@ def test_broken_gzip_files_are_refused_by_name(tmp_path, content):
         mnist_idx(tmp_path)
 
 
+def test_a_plain_file_with_a_name_of_gzip_is_read_and_said_to_be_plain(tmp_path):
+    write(tmp_path)
+    expected = mnist_idx(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").rename(tmp_path / "train-labels-idx1-ubyte.gz")
+    with pytest.warns(UserWarning, match=r"train-labels-idx1-ubyte.gz is not compressed, whatever its name says"):
+        read = mnist_idx(tmp_path)
+    np.testing.assert_array_equal(read[0].targets, expected[0].targets)
+
+
 def test_a_missing_idx_file_is_named_with_its_spellings(tmp_path):
     write(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import warnings
 import zlib
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def _find(directory: Path, stem: str, axes: int) -> Path:
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
     content = path.read_bytes()
-    if path.suffix == ".gz":
+    if path.suffix == ".gz" and content[:3] == b"\0\0\x08":  # as all these files begin
+        warnings.warn(f"{path} is not compressed, whatever its name says: it is read as it is", stacklevel=4)
+    elif path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
