@@ -11,7 +11,7 @@ from fnet.models import mlp
 from fnet.sampling import generate
 from fnet.optimizers import adam, adamw, chain, describe, groups, momentum, rmsprop, set_hyper, sgd
 from fnet.stopping import best_weights, early_stopping
-from fnet.training import augmented, init_train_state, make_evaluate, make_step, train
+from fnet.training import augmented, init_train_state, make_evaluate, make_step, predict, train
 from fnet.history import Event, History
 from fnet.runs import Run, RunError, load_run
 from fnet.checkpoint import CheckpointError

@@ -14,7 +14,7 @@ import numpy as np
 
 from fnet.checkpoint import words_of
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
-from fnet.data.streams import Stream, first_batch, is_read_ahead
+from fnet.data.streams import Stream, first_batch, is_read_ahead, with_length
 from fnet.programs import Line, digest, program_lines
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
@@ -86,6 +86,7 @@ def check_run(
     if isinstance(data, Stream):
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
+        data = with_length(data)
         known = sample = check_data(first_batch(data), name="the stream's first batch")
         per_epoch = data.steps_per_epoch
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)

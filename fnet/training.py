@@ -11,15 +11,19 @@ Legend: N examples of the data, S steps an epoch, E epochs.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from fnet.children import apply
-from fnet.data.arrays import as_batch, check_batch_size, check_host_data, count_examples, trace_batch
+from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
+from fnet.data.streams import Stream, first_batch, read_stream, take_rows, with_length
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
@@ -32,6 +36,7 @@ from fnet.types import (
     described,
     require_counts,
     require_key,
+    require_layer,
     require_optimizer,
     stream,
 )
@@ -140,6 +145,42 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
         return total
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=16)
+def _outputs(model: Layer) -> Callable:
+    return jax.jit(lambda params, state, x: apply(model, params, state, x))
+
+
+def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_size: int | None = None) -> PyTree:
+    """The model's outputs in inference for many inputs, a batch at a time on the device, as arrays of NumPy ``(N, …)``.
+
+    ``data`` are inputs (any tree of arrays ``(N, …)``, mapped files too, of which a batch is read at a time); or a
+    `Batch`, whose targets are not looked at; or a `Stream`, of which one epoch is gone through in its own batches. With
+    no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is padded or left out.
+
+    Raises DataError for inputs that are no arrays of one length, and a batch size that is not from 1 to N.
+
+    >>> from fnet.layers import dense
+    >>> params, state = dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> predict(dense(2), params, state, np.ones((10, 3), "float32"), batch_size=4).shape
+    (10, 2)
+    """
+    require_layer("predict: model", model)
+    if isinstance(data, Stream):
+        stream = with_length(data)
+        first_batch(stream)
+        reads = itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
+        batches = (read.batch.inputs for read in reads)
+    else:
+        inputs = as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs")
+        n = count_examples(Batch(inputs, None))
+        size = n if batch_size is None else batch_size
+        check_batch_size(size, n)
+        rows = (range(begin, min(begin + size, n)) for begin in range(0, n, size))
+        batches = (take_rows(inputs, [*some]) for some in rows)
+    outputs = [jax.tree.map(np.asarray, _outputs(model)(params, state, batch)) for batch in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 # --- the run as one pure function ------------------------------------------------------------------------------------

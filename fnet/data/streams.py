@@ -26,15 +26,15 @@ from fnet.types import Batch, is_whole
 
 
 class Stream(NamedTuple):
-    """Batches from an iterable: `Batch`es or tuples of arrays, never-ending or long enough for the run.
+    """Batches from an iterable: whatever `check_data` takes, never-ending or long enough for the run.
 
-    To be resumed, its iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's
-    have. One without is for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a
-    folder. ``steps_per_epoch`` says how many batches are called an epoch.
+    One with a length, such as a list or torch's ``DataLoader``, is gone through again and again. To be resumed, its
+    iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's have. One without is for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a
+    folder. ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
     """
 
     source: Iterable
-    steps_per_epoch: int
+    steps_per_epoch: int | None = None
     resumable: bool = True
 
 
@@ -97,7 +97,8 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
         iterator.set_state(
             base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state
         )
-    for element in iterator:
+    for element in _again_and_again(stream, iterator):
+        element, iterator = element
         held = iterator.get_state() if hasattr(iterator, "get_state") else None
         if isinstance(held, bytes):
             held = {"base64": base64.b64encode(held).decode()}
@@ -111,6 +112,37 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
         yield Read(as_batch(element, "a batch of the stream"), None, held)
         step += 1
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
+
+
+def _again_and_again(stream: Stream, iterator: Iterator) -> Iterator[tuple[Any, Iterator]]:
+    """The elements, each with its iterator; of a source with a length one epoch after another."""
+    empty = 0
+    while empty < 2:  # one may have been resumed at its end
+        empty += 1
+        for element in iterator:
+            empty = 0
+            yield element, iterator
+        if length_of(stream) is None:
+            return
+        iterator = iter(stream.source)
+
+
+def length_of(stream: Stream) -> int | None:
+    """How many batches the source has, if it says so."""
+    try:
+        return len(stream.source)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def with_length(stream: Stream) -> Stream:
+    """The stream with the steps of an epoch; DataError where neither it nor its source says how many."""
+    if stream.steps_per_epoch is None and length_of(stream) is None:
+        raise DataError(
+            "Stream: steps_per_epoch is None and the source has no length; expected how many batches are called an "
+            "epoch: Stream(source, steps_per_epoch=100)"
+        )
+    return stream if stream.steps_per_epoch is not None else stream._replace(steps_per_epoch=length_of(stream))
 
 
 def check_resumable(stream: Stream) -> None:
