@@ -11,6 +11,9 @@ Class metrics take logits ``(..., K)`` and integer labels ``(...)``, or probabil
 is the label. Equal logits rank by index, the lower class first (as argmax in NumPy, JAX and Keras), so that a head of
 zeros predicts class 0. An example with a NaN among its logits is never right. Errors are the losses'.
 
+What is no mean over examples is computed of a whole set: `precision`, `recall` and `f1` of the counts that `confusion`
+adds up, `perplexity` of a mean loss, `roc_auc` and `r_squared` of all outputs, as `fnet.predict` gives them.
+
 Legend: B batch, K classes, F features.
 """
 
@@ -24,16 +27,23 @@ import numpy as np
 
 from fnet.losses import check_binary, check_classes
 from fnet.optimizers.common import global_norm
-from fnet.types import PyTree, require_counts, weighted_mean, wide
+from fnet.types import Mean, PyTree, require_counts, weighted_mean, wide
 
 __all__ = [
+    "absolute_error",
     "accuracy",
     "binary_accuracy",
     "confusion",
+    "f1",
     "gradient_histograms",
     "gradient_norms",
     "magnitude_edges",
     "merge",
+    "perplexity",
+    "precision",
+    "r_squared",
+    "recall",
+    "roc_auc",
     "top_k",
     "weighted_mean",
 ]
@@ -110,6 +120,110 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
     if "all" in norms:
         raise ValueError("gradient_norms: a child is called 'all', the name of the whole tree's norm: rename the child")
     return {**norms, "all": global_norm(_floating_leaves(grads))}
+
+
+def absolute_error(outputs, targets) -> jax.Array:
+    """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first; its mean is the mean absolute error."""
+    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
+    if outputs.shape != targets.shape:
+        raise ValueError(f"absolute_error: outputs {outputs.shape} and targets {targets.shape}; expected one shape")
+    error = jnp.abs(outputs.astype(wide(outputs.dtype)) - targets)
+    return error.reshape(len(error), -1).mean(-1)
+
+
+# --- of a whole set ---------------------------------------------------------------------------------------------------
+
+
+def precision(counts, average: str | None = "macro") -> jax.Array:
+    """The share of an answer k that is right, ``C_kk / Σ_i C_ik``, of the counts ``C (K, K)`` by [label, prediction].
+
+    ``average`` is "macro" (the mean over classes), "micro" (of all answers, which is the accuracy) or None: ``(K,)``.
+    A class that is never predicted has 0, as in scikit-learn. ``C`` is the sum of `confusion`.
+
+    >>> counts = confusion(2)(jnp.eye(2)[jnp.array([0, 1, 1, 1])], jnp.array([0, 0, 1, 1])).sum(0)
+    >>> [round(float(score(counts)), 4) for score in (precision, recall, f1)]
+    [0.8333, 0.75, 0.7333]
+    """
+    counts = _counts("precision", counts, average)
+    return _averaged(counts.diagonal(), counts.sum(0), counts, average)
+
+
+def recall(counts, average: str | None = "macro") -> jax.Array:
+    """The share of a class k that is found, ``C_kk / Σ_j C_kj``; as `precision`."""
+    counts = _counts("recall", counts, average)
+    return _averaged(counts.diagonal(), counts.sum(1), counts, average)
+
+
+def f1(counts, average: str | None = "macro") -> jax.Array:
+    """``2 C_kk / (Σ_i C_ik + Σ_j C_kj)``, the harmonic mean of `precision` and `recall`; as these."""
+    counts = _counts("f1", counts, average)
+    return _averaged(2 * counts.diagonal(), counts.sum(0) + counts.sum(1), counts, average)
+
+
+def _counts(who: str, counts, average) -> jax.Array:
+    counts = jnp.asarray(counts)
+    if average not in ("macro", "micro", None):
+        raise ValueError(f"{who}: average = {average!r}; expected 'macro', 'micro' or None for each class")
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"{who}: counts of shape {counts.shape}; expected (K, K), the sum of confusion(K) over a set")
+    return counts.astype(wide(counts.dtype))
+
+
+def _averaged(part, whole, counts, average) -> jax.Array:
+    each = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    if average == "micro":
+        return counts.diagonal().sum() / counts.sum()
+    return each if average is None else each.mean()
+
+
+def perplexity(loss) -> jax.Array:
+    """``exp`` of a mean cross-entropy in nats, a `Mean` or a number: as many equally likely ids leave the same doubt."""
+    return jnp.exp(loss.value if isinstance(loss, Mean) else loss)
+
+
+def roc_auc(scores, labels, weights=None) -> float:
+    """The area under the receiver's curve: how often a positive's score is above a negative's, ties counting half.
+
+    ``scores (N,)`` are logits or probabilities of label 1, ``labels (N,)`` 0 or 1. On the host, in float64, in
+    O(N log N). Raises ValueError for other labels, scores that are NaN, and a set that holds one label alone.
+
+    >>> roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
+    0.75
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if scores.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(f"roc_auc: scores {scores.shape} and labels {labels.shape}; expected (N,) for both")
+    if not np.isin(labels, (0, 1)).all() or np.isnan(scores).any():
+        raise ValueError("roc_auc: expected labels 0 and 1, and scores that are numbers")
+    weights = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != scores.shape:
+        raise ValueError(f"roc_auc: weights {weights.shape}; expected {scores.shape}, one for each score")
+    positive, negative = weights * (labels == 1), weights * (labels == 0)
+    if not positive.sum() or not negative.sum():
+        raise ValueError("roc_auc: one label alone has weight; expected examples of both")
+    _, group = np.unique(scores, return_inverse=True)
+    above, below = np.bincount(group, positive), np.bincount(group, negative)
+    return float((above * (np.cumsum(below) - below / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def r_squared(outputs, targets, weights=None) -> float:
+    """``1 − Σ w (t − y)² / Σ w (t − t̄)²`` over a whole set ``(N,)`` or ``(N, F)``, the mean over features.
+
+    On the host, in float64. Raises ValueError for shapes that differ, and for targets that are all the same, of which
+    nothing can be explained.
+    """
+    outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
+    if outputs.shape != targets.shape or not outputs.ndim:
+        raise ValueError(f"r_squared: outputs {outputs.shape} and targets {targets.shape}; expected one shape (N, ...)")
+    w = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
+    y, t = (a.reshape(len(a), -1) for a in (outputs, targets))
+    spread = w @ np.square(t - np.average(t, 0, w))
+    if not spread.all():
+        raise ValueError("r_squared: targets that are all the same; expected some that differ")
+    return float((1 - w @ np.square(t - y) / spread).mean())
+
+
+# --- of gradients -----------------------------------------------------------------------------------------------------
 
 
 DECADES = (-12, 2)  # log10 of the least and the greatest magnitude that a gradient histogram tells apart

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fnet.data import DataError, check_data, digits, mnist_5k, mnist_idx, sklearn_digits, split, take
+from fnet.data import DataError, check_data, digits, folds, mnist_5k, mnist_idx, sklearn_digits, split, take
 from fnet.types import Batch
 
 X, Y = np.arange(12.0).reshape(4, 3), np.array([0, 1, 2, 1])
@@ -252,6 +252,42 @@ def test_split_depends_on_the_key_alone(key):
 def test_split_refuses_sizes_that_lose_examples(key, sizes, message):
     with pytest.raises(DataError, match=re.escape(message)):
         split((X, Y), sizes, key)
+
+
+def labelled(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return Batch(np.arange(len(labels)), labels)
+
+
+@pytest.mark.parametrize("sizes", [0.75, (40, 30, 30), (1, 99)])
+@pytest.mark.parametrize("counts", [(50, 30, 20), (97, 2, 1), (25, 25, 25, 25)])
+def test_a_stratified_split_has_its_share_of_every_class(sizes, counts, key):
+    data = labelled(counts)
+    parts = split(data, sizes, key, stratify=True)
+    assert sorted(np.concatenate([part.inputs for part in parts]).tolist()) == list(range(100))
+    for part in parts:
+        assert (data.targets[part.inputs] == part.targets).all()
+        shares = np.bincount(part.targets, minlength=len(counts)) - np.array(counts) * len(part.targets) / 100
+        assert (np.abs(shares) < 1).all()
+    other = split(data, sizes, jax.random.key(9), stratify=True)
+    assert parts[0].inputs.tolist() != other[0].inputs.tolist()
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_each_example_is_held_out_in_one_fold(stratify, key):
+    data = labelled((13, 7, 3))
+    pairs = folds(data, 4, key, stratify=stratify)
+    assert [len(held.targets) for _, held in pairs] == [6, 6, 6, 5]
+    assert sorted(np.concatenate([held.inputs for _, held in pairs]).tolist()) == list(range(23))
+    for train, held in pairs:
+        assert sorted([*train.inputs, *held.inputs]) == list(range(23))
+        if stratify:
+            assert (np.abs(np.bincount(held.targets, minlength=3) - np.array([13, 7, 3]) / 4) < 1.3).all()
+    for count in (1, 24, 2.5, True):
+        with pytest.raises(DataError, match="expected a whole number from 2 to 23, the examples"):
+            folds(data, count, key)
+    with pytest.raises(DataError, match=r"data.targets is float64\[4\]; expected labels, integers \(N,\)"):
+        split((X, Y.astype(float)), 0.5, key, stratify=True)
 
 
 def test_split_refuses_arrays_of_different_lengths(key):

@@ -3,6 +3,7 @@
 Legend: B batch, T time, K classes, F features.
 """
 
+import re
 from collections import namedtuple
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
 
+from fnet import metrics
 from fnet.metrics import accuracy, binary_accuracy, confusion, gradient_norms, merge, top_k, weighted_mean
 from fnet.types import Mean
 
@@ -276,3 +279,82 @@ def test_binary_accuracy_does_not_broadcast():
 def test_numbers_of_classes_that_do_not_fit_are_refused(metric, message):
     with pytest.raises(ValueError, match=message):
         metric()
+
+
+# --- of a whole set ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("average", ["macro", "micro", None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_precision_recall_and_f1_are_scikit_learns(average, weighted):
+    rng = np.random.default_rng(3)
+    logits, labels = rng.standard_normal((60, 4)), rng.integers(0, 3, 60)  # class 3 has no example
+    logits[:, 2] -= 9  # and class 2 is never predicted
+    weights = rng.uniform(0, 2, 60) if weighted else np.ones(60)
+    counts = metrics.weighted_mean(metrics.confusion(4)(logits, labels), jnp.asarray(weights)).sum
+    for ours, theirs in (
+        (metrics.precision, sklearn.metrics.precision_score),
+        (metrics.recall, sklearn.metrics.recall_score),
+        (metrics.f1, sklearn.metrics.f1_score),
+    ):
+        options = {"labels": range(4), "average": average, "sample_weight": weights, "zero_division": 0}
+        expected = theirs(labels, logits.argmax(1), **options)
+        np.testing.assert_allclose(ours(counts, average), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_area_under_the_curve_is_scikit_learns(weighted):
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 200)
+    scores = np.round(rng.standard_normal(200) + labels, 1)  # many ties
+    weights = rng.uniform(0, 2, 200) if weighted else None
+    expected = sklearn.metrics.roc_auc_score(labels, scores, sample_weight=weights)
+    np.testing.assert_allclose(metrics.roc_auc(scores, labels, weights), expected, rtol=1e-12)
+    assert metrics.roc_auc(labels, labels) == 1 and metrics.roc_auc(-labels, labels) == 0
+
+
+def test_r_squared_and_absolute_error_are_scikit_learns():
+    rng = np.random.default_rng(5)
+    targets = rng.standard_normal((50, 3))
+    outputs, weights = targets + 0.3 * rng.standard_normal((50, 3)), rng.uniform(0, 2, 50)
+    for w in (None, weights):
+        expected = sklearn.metrics.r2_score(targets, outputs, sample_weight=w)
+        np.testing.assert_allclose(metrics.r_squared(outputs, targets, w), expected, rtol=1e-12)
+    expected = sklearn.metrics.mean_absolute_error(targets, outputs, sample_weight=weights)
+    found = metrics.weighted_mean(metrics.absolute_error(outputs, targets), jnp.asarray(weights)).value
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.r_squared(outputs[:, 0], targets[:, 0]),
+        sklearn.metrics.r2_score(targets[:, 0], outputs[:, 0]),
+        rtol=1e-12,
+    )
+
+
+def test_perplexity_is_that_of_as_many_equally_likely_ids():
+    loss = metrics.weighted_mean(jnp.full(7, np.log(50.0)))
+    np.testing.assert_allclose(metrics.perplexity(loss), 50, rtol=1e-6)
+    np.testing.assert_allclose(metrics.perplexity(np.log(3.0)), 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.precision(jnp.ones((2, 3))), r"precision: counts of shape (2, 3); expected (K, K), the sum"),
+        (
+            lambda: metrics.f1(jnp.ones((2, 2)), "weighted"),
+            "f1: average = 'weighted'; expected 'macro', 'micro' or None",
+        ),
+        (lambda: metrics.roc_auc([0.1, 0.2], [0, 2]), "roc_auc: expected labels 0 and 1, and scores that are numbers"),
+        (lambda: metrics.roc_auc([0.1, np.nan], [0, 1]), "roc_auc: expected labels 0 and 1, and scores that are"),
+        (lambda: metrics.roc_auc([0.1, 0.2], [1, 1]), "roc_auc: one label alone has weight; expected examples of both"),
+        (lambda: metrics.roc_auc([0.1, 0.2], [1]), "roc_auc: scores (2,) and labels (1,); expected (N,) for both"),
+        (lambda: metrics.r_squared([1.0, 2.0], [3.0, 3.0]), "r_squared: targets that are all the same; expected some"),
+        (
+            lambda: metrics.absolute_error(jnp.ones((2, 1)), jnp.ones(2)),
+            "absolute_error: outputs (2, 1) and targets (2,)",
+        ),
+    ],
+)
+def test_what_no_whole_set_metric_is_of_is_refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -1,6 +1,6 @@
 """Data in memory, mapped or streamed: checked, split without loss; the digits and the spirals of the examples."""
 
-from fnet.data.arrays import DataError, check_data, split, take
+from fnet.data.arrays import DataError, check_data, folds, split, take
 from fnet.data.digits import mnist_5k, mnist_idx, sklearn_digits
 from fnet.data.spirals import spirals
 from fnet.data.streams import Stream, open_arrays
@@ -9,6 +9,7 @@ __all__ = [
     "DataError",
     "Stream",
     "check_data",
+    "folds",
     "mnist_5k",
     "mnist_idx",
     "open_arrays",

@@ -258,13 +258,16 @@ def take(data: PyTree, rows: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[rows], data)
 
 
-def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> tuple[Batch, ...]:
+def split(
+    data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array, *, stratify: bool = False
+) -> tuple[Batch, ...]:
     """The examples in a random order, cut into parts; every example lands in exactly one.
 
     Args:
         data: a `Batch` (or tuple, as in `check_data`) of N examples.
         sizes: examples per part, which add up to N; or a fraction f, for two parts of ``round(f * N)`` and the rest.
         key: the order; the same key and N give the same split, whatever the arrays hold.
+        stratify: each part has its share of every class, to one example; the targets are labels (N,).
 
     >>> train, test = split(Batch(np.arange(10), np.arange(10)), 0.8, jax.random.key(0))
     >>> len(train.inputs), sorted(np.concatenate([train.inputs, test.inputs]).tolist())
@@ -274,9 +277,45 @@ def split(data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array) -> 
     batch = as_batch(data, "data")
     examples = count_examples(batch)
     parts = _part_sizes(sizes, examples)
-    order = jax.random.permutation(key, examples)
+    order = _order(batch, key, stratify)
     ends = np.cumsum(parts)
     return tuple(take(batch, order[end - size : end]) for size, end in zip(parts, ends, strict=True))
+
+
+def folds(data: Batch | tuple, count: int, key: jax.Array, *, stratify: bool = False) -> list[tuple[Batch, Batch]]:
+    """``count`` pairs ``(train, held_out)`` for cross-validation: every example is held out in exactly one of them.
+
+    Held-out parts differ by one example at most; key, stratify and errors as in `split`.
+
+    >>> parts = folds(Batch(np.arange(5), np.arange(5)), 2, jax.random.key(0))
+    >>> [(len(train.inputs), len(held.inputs)) for train, held in parts]
+    [(2, 3), (3, 2)]
+    """
+    require_key("folds", key)
+    batch = as_batch(data, "data")
+    examples = count_examples(batch)
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 2 <= count <= examples:
+        raise DataError(f"folds: count = {count!r}; expected a whole number from 2 to {examples}, the examples")
+    held = np.array_split(_order(batch, key, stratify), count)
+    return [
+        (take(batch, np.concatenate([*held[:i], *held[i + 1 :]])), take(batch, rows)) for i, rows in enumerate(held)
+    ]
+
+
+def _order(batch: Batch, key: jax.Array, stratify: bool) -> np.ndarray:
+    """The examples in a random order; stratified, with the classes spread evenly over it."""
+    order = np.asarray(jax.random.permutation(key, count_examples(batch)))
+    if not stratify:
+        return order
+    labels = np.asarray(batch.targets) if hasattr(batch.targets, "shape") else None
+    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
+        kind = "a tree" if labels is None else f"{labels.dtype}{list(labels.shape)}"
+        raise DataError(f"data.targets is {kind}; expected labels, integers (N,), to be stratified by")
+    classes, counts = np.unique(labels, return_counts=True)
+    place = np.empty(len(labels))
+    for label, n in zip(classes, counts, strict=True):  # the j-th of n examples of a class at (j + ½) / n
+        place[order[labels[order] == label]] = (np.arange(n) + 0.5) / n
+    return order[np.argsort(place[order], kind="stable")]
 
 
 def _leaves(data: PyTree, name: str) -> list[tuple[str, Any]]:

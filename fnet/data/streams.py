@@ -29,8 +29,9 @@ class Stream(NamedTuple):
     """Batches from an iterable: whatever `check_data` takes, never-ending or long enough for the run.
 
     One with a length, such as a list or torch's ``DataLoader``, is gone through again and again. To be resumed, its
-    iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's have. One without is for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a
-    folder. ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
+    iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's have. One without is
+    for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a folder.
+    ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
     """
 
     source: Iterable
