@@ -69,6 +69,16 @@ class Flattened(NamedTuple):
     channels: int
 
 
+class Conv1D(NamedTuple):
+    """For `torch_names`: the name of a module whose weights stand as ours, ``(I, O)``: GPT-2's ``Conv1D``.
+
+    It is told and not guessed, since square weights look alike both ways. Of an `attention` it is the module that holds
+    ``c_attn`` and ``c_proj``.
+    """
+
+    name: str
+
+
 Names = Mapping[str, str] | Sequence[Rule] | None
 
 
@@ -211,7 +221,7 @@ def _require_same(where: str, expected: Arrays, found: Arrays, rules: Sequence[R
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[str, ...] | Rule]) -> list[Rule]:
+def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D | tuple[str, ...] | Rule]) -> list[Rule]:
     """The name map between a tree and a ``state_dict`` of PyTorch, from the layers' paths and the modules' names.
 
     In a module's name ``*`` stands for its parameters', so ``"0.*"`` is ``0.weight`` and ``0.bias``:
@@ -229,6 +239,10 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[st
     - rnn, lstm, gru (``reset_after``): ``"lstm.*_l0"``, with ``_l1`` for the second of PyTorch's layers and
       ``_l0_reverse`` for its second direction. PyTorch has two biases, which add: ours goes to the first and the
       second is 0 (of a gru it holds that within the reset gate's product); read back, they are added.
+    - attention: ``"self_attn.*"`` of ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer``, whose other
+      children are ``linear1``, ``linear2``, ``norm1`` and ``norm2``; of GPT-2 ``Conv1D("h.0.attn.*")``. The three inward
+      projections are one tensor there, so they have the same width.
+    - a dense layer that is GPT-2's ``Conv1D``: ``Conv1D("h.0.mlp.c_fc.*")``.
     - embedding, or a leaf by itself: as it is. A table that PyTorch holds twice has two names,
       ``("embedding.*", "head.*")``; read back, they must agree.
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
@@ -247,9 +261,10 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[st
         within |= {"": leaves[path]} if path in leaves else {}
         if not within:
             raise ExportError(f"torch_names: no leaf is at {path!r}; expected the path of one of {', '.join(leaves)}")
-        channels = given.channels if isinstance(given, Flattened) else None
-        patterns = (given.name,) if isinstance(given, Flattened) else (given,) if isinstance(given, str) else given
-        for rule in _torch_rules(path, within, channels):
+        channels, as_ours = (given.channels if isinstance(given, Flattened) else None), isinstance(given, Conv1D)
+        one = given.name if isinstance(given, Flattened | Conv1D) else given
+        patterns = (one,) if isinstance(one, str) else one
+        for rule in _torch_rules(path, within, channels, as_ours):
             paths = tuple(f"{start}{name}" if name else path for name in rule.paths)
             named = tuple(pattern.replace("*", name) for pattern in patterns for name in rule.names)
             rules.append(_repeated(rule._replace(paths=paths, names=named), len(patterns)))
@@ -261,9 +276,11 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | tuple[st
     return rules
 
 
-def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None) -> list[Rule]:
-    """The rules of one layer, by its own leaves and PyTorch's own names."""
+def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None, as_ours: bool) -> list[Rule]:
+    """The rules of one layer, by its own leaves and PyTorch's own names; ``as_ours`` where weights are ``(I, O)``."""
     names = set(leaves)
+    if names >= {f"{part}/w" for part in (*_INWARD, "out")}:
+        return _attention_rules(path, leaves, as_ours)
     same = {"b": "bias", "scale": "weight", "bias": "bias", "table": "weight", "": "weight"}
     rules = [Rule((name,), (same[name],)) for name in sorted(names & same.keys())]
     if names in ({""}, {"table"}) or (names and names <= {"scale", "bias"}):
@@ -279,6 +296,8 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None) -> 
         flat = lambda w: (w.reshape(rows, channels, units).transpose(2, 1, 0).reshape(units, size),)  # noqa: E731
         back = lambda w: (w.reshape(units, channels, rows).transpose(2, 1, 0).reshape(size, units),)  # noqa: E731
         return [*rules, Rule(("w",), ("weight",), flat, back)]
+    if names in ({"w"}, {"w", "b"}) and as_ours:
+        return [*rules, Rule(("w",), ("weight",))]
     if names in ({"w"}, {"w", "b"}):  # (*kernel, I, O) and (O, I, *kernel)
         spatial = tuple(range(leaves["w"].ndim - 2))
         axes = (len(spatial) + 1, len(spatial), *spatial)
@@ -294,9 +313,39 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None) -> 
         if rest == {"b", "recurrent/b"} and gates == 3:
             return [*weights, Rule(("b", "recurrent/b"), biases, _gru_biases, _from_gru_biases)]
     raise ExportError(
-        f"torch_names: {path} has the leaves {', '.join(sorted(names))}; expected those of dense, conv, embedding, a "
-        "normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule"
+        f"torch_names: {path} has the leaves {', '.join(sorted(names))}; expected those of dense, conv, attention, "
+        "embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule"
     )
+
+
+_INWARD = ("query", "key", "value")
+
+
+def _attention_rules(path: str, leaves: Mapping[str, Any], as_ours: bool) -> list[Rule]:
+    """Three projections of one width as one tensor, and the outward one."""
+    shapes = {tuple(leaves[f"{part}/w"].shape) for part in _INWARD}
+    if len(shapes) > 1:
+        raise ExportError(
+            f"torch_names: {path} has inward projections of shapes {sorted(shapes)}; expected one, since PyTorch holds "
+            "them as one tensor: write a Rule"
+        )
+    axis = 1 if as_ours else 0
+    turn = (lambda w: w) if as_ours else (lambda w: w.T)  # noqa: E731
+    inward, outward = ("c_attn.", "c_proj.") if as_ours else ("in_proj_", "out_proj.")
+    rules = [
+        Rule(
+            tuple(f"{part}/w" for part in _INWARD),
+            (f"{inward}weight",),
+            lambda *ws: (np.concatenate([turn(w) for w in ws], axis),),
+            lambda w: tuple(turn(part) for part in np.split(w, 3, axis)),
+        ),
+        Rule(("out/w",), (f"{outward}weight",), lambda w: (turn(w),), lambda w: (turn(w),)),
+    ]
+    if "query/b" in leaves:
+        biases = tuple(f"{part}/b" for part in _INWARD)
+        rules.append(Rule(biases, (f"{inward}bias",), lambda *bs: (np.concatenate(bs),), lambda b: (*np.split(b, 3),)))
+        rules.append(Rule(("out/b",), (f"{outward}bias",)))
+    return rules
 
 
 def _turned(leaf: str, tensor: str, axes: tuple[int, ...]) -> Rule:

@@ -127,8 +127,10 @@ class OpenRun:
             moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
         elif self._accepts("rule to stop"):  # the given one, from its beginning
             parts = [name for name in like._fields if name != "stopping"]
-            ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)
-            ts, moved = ts._replace(stopping=like.stopping), {}
+            ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)._replace(stopping=like.stopping)
+            own = {name: value for name, value in meta["plan"].items() if not name.startswith("stopping/")}
+            meta["plan"] = own | {name: value for name, value in about.items() if name.startswith("stopping/")}
+            moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
         else:
             moved = {}  # and the state that holds the numbers is another
             about, meta["plan"] = (
