@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shlex
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +142,10 @@ def train(config: Any, title: str, folder: Path, step, start, data, console: Con
         )
     except (fnet.RunError, fnet.CheckpointError, fnet.NonFiniteError) as error:
         raise SystemExit(f"{title}: {error}") from error
+    except fnet.Interrupted as stopped:
+        where = f"--run-dir {shlex.quote(str(config.run_dir))} --name {shlex.quote(folder.name)}"
+        console.print(f"{stopped}. To go on: the same command with --resume {where}", highlight=False, soft_wrap=True)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def length(config: Any, data: fnet.Batch) -> int:

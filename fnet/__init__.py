@@ -1,5 +1,7 @@
 """fnet trains neural networks as pure functions in JAX; the names stand in the order in which data flow."""
 
+import importlib
+
 from fnet import data, gradcheck, initializers, layers, losses, metrics, models, optimizers, schedules, transforms
 from fnet.data import DataError, check_data, split
 from fnet.gradcheck import check_gradients, check_layer, check_model
@@ -24,3 +26,11 @@ from fnet.children import apply, init, parameter_paths
 from fnet.types import Batch, Layer, LayerError, Loss, Mean, Optimizer, Schedule, TrainState, Transform
 
 __version__ = "0.1.0"
+
+LATER = ("export", "observers", "report")  # imported when they are looked for, since they take their time
+
+
+def __getattr__(name: str):
+    if name in LATER:
+        return importlib.import_module(f"fnet.{name}")
+    raise AttributeError(f"module 'fnet' has no attribute {name!r}")

@@ -240,7 +240,7 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
       ``_l0_reverse`` for its second direction. PyTorch has two biases, which add: ours goes to the first and the
       second is 0 (of a gru it holds that within the reset gate's product); read back, they are added.
     - attention: ``"self_attn.*"`` of ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer``, whose other
-      children are ``linear1``, ``linear2``, ``norm1`` and ``norm2``; of GPT-2 ``Conv1D("h.0.attn.*")``. The three inward
+      children are ``linear1``, ``linear2``, ``norm1`` and ``norm2``; of GPT-2 ``Conv1D("h.0.attn.*")``. The inward
       projections are one tensor there, so they have the same width.
     - a dense layer that is GPT-2's ``Conv1D``: ``Conv1D("h.0.mlp.c_fc.*")``.
     - embedding, or a leaf by itself: as it is. A table that PyTorch holds twice has two names,
