@@ -330,7 +330,7 @@ def _attention_rules(path: str, leaves: Mapping[str, Any], as_ours: bool) -> lis
             "them as one tensor: write a Rule"
         )
     axis = 1 if as_ours else 0
-    turn = (lambda w: w) if as_ours else (lambda w: w.T)  # noqa: E731
+    turn = (lambda w: w) if as_ours else (lambda w: w.T)
     inward, outward = ("c_attn.", "c_proj.") if as_ours else ("in_proj_", "out_proj.")
     rules = [
         Rule(
