@@ -123,7 +123,7 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
 
 
 def absolute_error(outputs, targets) -> jax.Array:
-    """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first: the mean absolute error's values."""
+    """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first."""
     outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     if outputs.shape != targets.shape:
         raise ValueError(f"absolute_error: outputs {outputs.shape} and targets {targets.shape}; expected one shape")
@@ -177,7 +177,7 @@ def _averaged(part, whole, counts, average) -> jax.Array:
 
 
 def perplexity(loss) -> jax.Array:
-    """``exp`` of a mean cross-entropy in nats, a `Mean` or a number: so many equally likely ids leave the same doubt."""
+    """``exp`` of a mean cross-entropy in nats, a `Mean` or a number: so many likely ids leave as much doubt."""
     return jnp.exp(loss.value if isinstance(loss, Mean) else loss)
 
 
