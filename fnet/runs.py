@@ -101,6 +101,7 @@ class OpenRun:
         self.saved_at = time.monotonic()
         self.last_saved: int | None = None
         self.resumed_at, self.changes = 0, {}  # what differs knowingly from what was saved there
+        self.passed: list[Path] = []  # damaged checkpoints that the run was not resumed from
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
@@ -167,13 +168,17 @@ class OpenRun:
             except CheckpointError as error:
                 if self.run.resume != "newest whole":
                     raise CheckpointError(f"{error}{self._whole_before(path, paths)}") from error
-                passed.append(path.name)
+                passed.append(path)
                 continue
             if passed:
-                words = f"{self.folder} is resumed from {path.name}; damaged and left as they are: {', '.join(passed)}"
-                warnings.warn(words, RunWarning, stacklevel=5)
+                aside = ", ".join(f"damaged_{damaged.name}" for damaged in passed)
+                warnings.warn(
+                    f"{self.folder} is resumed from {path.name}; put aside: {aside}", RunWarning, stacklevel=5
+                )
+            self.passed = passed
             return path, meta
-        raise RunError(f"{self.checkpoints}: none of {', '.join(passed)} is whole; expected one to resume from")
+        names = ", ".join(path.name for path in passed)
+        raise RunError(f"{self.checkpoints}: none of {names} is whole; expected one to resume from")
 
     def _whole_before(self, damaged: Path, paths: Sequence[Path]) -> str:
         """The remedy for a damaged checkpoint where an older one is whole."""
@@ -208,6 +213,8 @@ class OpenRun:
             _write_json(self.folder / "config.json", self.config)
             _write_json(self.folder / "environment.json", self.environment)
             _write_json(self.folder / "programs.json", {n: [line.text for line in p] for n, p in programs.items()})
+            for path in self.passed:
+                path.rename(path.with_name(f"damaged_{path.name}"))
             if self.changes:
                 with (self.folder / "changes.jsonl").open("a") as file:
                     file.write(json.dumps({"step": self.resumed_at, "changes": self.changes}) + "\n")
