@@ -44,7 +44,7 @@ from fnet.plan import (
     programs_of,
 )
 from fnet.runs import Run, RunError, open_run
-from fnet.stopping import Reducer, stopped, with_stopping
+from fnet.stopping import Reducer, ending, stopped, with_stopping
 from fnet.training import Step
 from fnet.types import PyTree, TrainState
 
@@ -119,7 +119,7 @@ def fit(
             ts, meta, rows = resumed
             recorder, stream, about = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"], meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
-                return ts, recorder.history(0.0, 0.0)  # it had ended
+                return ts, recorder.history(0.0, 0.0, ending(stop, ts))  # it had ended
         check_position(ts, plan, folder and folder.folder)
         if folder:
             folder.begin(rows, programs)
@@ -129,7 +129,8 @@ def fit(
         def tell(kind: str, at: int, metrics=None, took: float = 0.0, examples: int = 0) -> None:
             nonlocal halted
             made, epochs = at // plan.per_epoch, -(-plan.end // plan.per_epoch)
-            event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts)
+            ended = ending(stop, ts) if kind == "end" and not ts.step.is_deleted() else None
+            event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts, ended)
             halted |= ask(observers, event)
 
         def compile(function: Callable, options, arguments) -> Callable:
@@ -202,7 +203,7 @@ def fit(
             raise
         tell("end", position)
         leave_if_asked()
-    return ts, recorder.history(seconds["compile"], seconds["run"])
+    return ts, recorder.history(seconds["compile"], seconds["run"], ending(stop, ts))
 
 
 def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program) -> dict[str, Any]:
@@ -219,6 +220,7 @@ def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program)
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(ts)),
         "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
         "scratch_bytes": getattr(memory, "temp_size_in_bytes", None),
+        **({"ended": ended._asdict()} if (ended := ending(plan.stop, ts)) else {}),
     }
 
 

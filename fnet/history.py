@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fnet.stopping import Ending
 from fnet.training import named_metrics
 from fnet.types import Mean, PyTree, TrainState
 
@@ -22,7 +23,7 @@ class Event(NamedTuple):
     the results of an evaluation at its end. ``seconds`` is what the compilation took, or the time from the end of the
     chunk before to the end of this one, observers included; ``examples`` how many the chunk has seen. ``state`` is
     where the run stood at the end of the chunk, not to be changed; if the run keeps no copies (``fit(keep=False)``) it
-    may be read during the call only.
+    may be read during the call only. ``ended`` says how a rule to stop has ended the run, at the "end".
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Event(NamedTuple):
     seconds: float
     examples: int
     state: TrainState
+    ended: Ending | None = None
 
 
 class History(NamedTuple):
@@ -44,11 +46,13 @@ class History(NamedTuple):
     evaluations: dict[str, np.ndarray]  # (evaluations, ...), and the "step" of each
     compile_seconds: float
     run_seconds: float
+    ended: Ending | None = None  # how a rule to stop has ended the run
 
     def plot(self, path: str | Path | None = None):
         """A matplotlib figure with a panel for each metric, training and validation sets together.
 
         Curves are drawn by epoch; evaluations that are not those of the epochs' ends have panels of their own, by step.
+        Where a rule to stop has ended the run a line marks the evaluation that was best.
         With a ``path`` it is also written there, as PNG. Matrices and vectors of more than 12 entries are left out.
         """
         from fnet.report.plots import plot_history
@@ -149,11 +153,12 @@ class Recorder:
         """The sums of the epoch that has begun, as numbers that JSON keeps exactly."""
         return {name: [np.asarray(part).tolist() for part in mean] for name, mean in self._partial.items()}
 
-    def history(self, compile_seconds: float, run_seconds: float) -> History:
+    def history(self, compile_seconds: float, run_seconds: float, ended: Ending | None = None) -> History:
         """Everything that was added."""
         names = self.steps[0] if self.steps else ()
         by_step = {name: np.concatenate([block[name] for block in self.steps]) for name in names}
-        return History(_table(self.epochs), by_step, _table(self.evaluations), compile_seconds, run_seconds)
+        tables = _table(self.epochs), by_step, _table(self.evaluations)
+        return History(*tables, compile_seconds, run_seconds, ended)
 
 
 def _running_sum(start: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def progress(title: str = "training", console=None) -> Observer:
 
     Beneath it the last chunk's loss, accuracy and learning rate, and the losses and accuracies of the last evaluation.
     Where the console is no terminal, or the environment has CI=true, one plain line per epoch instead. A run that does
-    not begin at step 0 says where it continues.
+    not begin at step 0 says where it continues, and one that a rule has stopped where and why.
     """
     need("progress", "rich")
     from rich.console import Console, Group
@@ -75,7 +75,7 @@ def progress(title: str = "training", console=None) -> Observer:
         elif event.kind == "evaluation":
             results.plain = _line(event.metrics, _of_sets(event.metrics))
         elif event.kind == "end":
-            screen.stop()
+            screen.stop()  # and what comes is said beneath it
 
     def say(text: str) -> None:
         console.print(f"{title}: {text}", soft_wrap=True, markup=False)
@@ -88,6 +88,8 @@ def progress(title: str = "training", console=None) -> Observer:
         elif event.kind == "epoch":
             numbers = _line(event.metrics, ("loss", "accuracy", *_of_sets(event.metrics)))
             say(f"epoch {event.epoch}/{event.epochs}  {numbers}")
+        if event.ended:
+            say(f"stopped at step {event.ended.step}/{event.steps}: {event.ended.reason}")
 
     return observe
 

@@ -15,6 +15,7 @@ import numpy as np
 from fnet.checkpoint import words_of
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
 from fnet.data.streams import Stream, first_batch, is_read_ahead, with_length
+from fnet.optimizers.compose import told
 from fnet.programs import Line, digest, program_lines
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
@@ -112,6 +113,8 @@ def check_run(
     if not isinstance(data, Stream) and (last := n % batch_size):  # the epoch's last batch is smaller
         dry_run("data", step, ts, known, last)
     results = {}
+    if not evaluate:
+        jax.eval_shape(lambda opt_state: told(opt_state, {}), ts.opt_state)  # raises where it waits for a result
     if evaluate:
         sets = validation if isinstance(validation, Mapping) else {"validation": validation}
         if not sets:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from fnet.optimizers.compose import told
 from fnet.schedules import check_numbers
 from fnet.types import Mean, TrainState
 
@@ -33,6 +34,17 @@ class Reducer(NamedTuple):
     init: Callable[[TrainState], Any]
     update: Callable[[Any, TrainState, Mapping[str, Any]], Any]
     about: str = "a rule to stop"  # what it looks at; a run is resumed with a rule of which the same is said
+    ending: Callable[[Any, int], Ending] | None = None  # (state, step), of a run that it has ended
+
+
+class Ending(NamedTuple):
+    """How a rule ended a run: ``History.ended``, and that of the `Event` "end"."""
+
+    step: int
+    reason: str
+    metric: str | None = None  # what was best
+    best: float | None = None
+    best_step: int | None = None
 
 
 class StoppingState(NamedTuple):
@@ -94,7 +106,21 @@ def early_stopping(
             jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, own.weights),
         )
 
-    return Reducer(init, update, about)
+    def ending(own: StoppingState, step: int) -> Ending:
+        best, at, since = sign * float(own.best), int(own.step), int(own.since)
+        if not math.isfinite(best):
+            return Ending(step, f"{metric} was not finite in any of {since} evaluations", metric)
+        reason = f"{metric} is at its best, {best:.6g}, since step {at}, {since} evaluations ago"
+        return Ending(step, reason, metric, best, at)
+
+    return Reducer(init, update, about, ending)
+
+
+def ending(stop: Reducer | None, ts: TrainState) -> Ending | None:
+    """How the rule has ended the run; None where it has not."""
+    if stop is None or not bool(stopped(ts)):
+        return None
+    return stop.ending(ts.stopping, int(ts.step)) if stop.ending else Ending(int(ts.step), stop.about)
 
 
 def best_weights(ts: TrainState) -> TrainState:
@@ -134,5 +160,7 @@ def with_stopping(stop: Reducer | None, ts: TrainState) -> TrainState:
 
 
 def decide(stop: Reducer | None, ts: TrainState, results: Mapping[str, Any]) -> TrainState:
-    """``ts`` after the reducer has seen an evaluation."""
-    return ts if stop is None else ts._replace(stopping=stop.update(ts.stopping, ts, results))
+    """``ts`` after the reducer, and what the optimizer's state waits for, have seen an evaluation."""
+    if stop is not None:
+        ts = ts._replace(stopping=stop.update(ts.stopping, ts, results))
+    return ts._replace(opt_state=told(ts.opt_state, results))

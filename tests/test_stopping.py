@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import fnet
 from fnet.interpret import walk
-from fnet.stopping import early_stopping
+from fnet.observers import progress
+from fnet.stopping import Ending, early_stopping
 from fnet.types import Mean, TrainState
 from tests.test_training import assert_same_bits, problem
 
@@ -156,3 +161,36 @@ def test_where_no_evaluation_was_finite_there_are_no_best_weights():
     with pytest.raises(ValueError, match=r"none of the 2 evaluations of the members \[1\] were finite"):
         fnet.best_weights(good._replace(stopping=members))
     assert_same_bits(fnet.best_weights(good).params, jax.jit(fnet.best_weights)(good).params)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_stopped_run_says_where_and_why_and_what_was_best(sign, tmp_path):
+    curve = [sign * value for value in CURVE]
+    made, best = rule(curve, 2, greatest=sign < 0)
+    step, start, options = scripted(curve)
+    stop, ends, page = early_stopping("validation_loss", 2, greatest=sign < 0), [], io.StringIO()
+    console = Console(file=page, width=200)
+    watching = [progress("curve", console), lambda event: ends.append(event.ended) if event.kind == "end" else None]
+    run = fnet.Run(tmp_path / "run")
+    _, history = fnet.fit(step, start, stop=stop, run=run, observers=watching, **options)
+    reason = f"validation_loss is at its best, {curve[best]:g}, since step {best + 1}, 2 evaluations ago"
+    assert history.ended == ends[0] == Ending(made, reason, "validation_loss", pytest.approx(curve[best]), best + 1)
+    assert page.getvalue().endswith(f"curve: stopped at step {made}/{len(curve)}: {reason}\n")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ended"] == history.ended._asdict()
+    assert f"Stopped early at step {made}: {reason}." in fnet.report.write_report(tmp_path / "run").read_text()
+    assert f"Stopped early at step {made}: {reason}." in history._repr_html_()
+    labels = [line.get_label() for line in history.plot().axes[-1].lines]
+    assert f"best, epoch {best + 1}" in labels
+    again, same = fnet.fit(step, start, stop=stop, run=run._replace(resume=True), **options)
+    assert int(again.step) == made and same.ended == history.ended
+
+
+def test_a_run_that_no_rule_has_stopped_says_nothing_of_it(tmp_path):
+    step, start, options = scripted([3.0, 2.0, 1.0])
+    for stop in (None, early_stopping("validation_loss", 2)):
+        _, history = fnet.fit(step, start, stop=stop, run=fnet.Run(tmp_path / f"{stop is None}"), **options)
+        assert history.ended is None
+        assert "ended" not in json.loads((tmp_path / f"{stop is None}" / "summary.json").read_text())
+    step, start, options = scripted([np.nan, np.nan, 1.0])
+    _, history = fnet.fit(step, start, stop=early_stopping("validation_loss", 2), **options)
+    assert history.ended == Ending(2, "validation_loss was not finite in any of 2 evaluations", "validation_loss")

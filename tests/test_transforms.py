@@ -46,6 +46,7 @@ from fnet.optimizers import (
     set_hyper,
     sgd,
     skip_nonfinite,
+    told,
 )
 from fnet.schedules import exponential
 from fnet.transforms import (
@@ -963,6 +964,71 @@ def test_what_the_plateau_needs_is_said():
     for inner in (sgd(exponential(0.1, 0.5, 10)), chain(clip_by_value(1.0), sgd(0.1)), lookahead(sgd(0.1)), GROUPED):
         with pytest.raises(TypeError, match="expected an optimizer with a number for its learning_rate"):
             reduce_on_plateau(inner, window=1).init(MODEL)
+
+
+@pytest.mark.parametrize("cooldown", [0, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_rate_falls_on_a_plateau_of_an_evaluation_in_fit_and_in_train(cooldown, sign, x64):
+    curve = [1.0, 0.8, 0.9, 0.85, 0.81, 0.7, math.nan, 0.75, 0.71, 0.7, 0.69999, 0.72, 0.73, 0.5, 0.6]
+    best, waited, cooling, rate, rates = math.inf, 0, 0, 1.0, []
+    for value in curve:  # Keras' rule with torch's relative change and cooldown
+        better = value < best - 1e-4 * (abs(best) if math.isfinite(best) else 0)
+        best = value if better else best
+        waited, cooling = (0, cooling - 1) if cooling else (0 if better else waited + 1, 0)
+        if waited == 2:
+            rate, waited, cooling = max(rate * 0.5, 0.2), 0, cooldown
+        rates.append(rate)
+    assert len(set(rates)) > 2
+    inner = reduce_on_plateau(
+        sgd(1.0), 0.5, metric="validation_loss", greatest=sign < 0, patience=2, least_rate=0.2, cooldown=cooldown
+    )
+    optimizer = skip_nonfinite(chain(clip_by_value(1.0), inner))
+
+    def step(ts, batch):
+        params, opt_state = optimizer.update(jnp.ones(()), ts.opt_state, ts.params)
+        metrics = {"x": weighted_mean(batch.inputs), "learning_rate": opt_state.rate}
+        return ts._replace(step=ts.step + 1, params=params, opt_state=opt_state), metrics
+
+    def evaluate(params, state, data):
+        return {"loss": sign * jnp.asarray(curve)[opt_step(params)]}
+
+    def opt_step(params):  # parameters say how far the run is: they fall by at least 0.2 a step
+        return jnp.searchsorted(jnp.cumsum(jnp.asarray([1.0, *rates])), -params - 1e-9)
+
+    data = fnet.Batch(jnp.ones(2), jnp.ones(2))
+    start = fnet.init_train_state(jnp.zeros(()), optimizer, jax.random.key(0))
+    options = {"epochs": len(curve), "batch_size": 2, "evaluate": evaluate, "validation": data}
+    for chunk_steps in (None, 4):
+        end, history = fnet.fit(step, start, data, chunk_steps=chunk_steps, **options)
+        assert history.epochs["learning_rate"].tolist() == [1.0, *rates[:-1]]
+        assert float(end.opt_state.optimizer.optimizer.optimizer.hyper.learning_rate) == rates[-1]
+    pure, metrics, _ = jax.jit(lambda ts, data: fnet.train(step, ts, data, **options | {"validation": data}))(start, data)
+    assert metrics["learning_rate"][:, 0].tolist() == [1.0, *rates[:-1]]
+    assert jax.tree.map(lambda a: np.asarray(a).tolist(), pure.opt_state) == jax.tree.map(
+        lambda a: np.asarray(a).tolist(), end.opt_state
+    )
+
+
+def test_a_result_that_the_plateau_waits_for_must_come():
+    model, params, state, batch = float16_problem()
+    optimizer = reduce_on_plateau(sgd(1.0), metric="validation_accuracy")
+    step = fnet.make_step(fnet.autodiff(model, fnet.softmax_cross_entropy), optimizer)
+    start = fnet.init_train_state(params, optimizer, jax.random.key(0), state)
+    evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy)
+    for options, there in (
+        ({}, "there is none without evaluate and validation"),
+        ({"evaluate": evaluate, "validation": batch}, "validation_loss"),
+    ):
+        message = "reduce_on_plateau: metric = 'validation_accuracy'; expected the name of a result: " + there
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fnet.fit(step, start, batch, epochs=1, batch_size=2, **options)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fnet.train(step, start, batch, epochs=1, batch_size=2, **options)
+    with pytest.raises(ValueError, match=re.escape("accuracy has shape (2,); expected one number")):
+        told(start.opt_state, {"validation_accuracy": jnp.ones(2)})
+    for neither in ({}, {"window": 1, "metric": "validation_loss"}):
+        with pytest.raises(ValueError, match="expected one of them: so many losses of training on average, or a result"):
+            reduce_on_plateau(sgd(1.0), **neither)
 
 
 # --- accumulation ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ bfloat16), unless `master_weights` keeps them.
 Numbers out of range raise ValueError at construction (host values only: arrays and tracers are not read), and so does
 a ``mask`` without a ``weight_decay``; a parameter that is not a float raises TypeError in ``init``, and gradients that
 do not fit the parameters ValueError in ``update``, by path. ``update`` takes ``value``, the loss, which only
-`reduce_on_plateau` uses.
+`reduce_on_plateau` uses; `told` hands the results of an evaluation to it.
 
 An optimizer of one's own is one screen: see `fnet.optimizers.common.elementwise`.
 """
@@ -60,6 +60,7 @@ from fnet.optimizers.compose import (
     nonfinite,
     reduce_on_plateau,
     skip_nonfinite,
+    told,
 )
 from fnet.optimizers.descent import LionState, MomentumState, SgdState, lion, momentum, sgd
 from fnet.optimizers.lbfgs import Minimum, minimize_lbfgs
@@ -123,4 +124,5 @@ __all__ = [
     "set_hyper",
     "sgd",
     "skip_nonfinite",
+    "told",
 ]

@@ -430,7 +430,7 @@ _CHECKS = {
     **dict.fromkeys(("limit", "growth", "clip", "decay_power"), _positive),
     **dict.fromkeys(("AdadeltaHyper.eps", "AdafactorHyper.eps", "AdaptiveHyper.eps", "MuonHyper.eps"), _positive),
     **dict.fromkeys(("every", "window", "patience", "interval"), check_counts),
-    "AveragedHyper.start": partial(check_counts, least=0),
+    **dict.fromkeys(("AveragedHyper.start", "cooldown"), partial(check_counts, least=0)),
     "slow_rate": partial(check_between, least=0, most=1),
     "threshold": partial(check_between, least=4, most=math.inf),
 }

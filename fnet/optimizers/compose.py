@@ -28,7 +28,7 @@ from fnet.optimizers.common import (
 )
 from fnet.optimizers.which import check_patterns
 from fnet.schedules import check_numbers
-from fnet.types import Optimizer, PyTree, Transform, by_path, named_leaves, require_optimizer, require_state, wide
+from fnet.types import Mean, Optimizer, PyTree, Transform, by_path, named_leaves, require_optimizer, require_state, wide
 
 
 def of_optimizer(name: str, doc: str) -> property:
@@ -554,22 +554,28 @@ def dynamic_loss_scale(
 
 
 class PlateauHyper(NamedTuple):
-    """Numbers of `reduce_on_plateau`."""
+    """Numbers of `reduce_on_plateau`; ``window`` is None where it waits for evaluations."""
 
     factor: Any
     patience: Any
     window: Any
     least_change: Any
     least_rate: Any
+    cooldown: Any
 
 
 class PlateauState(NamedTuple):
-    """State of `reduce_on_plateau`: the window's sum so far, the best mean, windows without a better one."""
+    """State of `reduce_on_plateau`: the window's sum so far, the best value, windows without a better one.
+
+    ``waited`` is below 0 while it cools down. ``metric`` holds the result that it waits for by its name, and 1 where
+    the least is sought, -1 where the greatest; it is empty where it watches the loss.
+    """
 
     hyper: PlateauHyper
     total: jax.Array
     best: jax.Array
     waited: jax.Array
+    metric: dict[str, jax.Array]
     optimizer: Any
 
     step = of_optimizer("step", "Updates applied so far.")
@@ -580,26 +586,40 @@ def reduce_on_plateau(
     optimizer: Optimizer,
     factor: ArrayLike = 0.1,
     *,
-    window: ArrayLike,
+    window: ArrayLike | None = None,
+    metric: str | None = None,
+    greatest: bool = False,
     patience: ArrayLike = 10,
     least_change: ArrayLike = 1e-4,
     least_rate: ArrayLike = 0.0,
+    cooldown: ArrayLike = 0,
 ) -> Optimizer:
-    """Multiplies the learning rate by ``factor`` where the loss stops falling: a pure reducer of ``value``.
+    """Multiplies the learning rate by ``factor`` where the loss, or a result of the evaluations, stops falling.
 
-    The losses handed to ``update`` are averaged over windows of ``window`` updates (an epoch, say). After ``patience``
-    windows in a row whose mean is not below ``best − least_change · |best|``, the rate is reduced, not below
-    ``least_rate``, and the waiting begins anew. ``optimizer`` is one with a number for its learning rate, which is data
-    in its state. torch's ``ReduceLROnPlateau`` waits one window more, and so does Keras'.
-    ``update`` raises ValueError without a ``value``, which `fnet.make_step` always gives.
+    With ``window`` it watches the losses handed to ``update``, averaged over as many updates (an epoch, say). With
+    ``metric``, such as "validation_loss", the result of that name in each evaluation of `fnet.fit` and `fnet.train`
+    (with ``greatest`` its negative), as Keras does; in a loop of one's own `told` hands it over. After ``patience``
+    values in a row that are not below ``best − least_change · |best|`` the rate is reduced, not below ``least_rate``;
+    the next ``cooldown`` values are not counted, and the waiting begins anew. A value that is not finite is never
+    better. ``optimizer`` is one with a number for its learning rate, which is data in its state.
+
+    Keras' ``ReduceLROnPlateau`` counts the same values and compares with ``best − min_delta``; torch's waits one more.
+    Raises ValueError unless one of ``window`` and ``metric`` is given; ``update`` raises it without a ``value`` where
+    it watches the loss, which `fnet.make_step` always gives.
     """
+    if (window is None) == (metric is None):
+        raise ValueError(
+            f"reduce_on_plateau: window = {window!r} and metric = {metric!r}; expected one of them: so many losses of "
+            "training on average, or a result such as 'validation_loss'"
+        )
     check_numbers("reduce_on_plateau", positive=True, below=1, factor=factor)
-    check_counts("reduce_on_plateau", window=window, patience=patience)
+    check_counts("reduce_on_plateau", patience=patience, **({} if window is None else {"window": window}))
+    check_counts("reduce_on_plateau", least=0, cooldown=cooldown)
     check_numbers("reduce_on_plateau", least_change=least_change, least_rate=least_rate)
     init_optimizer = init_within("reduce_on_plateau", optimizer)
 
     def init(params):
-        hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate))
+        hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate, cooldown))
         inner = init_optimizer(params)
         rate = getattr(getattr(inner, "hyper", None), "learning_rate", None)
         if not hasattr(rate, "shape"):
@@ -607,30 +627,67 @@ def reduce_on_plateau(
                 "reduce_on_plateau: expected an optimizer with a number for its learning_rate, no schedule and no "
                 "composed one: put reduce_on_plateau inside chain or groups"
             )
-        return PlateauState(hyper, jnp.zeros((), float), jnp.full((), jnp.inf, float), _zero(), inner)
+        waits_for = {} if metric is None else {metric: jnp.array(-1 if greatest else 1, float)}
+        return PlateauState(hyper, jnp.zeros((), float), jnp.full((), jnp.inf, float), _zero(), waits_for, inner)
 
     def update(grads, opt_state, params, *, value=None):
         require_state("reduce_on_plateau", opt_state, PlateauState)
-        if value is None:
+        if value is None and metric is None:
             raise ValueError("reduce_on_plateau: value is None; expected the loss: update(..., value=loss)")
         params, inner = optimizer.update(grads, opt_state.optimizer, params, value=value)
-        hyper = opt_state.hyper
+        opt_state = opt_state._replace(optimizer=inner)
+        if metric is not None:
+            return params, opt_state
+        window = opt_state.hyper.window
         total = opt_state.total + jnp.asarray(value, opt_state.total.dtype)
-        ended = inner.step % hyper.window.astype(jnp.int32) == 0
-        mean = total / hyper.window
-        better = mean < opt_state.best - hyper.least_change * jnp.abs(
-            jnp.where(jnp.isinf(opt_state.best), 0, opt_state.best)
-        )
-        waited = jnp.where(better, 0, opt_state.waited + 1)
-        reduce = ended & (waited >= hyper.patience.astype(jnp.int32))
-        rate = inner.hyper.learning_rate
-        lower = jnp.minimum(rate, jnp.maximum(rate * hyper.factor, hyper.least_rate))
-        inner = inner._replace(hyper=inner.hyper._replace(learning_rate=jnp.where(reduce, lower, rate)))
-        waited = jnp.where(ended, jnp.where(reduce, 0, waited), opt_state.waited)
-        best = jnp.where(ended & better, mean, opt_state.best)
-        return params, PlateauState(hyper, jnp.where(ended, 0, total), best, waited, inner)
+        ended = inner.step % window.astype(jnp.int32) == 0
+        return params, _after(opt_state, total / window, ended)._replace(total=jnp.where(ended, 0, total))
 
     return Optimizer(init, update, lambda params: _before(optimizer, params, "reduce_on_plateau"))
+
+
+def _after(opt_state: PlateauState, value: jax.Array, counts: ArrayLike = True) -> PlateauState:
+    """The state after one of the values that are compared; the same state where it does not count."""
+    hyper, inner, best, waited = opt_state.hyper, opt_state.optimizer, opt_state.best, opt_state.waited
+    least = best - hyper.least_change * jnp.abs(jnp.where(jnp.isinf(best), 0, best))
+    better = counts & jnp.isfinite(value) & (value < least)
+    waited = jnp.where(counts, jnp.where((waited >= 0) & better, 0, waited + 1), waited)
+    reduce = counts & (waited >= hyper.patience.astype(jnp.int32))
+    rate = inner.hyper.learning_rate
+    lower = jnp.minimum(rate, jnp.maximum(rate * hyper.factor, hyper.least_rate))
+    inner = inner._replace(hyper=inner.hyper._replace(learning_rate=jnp.where(reduce, lower, rate)))
+    return opt_state._replace(
+        best=jnp.where(better, value, best),
+        waited=jnp.where(reduce, -hyper.cooldown.astype(jnp.int32), waited),
+        optimizer=inner,
+    )
+
+
+def told(opt_state: PyTree, results: Mapping[str, Any]) -> PyTree:
+    """The state of any optimizer after an evaluation: `reduce_on_plateau` within it has seen the result it waits for.
+
+    ``results`` are `Mean`s or numbers by name. Raises ValueError where there is none of that name, or it is no number.
+
+    >>> from fnet.optimizers import sgd
+    >>> opt_state = reduce_on_plateau(sgd(1.0), metric="validation_loss", patience=1).init(jnp.zeros(2))
+    >>> for loss in (0.5, 0.6, 0.7):
+    ...     opt_state = told(opt_state, {"validation_loss": loss})
+    >>> print(round(float(opt_state.optimizer.hyper.learning_rate), 6))
+    0.01
+    """
+
+    def seen(node):
+        for name, sign in node.metric.items() if isinstance(node, PlateauState) else ():
+            if name not in results:
+                there = ", ".join(results) or "there is none without evaluate and validation"
+                raise ValueError(f"reduce_on_plateau: metric = {name!r}; expected the name of a result: {there}")
+            value = results[name].value if isinstance(results[name], Mean) else results[name]
+            if jnp.shape(value) != ():
+                raise ValueError(f"reduce_on_plateau: {name} has shape {jnp.shape(value)}; expected one number")
+            node = _after(node, sign * jnp.asarray(value, sign.dtype))
+        return node
+
+    return jax.tree.map(seen, opt_state, is_leaf=lambda node: isinstance(node, PlateauState))
 
 
 def _zero() -> jax.Array:

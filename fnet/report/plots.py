@@ -181,6 +181,15 @@ def series_of(history: History) -> list[tuple[dict[str, Series], dict[str, Serie
     return [(trained, {}, "epoch", ()), ({}, by_step, "step", list(trained))]
 
 
+def best_at(history: History, x_label: str) -> float | None:
+    """Where an axis marks the evaluation that was best for the rule that has ended the run."""
+    step = history.ended and history.ended.best_step
+    if step is None or x_label == "step":
+        return step
+    epochs, at = history.epochs.get("epoch", ()), np.flatnonzero(history.evaluations["step"] == step)
+    return float(epochs[at[0]]) if len(at) and len(epochs) == len(history.evaluations["step"]) else None
+
+
 def natural(name: str) -> tuple:
     """A key that sorts ``dense_10`` behind ``dense_9``, and ``all`` of several norms first."""
     head, _, tail = name.partition("/")
@@ -233,6 +242,8 @@ def plot_history(history: History, path: str | Path | None = None):
             marker = "o" if len(line.x) <= 30 else ""
             ax.plot(line.x, line.y, color=line.colour, linestyle=style, marker=marker, markersize=3, label=line.name)
         ax.set(xlabel=panel.x_label, yscale="log" if is_logarithmic(panel.lines) else "linear")
+        if (at := best_at(history, panel.x_label)) is not None:
+            ax.axvline(at, color="grey", linestyle=":", label=f"best, {panel.x_label} {whole(at)}")
         ax.set_title(panel.title.replace("_", " ").replace("$", r"\$"))
         ax.grid(alpha=0.3)
         handles, labels = ax.get_legend_handles_labels()

@@ -100,6 +100,9 @@ def status(run: Reading) -> str:
         words = f"Continued after it had ended at step {ended:,} (summary.json). Last seen at {reached}."
     else:
         words = f"Ended at step {ended:,}."
+        rule = run.summary.get("ended")
+        if isinstance(rule, dict) and rule.get("reason"):
+            words = f"Stopped early at step {ended:,}: {rule['reason']}."
     if run.checkpoints:
         words += f" The last checkpoint is of step {run.checkpoints[-1]:,}."
     if run.nonfinite:
@@ -232,6 +235,8 @@ def described(summary: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of summary.json in their units, and what follows from them; a run may be of several calls of fit."""
     shown = {}
     for name, value in summary.items():
+        if name == "ended":  # `status` says that
+            continue
         ending, word, written = "", "", _value
         if _is_number(value):
             ending = next(ending for ending in UNITS if name.endswith(ending))
@@ -345,5 +350,7 @@ def history_html(history: History) -> str:
     rows = [row for trained, evaluated, x_label, _ in parts for row in numbers({**trained, **evaluated}, x_label)]
     curves = charts([panel for part in parts for panel in panels_of(*part)])
     took = f"<p>Compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s.</p>"
+    if history.ended:
+        took += f"<p>{escape(f'Stopped early at step {history.ended.step:,}: {history.ended.reason}.')}</p>"
     table = grid(NUMBERS, rows) or "<p>No epoch and no evaluation was completed.</p>"
     return f'<div class="fnet-run"><style>{STYLE}</style>{table}{curves}{took}</div>'
