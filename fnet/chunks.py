@@ -6,9 +6,10 @@ Legend: N examples, S steps an epoch, B batch size, C steps that a chunk may hav
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.data.arrays import DataError, check_data, count_examples
-from fnet.data.streams import Read, Stream, ahead, joined, read_rows, read_stream
+from fnet.data.streams import (
+    Examples,
+    Read,
+    Stream,
+    ahead,
+    is_read_ahead,
+    joined,
+    kind_of,
+    one_epoch,
+    read_rows,
+    read_stream,
+)
 from fnet.plan import Plan, dry_run, order_at
-from fnet.stopping import Reducer, stopped
-from fnet.training import Step, epoch_order, evaluated, rows_of, steps_per_epoch
+from fnet.stopping import Reducer, decide, stopped
+from fnet.training import Step, epoch_order, evaluated, results_by_name, rows_of, sets_of, steps_per_epoch
 from fnet.types import Batch, PyTree, TrainState
 
 READ_BYTES = 32_000_000  # of batches that are sent to the device at a time
@@ -144,6 +156,91 @@ def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
     return compile(run_chunk, options, arguments)
 
 
+# --- evaluations from the host ---------------------------------------------------------------------------------------
+
+
+def evaluating(plan: Plan, ts: TrainState, program: Callable, compile: Callable) -> Callable:
+    """``program``, which evaluates nothing, with the evaluations between its steps: where data are read ahead."""
+    at_boundary = boundary(plan, ts, compile)
+
+    def call(ts, count, data, _):
+        position, begun = int(ts.step), int(ts.step)
+        made, results, at = [], [], []
+        while position < begun + int(count) and not bool(stopped(ts)):
+            steps = min(begun + int(count) - position, plan.every - position % plan.every)
+            ts, outputs = program(ts, jnp.asarray(steps, jnp.int32), data, None)
+            made.append(outputs._replace(metrics=jax.tree.map(lambda a, n=steps: np.asarray(a)[:n], outputs.metrics)))
+            position += steps
+            if position % plan.every == 0:
+                ts, now = at_boundary(ts)
+                results.append(jax.tree.map(np.asarray, now))
+                at.append(position)
+        stack = lambda join, trees: jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else {}  # noqa: E731
+        reads = tuple(read for outputs in made for read in outputs.reads)
+        metrics, found = stack(np.concatenate, [outputs.metrics for outputs in made]), stack(np.stack, results)
+        ended = jnp.copy(ts.step), metrics, found, np.asarray(at, int)
+        return ts, Outputs(*ended, all_finite(ts), jnp.copy(stopped(ts)), reads)  # pyright: ignore[reportArgumentType]
+
+    return call
+
+
+def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
+    """``ts -> ts, results``: an evaluation, and what is decided on it."""
+    sets = sets_of(plan.validation)
+    read = {name: held for name, held in sets.items() if is_read_ahead(held)}
+    if not read:
+        options = {"evaluate": plan.evaluate, "stop": plan.stop}
+        program = compile(evaluated, options, {"state": ts, "validation": plan.validation})
+        return lambda ts: program(ts, plan.validation)
+    programs: dict[Any, Callable] = {}  # by the shapes of what they evaluate; and what decides
+
+    def on_batch(ts, batch):
+        kind = kind_of(batch)
+        if kind not in programs:
+            programs[kind] = compile(evaluated_batch, {"evaluate": plan.evaluate}, {"state": ts, "batch": batch})
+        return programs[kind](ts, batch)
+
+    def at_boundary(ts):
+        found = {}
+        for name, held in sets.items():
+            if name not in read:
+                ts, found[name] = on_batch(ts, held)
+                continue
+            total = None
+            for batch in batches_of(name, held, plan, ts):
+                ts, some = on_batch(ts, batch)
+                some = jax.tree.map(lambda a: np.asarray(a, np.float64), some)  # sums of many batches
+                total = some if total is None else jax.tree.map(np.add, total, some)
+            found[name] = total
+        results = results_by_name(found, found)
+        results = jax.tree.map(lambda a, like: jnp.asarray(a, like.dtype), results, plan.results)
+        if decided not in programs:
+            programs[decided] = compile(decided, {"stop": plan.stop}, {"state": ts, "results": results})
+        return programs[decided](ts, results)
+
+    return at_boundary
+
+
+def batches_of(name: str, held: Stream | Examples, plan: Plan, ts: TrainState) -> Iterator[Batch]:
+    """The checked batches of a validation set, which a thread reads ahead."""
+    evaluate: Any = plan.evaluate
+    reads = ahead(one_epoch(held, plan.batch_size), 2)
+    one = lambda ts, batch: evaluate(ts.params, ts.state, batch)  # noqa: E731
+    with closing(labels_checked(name, one, ts, reads)) as checked:
+        for read in checked:
+            yield check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
+
+
+def evaluated_batch(ts: TrainState, batch: Batch, *, evaluate: Callable) -> tuple[TrainState, PyTree]:
+    """The state as it was, and what an evaluation gives of some data."""
+    return ts, evaluate(ts.params, ts.state, batch)
+
+
+def decided(ts: TrainState, results: dict[str, Any], *, stop: Reducer | None) -> tuple[TrainState, dict[str, Any]]:
+    """The state after what is decided on the results, and these."""
+    return decide(stop, ts, results), results
+
+
 # --- data that are read ahead ----------------------------------------------------------------------------------------
 
 
@@ -151,8 +248,8 @@ def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
 def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterator[Callable]:
     """The function that makes a chunk of data that a thread reads ahead, with the arguments and outputs of `run_chunk`.
 
-    Full batches are sent to the device up to READ_BYTES at a time and run in one loop there; one that is alone, such as
-    an epoch's last of another size, runs in a loop of its own.
+    It evaluates nothing: `evaluating` does. Full batches are sent to the device up to READ_BYTES at a time and run in
+    one loop there; one that is alone, such as an epoch's last of another size, runs in a loop of its own.
     """
     position, key = int(ts.step), jax.tree.map(jnp.copy, ts.key)
     settings: Any = jax.config
@@ -169,7 +266,8 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         reads = read_rows(plan.data, order_of, plan.batch_size, position)
     most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
     size = max(1, min(most, READ_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(plan.sample)))))
-    reads = labels_checked(plan, ts, ahead(reads, 2 * size))
+    name = "the stream" if isinstance(plan.data, Stream) else "data"
+    reads = labels_checked(name, plan.step, ts, ahead(itertools.islice(reads, plan.end - position), 2 * size))
     waiting: deque[Read] = deque()
     programs: dict[Any, Callable] = {}  # by their shapes
 
@@ -185,10 +283,6 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     for many in {few, size}:
         some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
         program(ts, some, jnp.asarray(0, jnp.int32))
-    at_boundary = None
-    if plan.evaluate:
-        options = {"evaluate": plan.evaluate, "stop": plan.stop}
-        at_boundary = compile(evaluated, options, {"state": ts, "validation": plan.validation})
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
@@ -201,25 +295,20 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             taken.append(read)
         return taken
 
-    def call(ts, count, _, validation):
+    def call(ts, count, *_):
         nonlocal position
-        end, every, metrics, results, at, used = position + int(count), plan.every, [], [], [], []
-        while position < end and not bool(stopped(ts)):
-            most = min(size, end - position, every - position % every if plan.evaluate else size)
-            taken = take(most)
+        end, metrics, used = position + int(count), [], []
+        while position < end:
+            taken = take(min(size, end - position))
             n, room_for = len(taken), size if len(taken) > 1 else few
-            whole, number = on_device(taken, room_for), jnp.asarray(n, jnp.int32)
+            whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
             parts = jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole)
             ts, now = program(ts, parts, number)(ts, parts, number)
             metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step
             position += len(taken)
-            if at_boundary and position % every == 0:
-                ts, now = at_boundary(ts, validation)
-                results.append(jax.tree.map(np.asarray, now))
-                at.append(position)
-        stack = lambda join, trees: jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else {}  # noqa: E731
-        ended = np.asarray(position), stack(np.concatenate, metrics), stack(np.stack, results), np.asarray(at, int)
+        joint = jax.tree.map(lambda *leaves: np.concatenate(leaves), *metrics)
+        ended = np.asarray(position), joint, {}, np.zeros(0, int)
         return ts, Outputs(*ended, all_finite(ts), jnp.copy(stopped(ts)), tuple(used))  # pyright: ignore[reportArgumentType]
 
     try:
@@ -228,13 +317,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         reads.close()
 
 
-def kind_of(batch: PyTree) -> Any:
-    """Its containers, shapes and dtypes."""
-    leaves = (leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(batch))
-    return jax.tree.structure(batch), *((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
-
-
-def on_device(reads: list[Read], size: int) -> Batch:
+def on_device(reads: list[Read], size: int, name: str) -> Batch:
     """The batches joined, with copies of the first up to ``size`` of them; DataError names the batch that is wrong."""
     batches = [read.batch for read in reads]
     try:
@@ -242,15 +325,15 @@ def on_device(reads: list[Read], size: int) -> Batch:
     except DataError:
         for read in reads:  # which of them it is, and where in it
             try:
-                check_data(read.batch, name=name_of(read), part=True, rows=read.rows)
+                check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
             except DataError as error:
                 raise error from None
         raise
 
 
-def name_of(read: Read) -> str:
-    """What messages call a batch; the rows of mapped data are those of the whole."""
-    return "data" if read.rows is not None else "a batch of the stream"
+def name_of(read: Read, name: str) -> str:
+    """What messages call a batch of the data of this name; where its rows are known, they are those of the whole."""
+    return name if read.rows is not None else f"a batch of {name}"
 
 
 def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step) -> tuple[TrainState, PyTree]:
@@ -271,8 +354,11 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
     return jax.lax.fori_loop(0, count, body, (ts, metrics))
 
 
-def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:
-    """The same batches; those with a label or id beyond all before them, or of another kind, are traced first."""
+def labels_checked(name: str, function: Callable, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:
+    """The same batches; those with a label or id beyond all before them, or of another kind, are traced first.
+
+    ``function(ts, batch)`` is what they are for.
+    """
     extremes: dict[int, tuple[Any, Any]] = {}
     kinds: set[Any] = set()
     like = jax.eval_shape(lambda ts: ts, ts)
@@ -288,8 +374,8 @@ def labels_checked(plan: Plan, ts: TrainState, reads: Generator[Read]) -> Genera
             now = {i: (min(known[i][0], low), max(known[i][1], high)) for i, (low, high) in ends.items()}
             if now != extremes or kind_of(read.batch) not in kinds:
                 kinds.add(kind_of(read.batch))
-                batch = check_data(read.batch, name=name_of(read), part=True, rows=read.rows)
-                dry_run(name_of(read), plan.step, like, batch, count_examples(batch), read.rows)
+                batch = check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
+                dry_run(name_of(read, name), function, like, batch, count_examples(batch), read.rows)
                 extremes = now
             yield read
     finally:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fnet.checkpoint import CheckpointError
-from fnet.chunks import Outputs, in_memory, reading
+from fnet.chunks import Outputs, evaluating, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data
 from fnet.data.streams import Stream, check_resumable, is_read_ahead, take_rows
@@ -45,7 +45,7 @@ from fnet.plan import (
 )
 from fnet.runs import Run, RunError, open_run
 from fnet.stopping import Reducer, ending, stopped, with_stopping
-from fnet.training import Step
+from fnet.training import Step, sets_of
 from fnet.types import PyTree, TrainState
 
 CHUNK_SECONDS = 0.5  # what a chunk is calibrated to
@@ -158,10 +158,15 @@ def fit(
             if explain:
                 print(circumstances(ts, keep), flush=True)
             if not halted:
-                if is_read_ahead(plan.data):
+                ahead = is_read_ahead(plan.data)
+                apart = bool(evaluate) and (ahead or any(map(is_read_ahead, sets_of(plan.validation).values())))
+                if ahead:
                     program = stack.enter_context(reading(plan, ts, stream, compile))
                 else:
-                    program = in_memory(plan, ts, compile)
+                    own = plan._replace(evaluate=None, stop=None, validation=None) if apart else plan
+                    program = in_memory(own, ts, compile)
+                if apart:
+                    program = evaluating(plan, ts, program, compile)
                 tell("compile", position, took=seconds["compile"])
             begin, mine, before = time.perf_counter(), ts, seconds["compile"]
             ts = copied(ts) if keep else ts  # what the host holds; the other is donated to the first chunk

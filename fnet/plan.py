@@ -14,12 +14,21 @@ import numpy as np
 
 from fnet.checkpoint import words_of
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
-from fnet.data.streams import Stream, first_batch, is_read_ahead, with_length
+from fnet.data.streams import (
+    Examples,
+    Stream,
+    as_source,
+    count_rows,
+    first_batch,
+    is_read_ahead,
+    take_rows,
+    with_length,
+)
 from fnet.optimizers.compose import told
 from fnet.programs import Line, digest, program_lines
 from fnet.runs import Run, RunError, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
-from fnet.training import Step, epoch_order, evaluated, named_metrics, steps_per_epoch
+from fnet.training import Step, epoch_order, evaluated, named_metrics, sets_of, steps_per_epoch
 from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, is_whole, named_leaves, require_counts
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
@@ -30,9 +39,10 @@ class Plan(NamedTuple):
     """A run's arguments, checked."""
 
     step: Step
-    data: Batch | Stream
+    data: Batch | Examples | Stream
     sample: Batch  # a batch, or its shapes
     validation: PyTree
+    held: PyTree  # the validation data, of sets that are read batch by batch the first
     examples: int  # N
     batch_size: int
     shuffle: bool
@@ -84,22 +94,23 @@ def check_run(
     if stop is not None and evaluate is None:
         raise ValueError("stop is given without evaluate; expected evaluate and validation, whose results it looks at")
     batch_size = int(batch_size) if isinstance(batch_size, np.integer) else batch_size
+    data = as_source(data)
     if isinstance(data, Stream):
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
         data = with_length(data)
         known = sample = check_data(first_batch(data), name="the stream's first batch")
-        per_epoch = data.steps_per_epoch
+        per_epoch: int = data.steps_per_epoch  # pyright: ignore[reportAssignmentType] — with_length has set it
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
+    elif batch_size is None:
+        raise DataError("batch_size is not given; expected how many examples an update takes")
     elif is_read_ahead(data):
-        data = as_batch(data)
-        n = count_examples(data)
+        data = data if isinstance(data, Examples) else as_batch(data)
+        n = count_rows(data)
         check_batch_size(batch_size, n)
-        known = sample = check_data(jax.tree.map(lambda leaf: leaf[:batch_size], data), part=True)
-        per_epoch = steps_per_epoch(data, batch_size)
+        known = sample = check_data(take_rows(data, range(batch_size)), part=True)
+        per_epoch = -(-n // batch_size)
     else:
-        if batch_size is None:
-            raise DataError("batch_size is not given; expected how many examples an update takes")
         known = data = check_data(data, batch_size=batch_size)
         per_epoch, n = steps_per_epoch(data, batch_size), count_examples(data)
         sample = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype), data)
@@ -112,22 +123,48 @@ def check_run(
             )
     if not isinstance(data, Stream) and (last := n % batch_size):  # the epoch's last batch is smaller
         dry_run("data", step, ts, known, last)
-    results = {}
+    results, held = {}, None
     if not evaluate:
         jax.eval_shape(lambda opt_state: told(opt_state, {}), ts.opt_state)  # raises where it waits for a result
     if evaluate:
-        sets = validation if isinstance(validation, Mapping) else {"validation": validation}
-        if not sets:
+        if not sets_of(validation):
             raise ValueError("validation holds no set; expected a Batch, or a mapping of names to Batches")
-        checked = {name: check_data(held, name=name) for name, held in sets.items()}
-        for name, held in checked.items():
-            dry_run(name, lambda ts, batch: evaluate(ts.params, ts.state, batch), ts, held, count_examples(held))
-        validation = checked if isinstance(validation, Mapping) else checked["validation"]
-        results = jax.eval_shape(lambda ts, sets: evaluated(ts, sets, evaluate, stop), ts, validation)[1]
+        checked = {name: check_set(name, given, batch_size) for name, given in sets_of(validation).items()}
+        for name, (given, first) in checked.items():
+            on_batch = lambda ts, batch: evaluate(ts.params, ts.state, batch)  # noqa: E731
+            found = dry_run(name, on_batch, ts, first, count_examples(first))
+            if is_read_ahead(given):
+                check_sums(name, found)
+        pairs = ({name: pair[i] for name, pair in checked.items()} for i in range(2))
+        validation, held = (sets if isinstance(validation, Mapping) else sets["validation"] for sets in pairs)
+        results = jax.eval_shape(lambda ts, sets: evaluated(ts, sets, evaluate, stop), ts, held)[1]
     check_metrics([*named_metrics(metrics), *results.items()])
     named, end = dict(named_metrics(metrics)), int(steps or epochs * per_epoch)
     run = per_epoch, end, every, named, results, chunk_capacity(metrics, every, results)
-    return Plan(step, data, sample, validation, n, batch_size, shuffle, evaluate, stop, *run)
+    return Plan(step, data, sample, validation, held, n, batch_size, shuffle, evaluate, stop, *run)
+
+
+def check_set(name: str, given: Any, batch_size: int) -> tuple[Any, Batch]:
+    """A validation set, and what of it is known before it is read: all, or its first batch."""
+    given = as_source(given)
+    if isinstance(given, Stream):
+        given = with_length(given)
+        return given, check_data(first_batch(given), name=f"the first batch of {name}", part=True)
+    if isinstance(given, Examples):
+        first = take_rows(given, range(min(batch_size, count_rows(given))))
+        return given, check_data(first, name=name, part=True)
+    held = check_data(given, name=name)
+    return held, held
+
+
+def check_sums(name: str, results: PyTree) -> None:
+    """Require of the results of a set that is read batch by batch that they add up."""
+    for metric, value in named_metrics(results):
+        if not isinstance(value, Mean):
+            raise ValueError(
+                f"{name}: the result {metric!r} is one number, and the set is read batch by batch; expected a Mean, "
+                "whose sums and counts add up, as fnet.make_evaluate gives them: or give the set as arrays"
+            )
 
 
 def check_metrics(metrics: list[tuple[str, Any]]) -> None:
@@ -175,7 +212,7 @@ def programs_of(plan: Plan, ts: TrainState) -> dict[str, list[Line]]:
     programs = {"step": program_lines(jax.make_jaxpr(plan.step)(*shapes))}
     if plan.evaluate:
         evaluation = jax.make_jaxpr(lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop))
-        held = jax.eval_shape(lambda held: held, plan.validation)
+        held = jax.eval_shape(lambda held: held, plan.held)
         programs["evaluation"] = program_lines(evaluation(shapes[0], held))
     return programs
 
@@ -194,10 +231,10 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
             "shuffle": plan.shuffle,
             "rows": _rows_digest(plan.data),
         }
-    sets = plan.validation if isinstance(plan.validation, Mapping) else {"validation": plan.validation}
+    sets = {name: held for name, held in sets_of(plan.validation).items() if not isinstance(held, Stream | None)}
     return {
         **data,
-        **{f"rows of {name}": _rows_digest(held) for name, held in sets.items() if held is not None},
+        **{f"rows of {name}": _rows_digest(held) for name, held in sets.items()},
         **{name: f"SHA-256 {digest(lines)[:12]}…" for name, lines in programs.items()},
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
         "results": [f"{name}{_shape(result)}" for name, result in plan.results.items()],
@@ -208,13 +245,20 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
     }
 
 
-def _rows_digest(data: Batch) -> str:
-    """A hash of 64 of the data's examples, evenly spread."""
-    rows = np.unique(np.linspace(0, count_examples(data) - 1, 64).astype(int))
-    digest = hashlib.sha256()
-    for leaf in map(np.asarray, jax.tree.leaves(data)):
-        digest.update(np.ascontiguousarray(leaf[rows], jax.dtypes.canonicalize_dtype(leaf.dtype)).tobytes())
-    return f"SHA-256 {digest.hexdigest()[:12]}…"
+def _rows_digest(data: Batch | Examples) -> str:
+    """A hash of 64 of the data's examples, evenly spread; of a dataset that draws its examples anew, a word."""
+    rows = np.unique(np.linspace(0, count_rows(data) - 1, 64).astype(int))
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        some = take_rows(data, rows) if isinstance(data, Examples) else data
+        for leaf in map(np.asarray, jax.tree.leaves(some)):
+            taken = leaf if isinstance(data, Examples) else leaf[rows]
+            digest.update(np.ascontiguousarray(taken, jax.dtypes.canonicalize_dtype(leaf.dtype)).tobytes())
+        return f"SHA-256 {digest.hexdigest()[:12]}…"
+
+    found = read()
+    return "others each time they are read" if isinstance(data, Examples) and read() != found else found
 
 
 def _shape(metric: Any) -> tuple[int, ...]:

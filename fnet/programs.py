@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fnet.interpret import is_array
@@ -122,7 +123,7 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
         parts = [_shown(item, callbacks) for item in value]
         return f"({', '.join(word for word, _ in parts)})", [body for _, bodies in parts for body in bodies]
     if is_array(value):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
         host = np.asarray(value)
         if host.size == 1:

@@ -12,7 +12,6 @@ Legend: N examples of the data, S steps an epoch, E epochs.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from jax.core import Tracer
 
 from fnet.children import apply
 from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
-from fnet.data.streams import Stream, first_batch, read_stream, take_rows, with_length
+from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, one_epoch, take_rows, with_length
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
@@ -156,8 +155,9 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     """The model's outputs in inference for many inputs, a batch at a time on the device, as arrays of NumPy ``(N, …)``.
 
     ``data`` are inputs (any tree of arrays ``(N, …)``, mapped files too, of which a batch is read at a time); or a
-    `Batch`, whose targets are not looked at; or a `Stream`, of which one epoch is gone through in its own batches. With
-    no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is padded or left out.
+    `Batch` or a dataset, whose targets are not looked at; or a `Stream` or a loader, of which one epoch is gone through
+    in its own batches. With no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is
+    padded or left out.
 
     Raises DataError for inputs that are no arrays of one length, and a batch size that is not from 1 to N.
 
@@ -167,11 +167,13 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     (10, 2)
     """
     require_layer("predict: model", model)
+    data = as_source(data)
     if isinstance(data, Stream):
-        stream = with_length(data)
-        first_batch(stream)
-        reads = itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
-        batches = (read.batch.inputs for read in reads)
+        first_batch(with_length(data))
+        batches = (read.batch.inputs for read in one_epoch(data))
+    elif isinstance(data, Examples):
+        check_batch_size(batch_size or count_rows(data), count_rows(data))
+        batches = (read.batch.inputs for read in one_epoch(data, batch_size))
     else:
         inputs = as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs")
         n = count_examples(Batch(inputs, None))
@@ -199,6 +201,11 @@ def epoch_order(key: jax.Array, epoch, n: int) -> jax.Array:
 def rows_of(data: Batch, rows: jax.Array) -> Batch:
     """The examples of a batch; ``rows`` are a permutation's, so none is out of bounds."""
     return jax.tree.map(lambda a: a.at[rows].get(mode="promise_in_bounds", unique_indices=True), data)
+
+
+def sets_of(validation: PyTree) -> Mapping[str, PyTree]:
+    """The validation sets by their names; one alone is called "validation"."""
+    return validation if isinstance(validation, Mapping) else {"validation": validation}
 
 
 def evaluate_on(evaluate: Callable, ts: TrainState, validation: PyTree) -> PyTree:

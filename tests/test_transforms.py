@@ -1002,7 +1002,9 @@ def test_the_rate_falls_on_a_plateau_of_an_evaluation_in_fit_and_in_train(cooldo
         end, history = fnet.fit(step, start, data, chunk_steps=chunk_steps, **options)
         assert history.epochs["learning_rate"].tolist() == [1.0, *rates[:-1]]
         assert float(end.opt_state.optimizer.optimizer.optimizer.hyper.learning_rate) == rates[-1]
-    pure, metrics, _ = jax.jit(lambda ts, data: fnet.train(step, ts, data, **options | {"validation": data}))(start, data)
+    pure, metrics, _ = jax.jit(lambda ts, data: fnet.train(step, ts, data, **options | {"validation": data}))(
+        start, data
+    )
     assert metrics["learning_rate"][:, 0].tolist() == [1.0, *rates[:-1]]
     assert jax.tree.map(lambda a: np.asarray(a).tolist(), pure.opt_state) == jax.tree.map(
         lambda a: np.asarray(a).tolist(), end.opt_state
@@ -1027,7 +1029,9 @@ def test_a_result_that_the_plateau_waits_for_must_come():
     with pytest.raises(ValueError, match=re.escape("accuracy has shape (2,); expected one number")):
         told(start.opt_state, {"validation_accuracy": jnp.ones(2)})
     for neither in ({}, {"window": 1, "metric": "validation_loss"}):
-        with pytest.raises(ValueError, match="expected one of them: so many losses of training on average, or a result"):
+        with pytest.raises(
+            ValueError, match="expected one of them: so many losses of training on average, or a result"
+        ):
             reduce_on_plateau(sgd(1.0), **neither)
 
 

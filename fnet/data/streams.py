@@ -1,28 +1,32 @@
-"""Data that are read while a run goes on: memory-mapped arrays, and streams such as grain's.
+"""Data that are read while a run goes on: memory-mapped arrays, datasets of examples, and streams of batches.
 
     data = open_arrays("inputs.npy", "targets.npy")                        fit(step, ts, data, epochs=2, batch_size=32)
+    data = torch_dataset                                                   fit(step, ts, data, epochs=2, batch_size=32)
+    data = torch_loader                                                    fit(step, ts, data, epochs=2)
     data = Stream(grain_dataset.batch(32), steps_per_epoch=100)            fit(step, ts, data, epochs=2)
 
-A memory-mapped array is visited in the same order as one in memory, so the run is the same to the bit. A stream gives
-batches, in an order of its own; where it stands is saved with the run. Both are read by a thread, ahead of the run.
+Mapped arrays and datasets are visited in the same order as arrays in memory, so the run is the same to the bit. A
+stream gives batches, in an order of its own; where it stands is saved with the run. All are read by a thread, ahead of
+the run.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fnet.data.arrays import DataError, as_batch, native
+from fnet.data.arrays import DataError, as_batch, count_examples, native
 from fnet.files import first_line
-from fnet.types import Batch, is_whole
+from fnet.types import Batch, PyTree, described, is_whole
 
 
 class Stream(NamedTuple):
@@ -37,6 +41,16 @@ class Stream(NamedTuple):
     source: Iterable
     steps_per_epoch: int | None = None
     resumable: bool = True
+
+
+class Examples(NamedTuple):
+    """Examples that are read one by one: ``source[i]``, from 0 to ``len(source)`` − 1, such as torch's datasets.
+
+    Each is ``(inputs, targets)`` or ``(inputs, targets, weights)`` without a batch axis, or a dict of these names; the
+    arrays of all have the same shapes.
+    """
+
+    source: Any
 
 
 class Read(NamedTuple):
@@ -65,14 +79,39 @@ def open_arrays(inputs: str | Path, targets: str | Path, weights: str | Path | N
     return Batch(mapped(inputs), mapped(targets), None if weights is None else mapped(weights))
 
 
+def as_source(data: Any) -> Any:
+    """The data, of which a loader becomes a `Stream` and a dataset `Examples`, by what they can do.
+
+    A dataset has ``__getitem__`` and a length, a loader or another iterable ``__iter__`` alone. Arrays, tables, tuples,
+    lists and dicts are neither.
+    """
+    arrays = ("shape", "to_numpy", "__array__", "toarray")
+    if isinstance(data, tuple | list | Mapping | str | bytes) or any(hasattr(data, name) for name in arrays):
+        return data
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return Examples(data)
+    return Stream(data) if hasattr(data, "__iter__") else data
+
+
 def is_read_ahead(data: Any) -> bool:
     """Whether the data are read while the run goes on, not held on the device."""
-    return isinstance(data, Stream) or any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(data))
+    return isinstance(data, Stream | Examples) or any(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(data))
 
 
-def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: int, step: int) -> Iterator[Read]:
-    """The batches of memory-mapped data from a step on, epoch after epoch."""
-    n = jax.tree.leaves(data)[0].shape[0]
+def count_rows(data: Batch | Examples) -> int:
+    """How many examples there are; DataError where there are none."""
+    if not isinstance(data, Examples):
+        return count_examples(data)
+    if (n := len(data.source)) < 1:
+        raise DataError(f"the dataset, a {type(data.source).__name__}, is empty; expected at least 1 example")
+    return n
+
+
+def read_rows(
+    data: Batch | Examples, order_of: Callable[[int], np.ndarray], batch_size: int, step: int
+) -> Iterator[Read]:
+    """The batches of mapped arrays or of a dataset from a step on, epoch after epoch."""
+    n = count_rows(data)
     per_epoch = -(-n // batch_size)
     while True:
         order = order_of(step // per_epoch)
@@ -82,9 +121,40 @@ def read_rows(data: Batch, order_of: Callable[[int], np.ndarray], batch_size: in
             step += 1
 
 
-def take_rows(data: Any, rows: list[int]) -> Batch:
-    """These examples, on the host; of memory-mapped data no others are read."""
+def take_rows(data: Any, rows: Sequence[int] | np.ndarray) -> Batch:
+    """These examples, on the host; of data that are read ahead no others are read."""
+    if isinstance(data, Examples):
+        return _stacked({row: as_batch(data.source[row], f"example {row}") for row in map(int, rows)})
     return jax.tree.map(lambda leaf: native(np.asarray(leaf[np.asarray(rows)])), data)  # jax takes no list
+
+
+def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) -> Iterator[Read]:
+    """The batches of one epoch from the beginning, in order; a stream's are its own."""
+    if isinstance(data, Stream):
+        stream = with_length(data)
+        return itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
+    n = count_rows(data)
+    size = batch_size or n
+    return itertools.islice(read_rows(data, lambda _: np.arange(n), size, 0), -(-n // size))
+
+
+def _stacked(examples: Mapping[int, Batch]) -> Batch:
+    """Examples by their rows as a batch; DataError names the first of another kind."""
+    arrays = {row: jax.tree.map(np.asarray, example) for row, example in examples.items()}
+    first, like = next(iter(arrays.items()))
+    for row, example in arrays.items():
+        if kind_of(example) != kind_of(like):
+            raise DataError(
+                f"example {row} is {described(example)} and example {first} is {described(like)}; expected one kind, "
+                "so that they make a batch: bring them to one shape and dtype"
+            )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *arrays.values())
+
+
+def kind_of(batch: PyTree) -> Any:
+    """Its containers, shapes and dtypes."""
+    leaves = (leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in jax.tree.leaves(batch))
+    return jax.tree.structure(batch), *((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
 
 
 def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
@@ -196,6 +266,7 @@ def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
             for read in reads:
                 if not put(read):
                     return
+            put(None)
         except BaseException as error:  # handed to whoever waits
             put(error)
 
@@ -206,6 +277,8 @@ def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
             item = waiting.get()
             if isinstance(item, BaseException):
                 raise item
+            if item is None:
+                return
             yield item
     finally:
         closed.set()

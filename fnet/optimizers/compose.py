@@ -613,7 +613,7 @@ def reduce_on_plateau(
             "training on average, or a result such as 'validation_loss'"
         )
     check_numbers("reduce_on_plateau", positive=True, below=1, factor=factor)
-    check_counts("reduce_on_plateau", patience=patience, **({} if window is None else {"window": window}))
+    check_counts("reduce_on_plateau", patience=patience, window=1 if window is None else window)
     check_counts("reduce_on_plateau", least=0, cooldown=cooldown)
     check_numbers("reduce_on_plateau", least_change=least_change, least_rate=least_rate)
     init_optimizer = init_within("reduce_on_plateau", optimizer)

@@ -186,8 +186,10 @@ def best_at(history: History, x_label: str) -> float | None:
     step = history.ended and history.ended.best_step
     if step is None or x_label == "step":
         return step
-    epochs, at = history.epochs.get("epoch", ()), np.flatnonzero(history.evaluations["step"] == step)
-    return float(epochs[at[0]]) if len(at) and len(epochs) == len(history.evaluations["step"]) else None
+    epochs, steps = history.epochs.get("epoch"), history.evaluations["step"]
+    if epochs is None or len(epochs) != len(steps) or step not in steps:
+        return None
+    return float(epochs[steps == step][0])
 
 
 def natural(name: str) -> tuple:

@@ -1,0 +1,225 @@
+"""Data as people have them: datasets of examples, loaders, dicts; to train on and to evaluate on."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnet
+from fnet.data import Stream, open_arrays
+from fnet.stopping import early_stopping
+from tests.test_training import assert_same_bits, problem
+
+STEP, START, DATA, EVALUATE = problem()
+HOST = jax.tree.map(np.asarray, DATA)
+N = len(HOST.targets)
+
+
+class Dataset:
+    """As torch's: an example at a time, by index."""
+
+    def __init__(self, form=lambda x, y: (x, y), n=N):
+        self.form, self.n, self.read = form, n, []
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        if not 0 <= row < self.n:
+            raise IndexError(row)
+        self.read.append(row)
+        return self.form(HOST.inputs[row], HOST.targets[row])
+
+
+class Loader:
+    """As torch's: batches in order, begun anew at each epoch."""
+
+    def __init__(self, batch_size, form=lambda x, y: (x, y), known=True):
+        self.size, self.form, self.begun = batch_size, form, 0
+        if known:
+            self.__class__ = type("Loader", (Loader,), {"__len__": lambda self: -(-N // self.size)})
+
+    def __iter__(self):
+        self.begun += 1
+        for begin in range(0, N, self.size):
+            yield self.form(HOST.inputs[begin : begin + self.size], HOST.targets[begin : begin + self.size])
+
+
+FORMS = {
+    "pairs": lambda x, y: (x, y),
+    "lists": lambda x, y: [x, y],
+    "dicts": lambda x, y: {"inputs": x, "targets": y},
+    "batches": fnet.Batch,
+    "numbers of Python": lambda x, y: (x, np.asarray(y).tolist()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dataset_trains_as_the_arrays_that_it_is_of(form):
+    expected, history = fnet.fit(STEP, START, DATA, epochs=3, batch_size=8)
+    end, same = fnet.fit(STEP, START, Dataset(FORMS[form]), epochs=3, batch_size=8)
+    assert_same_bits(end, expected)
+    assert same.epochs["loss"].tolist() == history.epochs["loss"].tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loader_trains_on_all_its_batches_epoch_after_epoch(form):
+    loader = Loader(8, FORMS[form])
+    expected, _ = fnet.fit(STEP, START, DATA, epochs=3, batch_size=8, shuffle=False)
+    end, history = fnet.fit(STEP, START, loader, epochs=3)
+    assert N % 8 and len(history.steps["loss"]) == 3 * -(-N // 8)
+    assert_same_bits(end, expected)
+    assert loader.begun == 4  # once for its first batch; nothing is read beyond the end
+
+
+def test_a_dataset_in_a_folder_is_resumed_to_the_bit_and_known_again(tmp_path):
+    straight, _ = fnet.fit(STEP, START, Dataset(), epochs=4, batch_size=8)
+    fnet.fit(STEP, START, Dataset(), steps=7, batch_size=8, run=fnet.Run(tmp_path / "run"))
+    run = fnet.Run(tmp_path / "run", resume=True)
+    resumed, _ = fnet.fit(STEP, START, Dataset(), epochs=4, batch_size=8, run=run)
+    assert_same_bits(resumed, straight)
+    fnet.fit(STEP, START, Dataset(), steps=7, batch_size=8, run=fnet.Run(tmp_path / "other"))
+    with pytest.raises(fnet.RunError, match="rows: expected 'SHA-256"):
+        other = Dataset(lambda x, y: (x + 1, y))
+        fnet.fit(STEP, START, other, epochs=4, batch_size=8, run=fnet.Run(tmp_path / "other", resume=True))
+
+
+def test_a_dataset_that_draws_its_examples_anew_can_be_resumed(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def noisy(x, y):
+        return (x + rng.normal(size=x.shape)).astype(np.float32), y
+
+    fnet.fit(STEP, START, Dataset(noisy), steps=7, batch_size=8, run=fnet.Run(tmp_path / "run"))
+    run = fnet.Run(tmp_path / "run", resume=True)
+    end, _ = fnet.fit(STEP, START, Dataset(noisy), steps=9, batch_size=8, run=run)
+    assert int(end.step) == 9
+
+
+def test_a_loader_without_a_position_is_refused_in_a_folder_until_that_is_said(tmp_path):
+    with pytest.raises(fnet.DataError, match=re.escape("or Stream(..., resumable=False) where that is meant")):
+        fnet.fit(STEP, START, Loader(8), epochs=1, run=fnet.Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    fnet.fit(STEP, START, Stream(Loader(8), resumable=False), epochs=1, run=fnet.Run(tmp_path / "run"))
+
+
+VALIDATION = {
+    "a loader": lambda: Loader(10),
+    "a stream": lambda: Stream(Loader(10, known=False), -(-N // 10)),
+    "a dataset": lambda: Dataset(),
+}
+
+
+@pytest.mark.parametrize("training", ["arrays", "dataset"])
+@pytest.mark.parametrize("kind", VALIDATION)
+def test_validation_data_are_read_batch_by_batch_and_give_the_same_results(kind, training):
+    options = {"epochs": 4, "batch_size": 8, "evaluate": EVALUATE, "stop": early_stopping("validation_loss", 10)}
+    data = DATA if training == "arrays" else Dataset()
+    expected, history = fnet.fit(STEP, START, DATA, validation={"validation": DATA, "own": DATA}, **options)
+    for chunk_steps in (None, 3):
+        sets = {"validation": VALIDATION[kind](), "own": DATA}
+        end, found = fnet.fit(STEP, START, data, validation=sets, chunk_steps=chunk_steps, **options)
+        assert_same_bits(end.params, expected.params)
+        assert found.evaluations["step"].tolist() == history.evaluations["step"].tolist()
+        for name in ("validation_loss", "validation_accuracy", "own_loss"):
+            # sums of N losses in float32, in another order
+            np.testing.assert_allclose(found.evaluations[name], history.evaluations[name], rtol=1e-6)
+            np.testing.assert_allclose(found.epochs[name], history.epochs[name], rtol=1e-6)
+        assert int(end.stopping.step) == int(expected.stopping.step)
+    alone, found = fnet.fit(STEP, START, data, validation=VALIDATION[kind](), **options)
+    np.testing.assert_allclose(found.evaluations["validation_loss"], history.evaluations["validation_loss"], rtol=1e-6)
+
+
+def test_a_rule_stops_by_what_a_stream_gives_and_the_run_is_resumed_to_the_bit(tmp_path):
+    stop = early_stopping("validation_loss", 2, least_change=0.5)
+    options = {"epochs": 40, "batch_size": 8, "evaluate": EVALUATE, "evaluate_every": (2, "steps"), "stop": stop}
+    straight, history = fnet.fit(STEP, START, DATA, validation=Loader(10), **options)
+    assert 4 <= int(straight.step) < 200 and history.ended.step == int(straight.step)
+    run = fnet.Run(tmp_path / "run", keep_best="validation_loss")
+    leave = [lambda event: "stop" if event.kind == "chunk" else None]
+    half, _ = fnet.fit(
+        STEP, START, DATA, validation=Loader(10), run=run, observers=leave, chunk_steps=3, **options
+    )
+    assert int(half.step) < int(straight.step)
+    resumed, _ = fnet.fit(STEP, START, DATA, validation=Loader(10), run=run._replace(resume=True), **options)
+    assert_same_bits(resumed, straight)
+
+
+def test_predict_takes_datasets_and_loaders():
+    model = fnet.mlp(8, 3)
+    params, state = fnet.init(model, jax.random.key(0), DATA.inputs[:1])
+    expected = np.asarray(fnet.apply(model, params, state, DATA.inputs))
+    for data, size in ((Dataset(), 7), (Dataset(), None), (Loader(10), None), (Loader(10, FORMS["dicts"]), None)):
+        # products of matrices of another size may take their sums in another order
+        np.testing.assert_allclose(fnet.predict(model, params, state, data, size), expected, rtol=1e-5, atol=1e-6)
+
+
+def ragged(x, y):
+    return (x[: 3 + int(y)], y)
+
+
+BAD = {
+    "an empty dataset": (lambda: Dataset(n=0), "the dataset, a Dataset, is empty; expected at least 1 example"),
+    "examples of several shapes": (lambda: Dataset(ragged), "expected one kind, so that they make a batch"),
+    "examples without targets": (lambda: Dataset(lambda x, y: x), "example 0 is a ndarray; expected Batch(inputs"),
+    "examples by other names": (
+        lambda: Dataset(lambda x, y: {"image": x, "label": y}),
+        "example 0 is a dict of 'image', 'label'; expected Batch(inputs, targets)",
+    ),
+    "text": (lambda: Dataset(lambda x, y: ("a", y)), "data.inputs has dtype <U1; expected booleans, integers or floats"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_no_batch_can_be_made_of_is_named(case):
+    data, message = BAD[case]
+    with pytest.raises(fnet.DataError, match=re.escape(message)):
+        fnet.fit(STEP, START, data(), epochs=1, batch_size=8)
+    with pytest.raises(fnet.DataError):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=data())
+
+
+def test_a_bad_number_of_a_dataset_is_named_by_its_row():
+    def bad(x, y):
+        return (np.where(np.array_equal(x, HOST.inputs[13]), np.nan, x).astype(np.float32), y)
+
+    with pytest.raises(fnet.DataError, match=re.escape("data.inputs[13, 0] = nan")):
+        fnet.fit(STEP, START, Dataset(bad), epochs=1, batch_size=8)
+    with pytest.raises(fnet.DataError, match=re.escape("held.inputs[13, 0] = nan")):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation={"held": Dataset(bad)})
+    labels = Dataset(lambda x, y: (x, np.int32(99) if np.array_equal(x, HOST.inputs[13]) else y))
+    with pytest.raises(fnet.DataError, match=r"held, examples \[\d+, 13\]"):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation={"held": labels})
+
+
+def test_a_dataset_and_its_batch_size_and_a_loader_without_one():
+    with pytest.raises(fnet.DataError, match="batch_size is not given"):
+        fnet.fit(STEP, START, Dataset(), epochs=1)
+    with pytest.raises(ValueError, match="batch_size = 8; expected none: a stream gives batches"):
+        fnet.fit(STEP, START, Loader(8), epochs=1, batch_size=8)
+    with pytest.raises(fnet.DataError, match="Stream: steps_per_epoch is None and the source has no length"):
+        fnet.fit(STEP, START, Loader(8, known=False), epochs=1)
+    with pytest.raises(fnet.DataError, match="the source is an iterator, generator, which gives its batches but once"):
+        fnet.fit(STEP, START, Stream((batch for batch in Loader(8)), 5), epochs=1)
+
+
+def test_results_that_do_not_add_up_are_refused_of_a_set_that_is_read_in_batches():
+    def evaluate(params, state, data):
+        return {"loss": jnp.float32(1.0)}
+
+    with pytest.raises(ValueError, match="validation: the result 'loss' is one number, and the set is read batch by"):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=evaluate, validation=Loader(8))
+
+
+def test_mapped_arrays_are_still_held_as_validation_data(tmp_path):
+    for name, array in zip(("inputs", "targets"), HOST[:2], strict=True):
+        np.save(tmp_path / name, array)
+    mapped = open_arrays(tmp_path / "inputs.npy", tmp_path / "targets.npy")
+    options = {"epochs": 2, "batch_size": 8, "evaluate": EVALUATE}
+    expected, history = fnet.fit(STEP, START, DATA, validation=DATA, **options)
+    end, found = fnet.fit(STEP, START, DATA, validation=mapped, **options)
+    assert found.evaluations["validation_loss"].tolist() == history.evaluations["validation_loss"].tolist()
