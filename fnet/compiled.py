@@ -54,8 +54,8 @@ def compiled(
 ) -> tuple[Callable, float]:
     """``function(*arguments, **options)`` compiled, and how long that took: 0 where a run had compiled the same.
 
-    The same is what computes the same, `program_lines`, of whatever functions it is made. The first of the arguments,
-    the state, is donated.
+    The same is what computes the same, `program_lines`, of whatever functions it is made, under the same settings of
+    jax. The first of the arguments, the state, is donated.
     """
     settings: Any = jax.config
     traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
@@ -70,7 +70,8 @@ def compiled(
                 *arguments.values()
             )
             lines = program_lines(traced.jaxpr, callbacks=True)
-            key = function, digest(lines), structure, jax.tree.structure(traced.out_info), shardings
+            made = structure, jax.tree.structure(traced.out_info)
+            key = function, digest(lines), *made, shardings, tuple(traced_under.values())
             if key not in _kept:
                 about = {**options, **traced_under, **dict(leaves)}
                 reason = reason_to_compile(function, owner, about, lines)

@@ -14,23 +14,26 @@ from typing import Any
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGINT: the run ended at the end of a chunk, with ``state`` and ``history`` as `fnet.fit` returns them.
+class Terminated(SystemExit):
+    """SIGTERM: the run ended at the end of a chunk, with ``state`` and ``history`` as `fnet.fit` returns them.
 
-    In a folder it is saved too. In a notebook: ``except fnet.Interrupted as stopped: ts = stopped.state``.
+    In a folder it is saved too. Nobody catching it, the process ends with the exit code 143, as the shell says of one
+    that was so ended.
+    """
+
+    def __init__(self, message: str, state: Any, history: Any, number: int = signal.SIGTERM):
+        super().__init__(128 + number)
+        self.args, self.state, self.history = (message,), state, history
+
+
+class Interrupted(KeyboardInterrupt, Terminated):
+    """SIGINT, Ctrl-C: a KeyboardInterrupt that is `Terminated` too, with the exit code 130.
+
+    In a notebook: ``except fnet.Interrupted as stopped: ts = stopped.state``.
     """
 
     def __init__(self, message: str, state: Any, history: Any):
-        super().__init__(message)
-        self.state, self.history = state, history
-
-
-class Terminated(SystemExit):
-    """SIGTERM: as `Interrupted`, and the process ends with the exit code 143, as the shell says of one so ended."""
-
-    def __init__(self, message: str, state: Any, history: Any):
-        super().__init__(128 + signal.SIGTERM)
-        self.message, self.state, self.history = message, state, history
+        Terminated.__init__(self, message, state, history, signal.SIGINT)
 
 
 @contextmanager

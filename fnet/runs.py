@@ -52,6 +52,11 @@ from fnet.files import first_line, whole_file
 from fnet.programs import Line, difference
 from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, require_layer
 
+# what differs in a program because something else does, that is named before
+EXPLAINED = {
+    "step": {"batch_size", "an example", "metrics"},
+    "evaluation": {"results", "rule to stop"},
+}
 # a program that is traced under another of these may be another, though it is of the same functions
 TRACED_BY = {"jax", "jaxlib", "fnet", "backend", "x64", "matmul_precision", "prng", "threefry_partitionable"}
 
@@ -201,6 +206,8 @@ class OpenRun:
             before = {}
         words = []
         for name in names:
+            if EXPLAINED.get(name, set()) & {*names}:
+                continue
             if name in programs and name in saved and isinstance(before.get(name), list):
                 words.append(f"{name} computes something else: {difference(before[name], programs[name])}")
             else:
@@ -386,16 +393,17 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     begun = {"checkpoints", ".config.json.part"}
     if all(name in begun or name.startswith(".lock") for name in held) and not any((folder / "checkpoints").glob("*")):
         held = []
+    shown = ", ".join(sorted(held, key=lambda name: (name.startswith("."), name))[:4])
     if held and "config.json" not in held:
         raise RunError(
-            f"{folder} holds {', '.join(sorted(held)[:4])} and no config.json, and is left as it is; expected a run's "
+            f"{folder} holds {shown} and no config.json, and is left as it is; expected a run's "
             "folder or an empty one: name another"
         )
     if not held and run.resume is True:
         raise RunError(f"{folder} holds no run; expected one to resume: resume='auto' begins where there is none")
     if held and not run.resume:
         raise RunError(
-            f"{folder} holds {', '.join(sorted(held)[:4])} already and is left as it is; expected an empty folder: "
+            f"{folder} holds {shown} already and is left as it is; expected an empty folder: "
             "resume the run that is there with resume=True, or name another"
         )
     with _written(folder):

@@ -66,6 +66,16 @@ def growing(ts, batch):
     return ts._replace(step=ts.step + 1, params=params), {}
 
 
+class Batches:
+    """An iterable without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class Unhashable:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -453,7 +463,7 @@ CASES = {
         "them (318 values in all)",
     ),
     "a stream that ends": (
-        lambda: fit(data=Stream([BATCH] * 2, 3), batch_size=None),
+        lambda: fit(data=Stream(Batches([BATCH] * 2), 3), batch_size=None),
         DataError,
         "the stream ended after 2 batches; expected one that lasts as long as the run: repeat it",
     ),
@@ -575,38 +585,40 @@ CASES = {
     "a run that is there": (
         lambda: fit(run=fnet.Run(begun())),
         RunError,
-        "{at}/run holds .lock, checkpoints, config.json, environment.json already and is left as "
+        "{at}/run holds checkpoints, config.json, environment.json, metrics.jsonl already and is left as "
         "it is; expected an empty folder: resume the run that is there with resume=True, or name "
         "another",
     ),
     "other data than before": (
         lambda: fit(data=fnet.Batch(X[:40], Y[:40]), run=fnet.Run(begun(), resume=True)),
         RunError,
-        "{at}/run was run on other data or with other numbers: examples: expected 53 (as saved), "
+        "{at}/run was run otherwise: examples: expected 53 (as saved), "
         "found 40; rows: expected 'SHA-256 70b9c02cea7a…' (as saved), found 'SHA-256 "
-        "aed4137d2727…'. Resume it with its own, or name another folder",
+        "aed4137d2727…'. Resume it with its own, name another folder, or say that it is meant: "
+        "Run(accept=('examples', 'rows'))",
     ),
     "other data of the same shapes": (
         lambda: fit(data=fnet.Batch(2 * X, Y), run=fnet.Run(begun(), resume=True)),
         RunError,
-        "{at}/run was run on other data or with other numbers: rows: expected 'SHA-256 "
-        "70b9c02cea7a…' (as saved), found 'SHA-256 c9abd0c72ed3…'. Resume it with its own, or "
-        "name another folder",
+        "{at}/run was run otherwise: rows: expected 'SHA-256 "
+        "70b9c02cea7a…' (as saved), found 'SHA-256 c9abd0c72ed3…'. Resume it with its own, "
+        "name another folder, or say that it is meant: Run(accept=('rows',))",
     ),
     "other metrics than before": (
         lambda: fit(step=measuring({"a": 1.0}), run=fnet.Run(begun(), resume=True)),
         RunError,
-        "{at}/run was run on other data or with other numbers: metrics: expected ['accuracy()', "
+        "{at}/run was run otherwise: metrics: expected ['accuracy()', "
         "'gradient_norm/all()', 'gradient_norm/dense_0()', 'gradient_norm/dense_1()', "
-        "'learning_rate()', 'loss()'] (as saved), found ['a()']. Resume it with its own, or name "
-        "another folder",
+        "'learning_rate()', 'loss()'] (as saved), found ['a()']. Resume it with its own, name "
+        "another folder, or say that it is meant: Run(accept=('metrics', 'step'))",
     ),
     "another rule than before": (
         lambda: another_rule(),
         RunError,
-        "{at}/run was run on other data or with other numbers: rule to stop: expected "
+        "{at}/run was run otherwise: rule to stop: expected "
         "'early_stopping by the least validation_loss' (as saved), found 'early_stopping by the "
-        "least validation_accuracy'. Resume it with its own, or name another folder",
+        "least validation_accuracy'. Resume it with its own, name another folder, or say that it is "
+        "meant: Run(accept=('evaluation', 'rule to stop'))",
     ),
     "metrics with a blank line": (
         lambda: fit(run=fnet.Run(spoiled("metrics.jsonl", "\n{}\n"), resume=True)),
@@ -629,14 +641,16 @@ CASES = {
     "another batch size than before": (
         lambda: fit(batch_size=9, run=fnet.Run(begun(epochs=3), {"epochs": 99}, resume=True)),
         RunError,
-        "{at}/run was run on other data or with other numbers: batch_size: expected 8 (as saved),"
-        " found 9. Resume it with its own, or name another folder",
+        "{at}/run was run otherwise: batch_size: expected 8 (as saved),"
+        " found 9. Resume it with its own, name another folder, or say that it is meant: "
+        "Run(accept=('batch_size', 'step'))",
     ),
     "another key than before": (
         lambda: fit(ts=problem()[1]._replace(key=jax.random.key(5)), run=fnet.Run(begun(), resume=True)),
         RunError,
-        "{at}/run was run on other data or with other numbers: key: expected [3266265133, "
-        "2600008386] (as saved), found [0, 5]. Resume it with its own, or name another folder",
+        "{at}/run was run otherwise: key: expected [3266265133, "
+        "2600008386] (as saved), found [0, 5]. Resume it with its own, name another folder, or say that it is "
+        "meant: Run(accept=('key',))",
     ),
     "a run that stands beyond its end": (
         lambda: fit(epochs=None, steps=2, run=fnet.Run(begun(), resume=True)),
@@ -899,14 +913,14 @@ CASES = {
     "leaves that PyTorch does not have": (
         lambda: torch_names({"a": {"kernel": jnp.zeros(3)}}, {"a": "0.*"}),
         ExportError,
-        "torch_names: a has the leaves kernel; expected those of dense, conv, embedding, a "
-        "normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule",
+        "torch_names: a has the leaves kernel; expected those of dense, conv, attention, "
+        "embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule",
     ),
     "a name for more than a layer": (
         lambda: torch_names({"m": DENSE, "n": DENSE}, {"m": "0.*"}),
         ExportError,
         "torch_names: m has the leaves dense_0/b, dense_0/w; expected those of dense, conv, "
-        "embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or "
+        "attention, embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or "
         "write a Rule",
     ),
     "features that are no channels": (

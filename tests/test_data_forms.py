@@ -35,18 +35,23 @@ class Dataset:
         return self.form(HOST.inputs[row], HOST.targets[row])
 
 
-class Loader:
-    """As torch's: batches in order, begun anew at each epoch."""
+class Batches:
+    """An iterable of batches in order, begun anew at each epoch, that does not know how many there are."""
 
-    def __init__(self, batch_size, form=lambda x, y: (x, y), known=True):
+    def __init__(self, batch_size, form=lambda x, y: (x, y)):
         self.size, self.form, self.begun = batch_size, form, 0
-        if known:
-            self.__class__ = type("Loader", (Loader,), {"__len__": lambda self: -(-N // self.size)})
 
     def __iter__(self):
         self.begun += 1
         for begin in range(0, N, self.size):
             yield self.form(HOST.inputs[begin : begin + self.size], HOST.targets[begin : begin + self.size])
+
+
+class Loader(Batches):
+    """As torch's: one that does."""
+
+    def __len__(self):
+        return -(-N // self.size)
 
 
 FORMS = {
@@ -109,7 +114,7 @@ def test_a_loader_without_a_position_is_refused_in_a_folder_until_that_is_said(t
 
 VALIDATION = {
     "a loader": lambda: Loader(10),
-    "a stream": lambda: Stream(Loader(10, known=False), -(-N // 10)),
+    "a stream": lambda: Stream(Batches(10), -(-N // 10)),
     "a dataset": lambda: Dataset(),
 }
 
@@ -130,7 +135,7 @@ def test_validation_data_are_read_batch_by_batch_and_give_the_same_results(kind,
             np.testing.assert_allclose(found.evaluations[name], history.evaluations[name], rtol=1e-6)
             np.testing.assert_allclose(found.epochs[name], history.epochs[name], rtol=1e-6)
         assert int(end.stopping.step) == int(expected.stopping.step)
-    alone, found = fnet.fit(STEP, START, data, validation=VALIDATION[kind](), **options)
+    _, found = fnet.fit(STEP, START, data, validation=VALIDATION[kind](), **options)
     np.testing.assert_allclose(found.evaluations["validation_loss"], history.evaluations["validation_loss"], rtol=1e-6)
 
 
@@ -141,9 +146,7 @@ def test_a_rule_stops_by_what_a_stream_gives_and_the_run_is_resumed_to_the_bit(t
     assert 4 <= int(straight.step) < 200 and history.ended.step == int(straight.step)
     run = fnet.Run(tmp_path / "run", keep_best="validation_loss")
     leave = [lambda event: "stop" if event.kind == "chunk" else None]
-    half, _ = fnet.fit(
-        STEP, START, DATA, validation=Loader(10), run=run, observers=leave, chunk_steps=3, **options
-    )
+    half, _ = fnet.fit(STEP, START, DATA, validation=Loader(10), run=run, observers=leave, chunk_steps=3, **options)
     assert int(half.step) < int(straight.step)
     resumed, _ = fnet.fit(STEP, START, DATA, validation=Loader(10), run=run._replace(resume=True), **options)
     assert_same_bits(resumed, straight)
@@ -170,7 +173,10 @@ BAD = {
         lambda: Dataset(lambda x, y: {"image": x, "label": y}),
         "example 0 is a dict of 'image', 'label'; expected Batch(inputs, targets)",
     ),
-    "text": (lambda: Dataset(lambda x, y: ("a", y)), "data.inputs has dtype <U1; expected booleans, integers or floats"),
+    "text": (
+        lambda: Dataset(lambda x, y: ("a", y)),
+        "data.inputs has dtype <U1; expected booleans, integers or floats",
+    ),
 }
 
 
@@ -202,7 +208,7 @@ def test_a_dataset_and_its_batch_size_and_a_loader_without_one():
     with pytest.raises(ValueError, match="batch_size = 8; expected none: a stream gives batches"):
         fnet.fit(STEP, START, Loader(8), epochs=1, batch_size=8)
     with pytest.raises(fnet.DataError, match="Stream: steps_per_epoch is None and the source has no length"):
-        fnet.fit(STEP, START, Loader(8, known=False), epochs=1)
+        fnet.fit(STEP, START, Batches(8), epochs=1)
     with pytest.raises(fnet.DataError, match="the source is an iterator, generator, which gives its batches but once"):
         fnet.fit(STEP, START, Stream((batch for batch in Loader(8)), 5), epochs=1)
 
@@ -220,6 +226,6 @@ def test_mapped_arrays_are_still_held_as_validation_data(tmp_path):
         np.save(tmp_path / name, array)
     mapped = open_arrays(tmp_path / "inputs.npy", tmp_path / "targets.npy")
     options = {"epochs": 2, "batch_size": 8, "evaluate": EVALUATE}
-    expected, history = fnet.fit(STEP, START, DATA, validation=DATA, **options)
-    end, found = fnet.fit(STEP, START, DATA, validation=mapped, **options)
+    _, history = fnet.fit(STEP, START, DATA, validation=DATA, **options)
+    _, found = fnet.fit(STEP, START, DATA, validation=mapped, **options)
     assert found.evaluations["validation_loss"].tolist() == history.evaluations["validation_loss"].tolist()

@@ -218,12 +218,12 @@ def test_constants_count_by_their_numbers():
 
 
 def test_runs_that_compute_the_same_share_a_program(capsys):
-    before = None
+    before = 0
     for _ in range(5):
         step, ts, options = parts()
         fnet.fit(step, ts, DATA, explain=True, **options)
         said = capsys.readouterr().out
-        if before is not None:
+        if before:
             assert "compiled in" not in said and len(_kept) == before
         before = len(_kept)
     assert before <= 16

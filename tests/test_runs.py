@@ -362,7 +362,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
         if event.kind == "checkpoint" and event.step == 42:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(fnet.Interrupted) as caught:
+    with pytest.raises(fnet.Terminated) as caught:
         resumable.run(tmp_path / "run", observers=[late])
     assert caught.value.code == 143
     assert digest(resumable.run(tmp_path / "run")[0]) == digest(resumable.run(None)[0])
@@ -387,8 +387,9 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path):
 def test_an_error_of_the_data_within_the_first_chunk_leaves_a_checkpoint(tmp_path):
     step, ts, arrays, _ = resumable.parts()
     batches = [(arrays[0][:8], arrays[1][:8])] * 3 + [(np.full((8, 6), np.nan, np.float32), arrays[1][:8])]
+    stream = fnet.data.Stream(batches, resumable=False)
     with pytest.raises(fnet.DataError, match=r"a batch of the stream.inputs\[0, 0\] = nan") as caught:
-        fnet.fit(step, ts, fnet.data.Stream(batches, 4), epochs=1, chunk_steps=4, run=fnet.Run(tmp_path / "run"))
+        fnet.fit(step, ts, stream, epochs=1, chunk_steps=4, run=fnet.Run(tmp_path / "run"))
     assert not hasattr(caught.value, "__notes__") and list(saved_steps(tmp_path / "run" / "checkpoints")) == [0]
 
 
@@ -608,7 +609,7 @@ def test_a_run_is_resumed_with_the_state_that_it_returned_though_its_numbers_hav
     params, state = fnet.init(model, jax.random.key(0), inputs[:1])
     step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
     start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
-    data, run = fnet.Batch(inputs, targets), fnet.Run(tmp_path / "run", resume=True)
+    data, run = fnet.Batch(inputs, targets), fnet.Run(tmp_path / "run", resume="auto")
     end, _ = fnet.fit(step, start, data, epochs=4, batch_size=8, run=run)
     moved, begun = (dict(named_leaves(ts))["opt_state/optimizer/hyper/learning_rate"] for ts in (end, start))
     assert moved < begun
