@@ -257,7 +257,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
 
     def order_of(epoch):
         # jax's contexts hold in the thread that enters them
-        with jax.enable_x64(wide), jax.threefry_partitionable(partitionable):
+        with jax.enable_x64(wide), jax.threefry_partitionable(partitionable), jax.transfer_guard("allow"):
             return order_at(plan, key, epoch)
 
     if isinstance(plan.data, Stream):

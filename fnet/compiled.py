@@ -55,9 +55,14 @@ def compiled(
     """``function(*arguments, **options)`` compiled, and how long that took: 0 where a run had compiled the same.
 
     The same is what computes the same, `program_lines`, of whatever functions it is made, under the same settings of
-    jax. The first of the arguments, the state, is donated.
+    jax. The first of the arguments, the state, is donated. Under `jax.disable_jit` nothing is compiled, and Python runs
+    the function at every call.
     """
     settings: Any = jax.config
+    if settings.jax_disable_jit:
+        if explain:
+            print(said(f"{function.__name__} is not compiled: jax.disable_jit is in force"), flush=True)
+        return functools.partial(function, **options), 0.0
     traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
     shardings = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments))
     leaves, structure = leaves_of(arguments), jax.tree.structure(arguments)

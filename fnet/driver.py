@@ -30,6 +30,7 @@ from fnet.data.streams import Stream, check_resumable, is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, Terminated, interruptions
+from fnet.jax_insides import transfers_meant
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.plan import (
     Plan,
@@ -51,6 +52,7 @@ from fnet.types import PyTree, TrainState
 CHUNK_SECONDS = 0.5  # what a chunk is calibrated to
 
 
+@transfers_meant
 def fit(
     step: Step,
     ts: TrainState,

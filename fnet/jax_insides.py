@@ -27,8 +27,20 @@ __all__ = [
     "quick_jit",
     "scan_parts",
     "source_line",
+    "transfers_meant",
     "value_of",
 ]
+
+
+def transfers_meant(function: Callable) -> Callable:
+    """The function, within which numbers go to the device and come back on purpose: jax_transfer_guard lets them."""
+
+    @functools.wraps(function)
+    def meant(*args, **kwargs):
+        with jax.transfer_guard("allow"):
+            return function(*args, **kwargs)
+
+    return meant
 
 
 def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:

@@ -30,6 +30,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from fnet.jax_insides import transfers_meant
 from fnet.schedules import check_numbers
 from fnet.types import PyTree, described, named_leaves, require_counts, stream
 
@@ -111,6 +112,7 @@ class Population(NamedTuple):
     run_seconds: float
 
 
+@transfers_meant
 def train_population(
     run: Run,
     hyper: Mapping[str, Numbers],

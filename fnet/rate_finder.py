@@ -14,6 +14,7 @@ import numpy as np
 
 from fnet.data.arrays import check_data, count_examples
 from fnet.gradients import Gradient
+from fnet.jax_insides import transfers_meant
 from fnet.optimizers.common import set_hyper
 from fnet.training import epoch_order, make_step
 from fnet.types import Optimizer, PyTree, TrainState
@@ -35,6 +36,7 @@ class RateCurve(NamedTuple):
     diverged_at: float | None
 
 
+@transfers_meant
 def find_learning_rate(
     gradient: Gradient,
     optimizer: Optimizer,

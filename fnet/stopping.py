@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from fnet.optimizers.compose import told
 from fnet.schedules import check_numbers
-from fnet.types import Mean, TrainState
+from fnet.types import Mean, TrainState, infinite
 
 
 class Reducer(NamedTuple):
@@ -84,7 +84,7 @@ def early_stopping(
         rule = jnp.array(zlib.crc32(about.encode()), jnp.uint32)  # so that a state knows its own
         hyper = {"patience": jnp.array(patience, float), "least_change": jnp.array(least_change, float), "rule": rule}
         weights = jax.tree.map(jnp.copy, (ts.params, ts.state)) if keep_weights else ()
-        best, since = jnp.array(math.inf, float), jnp.array(0, jnp.int32)
+        best, since = infinite("early_stopping"), jnp.array(0, jnp.int32)
         return StoppingState(best, since, jnp.copy(ts.step), jnp.array(False), hyper, weights)
 
     def update(own: StoppingState, ts: TrainState, results) -> StoppingState:

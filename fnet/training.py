@@ -24,6 +24,7 @@ from fnet.children import apply
 from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
 from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, one_epoch, take_rows, with_length
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
+from fnet.jax_insides import transfers_meant
 from fnet.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
     Batch,
@@ -151,6 +152,7 @@ def _outputs(model: Layer) -> Callable:
     return jax.jit(lambda params, state, x: apply(model, params, state, x))
 
 
+@transfers_meant
 def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_size: int | None = None) -> PyTree:
     """The model's outputs in inference for many inputs, a batch at a time on the device, as arrays of NumPy ``(N, …)``.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,12 +35,28 @@ class Layer(NamedTuple):
 
     ``state`` holds statistics that do not depend on the batch (running means) and nothing else; it carries no gradient.
     ``residuals`` are what the backward needs of the forward, a pytree of arrays; parameters are not copied into them.
+    ``children`` are told by layers that are made of others, and shown where one is printed.
     """
 
     name: str
     init: Callable[..., tuple[PyTree, PyTree]]
     forward: Callable[..., tuple[PyTree, PyTree, PyTree]]
     backward: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    children: tuple[tuple[str, Any], ...] = ()  # names and layers
+
+    def __repr__(self) -> str:
+        """A tree of names; `fnet.report.summary` is the table with shapes and parameters."""
+        return "\n".join(_branches(self.name, self))
+
+
+def _branches(title: str, layer: Layer) -> Iterator[str]:
+    yield title
+    for i, (name, child) in enumerate(layer.children, 1):
+        counted = name.rpartition("_")[0] == child.name  # dense_0 says what it is
+        first, *rest = _branches(name if counted else f"{name}: {child.name}", child)
+        last = i == len(layer.children)
+        yield f"{'└─' if last else '├─'} {first}"
+        yield from (f"{'   ' if last else '│  '}{line}" for line in rest)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -357,6 +373,17 @@ def require_optimizer(who: str, given) -> None:
             f"{who} is {called(given)}; expected the Optimizer that it makes: call it, {given.__name__}(...)"
         )
     raise TypeError(f"{who} is {described(given)}; expected an Optimizer, such as fnet.adam(1e-3)")
+
+
+def infinite(who: str) -> jax.Array:
+    """Infinity, as the best of nothing; raises ValueError where jax_debug_infs would refuse it."""
+    settings: Any = jax.config
+    if settings.jax_debug_infs:
+        raise ValueError(
+            f"{who}: jax_debug_infs is on, and its best is infinite before it has seen a value; expected it off: "
+            "fit looks itself for what is not finite, and says where"
+        )
+    return jnp.array(math.inf, float)
 
 
 def require_state(who: str, opt_state, kind: type) -> None:

@@ -11,7 +11,7 @@ import fnet
 from fnet.children import apply
 from fnet.gradcheck import check_layer, check_model
 from fnet.initializers import normal
-from fnet.layers import dense, gelu, relu, serial, tanh
+from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, tanh
 from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
 from fnet.types import Layer, LayerError, stateless, stream
 from tests.oracles import assert_leaves_close, numerical_gradient
@@ -251,3 +251,27 @@ def test_a_repeated_layer_without_leaves_runs_as_often_as_said(key):
 def test_parallel_wants_a_layer():
     with pytest.raises(ValueError, match="parallel: no layers; expected at least one"):
         parallel()
+
+
+def test_a_printed_model_is_a_tree_of_its_layers():
+    block = residual(dense(8), relu(), serial(dense(4), tanh()), shortcut=conv(4, (1, 1)))
+    model = serial(("first", dense(3)), relu(), mixed_precision(block), repeat(dense(3), 4), freeze(parallel(tanh())))
+    assert str(model) == "\n".join(
+        [
+            "serial",
+            "├─ first: dense",
+            "├─ relu_0",
+            "├─ residual_0",
+            "│  ├─ dense_0",
+            "│  ├─ relu_0",
+            "│  ├─ serial_0",
+            "│  │  ├─ dense_0",
+            "│  │  └─ tanh_0",
+            "│  └─ shortcut: conv",
+            "├─ repeat_0",
+            "│  └─ 4 copies: dense",
+            "└─ parallel_0",
+            "   └─ tanh_0",
+        ]
+    )
+    assert repr(dense(3)) == "dense"

@@ -84,7 +84,7 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
             dparams[name], dy = backward_child(name, layer, params[name], residuals[name], dy)
         return dparams, dy
 
-    return Layer("serial", init, forward, backward)
+    return Layer("serial", init, forward, backward, tuple(children))
 
 
 def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) -> Layer:
@@ -100,7 +100,9 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
     >>> list(params)
     ['dense_0', 'relu_0', 'dense_1']
     """
-    named_children("residual", [*layers, *([] if shortcut is None else [("shortcut", shortcut)])])  # the name is free
+    children = named_children(
+        "residual", [*layers, *([] if shortcut is None else [("shortcut", shortcut)])]
+    )  # the name is free
     branch = serial(*layers)
 
     def split(tree):
@@ -147,7 +149,7 @@ def residual(*layers: Layer | tuple[str, Layer], shortcut: Layer | None = None) 
         dskip_params, dskip = backward_child("shortcut", shortcut, skip_params, skip_residuals, dy)
         return merge(dparams, dskip_params), jax.tree.map(jnp.add, dx, dskip)
 
-    return Layer("residual", init, forward, backward)
+    return Layer("residual", init, forward, backward, tuple(children))
 
 
 def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
@@ -190,7 +192,7 @@ def parallel(*layers: Layer | tuple[str, Layer]) -> Layer:
             parts.append(dx)
         return dparams, jax.tree.map(lambda *d: sum(d[1:], d[0]), *parts)
 
-    return Layer("parallel", init, forward, backward)
+    return Layer("parallel", init, forward, backward, tuple(children))
 
 
 def concatenate(axis: int = -1) -> Layer:
@@ -283,7 +285,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
         dx, dparams = jax.lax.scan(one, dy, (apart(params), residuals), length=count, reverse=True, unroll=unroll)
         return (Copies(dparams, count) if isinstance(params, Copies) else dparams), dx
 
-    return Layer("repeat", init, forward, backward)
+    return Layer("repeat", init, forward, backward, ((f"{count} copies", layer),))
 
 
 def require_like(x, y) -> None:

@@ -125,7 +125,7 @@ def tied_embedding(
             dparams["b"] = d.astype(wide(d.dtype)).sum(0).astype(params["b"].dtype)
         return dparams, beside(None, drest)
 
-    return Layer("tied_embedding", init, forward, backward)
+    return Layer("tied_embedding", init, forward, backward, (("body", body),))
 
 
 def head_of(x):

@@ -70,7 +70,7 @@ def by_position(layer: Layer) -> Layer:
         dparams, dx = layer.backward(params, residuals, dy[0])
         return dparams, (dx, None)
 
-    return Layer(layer.name, init, forward, backward)
+    return layer._replace(init=init, forward=forward, backward=backward)
 
 
 def drop_mask() -> Layer:

@@ -624,7 +624,7 @@ def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
             dcarries.append(dcarry)
         return dparams, _inputs_gradient(form, dxs[0] + dxs[1], dcarries)
 
-    return Layer("bidirectional", init, forward, backward)
+    return Layer("bidirectional", init, forward, backward, tuple(children))
 
 
 def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
@@ -674,7 +674,7 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
             dcarries.append(dcarry)
         return dparams, _inputs_gradient(form, dy, dcarries[::-1])
 
-    return Layer("stacked", init, forward, backward)
+    return Layer("stacked", init, forward, backward, tuple(children))
 
 
 def _mirrored(name, a):

@@ -125,7 +125,7 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         dparams, dx = layer.backward(cast(params, policy.compute), residuals, cast_like(dy, y_dtypes))
         return cast_like(dparams, params), cast_like(dx, x_dtypes)
 
-    return Layer(layer.name, init, forward, backward)
+    return layer._replace(init=init, forward=forward, backward=backward)
 
 
 def cast(tree: PyTree, dtype) -> Any:

@@ -28,7 +28,18 @@ from fnet.optimizers.common import (
 )
 from fnet.optimizers.which import check_patterns
 from fnet.schedules import check_numbers
-from fnet.types import Mean, Optimizer, PyTree, Transform, by_path, named_leaves, require_optimizer, require_state, wide
+from fnet.types import (
+    Mean,
+    Optimizer,
+    PyTree,
+    Transform,
+    by_path,
+    infinite,
+    named_leaves,
+    require_optimizer,
+    require_state,
+    wide,
+)
 
 
 def of_optimizer(name: str, doc: str) -> property:
@@ -628,7 +639,7 @@ def reduce_on_plateau(
                 "composed one: put reduce_on_plateau inside chain or groups"
             )
         waits_for = {} if metric is None else {metric: jnp.array(-1 if greatest else 1, float)}
-        return PlateauState(hyper, jnp.zeros((), float), jnp.full((), jnp.inf, float), _zero(), waits_for, inner)
+        return PlateauState(hyper, jnp.zeros((), float), infinite("reduce_on_plateau"), _zero(), waits_for, inner)
 
     def update(grads, opt_state, params, *, value=None):
         require_state("reduce_on_plateau", opt_state, PlateauState)
