@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from fnet.children import apply
 from fnet.extras import need
 from fnet.files import first_line, whole_file
 from fnet.layers.recurrent import LSTMCarry
-from fnet.types import Layer, PyTree, named_leaves
+from fnet.types import Layer, PyTree, named_leaves, stacked_axes
 
 FORMAT = "1"  # of the files of export_inference
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
@@ -122,7 +122,7 @@ class Taken(NamedTuple):
 
     taken: tuple[str, ...]  # leaves whose tensors were there and fitted
     kept: dict[str, str]  # leaves that stay as they were, and why
-    left: tuple[str, ...]  # tensors that no leaf took
+    left: tuple[str, ...]  # tensors that no leaf took, also those of leaves that are kept
 
     def __str__(self) -> str:
         rows = [*((path, "taken") for path in self.taken), *self.kept.items(), *((name, "left") for name in self.left)]
@@ -142,7 +142,8 @@ def from_tensors(
     """The tree that `to_tensors` took apart; errors as in `load_weights`, which begin with ``where``.
 
     With ``partial`` it is a pair: ``like`` with those of its leaves replaced whose tensors are there and fit (so a
-    backbone comes under another head), and `Taken`, which says why the others are not. Then ``like`` holds arrays.
+    backbone comes under another head), and `Taken`, which says why the others are not. Then ``like`` holds arrays. The
+    leaves of one `Rule` are taken together or not at all.
 
     >>> like = {"body": jnp.zeros(2), "head": jnp.ones(3)}
     >>> tensors = {"body": np.array([5, 6], "float32"), "fc": np.zeros(9, "float32")}
@@ -156,44 +157,88 @@ def from_tensors(
     """
     shapes, rules = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in _leaves(like)}, _rules(like, names)
     expected = _stored(shapes, rules)
-    found = {name: _converted(_array(name, tensor), dtype) for name, tensor in tensors.items()}
+    if not isinstance(tensors, Mapping):
+        raise ExportError(
+            f"{where} is a {type(tensors).__name__}; expected a mapping of names to tensors: of a module of PyTorch "
+            "give its state_dict()"
+        )
+    wanted = expected if partial else tensors  # what no leaf takes is not read
+    found = {name: _converted(_array(name, tensors[name]), dtype) for name in tensors if name in wanted}
     if partial:
-        return _fitting(where, expected, found, rules, like)
+        return _fitting(where, expected, found, rules, like, list(tensors))
     _require_same(where, expected, found, rules)
-    leaves = {}
+    made = {}
     for rule in rules:
-        leaves |= _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
-    made = {path: jnp.array(leaves[path]) for path in shapes}
-    for path, leaf in shapes.items():
-        if made[path].shape != leaf.shape or made[path].dtype != leaf.dtype:
+        made |= _restored(rule, found, shapes)
+    return jax.tree.unflatten(jax.tree.structure(like), [made[path] for path in shapes])
+
+
+def _restored(rule: Rule, found: Arrays, shapes: Arrays) -> dict[str, jax.Array]:
+    """A rule's leaves from its tensors; ExportError unless they are of the shapes and dtypes that they are to have."""
+    leaves = _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
+    made = {path: jnp.array(leaf) for path, leaf in leaves.items()}
+    for path, leaf in made.items():
+        if (leaf.shape, leaf.dtype) != (shapes[path].shape, shapes[path].dtype):
             raise ExportError(
-                f"{path} was restored as {_kind(made[path])}; expected {_kind(leaf)}: mend its Rule, or set "
+                f"{path} was restored as {_kind(leaf)}; expected {_kind(shapes[path])}: mend its Rule, or set "
                 "jax_enable_x64 for 64 bits"
             )
-    return jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
+    return made
 
 
-def _fitting(where: str, expected: Arrays, found: Arrays, rules: Sequence[Rule], like: PyTree) -> tuple[PyTree, Taken]:
+def _fitting(
+    where: str, expected: Arrays, found: Arrays, rules: Sequence[Rule], like: PyTree, names: list[str]
+) -> tuple[PyTree, Taken]:
     """``like`` with the leaves of those rules whose tensors are all there and of their shapes and dtypes."""
-    made, taken, kept, used = {path: jnp.asarray(leaf) for path, leaf in _leaves(like)}, [], {}, set()
+    shapes, taken, kept, used, whys, dtypes = dict(_leaves(like)), {}, {}, set(), [], set()
+    if unknown := [path for path, leaf in shapes.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise ExportError(
+            f"from_tensors: {unknown[0]} is a shape, {_kind(shapes[unknown[0]])}; expected arrays where partial=True, "
+            "since leaves without a tensor stay as they are: give what init returned"
+        )
     for rule in rules:
         missing = [name for name in rule.names if name not in found]
         other = [name for name in rule.names if name in found and _kind(found[name]) != _kind(expected[name])]
         if missing or other:
-            why = f"no tensor {missing[0]}" if missing else f"{other[0]} is {_kind(found[other[0]])}"
-            kept |= dict.fromkeys(rule.paths, f"kept: {why}")
+            name, remedy = (missing or other)[0], ""
+            why = f"no tensor {name}" if missing else f"{name} is {_kind(found[name])}, not {_kind(expected[name])}"
+            if not missing and all(_differ_by_dtype(expected, found, n) for n in other):
+                dtypes.add(expected[name].dtype.name)
+                remedy = f"; dtype={expected[name].dtype.name!r} converts it"
+            whys.append(why)
+            kept |= dict.fromkeys(rule.paths, f"kept: {why}{remedy}")
             continue
-        restored = _paired(rule, "restore", rule.paths, rule.restore(*(found[name] for name in rule.names)))
-        made |= {path: jnp.array(leaf) for path, leaf in restored.items()}
-        taken += rule.paths
+        taken |= _restored(rule, found, shapes)
         used |= {*rule.names}
     if not taken:
-        raise ExportError(
-            f"{where}: no tensor fits ({'; '.join(kept.values())[:300]}); expected one at least: give the names of the "
-            "tensors, as torch_names makes them"
-        )
-    tree = jax.tree.unflatten(jax.tree.structure(like), list(made.values()))
-    return tree, Taken(tuple(taken), kept, tuple(name for name in found if name not in used))
+        remedy = _another_prefix(expected, names) or "give the names of the tensors, as torch_names makes them"
+        remedy = f"to convert them give dtype={min(dtypes)!r}" if dtypes else remedy
+        said = "; ".join(whys[:4]) + (f"; and {len(whys) - 4} more" if len(whys) > 4 else "")
+        raise ExportError(f"{where}: no tensor fits ({said}); expected one at least: {remedy}")
+    made = [taken[path] if path in taken else jnp.array(leaf) for path, leaf in shapes.items()]
+    tree = jax.tree.unflatten(jax.tree.structure(like), made)
+    return tree, Taken(tuple(taken), kept, tuple(name for name in names if name not in used))
+
+
+def _differ_by_dtype(expected: Arrays, found: Arrays, name: str) -> bool:
+    """Whether converting would help."""
+    pair = expected[name], found[name]
+    return pair[0].shape == pair[1].shape and all(jnp.issubdtype(array.dtype, jnp.floating) for array in pair)
+
+
+def _another_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
+    """What to do where the names that are expected and found differ by what stands before all of them; else nothing."""
+    expected, found = set(expected), set(found)
+    if not expected or not found or expected & found:
+        return ""
+    # DataParallel puts "module." before all names, and models of transformers "transformer."
+    start = min(found).split(".")[0] + "."
+    if all(name.startswith(start) for name in found) and expected & {name.removeprefix(start) for name in found}:
+        return f"their names begin with {start!r}: take it off, {{name.removeprefix({start!r}): tensor ...}}"
+    start = min(expected).split(".")[0] + "."
+    if all(name.startswith(start) for name in expected) and found & {name.removeprefix(start) for name in expected}:
+        return f"their names do not begin with {start!r}: name the modules without it"
+    return ""
 
 
 def _converted(array: np.ndarray, dtype) -> np.ndarray:
@@ -211,11 +256,14 @@ def _require_same(where: str, expected: Arrays, found: Arrays, rules: Sequence[R
     lines = [f"{label(n)}: expected {_kind(expected.get(n))}, found {_kind(found.get(n))}" for n in names[:most]]
     differing = "; ".join(lines) + (f"; and {len(names) - most} more" if len(names) > most else "")
     pairs = [(expected[name], found[name]) for name in names if name in expected and name in found]
-    by_dtype = len(pairs) == len(names) and all(a.shape == b.shape for a, b in pairs)
-    if by_dtype and all(jnp.issubdtype(a.dtype, jnp.floating) for pair in pairs for a in pair):
+    if len(pairs) == len(names) and all(_differ_by_dtype(expected, found, name) for name in names):
         dtype = f"dtype={pairs[0][0].dtype.name!r}"
         raise ExportError(f"{where} is of another dtype: {differing}. To convert it, give {dtype}")
-    raise ExportError(f"{where} is not of this model: {differing}. Give the model it is of, or its names")
+    remedy = _another_prefix(expected, found)
+    if not remedy and not any(name in expected for name in names):
+        remedy = "Leave them out, or take what fits by from_tensors(..., partial=True)"
+    remedy = remedy[:1].upper() + remedy[1:] or "Give the model it is of, or its names"
+    raise ExportError(f"{where} is not of this model: {differing}. {remedy}")
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -232,7 +280,8 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
     >>> {name: tensor.shape for name, tensor in to_tensors(params, names).items()}
     {'0.bias': (4,), '0.weight': (4, 3), '2.bias': (2,), '2.weight': (2, 4)}
 
-    What a layer is shows in its leaves:
+    What a layer is shows in its leaves; what is in none of them has to be the module's, such as the number of heads,
+    their scale, ``eps`` and which form of gelu it is:
 
     - dense, conv: PyTorch has features out first, ``(O, I)`` and ``(O, I, H, W)``. Behind `flatten` of a convolution
       with C channels give ``Flattened("3.*", C)``.
@@ -241,16 +290,17 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
       second is 0 (of a gru it holds that within the reset gate's product); read back, they are added.
     - attention: ``"self_attn.*"`` of ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer``, whose other
       children are ``linear1``, ``linear2``, ``norm1`` and ``norm2``; of GPT-2 ``Conv1D("h.0.attn.*")``. The inward
-      projections are one tensor there, so they have the same width.
+      projections are one tensor there, so they have the same width, and PyTorch's have as many features in as out.
     - a dense layer that is GPT-2's ``Conv1D``: ``Conv1D("h.0.mlp.c_fc.*")``.
-    - embedding, or a leaf by itself: as it is. A table that PyTorch holds twice has two names,
+    - embedding, or a leaf by itself that is no ``w``: as it is. A table that PyTorch holds twice has two names,
       ``("embedding.*", "head.*")``; read back, they must agree.
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
 
     PyTorch takes images as (B, C, H, W). A transposed convolution has the leaves of a convolution, whose rule is wrong
     for it: give its path a `Rule` of your own, as any layer that is not in this list. Raises ExportError for a path
-    that is not there, for leaves of no such layer, and for leaves that no module has.
+    that is not there, for leaves of no such layer, for leaves that no module has, and for layers that `repeat` stacks.
     """
+    stacked = dict(zip(dict(named_leaves(params)), stacked_axes(params), strict=True))
     rules, leaves = [], dict(named_leaves(params))
     for path, given in modules.items():
         if isinstance(given, Rule):
@@ -261,10 +311,24 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
         within |= {"": leaves[path]} if path in leaves else {}
         if not within:
             raise ExportError(f"torch_names: no leaf is at {path!r}; expected the path of one of {', '.join(leaves)}")
-        channels, as_ours = (given.channels if isinstance(given, Flattened) else None), isinstance(given, Conv1D)
+        if copies := [name for name in within if stacked[f"{start}{name}" if name else path]]:
+            raise ExportError(
+                f"torch_names: {start}{copies[0]} stacks the layers of a repeat, {list(within[copies[0]].shape)}; "
+                "expected each by itself, as PyTorch has them: take them apart (Copies.one), or write a Rule"
+            )
         one = given.name if isinstance(given, Flattened | Conv1D) else given
         patterns = (one,) if isinstance(one, str) else one
-        for rule in _torch_rules(path, within, channels, as_ours):
+        if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ExportError(
+                f"torch_names: {path} is given {given!r}; expected a name such as 'fc.*', a tuple of names, "
+                "Flattened(name, channels), Conv1D(name) or a Rule"
+            )
+        if {*within} == {""} and path.rpartition("/")[2] == "w" and not isinstance(given, Conv1D):
+            raise ExportError(
+                f"torch_names: {path} is named by itself; expected the path of its layer, since PyTorch holds weights "
+                f"turned: {path.rpartition('/')[0]!r}, or a Rule"
+            )
+        for rule in _torch_rules(path, within, given):
             paths = tuple(f"{start}{name}" if name else path for name in rule.paths)
             named = tuple(pattern.replace("*", name) for pattern in patterns for name in rule.names)
             rules.append(_repeated(rule._replace(paths=paths, names=named), len(patterns)))
@@ -276,10 +340,19 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
     return rules
 
 
-def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None, as_ours: bool) -> list[Rule]:
-    """The rules of one layer, by its own leaves and PyTorch's own names; ``as_ours`` where weights are ``(I, O)``."""
-    names = set(leaves)
-    if names >= {f"{part}/w" for part in (*_INWARD, "out")}:
+def _torch_rules(path: str, leaves: Mapping[str, Any], given: Any) -> list[Rule]:
+    """The rules of one layer, by its own leaves and PyTorch's own names, and by what was given for it."""
+    names, as_ours = set(leaves), isinstance(given, Conv1D)
+    channels = given.channels if isinstance(given, Flattened) else None
+    weights = {f"{part}/w" for part in (*_INWARD, "out")}
+    attends = names >= weights and all(leaves[name].ndim == 2 for name in weights)
+    is_dense = names in ({"w"}, {"w", "b"}) and leaves["w"].ndim == 2
+    if (as_ours and not (is_dense or attends or names == {""})) or (channels is not None and not is_dense):
+        raise ExportError(
+            f"torch_names: {path} is given {type(given).__name__} and has the leaves {', '.join(sorted(names))}; "
+            f"expected those of a dense layer{' or attention' if as_ours else ''}: give the module's name alone"
+        )
+    if attends:
         return _attention_rules(path, leaves, as_ours)
     same = {"b": "bias", "scale": "weight", "bias": "bias", "table": "weight", "": "weight"}
     rules = [Rule((name,), (same[name],)) for name in sorted(names & same.keys())]
@@ -287,18 +360,17 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], channels: int | None, as_
         return rules
     if names == {"mean", "var"}:
         tensors = ("running_mean", "running_var", "num_batches_tracked")
-        count = np.zeros((), np.int64)
-        return [Rule(("mean", "var"), tensors, lambda m, v: (m, v, count), lambda m, v, count: (m, v))]
-    if names in ({"w"}, {"w", "b"}) and channels:
-        (size, units), rows = leaves["w"].shape, leaves["w"].shape[0] // channels
-        if size % channels:
+        return [Rule(("mean", "var"), tensors, lambda m, v: (m, v, np.zeros((), np.int64)), lambda m, v, _: (m, v))]
+    if is_dense and channels is not None:
+        (size, units), rows = leaves["w"].shape, leaves["w"].shape[0] // max(1, channels)
+        if channels < 1 or size % channels:
             raise ExportError(f"torch_names: {path} has {size} features in; expected a multiple of {channels} channels")
         flat = lambda w: (w.reshape(rows, channels, units).transpose(2, 1, 0).reshape(units, size),)  # noqa: E731
         back = lambda w: (w.reshape(units, channels, rows).transpose(2, 1, 0).reshape(size, units),)  # noqa: E731
         return [*rules, Rule(("w",), ("weight",), flat, back)]
-    if names in ({"w"}, {"w", "b"}) and as_ours:
+    if is_dense and as_ours:
         return [*rules, Rule(("w",), ("weight",))]
-    if names in ({"w"}, {"w", "b"}):  # (*kernel, I, O) and (O, I, *kernel)
+    if names in ({"w"}, {"w", "b"}) and leaves["w"].ndim > 1:  # (*kernel, I, O) and (O, I, *kernel)
         spatial = tuple(range(leaves["w"].ndim - 2))
         axes = (len(spatial) + 1, len(spatial), *spatial)
         return [*rules, _turned("w", "weight", axes)]
@@ -328,6 +400,12 @@ def _attention_rules(path: str, leaves: Mapping[str, Any], as_ours: bool) -> lis
         raise ExportError(
             f"torch_names: {path} has inward projections of shapes {sorted(shapes)}; expected one, since PyTorch holds "
             "them as one tensor: write a Rule"
+        )
+    inner, outer = (tuple(leaves[name].shape) for name in ("query/w", "out/w"))
+    if not as_ours and len({*inner, *outer}) > 1:
+        raise ExportError(
+            f"torch_names: {path} has weights of shapes {inner} inward and {outer} outward; expected square ones, as "
+            "nn.MultiheadAttention has: write a Rule"
         )
     axis = 1 if as_ours else 0
     turn = (lambda w: w) if as_ours else (lambda w: w.T)
@@ -576,6 +654,11 @@ def _paired(rule: Rule, what: str, keys: tuple[str, ...], made) -> dict[str, Any
 
 
 def _array(name: str, tensor) -> np.ndarray:
+    if str(getattr(tensor, "device", "")) == "meta":
+        raise ExportError(
+            f"{name} is on PyTorch's device meta, which holds no numbers; expected a tensor with numbers: load the "
+            "module's weights first"
+        )
     try:
         return np.asarray(tensor)
     except (TypeError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients
