@@ -29,11 +29,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, load_images, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeds,
+    Share,
+    Shares,
+    engine_of,
+    load_images,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -46,19 +59,19 @@ ATTACKS = ("noise", "FGSM", "PGD", "PGD on the other")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Attack a plain and an adversarially trained convolutional network."""
 
-    epsilon: float = 0.2  # the change a pixel that training defends against; pixels go from 0 to 1
-    epsilons: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)  # those of the attacks on the test digits
-    train_steps: int = 5  # of PGD on every training batch
-    attack_steps: int = 20  # of PGD on the test digits
-    learning_rate: float = 2e-3  # Adam's first; half a cosine brings it to 0
-    batch_size: int = 50
-    epochs: int = 10
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the attacks
-    test_size: int = 1000  # of the 5,000 digits
-    attacked: int = 300  # of the test digits
+    epsilon: Share = 0.2  # the change a pixel that training defends against; pixels go from 0 to 1
+    epsilons: Shares = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)  # those of the attacks on the test digits
+    train_steps: Count = 5  # of PGD on every training batch
+    attack_steps: Count = 20  # of PGD on the test digits
+    learning_rate: Amount = 2e-3  # Adam's first; half a cosine brings it to 0
+    batch_size: Count = 50
+    epochs: Count = 10
+    seeds: Seeds = (0, 1, 2)  # of the splits, the parameters, the orders and the attacks
+    test_size: Count = 1000  # of the 5,000 digits
+    attacked: Count = 300  # of the test digits
 
 
 def network() -> fnet.Layer:
@@ -161,7 +174,7 @@ def measures(x: np.ndarray, labels: np.ndarray, epsilon: float, attacked: dict) 
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train both networks from every seed, attack them, print the tables, draw; returns what was measured."""
-    console = open_console(config, "adversarial", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     if not 0 < config.epsilon < 1 or not all(0 <= epsilon < 1 for epsilon in config.epsilons):
         raise SystemExit(f"epsilon = {config.epsilon}, epsilons = {config.epsilons}; expected numbers between 0 and 1")
     folder, begin = new_run_folder(config, "adversarial"), time.perf_counter()
@@ -210,10 +223,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     plain, robust = (r["PGD"][:, near].mean() for r in by_model.values())
     console.print(
         f"PGD at ε = {config.epsilons[near]:g}: plain {plain:.3f}, adversarially trained {robust:.3f} (expected below "
-        f"0.1 and above 0.6)  {time.perf_counter() - begin:.0f} s  {folder}",
+        f"0.1 and above 0.6)  {time.perf_counter() - begin:.0f} s",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {"models": by_model, "curves": curves, "pictures": pictures, "beyond": beyond, "folder": folder}
 
 
@@ -259,4 +273,4 @@ def draw_images(pictures: dict, names: list[str], epsilon: float, path: Path) ->
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

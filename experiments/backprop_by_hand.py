@@ -27,14 +27,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, open_console
+from experiments.common import Amount, Count, Seeded, Whole, main, open_console
 from fnet import tap
 from fnet.gradcheck.report import LeafCheck
 from fnet.types import Mean, stream
@@ -54,16 +53,15 @@ FAULTS = {  # the value whose gradient each makes wrong first, and what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Seeded):
     """Derive the backward of a character model by hand, audit it, and audit it again with one wrong line."""
 
     fault: Literal["batch", "total", "tanh", "inverse", "bessel", "square", "mean", "table"] = "square"  # wrong line
-    embedding: int = 8  # E
-    hidden: int = 32  # H
-    batch_size: int = 32  # B, in the audits and in the training
-    learning_rate: float = 0.5
-    epochs: int = 20  # of the training, once by the gradient by hand and once by autodiff; 0 leaves it out
-    seed: int = 0
+    embedding: Count = 8  # E
+    hidden: Count = 32  # H
+    batch_size: Count = 32  # B, in the audits and in the training
+    learning_rate: Amount = 0.5
+    epochs: Whole = 20  # of the training, once by the gradient by hand and once by autodiff; 0 leaves it out
 
 
 def read_words() -> list[str]:
@@ -247,7 +245,7 @@ def report_table(right: fnet.gradcheck.Report, wrong: fnet.gradcheck.Report, fau
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Audit the derivation, audit it with one wrong line, compare the compact forms, train; returns the findings."""
-    console = open_console(config, "backprop_by_hand", console, takes=())
+    console = open_console(config, console)
     with jax.enable_x64(True):
         words = read_words()
         alphabet = "." + "".join(sorted(set("".join(words))))
@@ -288,4 +286,4 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

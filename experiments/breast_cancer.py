@@ -26,14 +26,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import Amount, Count, InFolder, Seeds, Widths, main, new_run_folder, open_console, say_written
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy
 from fnet.report import engine_table, plot_confusion
@@ -42,15 +41,15 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder):
     """Cross-validate a small network on the 569 cases of the Wisconsin breast cancer set."""
 
-    hidden: tuple[int, ...] = (16,)  # widths of the hidden layers; logistic regression, beside it, has none
-    learning_rate: float = 3e-3  # Adam's
-    batch_size: int = 32
-    epochs: int = 40
-    folds: int = 5
-    seeds: tuple[int, ...] = (0, 1, 2)  # each draws its own partition, parameters and orders
+    hidden: Widths = (16,)  # widths of the hidden layers; logistic regression, beside it, has none
+    learning_rate: Amount = 3e-3  # Adam's
+    batch_size: Count = 32
+    epochs: Count = 40
+    folds: Count = 5
+    seeds: Seeds = (0, 1, 2)  # each draws its own partition, parameters and orders
 
 
 # --- the folds -------------------------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Cross-validate by both engines and without hidden layers, print the table, draw; returns what was measured."""
-    console = open_console(config, "breast_cancer", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "breast_cancer")
     x, y = load()
     folds_of = [assign_folds(y, config.folds, seed) for seed in config.seeds]
@@ -202,10 +201,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     by_seed = first["seeds"]["accuracy"]
     console.print(
         f"accuracy {mean:.4f} (expected at least 0.96), {by_seed.mean():.4f} ± {by_seed.std():.4f} over "
-        f"{len(config.seeds)} seeds  {folder}",
+        f"{len(config.seeds)} seeds",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {"variants": results, "sizes": sizes, "confusion": counts, "folder": folder}
 
 
@@ -251,4 +251,4 @@ def draw(result: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

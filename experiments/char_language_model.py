@@ -32,11 +32,27 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, length, new_run_folder, open_console, train
+from experiments.common import (
+    ENGINES,
+    AmountOrNone,
+    ByEngine,
+    Count,
+    CountOrNone,
+    Positive,
+    Resumable,
+    Seeds,
+    Whole,
+    length,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+    train,
+)
+from fnet.files import first_line
 from fnet.layers import lstm
 from fnet.models import gpt, recurrent_lm
 from fnet.report import engine_table
@@ -49,34 +65,39 @@ TARGET = 2.3  # bits per character on CPython's text
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Resumable, ByEngine):
     """Train a language model of characters and let it write."""
 
     model: Literal["lstm", "gpt"] = "lstm"
     engine: Literal["backprop", "autodiff"] = "backprop"
     text: Path | None = None  # a file in UTF-8; None takes the text of Python's own help
-    length: int = 64  # T, characters of a window
-    batch_size: int = 32
-    epochs: int | None = None  # None takes 8 (lstm) or 3 (gpt)
-    features: int = 128  # of the embedding; the LSTM's units
-    layers: int = 2  # of the GPT
-    heads: int = 4  # of the GPT
-    learning_rate: float | None = None  # Adam's highest; None takes 5e-3 (lstm) or 3e-3 (gpt)
-    warmup_steps: int = 100  # then half a cosine down to 0
-    limit: float = 1.0  # of the gradient's global norm
-    seeds: tuple[int, ...] = (0,)  # of the parameters and the order of the windows; one run each
-    sample: int = 400  # characters to write
+    length: Count = 64  # T, characters of a window
+    batch_size: Count = 32
+    epochs: CountOrNone = None  # None takes 8 (lstm) or 3 (gpt)
+    features: Count = 128  # of the embedding; the LSTM's units
+    layers: Count = 2  # of the GPT
+    heads: Count = 4  # of the GPT
+    learning_rate: AmountOrNone = None  # Adam's highest; None takes 5e-3 (lstm) or 3e-3 (gpt)
+    warmup_steps: Whole = 100  # then half a cosine down to 0
+    limit: Positive = 1.0  # of the gradient's global norm
+    seeds: Seeds = (0,)  # of the parameters and the order of the windows; one run each
+    sample: Count = 400  # characters to write
     prompt: str | None = None  # what the sample begins with; None takes the first 40 characters of the validation part
-    temperature: float = 0.7
-    top_k: int = 20
+    temperature: Positive = 0.7
+    top_k: Count = 20
 
 
 DEFAULTS = {"lstm": {"epochs": 8, "learning_rate": 5e-3}, "gpt": {"epochs": 3, "learning_rate": 3e-3}}
 
 
 def load(path: Path | None) -> str:
-    """The text to learn."""
-    return "".join(topics[key] for key in sorted(topics)) if path is None else path.read_text(encoding="utf-8")
+    """The text to learn; SystemExit where the file cannot be read."""
+    if path is None:
+        return "".join(topics[key] for key in sorted(topics))
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--text {path} cannot be read ({first_line(error)}); expected a file in UTF-8") from None
 
 
 def encode(text: str, vocabulary: str) -> np.ndarray:
@@ -143,7 +164,7 @@ def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, co
     params, state = fnet.init(model, stream(key, "model"), data.inputs[:1])
     step = fnet.make_step(ENGINES[config.engine](model, loss), optimizer)
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    own, title = dataclasses.replace(config, seed=seed), f"{config.model}, seed {seed}"
+    own, title = dataclasses.replace(config, seeds=(seed,)), f"{config.model}, seed {seed}"
     return train(own, title, folder, step, start, data, console)
 
 
@@ -161,8 +182,7 @@ def write(config: Config, model: fnet.Layer, ts: fnet.TrainState, vocabulary: st
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, measure, let it write; returns what was measured, by seed where it depends on it."""
-    takes = (*FOLDER, "steps", "resume")
-    console, begin = open_console(config, "char_language_model", console, takes), time.perf_counter()
+    console, begin = open_console(config, console), time.perf_counter()
     given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     config = dataclasses.replace(config, **{**DEFAULTS[config.model], **given})
     text = load(config.text)
@@ -221,7 +241,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "seconds": seconds,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {**results, "runs": runs, "sample": sample, "prompt": prompt, "folder": folder}
 
 
@@ -244,4 +264,4 @@ def draw(bits: dict, runs: dict, config: Config, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -1,64 +1,272 @@
-"""What every experiment shares: its options, its folder; and the digits as images, which several take."""
+"""What every experiment shares: its options, its command, its folder; and the digits as images, which several take."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
+import math
+import os
 import shlex
 import signal
+import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import jax
+import tyro
 from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+from tyro.constructors import PrimitiveConstructorSpec
 
 import fnet
-from fnet.data.arrays import check_batch_size
+from fnet import driver
+from fnet.files import whole_file
 from fnet.observers import progress
 from fnet.training import steps_per_epoch
 from fnet.types import stream
 
+# --- options: an experiment's Config is made of those that do something in it ----------------------------------------
+
+
+class Kind(NamedTuple):
+    """Numbers that an option takes."""
+
+    read: type
+    sign: str  # in --help
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def read_numbers(kind: Kind, words: Sequence[str], expected: str, least: int, different: bool = False) -> tuple:
+    """The numbers that the words stand for; ValueError says what was ``expected``."""
+    try:
+        numbers = tuple(map(kind.read, words))
+    except ValueError:
+        numbers = None
+    if (
+        numbers is None
+        or len(numbers) < least
+        or not all(map(kind.fits, numbers))
+        or (different and len({*numbers}) < len(numbers))
+    ):
+        raise ValueError(f"{' '.join(words)!r}; expected {expected}")
+    return numbers
+
+
+def one(kind: Kind, none: bool = False) -> PrimitiveConstructorSpec:
+    """How tyro reads a number of this kind, or the word None for ``none``; others are refused."""
+
+    def read(words: list[str]):
+        return None if none and words == ["None"] else read_numbers(kind, words, kind.words + " or None" * none, 1)[0]
+
+    def fits(value) -> bool:
+        return isinstance(value, int | float) or (none and value is None)
+
+    return PrimitiveConstructorSpec(1, "{None}|" * none + kind.sign, read, fits, lambda value: [str(value)])
+
+
+def some(kind: Kind, least: int = 1, different: bool = False) -> PrimitiveConstructorSpec:
+    """How tyro reads numbers of this kind, at least so many and if need be ``different`` ones; others are refused."""
+    expected = f"{least} or more, {'all different, ' * different}each {kind.words}"
+
+    def fits(value) -> bool:
+        return isinstance(value, tuple) and all(isinstance(number, int | float) for number in value)
+
+    return PrimitiveConstructorSpec(
+        "*",
+        kind.sign + " ...",
+        lambda words: read_numbers(kind, words, expected, least, different),
+        fits,
+        lambda value: [*map(str, value)],
+    )
+
+
+COUNT = Kind(int, "INT>=1", lambda n: n >= 1, "a whole number of at least 1")
+WHOLE = Kind(int, "INT>=0", lambda n: n >= 0, "a whole number of at least 0")
+SEED = Kind(int, "INT>=0", lambda n: 0 <= n < 2**31, "a whole number from 0 to 2147483647")
+AMOUNT = Kind(float, "FLOAT>=0", lambda x: 0 <= x < math.inf, "a number of at least 0")
+POSITIVE = Kind(float, "FLOAT>0", lambda x: 0 < x < math.inf, "a number above 0")
+SHARE = Kind(float, "0..1", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+Count = Annotated[int, one(COUNT)]
+CountOrNone = Annotated[int | None, one(COUNT, none=True)]
+Counts = Annotated[tuple[int, ...], some(COUNT)]
+Widths = Annotated[tuple[int, ...], some(COUNT, least=0)]
+Whole = Annotated[int, one(WHOLE)]
+Wholes = Annotated[tuple[int, ...], some(WHOLE)]
+Seed = Annotated[int, one(SEED)]
+Seeds = Annotated[tuple[int, ...], some(SEED, different=True)]
+Amount = Annotated[float, one(AMOUNT)]
+AmountOrNone = Annotated[float | None, one(AMOUNT, none=True)]
+Amounts = Annotated[tuple[float, ...], some(AMOUNT)]
+Positive = Annotated[float, one(POSITIVE)]
+Share = Annotated[float, one(SHARE)]
+Shares = Annotated[tuple[float, ...], some(SHARE)]
+
+RESUME = {(): True, ("yes",): True, ("no",): False, ("auto",): "auto"}  # by the words after --resume
+
+
+def read_resume(words: list[str]) -> bool | str:
+    """What ``--resume WORDS`` means; ValueError for words that it has no meaning for."""
+    if tuple(words) not in RESUME:
+        raise ValueError(f"{' '.join(words)!r}; expected auto, yes, no or nothing, which is yes")
+    return RESUME[tuple(words)]
+
+
+def is_resume(value) -> bool:
+    return value in RESUME.values()
+
+
+def show_resume(value: bool | str) -> list[str]:
+    return ["auto" if value == "auto" else "yes" if value else "no"]
+
+
+Resume = Annotated[bool | Literal["auto"], PrimitiveConstructorSpec("*", "[auto]", read_resume, is_resume, show_resume)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of every experiment. One that would do nothing in an experiment is refused there."""
+    """The options of every experiment."""
 
-    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/EXPERIMENT/NAME
-    name: str | None = None  # None takes the time of day, and with --resume the latest run
-    seed: int = 0  # of everything that is drawn
-    engine: Literal["autodiff", "backprop"] | None = None  # None takes the experiment's own choice
-    steps: int | None = None  # the updates at which training ends; None takes the experiment's epochs
-    resume: bool = False  # continue a run that was stopped or killed
     quiet: bool = False  # print nothing but errors
     explain: bool = False  # print what is compiled, and why
     cache: Path | None = Path("~/.cache/fnet/jax")  # jax's compilation cache; None compiles everything anew
 
 
-FOLDER = ("run_dir", "name")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InFolder(Options):
+    """Of an experiment that writes a folder."""
+
+    run_dir: Path = Path("runs")  # the run's folder is RUN_DIR/EXPERIMENT/NAME
+    name: str | None = None  # None takes the time of day
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded(Options):
+    """Of an experiment that draws from one seed."""
+
+    seed: Seed = 0  # of everything that is drawn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByEngine(Options):
+    """Of an experiment that either gradient engine can run."""
+
+    engine: Literal["autodiff", "backprop"] | None = None  # None takes the experiment's own choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumable(InFolder):
+    """Of an experiment that keeps checkpoints."""
+
+    steps: CountOrNone = None  # the updates at which training ends; None takes the experiment's epochs
+    resume: Resume = False  # go on with the run of --name, or the latest, if it was stopped; auto: or begin one
+
+
 ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}
 
 
-def engine_of(config: Options):
+def engine_of(config: ByEngine):
     """The gradient engine of ``--engine``; by hand where none is given."""
     return ENGINES[config.engine or "backprop"]
 
 
-def open_console(
-    config: Options, experiment: str, console: Console | None = None, takes: Sequence[str] = FOLDER
-) -> Console:
-    """The console of an experiment, after its options are checked; the compilation cache is on from here.
+# --- the command -----------------------------------------------------------------------------------------------------
 
-    ``takes`` are those of run_dir, name, seed, engine, steps and resume that have an effect, beside those that its own
-    configuration declares. Any other that is given is refused with SystemExit.
+
+def main(run: Callable[[Any], object], options: type[Options], args: Sequence[str] | None = None) -> None:
+    """Run an experiment as a command: with the options in ``args``, or else those of the command line.
+
+    A value that will not do ends it with one line; Ctrl-C and SIGTERM do with 130 and 143, and the command that goes
+    on is printed.
     """
-    own = {*takes, *inspect.get_annotations(type(config))}
-    default = {field.name: field.default for field in dataclasses.fields(Options)}
-    for option in ("run_dir", "name", "seed", "engine", "steps", "resume"):
-        if option not in own and getattr(config, option) != default[option]:
-            raise SystemExit(f"{experiment}: --{option.replace('_', '-')} would do nothing here; leave it out")
+    experiment, folder, new = Path(run.__code__.co_filename).stem, Path(), False
+    config = tyro.cli(options, args=args, prog=f"python -m experiments.{experiment}")
+    if isinstance(config, InFolder):
+        folder = folder_of(config, experiment)
+        config, new = dataclasses.replace(config, name=folder.name), not os.path.exists(folder)
+    if isinstance(config, Resumable):
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        say_how_to_go_on(config, experiment, folder)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            say_how_to_go_on(config, experiment, folder)
+        elif new:
+            forget(folder)
+        raise
+    except (ValueError, OSError) as error:
+        if not is_refusal(error):
+            raise
+        if new:
+            forget(folder)
+        raise SystemExit(f"{experiment}: {error}") from None
+
+
+def forget(folder: Path) -> None:
+    """Take away a folder in which nothing was begun."""
+    if [path.name for path in folder.glob("*")] == ["config.json"]:
+        (folder / "config.json").unlink()
+        folder.rmdir()
+
+
+def leave(*_) -> NoReturn:
+    """SIGTERM, where `fnet.fit` is not the one that sees it."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it is raised by fnet or an experiment itself, which so speak of a value that they were given.
+
+    An error of a library beneath them is none, nor is one that comes out of `fnet.fit`: `train` has taken those.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename == driver.__file__ for frame in frames):
+        return False
+    ours = any(Path(folder) in Path(frames[-1].filename).parents for folder in (*fnet.__path__, Path(__file__).parent))
+    raised = ours and (frames[-1].line or "").startswith("raise ")
+    return raised or isinstance(error, (fnet.DataError, fnet.LayerError, fnet.RunError, fnet.CheckpointError))
+
+
+def say_how_to_go_on(config: Options, experiment: str, folder: Path) -> None:
+    """To the standard error, after an interruption: the command that goes on, if one can."""
+    text = f"{experiment} was interrupted and keeps no checkpoints: it begins anew"
+    if isinstance(config, Resumable):
+        begun = (folder / "config.json").exists()
+        text = f"To go on: {resuming(config, experiment)}" if begun else f"{experiment} was interrupted before it began"
+    print(text, file=sys.stderr, flush=True)
+
+
+def resuming(config: Resumable, experiment: str) -> str:
+    """The command that goes on with a run, for a shell."""
+    words = [sys.orig_argv[0] or sys.executable, "-m", f"experiments.{experiment}"]
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value == field.default or field.name in ("resume", "run_dir", "name"):
+            continue
+        if isinstance(value, bool):
+            words += [option if value else option.replace("--", "--no-")]
+        elif isinstance(value, tuple):
+            words += [option, *map(str, value)]
+        else:
+            words += as_option(option, value)
+    return shlex.join([*words, "--resume", *as_option("--run-dir", config.run_dir), *as_option("--name", config.name)])
+
+
+def as_option(option: str, value: Any) -> list[str]:
+    """The words that give an option this value."""
+    return [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+
+
+def open_console(config: Options, console: Console | None = None) -> Console:
+    """The console of an experiment; the compilation cache is on from here."""
     settings: Any = jax.config
     if config.cache is not None and not settings.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.expanduser()))
@@ -70,38 +278,52 @@ def open_console(
     return console
 
 
-def new_run_folder(config: Options, experiment: str) -> Path:
+def say_written(console: Console, *paths: Path) -> None:
+    """The last lines of an experiment: the folder and the pages that it has written, to click on."""
+    for path in paths:
+        link = Style(link=path.absolute().as_uri())
+        console.print(Text(f"written: {path}", style=link), soft_wrap=True)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def folder_of(config: InFolder, experiment: str) -> Path:
+    """Where the run is, or is to be; SystemExit where that is no folder's name, or where none is to be resumed."""
+    root, resume = Path(config.run_dir).expanduser() / experiment, isinstance(config, Resumable) and config.resume
+    if config.name is not None:
+        if config.name in ("", ".", "..") or Path(config.name).name != config.name:
+            raise SystemExit(f"--name {config.name!r}; expected the name of one folder: --run-dir says where it lies")
+        return root / config.name
+    begun = list(root.glob("*/config.json")) if resume else []
+    if resume is True and not begun:
+        raise SystemExit(f"{root} holds no run; expected one to resume: --resume auto begins one")
+    if begun:
+        return max(begun, key=lambda path: path.stat().st_mtime).parent
+    return root / time.strftime("%Y%m%d-%H%M%S")
+
+
+def new_run_folder(config: InFolder, experiment: str) -> Path:
     """Make and return the run's folder with its config.json; with ``--resume``, that of the run to continue.
 
     A folder that exists is refused with SystemExit, and so is one to resume that does not.
     """
-    root = Path(config.run_dir) / experiment
-    if config.name is not None and (config.name in ("", ".", "..") or Path(config.name).name != config.name):
-        raise SystemExit(f"--name {config.name!r}; expected the name of one folder: --run-dir says where it lies")
-    if config.resume:
-        folder = latest(root) if config.name is None else root / config.name
-        if not (folder / "config.json").is_file():
-            raise SystemExit(f"{folder} is no run's folder; expected one to resume: leave --resume out to begin one")
+    folder, resume = folder_of(config, experiment), isinstance(config, Resumable) and config.resume
+    if resume and os.path.isfile(folder / "config.json"):
         return folder
-    folder = root / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    if resume is True:
+        raise SystemExit(f"{folder} is no run's folder; expected one to resume: --resume auto begins one")
     try:
-        folder.mkdir(parents=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-        (folder / "config.json").write_text(text + "\n")
+        if not (resume and folder.is_dir() and not any(folder.iterdir())):  # as one that is killed here leaves it
+            folder.mkdir(parents=True)
+        with whole_file(folder / "config.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
     except FileExistsError as error:
         what = folder if folder.exists() else error.filename
         raise SystemExit(f"{what} exists already and is left as it is: choose another --name or --run-dir") from None
     except OSError as error:
         raise SystemExit(f"{folder} cannot be made ({error.strerror}): choose another --name or --run-dir") from None
     return folder
-
-
-def latest(root: Path) -> Path:
-    """The experiment's run that was begun last."""
-    begun = list(root.glob("*/config.json"))
-    if not begun:
-        raise SystemExit(f"{root} holds no run; expected one to resume: leave --resume out to begin one")
-    return max(begun, key=lambda path: path.stat().st_mtime).parent
 
 
 def explain(console: Console) -> None:
@@ -121,11 +343,14 @@ def explain(console: Console) -> None:
     jax.monitoring.register_event_listener(cached)
 
 
+# --- training --------------------------------------------------------------------------------------------------------
+
+
 def train(config: Any, title: str, folder: Path, step, start, data, console: Console, free=(), **options):
     """`fnet.fit` as the options say: how long, in which folder, resumed or not; what cannot be is a SystemExit.
 
     ``config`` is kept in ``folder``, and only a run of the same is resumed, save for what may change in every run and
-    the options named in ``free``.
+    the options named in ``free``. Where an experiment that is resumed had not come to this run, it begins.
     """
     free = (*fnet.Run._field_defaults["free"], *free)
     try:
@@ -136,28 +361,29 @@ def train(config: Any, title: str, folder: Path, step, start, data, console: Con
             epochs=length(config, data),
             batch_size=config.batch_size,
             observers=[progress(title, console)],
-            run=fnet.Run(folder, config, resume=config.resume, free=free),
+            run=fnet.Run(folder, config, resume="auto" if config.resume else False, free=free),
             explain=config.explain,
             **options,
         )
-    except (fnet.RunError, fnet.CheckpointError, fnet.NonFiniteError) as error:
+    except (fnet.RunError, fnet.CheckpointError, fnet.NonFiniteError, fnet.DataError) as error:
         raise SystemExit(f"{title}: {error}") from error
-    except fnet.Interrupted as stopped:
-        where = f"--run-dir {shlex.quote(str(config.run_dir))} --name {shlex.quote(folder.name)}"
-        console.print(f"{stopped}. To go on: the same command with --resume {where}", highlight=False, soft_wrap=True)
-        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def length(config: Any, data: fnet.Batch) -> int:
     """The epochs at which a run ends: the experiment's, or those of ``--steps``; SystemExit where there are none."""
-    try:
-        check_batch_size(config.batch_size, len(data.targets))
-    except fnet.DataError as error:
-        raise SystemExit(f"--{error}") from None
+    if not 1 <= config.batch_size <= len(data.targets):
+        raise SystemExit(
+            f"--batch-size {config.batch_size}; expected 1 to {len(data.targets)}, the examples to train on"
+        )
+    if config.epochs < 1:
+        raise SystemExit(f"--epochs {config.epochs}; expected at least 1")
     per_epoch = steps_per_epoch(data, config.batch_size)
     if config.steps is not None and (config.steps < 1 or config.steps % per_epoch):
         raise SystemExit(f"--steps {config.steps}; expected a multiple of {per_epoch}, the steps of an epoch")
     return config.epochs if config.steps is None else config.steps // per_epoch
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batch, fnet.Batch]:
@@ -169,6 +395,6 @@ def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batc
     digits = fnet.data.mnist_5k()
     digits = digits._replace(inputs=digits.inputs.reshape(-1, 28, 28, 1))
     rest = len(digits.targets) - test_size - held_out
-    parts = [part for part in (rest, held_out, test_size) if part]
+    parts = [rest, held_out, test_size] if held_out else [rest, test_size]
     train_data, test_data, *_ = fnet.split(digits, parts, stream(jax.random.key(seed), "split"))
     return train_data, test_data

@@ -29,11 +29,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Count,
+    InFolder,
+    Positive,
+    Seeds,
+    Widths,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.initializers import lecun_normal
 from fnet.layers import tanh
 from fnet.report import engine_table
@@ -47,19 +57,19 @@ SHOWN = (0.5, 2.0, 4.0)  # m: the starts from rest of the picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder):
     """Train a policy through a differentiable cart-pole and compare it with an LQR on the same cost."""
 
-    hidden: tuple[int, ...] = (32,)  # widths of the policy's hidden layers, tanh after each
-    force: float = 10.0  # N, the bound of both policies
-    dt: float = 0.04  # s, a step of the simulation
-    horizon: int = 30  # steps of a flight in training
-    test_horizon: int = 150  # steps of a flight in the test
-    starts: int = 512  # to train on; as many near and as many far ones to test on
-    batch_size: int = 64
-    epochs: int = 250
-    learning_rate: float = 5e-3  # Adam's at the start; it falls to 0 along half a cosine
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the parameters, the starts and their order; all train in one program
+    hidden: Widths = (32,)  # widths of the policy's hidden layers, tanh after each
+    force: Positive = 10.0  # N, the bound of both policies
+    dt: Positive = 0.04  # s, a step of the simulation
+    horizon: Count = 30  # steps of a flight in training
+    test_horizon: Count = 150  # steps of a flight in the test
+    starts: Count = 512  # to train on; as many near and as many far ones to test on
+    batch_size: Count = 64
+    epochs: Count = 250
+    learning_rate: Amount = 5e-3  # Adam's at the start; it falls to 0 along half a cosine
+    seeds: Seeds = (0, 1, 2)  # of the parameters, the starts and their order; all train in one program
 
 
 # --- the system ------------------------------------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def judge(policy, config: Config, starts, final) -> dict[str, jax.Array]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Solve, audit, train, compare and draw; returns what was measured, by policy and kind of start."""
-    console = open_console(config, "control", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "control")
     a, b = linearised(config.dt)
     gain, final = riccati(a, b, Q, np.array([[R]]))
@@ -227,10 +237,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     dropped = [results[name, "far"]["fell"].mean() for name in ("network", "LQR")]
     console.print(
         f"near, the network pays {excess.mean():+.2%} ± {excess.std():.2%} of the LQR's cost (expected within 1%); "
-        f"far, it drops {dropped[0]:.1%} of the poles, the LQR {dropped[1]:.1%} (expected: at most half)  {folder}",
+        f"far, it drops {dropped[0]:.1%} of the poles, the LQR {dropped[1]:.1%} (expected: at most half)",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {
         "gain": gain,
         "final": final,
@@ -275,4 +286,4 @@ def draw(policies: dict, config: Config, final, losses, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

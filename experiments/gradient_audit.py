@@ -26,14 +26,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape as as_text
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
 from fnet import losses
 from fnet.gradcheck import Report
 from fnet.layers.recurrent import LSTMCarry
@@ -52,13 +51,12 @@ FAULTS = {  # activation: what its backward does wrong, and that backward
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, Seeded):
     """Audit every layer, loss and model of fnet."""
 
     only: tuple[str, ...] = ()  # the audits whose names begin with one of these; none given: all
     fault: Literal["relu", "sigmoid", "softmax", "tanh"] | None = None  # the activation whose backward is made wrong
-    batch_size: int = 32  # digits in the audit of 784-128-64-10
-    seed: int = 0  # of the inputs, the parameters and the choice of digits
+    batch_size: Count = 32  # digits in the audit of 784-128-64-10
 
 
 def constructors(fault: str | None) -> SimpleNamespace:
@@ -315,7 +313,7 @@ def index_page(reports: dict[str, Report], pages: dict[str, str]) -> str:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Run the audits, print the table, write the run folder; returns the reports and the names of those that failed."""
-    console = open_console(config, "gradient_audit", console)
+    console = open_console(config, console)
     chosen = {name: audit for name, audit in audits(config).items() if name.startswith(config.only or "")}
     if not chosen:
         raise SystemExit(f"--only {' '.join(config.only)}: no audit begins so; there are {', '.join(audits(config))}")
@@ -347,18 +345,19 @@ def run(config: Config, console: Console | None = None) -> dict:
     failed = [name for name, report in reports.items() if not report.ok]
     leaves = sum(len(report.leaves) for report in reports.values())
     console.print(
-        f"{len(reports)} audits, {leaves} leaves: {len(failed)} audits failed  {folder / 'index.html'}",
+        f"{len(reports)} audits, {leaves} leaves: {len(failed)} audits failed",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder / "index.html")
     return {"reports": reports, "failed": failed, "folder": folder}
 
 
-def main(config: Config) -> None:
+def run_or_fail(config: Config) -> None:
     """`run`, and exit with an error if any gradient is wrong or not verified."""
     if failed := run(config)["failed"]:
         raise SystemExit(f"wrong or not verified: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(run_or_fail, Config)

@@ -21,13 +21,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, length, new_run_folder, open_console, train
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    Resumable,
+    Seeded,
+    Share,
+    engine_of,
+    length,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+    train,
+)
 from fnet.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
 from fnet.report.plots import new_figure
@@ -38,15 +51,14 @@ CLAIMED = {1: (2.3, 0.10), 10: (1.5, 0.40), 50: (0.3, 0.90)}  # the text's loss 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Resumable, ByEngine, Seeded):
     """Train the sources' Keras example on random inputs with random labels."""
 
-    examples: int = 1000
-    validation_split: float = 0.2  # the share of the examples, from the end, that is not trained on
-    learning_rate: float = 1e-3  # Adam's
-    batch_size: int = 32
-    epochs: int = 50
-    seed: int = 0  # of the data, the parameters and the order of the examples
+    examples: Count = 1000
+    validation_split: Share = 0.2  # the share of the examples, from the end, that is not trained on
+    learning_rate: Amount = 1e-3  # Adam's
+    batch_size: Count = 32
+    epochs: Count = 50
 
 
 def random_data(config: Config, key) -> fnet.Batch:
@@ -64,10 +76,15 @@ def split_last(data: fnet.Batch, share: float) -> tuple[fnet.Batch, fnet.Batch]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, print the comparison and write the run folder; returns what was measured."""
-    console = open_console(config, "keras_example", console, takes=(*FOLDER, "engine", "steps", "resume"))
+    console = open_console(config, console)
     key = jax.random.key(config.seed)
     with console.status("drawing the data and the parameters"):
         training, validation = split_last(random_data(config, stream(key, "data")), config.validation_split)
+        if not len(training.inputs) or not len(validation.inputs):
+            raise SystemExit(
+                f"--validation-split {config.validation_split} of {config.examples} examples; expected a share that "
+                "leaves some to train on and some to validate"
+            )
         model, loss = fnet.mlp(128, 64, CLASSES, weights=glorot_uniform()), fnet.softmax_cross_entropy
         params, state = fnet.init(model, stream(key, "model"), training.inputs[:1])
 
@@ -99,7 +116,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     draw(curves, held_out, folder / "curves.png")
     last = {name: curves[name][-1] for name in ("accuracy", "validation_accuracy")}
     final = f"training accuracy {last['accuracy']:.4f}, validation accuracy {last['validation_accuracy']:.4f}"
-    console.print(f"{final}  {folder}", highlight=False, soft_wrap=True)
+    console.print(final, highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"history": history, "training": training, "validation": validation, "folder": folder}
 
 
@@ -129,4 +147,4 @@ def draw(curves, held_out: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -23,11 +23,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amounts,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeded,
+    Widths,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -35,15 +46,14 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine, Seeded):
     """Sweep the learning rate of plain gradient descent on the 8x8 digits in one program."""
 
-    rates: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    batch_size: int = 32
-    epochs: int = 100
-    hidden: tuple[int, ...] = (64, 32)  # widths of the hidden layers
-    test_size: int = 357  # of the 1,797 digits; the other 1,440 are trained on
-    seed: int = 0  # of the split, the parameters and the order of the examples
+    rates: Amounts = (0.001, 0.01, 0.1, 1.0)
+    batch_size: Count = 32
+    epochs: Count = 100
+    hidden: Widths = (64, 32)  # widths of the hidden layers
+    test_size: Count = 357  # of the 1,797 digits; the other 1,440 are trained on
 
 
 def load(config: Config) -> tuple[fnet.Batch, ...]:
@@ -70,7 +80,7 @@ def train_at(config: Config, rate, train_data: fnet.Batch, test_data: fnet.Batch
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train at every rate, print the table, draw the curves; returns what was measured, by rate."""
-    console = open_console(config, "learning_rates", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "learning_rates")
     data, traces = load(config), 0
 
@@ -111,7 +121,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     title = f"{config.epochs} epochs in batches of {config.batch_size}: after the last epoch, by learning rate"
     console.print(engine_table(title, {name: {c: cell(r[name]) for c, r in columns.items()} for name in names}))
     draw(results, config, folder / "curves.png")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"traces": traces, "rates": results, "folder": folder}
 
 
@@ -138,4 +148,4 @@ def draw(results: dict, config: Config, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -22,11 +22,21 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeded,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy
 from fnet.optimizers import dynamic_loss_scale, master_weights
@@ -45,15 +55,15 @@ WITHIN = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine, Seeded):
     """Train in 16 bits and compare with float32."""
 
-    seeds: int = 5  # of the split, the parameters and the order of the examples
-    epochs: int = 30
-    batch_size: int = 32
-    rate: float = 3e-4  # small, so that updates are below bfloat16's rounding
-    hidden: int = 32
-    test_size: int = 357  # of the 1,797 digits
+    seeds: Count = 5  # of the split, the parameters and the order of the examples
+    epochs: Count = 30
+    batch_size: Count = 32
+    rate: Amount = 3e-4  # small, so that updates are below bfloat16's rounding
+    hidden: Count = 32
+    test_size: Count = 357  # of the 1,797 digits
 
 
 def train_in(config: Config, way: str, key, digits: fnet.Batch) -> dict:
@@ -80,7 +90,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     """Train in every way from every seed; returns accuracies by way."""
     if config.seeds < 1:
         raise ValueError(f"low_precision: seeds = {config.seeds}; expected at least 1")
-    console = open_console(config, "low_precision", console, takes=(*FOLDER, "engine", "seed"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "low_precision")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
     keys, results, rows = jax.random.split(jax.random.key(config.seed), config.seeds), {}, {}
@@ -99,9 +109,9 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(engine_table(f"{config.seeds} seeds, {config.epochs} epochs, rate {config.rate:g}", rows))
     plain = {way: {name: a.tolist() for name, a in r.items()} for way, r in results.items()}
     (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
-    console.print(f"numbers in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"results": results, "folder": folder}
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -21,13 +21,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, open_console
+from experiments.common import Count, Options, main, open_console
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
 from fnet.types import weighted_mean
@@ -56,7 +55,7 @@ PRINTED = {  # by the post, to the last digit
 class Config(Options):
     """Reproduce Mazur's worked example by hand and by autodiff."""
 
-    updates: int = 10_000  # before the last rows; the post makes 10,000
+    updates: Count = 10_000  # before the last rows; the post makes 10,000
 
 
 def fixed_biases(gradient):
@@ -126,7 +125,7 @@ def agrees(value: float, printed: str) -> bool:
 
 def run(config: Config, console: Console | None = None) -> dict[str, dict[str, float]]:
     """Print the table; returns its columns, each a dict by quantity."""
-    console = open_console(config, "mazur", console, takes=())
+    console = open_console(config, console)
     with jax.enable_x64(True), console.status("running the example by three gradient engines"):
         model, params, state, data = example()
         engines = {
@@ -155,4 +154,4 @@ def run(config: Config, console: Console | None = None) -> dict[str, dict[str, f
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

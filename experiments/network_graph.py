@@ -30,13 +30,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeds,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.children import watch
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
@@ -47,14 +57,14 @@ NAMES = ["z", "a", "ŷ", "L", "∂L/∂ŷ", "∂L/∂W_o", "∂L/∂b_o", "∂L/
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Draw a 2-3-1 network with its values and gradients, and check them against the formulas by hand."""
 
     inputs: tuple[float, float] = (0.6, -0.4)
     target: float = 1.5
-    learning_rate: float = 0.1  # of plain gradient descent
-    updates: int = 10  # between the two pictures
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the weights; the pictures show the first
+    learning_rate: Amount = 0.1  # of plain gradient descent
+    updates: Count = 10  # between the two pictures
+    seeds: Seeds = (0, 1, 2)  # of the weights; the pictures show the first
 
 
 # --- the numbers, three times ----------------------------------------------------------------------------------------
@@ -150,7 +160,7 @@ def descend(config: Config, params, x: np.ndarray):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Compute all numbers three times for every seed, print the table and draw the graph; returns the numbers."""
-    console = open_console(config, "network_graph", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "network_graph")
     x, y = np.array(config.inputs), config.target
     numbers, losses = {}, []
@@ -186,10 +196,11 @@ def run(config: Config, console: Console | None = None) -> dict:
         f"{after.mean():.1e} ± {after.std():.1e}"
     )
     console.print(
-        f"the three computations differ by {worst:.1e} at most (expected below 1e-14)  {folder}",
+        f"the three computations differ by {worst:.1e} at most (expected below 1e-14)",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {
         "numbers": numbers,
         "losses": np.array(losses),
@@ -250,4 +261,4 @@ def draw(params, x, y: float, n: dict[str, np.ndarray], title: str, path: Path) 
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -18,13 +18,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import Amount, InFolder, main, new_run_folder, open_console, say_written
 from fnet.layers import softmax
 from fnet.report.plots import new_figure
 
@@ -36,10 +35,10 @@ TARGET = TOKENS.index("azul")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder):
     """Predict the token after "El cielo es" from four logits, and learn from the answer once."""
 
-    learning_rate: float = 1.0  # of the one step on the logits
+    learning_rate: Amount = 1.0  # of the one step on the logits
 
 
 def explain(e: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float] | None]]:
@@ -81,7 +80,7 @@ def compute(config: Config) -> dict:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Print the tables and draw the bars; returns all numbers."""
-    console = open_console(config, "next_token", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "next_token")
     r = compute(config)
 
@@ -114,7 +113,8 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     draw(r, config, folder / "probabilities.png")
     before, after = r["p"][TARGET], r["p_after"][TARGET]
-    console.print(f"p(azul) {before:.6f} → {after:.6f}  {folder}", highlight=False, soft_wrap=True)
+    console.print(f"p(azul) {before:.6f} → {after:.6f}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {**r, "folder": folder}
 
 
@@ -135,4 +135,4 @@ def draw(r: dict, config: Config, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

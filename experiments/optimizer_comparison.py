@@ -22,11 +22,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Amounts,
+    ByEngine,
+    Count,
+    InFolder,
+    Positive,
+    Seeded,
+    Widths,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -45,28 +58,27 @@ OPTIMIZERS = {
 class Rates:
     """A learning rate for each optimizer."""
 
-    sgd: float
-    momentum: float
-    nesterov: float
-    rmsprop: float
-    adam: float
+    sgd: Amount
+    momentum: Amount
+    nesterov: Amount
+    rmsprop: Amount
+    adam: Amount
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine, Seeded):
     """Compare five optimizers on the 8x8 digits and in a narrow quadratic valley."""
 
     digits: Rates = Rates(sgd=1.0, momentum=0.1, nesterov=0.1, rmsprop=0.01, adam=0.03)
     valley: Rates = Rates(sgd=0.019, momentum=0.02, nesterov=0.01, rmsprop=0.01, adam=0.5)
-    grid: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # rates tried with all, on both
-    hidden: tuple[int, ...] = (32,)  # widths of the hidden layers
-    batch_size: int = 32
-    epochs: int = 20
-    starts: int = 10  # draws of the parameters and of the order of the examples
-    target: float = 0.1  # a training cost; the table says when it is reached and with how many of the rates
-    condition: float = 100.0  # the valley's greatest curvature; its least is 1
-    steps: int = 2000  # in the valley
-    seed: int = 0
+    grid: Amounts = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # rates tried with all, on both
+    hidden: Widths = (32,)  # widths of the hidden layers
+    batch_size: Count = 32
+    epochs: Count = 20
+    starts: Count = 10  # draws of the parameters and of the order of the examples
+    target: Amount = 0.1  # a training cost; the table says when it is reached and with how many of the rates
+    condition: Positive = 100.0  # the valley's greatest curvature; its least is 1
+    steps: Count = 2000  # in the valley
 
 
 def train_digits(config: Config, model, make, rate, start, key, data):
@@ -102,7 +114,7 @@ def descend_valley(config: Config, make, rate, degrees):
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train and descend with every optimizer, print tables and advice, draw; returns what was measured."""
-    console = open_console(config, "optimizer_comparison", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "optimizer_comparison")
     key = jax.random.key(config.seed)
     train_data, test_data = fnet.split(fnet.data.sklearn_digits(), (1440, 357), stream(key, "split"))
@@ -152,7 +164,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(f"On the digits, each at its own rate, the medians end between {min(ends):.2g} and {max(ends):.2g}.")
     draw_digits(config, arrays, folder / "digits.png")
     draw_valley(config, arrays, folder / "valley.png")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"digits": digits, "valley": valley, "arrays": arrays, "folder": folder}
 
 
@@ -233,4 +245,4 @@ def draw_valley(config: Config, arrays: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -27,10 +27,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import Count, InFolder, Positive, main, new_run_folder, open_console, say_written
 from fnet import optimizers
 from fnet.optimizers import minimize_lbfgs
 from fnet.report import engine_table
@@ -91,16 +90,16 @@ DRAWN = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "nadam", "lion")  # of
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder):
     """Draw the paths of optimizers on functions with known minima."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
     optimizers: tuple[str, ...] = ONE_BY_ONE
     drawn: tuple[str, ...] | None = None  # in the picture; None takes the optimizers given, and seven of all twelve
-    steps: int = 500
-    rates: int = 25  # from low to high by a constant factor
-    low: float = 1e-4
-    high: float = 10.0
+    steps: Count = 500
+    rates: Count = 25  # from low to high by a constant factor
+    low: Positive = 1e-4
+    high: Positive = 10.0
 
 
 def path(problem: Problem, name: str, steps: int, rate) -> jax.Array:
@@ -138,7 +137,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         for name in given:
             if name not in known:
                 raise ValueError(f"optimizer_paths: no {what} {name!r}; expected some of {', '.join(known)}")
-    console = open_console(config, "optimizer_paths", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "optimizer_paths")
     rates, results = np.geomspace(config.low, config.high, config.rates), {}
     with jax.enable_x64(True):
@@ -170,7 +169,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     plain = {t: {n: {k: v for k, v in r.items() if k != "path"} for n, r in rs.items()} for t, rs in results.items()}
     (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
     draw(results, drawn, folder / "paths.png")
-    console.print(f"picture in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"results": results, "folder": folder}
 
 
@@ -202,4 +201,4 @@ def draw(results: dict, drawn: tuple[str, ...], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

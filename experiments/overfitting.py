@@ -31,11 +31,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Amounts,
+    ByEngine,
+    Count,
+    Counts,
+    InFolder,
+    Seeds,
+    Share,
+    Shares,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -44,27 +58,27 @@ from fnet.types import Layer, Optimizer, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Bias and variance on a known function; capacity against data and cures of overfitting on the 8x8 digits."""
 
-    sets: int = 100  # training sets drawn anew
-    points: int = 25  # examples in each
-    noise: float = 0.3  # standard deviation of ε
-    units: tuple[int, ...] = (1, 2, 4, 16)  # of both hidden layers of the networks on the known function
-    updates: int = 1500  # on the known function, by Adam on all points
-    decay: float = 0.3  # of the weights, on the known function
-    dropout_rate: float = 0.1  # there
-    stop: int = 100  # updates after which early stopping stops there
-    widths: tuple[int, ...] = (2, 8, 32, 128)  # of the hidden layer on the digits
-    sizes: tuple[int, ...] = (25, 100, 400)  # numbers of training digits
-    epochs: int = 200  # by Adam on all of them
-    few: int = 100  # training digits of the cures, and as many to validate
-    label_noise: float = 0.2  # the share of them whose label is drawn at random
-    rates: tuple[float, ...] = (0.2, 0.5, 0.8)  # of dropout, to choose from
-    decays: tuple[float, ...] = (0.1, 0.3, 1.0)  # of the weights, to choose from
-    cure_epochs: int = 150
-    learning_rate: float = 0.01  # Adam's, everywhere
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the training sets
+    sets: Count = 100  # training sets drawn anew
+    points: Count = 25  # examples in each
+    noise: Amount = 0.3  # standard deviation of ε
+    units: Counts = (1, 2, 4, 16)  # of both hidden layers of the networks on the known function
+    updates: Count = 1500  # on the known function, by Adam on all points
+    decay: Amount = 0.3  # of the weights, on the known function
+    dropout_rate: Share = 0.1  # there
+    stop: Count = 100  # updates after which early stopping stops there
+    widths: Counts = (2, 8, 32, 128)  # of the hidden layer on the digits
+    sizes: Counts = (25, 100, 400)  # numbers of training digits
+    epochs: Count = 200  # by Adam on all of them
+    few: Count = 100  # training digits of the cures, and as many to validate
+    label_noise: Share = 0.2  # the share of them whose label is drawn at random
+    rates: Shares = (0.2, 0.5, 0.8)  # of dropout, to choose from
+    decays: Amounts = (0.1, 0.3, 1.0)  # of the weights, to choose from
+    cure_epochs: Count = 150
+    learning_rate: Amount = 0.01  # Adam's, everywhere
+    seeds: Seeds = (0, 1, 2)  # of the split, the parameters and the training sets
 
 
 def decayed(optimizer: Optimizer, decay) -> Optimizer:
@@ -271,7 +285,7 @@ def choose(pairs, curves: dict[str, np.ndarray]) -> dict[str, dict]:
 def run(config: Config, console: Console | None = None) -> dict:
     """The three studies: tables, pictures, results.json; returns what was measured."""
     check(config)
-    console = open_console(config, "overfitting", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "overfitting")
     with console.status(f"{config.sets} training sets of a known function, for {len(config.units)} networks"):
         by_units, by_cure = study_function(config)
@@ -292,7 +306,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "cures": {name: {k: np.asarray(v).tolist() for k, v in found.items()} for name, found in cures.items()},
     }
     (folder / "results.json").write_text(json.dumps({**decomposed, **digits}, indent=2) + "\n")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     results = {"by_units": by_units, "by_cure": by_cure, "by_width": by_width, "cures": cures}
     return {**results, "curves": curves, "pairs": pairs, "folder": folder}
 
@@ -428,4 +442,4 @@ def draw_digits(config: Config, by_width, cures, curves, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -22,13 +22,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import ENGINES, Options, new_run_folder, open_console
+from experiments.common import ENGINES, Amount, Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms
@@ -39,14 +38,13 @@ TARGETS = {"AND": [0.0, 0.0, 0.0, 1.0], "OR": [0.0, 1.0, 1.0, 1.0], "XOR": [0.0,
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, Seeded):
     """Learn AND, OR and XOR by Rosenblatt's rule, and XOR by a hidden layer."""
 
-    epochs: int = 1000  # of Rosenblatt's rule
-    hidden: int = 6  # tanh units of the network that learns XOR
-    learning_rate: float = 0.5  # its gradient descent's
-    updates: int = 2000  # its full-batch updates
-    seed: int = 0  # of its start
+    epochs: Count = 1000  # of Rosenblatt's rule
+    hidden: Count = 6  # tanh units of the network that learns XOR
+    learning_rate: Amount = 0.5  # its gradient descent's
+    updates: Count = 2000  # its full-batch updates
 
 
 def rosenblatt(targets, epochs: int):
@@ -110,7 +108,7 @@ def step_gradients(config: Config) -> dict[str, dict[str, dict[str, float]]]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Learn, print what was learned and draw it; returns the numbers."""
-    console = open_console(config, "perceptron", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "perceptron")
     with console.status("learning"):
         learn = jax.jit(jax.vmap(partial(rosenblatt, epochs=config.epochs)))  # the three targets at once
@@ -148,7 +146,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     draw(rule, model, hidden["backprop"]["end"], folder / "regions.png")
     wrong = rule["XOR"]["errors"][-1], 4 - hidden["backprop"]["right"].sum()
     final = f"XOR: {wrong[0]} errors in the perceptron's last epoch, {wrong[1]:.0f} by the hidden layer"
-    console.print(f"{final}  {folder}", highlight=False, soft_wrap=True)
+    console.print(final, highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"rule": rule, "first_return": again, "hidden": hidden, "step_gradients": norms, "folder": folder}
 
 
@@ -176,4 +175,4 @@ def draw(rule: dict, model: fnet.Layer, ts: fnet.TrainState, path: Path) -> None
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

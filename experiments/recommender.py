@@ -29,11 +29,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import Options, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Count,
+    InFolder,
+    Seeds,
+    Share,
+    Whole,
+    Wholes,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.losses import squared_error
 from fnet.report import engine_table
 from fnet.report.plots import new_figure
@@ -41,20 +52,20 @@ from fnet.types import stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder):
     """Factorise seeded ratings of known rank, at several ranks at once, by autodiff and by hand."""
 
-    users: int = 300
-    items: int = 200
-    rank: int = 4  # of the ratings, beside the biases
-    noise: float = 0.5  # standard deviation; the biases' is 0.5 each and that of p_u · q_i is 1
-    seen: float = 0.3  # the share of all entries that has a rating
-    held_out: float = 0.2  # the share of the ratings that is tested on
-    ranks: tuple[int, ...] = (0, 2, 4, 6)  # of the models
-    learning_rate: float = 0.03  # Adam's at the start; it falls to 0 along half a cosine
-    batch_size: int = 600
-    epochs: int = 50
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the ratings, the split, the start and the order
+    users: Count = 300
+    items: Count = 200
+    rank: Whole = 4  # of the ratings, beside the biases
+    noise: Amount = 0.5  # standard deviation; the biases' is 0.5 each and that of p_u · q_i is 1
+    seen: Share = 0.3  # the share of all entries that has a rating
+    held_out: Share = 0.2  # the share of the ratings that is tested on
+    ranks: Wholes = (0, 2, 4, 6)  # of the models
+    learning_rate: Amount = 0.03  # Adam's at the start; it falls to 0 along half a cosine
+    batch_size: Count = 600
+    epochs: Count = 50
+    seeds: Seeds = (0, 1, 2)  # of the ratings, the split, the start and the order
 
 
 # --- the ratings -----------------------------------------------------------------------------------------------------
@@ -170,7 +181,7 @@ def attainable(config: Config, entries: int) -> float:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train at every rank, and at the true one by hand too, print the table, draw; returns what was measured."""
-    console = open_console(config, "recommender", console)
+    console = open_console(config, console)
     folder = new_run_folder(config, "recommender")
     data = [make_ratings(config, seed) for seed in config.seeds]
     training, test = (jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), *(d[i] for d in data)) for i in (0, 1))
@@ -232,10 +243,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(
         f"held-out RMSE {cell(best)} at rank {config.rank} (expected: {limit:.3f} within 3%), "
         f"{best.mean() / floor.mean():.3f} of the noise; biases alone {baselines['biases, least squares'].mean():.3f}, "
-        f"global mean {baselines['global mean'].mean():.3f}  {folder}",
+        f"global mean {baselines['global mean'].mean():.3f}",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {"curves": curves, "baselines": baselines, "tables": tables, "errors": errors, "folder": folder}
 
 
@@ -262,4 +274,4 @@ def draw(errors, baselines, config: Config, limit: float, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -36,12 +36,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from scipy.stats import rankdata
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, load_images, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    Counts,
+    InFolder,
+    Seed,
+    Seeds,
+    Wholes,
+    engine_of,
+    load_images,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -57,21 +71,21 @@ LAYERS = ("dense_1", "dense_0", "conv_1", "conv_0")  # from the top
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Train a small convolutional network on the digits and look at what it looks at."""
 
-    images: int = 100  # of the test digits, in the checks
-    copies: int = 32  # of SmoothGrad
-    noise: float = 0.15  # its standard deviation; pixels go from 0 to 1
-    path_steps: tuple[int, ...] = (4, 16, 64)  # along the path of integrated gradients; the last is used
-    wiped_out: tuple[int, ...] = (0, 5, 10, 20, 30, 40, 60, 80, 120, 160)  # pixels, in the deletion check
-    learning_rate: float = 2e-3  # Adam's first; half a cosine brings it to 0
-    batch_size: int = 50
-    epochs: int = 12
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the parameters, the orders and the noise
-    split_seed: int = 0  # all networks are trained on the same 4,000 digits and look at the same others
-    test_size: int = 1000  # of the 5,000 digits
-    tolerance: float = 0.01  # of completeness: mean |Σ map − (z(x) − z(empty))| over mean |z(x) − z(empty)|
+    images: Count = 100  # of the test digits, in the checks
+    copies: Count = 32  # of SmoothGrad
+    noise: Amount = 0.15  # its standard deviation; pixels go from 0 to 1
+    path_steps: Counts = (4, 16, 64)  # along the path of integrated gradients; the last is used
+    wiped_out: Wholes = (0, 5, 10, 20, 30, 40, 60, 80, 120, 160)  # pixels, in the deletion check
+    learning_rate: Amount = 2e-3  # Adam's first; half a cosine brings it to 0
+    batch_size: Count = 50
+    epochs: Count = 12
+    seeds: Seeds = (0, 1, 2)  # of the parameters, the orders and the noise
+    split_seed: Seed = 0  # all networks are trained on the same 4,000 digits and look at the same others
+    test_size: Count = 1000  # of the 5,000 digits
+    tolerance: Amount = 0.01  # of completeness: mean |Σ map − (z(x) − z(empty))| over mean |z(x) − z(empty)|
 
 
 def network() -> fnet.Layer:
@@ -192,7 +206,7 @@ def by_autodiff(params, state, x, labels) -> jax.Array:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train, map, check, print the tables, draw; returns what was measured."""
-    console = open_console(config, "saliency", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     if config.wiped_out[0] != 0:
         raise SystemExit(f"wiped_out = {config.wiped_out}; expected 0 first: the logit that the others are compared to")
     folder, begin = new_run_folder(config, "saliency"), time.perf_counter()
@@ -266,10 +280,11 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(
         f"completeness {error:.1e} of the difference (expected at most {config.tolerance:g}); integrated gradients "
         f"lower the logit by {lead:.2f} more than blackest first (expected above 1); with fresh weights maps correlate "
-        f"by at most {fresh:.2f} (expected at most 0.2)  {time.perf_counter() - begin:.0f} s  {folder}",
+        f"by at most {fresh:.2f} (expected at most 0.2)  {time.perf_counter() - begin:.0f} s",
         highlight=False,
         soft_wrap=True,
     )
+    say_written(console, folder)
     return {**numbers, **stacked, "likeness": likeness, "folder": folder}
 
 
@@ -384,4 +399,4 @@ def draw_checks(stacked: dict, likeness: list, config: Config, path: Path) -> No
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -23,11 +23,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import ByEngine, Count, InFolder, engine_of, main, new_run_folder, open_console, say_written
 from fnet import optimizers
 from fnet.metrics import accuracy
 from fnet.population import crossed, grid, student, train_population
@@ -39,17 +38,17 @@ NAMES = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "adamw", "nadam", "rad
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """The spread over seeds of every optimizer at its tuned rate, and which differences are real."""
 
     optimizers: tuple[str, ...] = NAMES
-    seeds: int = 100
-    tuning_seeds: int = 5
-    epochs: int = 20
-    batch_size: int = 32
-    hidden: int = 32
-    test_size: int = 357  # of the 1,797 digits
-    validation_size: int = 240
+    seeds: Count = 100
+    tuning_seeds: Count = 5
+    epochs: Count = 20
+    batch_size: Count = 32
+    hidden: Count = 32
+    test_size: Count = 357  # of the 1,797 digits
+    validation_size: Count = 240
 
     @property
     def rates(self) -> np.ndarray:
@@ -101,7 +100,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     for what, count, least in (("seeds", config.seeds, 2), ("tuning_seeds", config.tuning_seeds, 1)):
         if count < least:
             raise ValueError(f"seeds_matter: {what} = {count}; expected at least {least}")
-    console = open_console(config, "seeds_matter", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "seeds_matter")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
     tuning = jax.random.split(jax.random.key(1), config.tuning_seeds)
@@ -140,9 +139,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
     draw({name: accuracies[name] for name in order}, rates, folder / "spread.png")
     real = sum(r["real"] for r in compared)
-    console.print(
-        f"{real} of {len(compared)} differences are real; picture in {folder}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{real} of {len(compared)} differences are real", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"rates": rates, "accuracies": accuracies, "differences": compared, "folder": folder}
 
 
@@ -163,4 +161,4 @@ def draw(accuracies: dict[str, np.ndarray], rates: dict[str, float], path: Path)
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

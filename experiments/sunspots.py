@@ -34,11 +34,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeds,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.initializers import normal
 from fnet.layers import dense, gru, serial
 from fnet.losses import squared_error
@@ -48,21 +58,21 @@ from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Forecast the yearly sunspot numbers."""
 
-    units: int = 12  # of the GRU
-    learning_rate: float = 0.01  # Adam's
-    noise: float = 0.1  # standard deviation of the noise on the inputs, which have one of about 1
-    height: float = 0.2  # of the logarithm of the factor; 0.21 is that of the roots of the 11 cycle maxima until 1828
-    updates: int = 600  # at most; the validation part chooses among the multiples of `every`
-    every: int = 25
-    members: int = 5  # of an ensemble
-    seeds: tuple[int, ...] = (0, 1, 2)  # one ensemble each: of the parameters and of the noise
-    orders: int = 20  # AR(1) to AR(orders)
-    validation_size: int = 100  # years
-    test_size: int = 80
-    resamples: int = 4000  # of the bootstrap
+    units: Count = 12  # of the GRU
+    learning_rate: Amount = 0.01  # Adam's
+    noise: Amount = 0.1  # standard deviation of the noise on the inputs, which have one of about 1
+    height: Amount = 0.2  # of the logarithm of the factor; 0.21 is that of the roots of the 11 cycle maxima until 1828
+    updates: Count = 600  # at most; the validation part chooses among the multiples of `every`
+    every: Count = 25
+    members: Count = 5  # of an ensemble
+    seeds: Seeds = (0, 1, 2)  # one ensemble each: of the parameters and of the noise
+    orders: Count = 20  # AR(1) to AR(orders)
+    validation_size: Count = 100  # years
+    test_size: Count = 80
+    resamples: Count = 4000  # of the bootstrap
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +217,7 @@ def gain_interval(errors_a, errors_b, resamples: int, block: int = 11) -> tuple[
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Choose, train, test, draw; returns what was measured."""
-    console = open_console(config, "sunspots", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     if config.updates % config.every or config.updates < config.every:
         raise SystemExit(f"updates = {config.updates}; expected a multiple of every = {config.every}")
     years, x = load()
@@ -279,7 +289,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         },
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {**results, "validation_curve": curve, "forecasts": forecasts, "free_run": gru_run, "folder": folder}
 
 
@@ -315,4 +325,4 @@ def draw_free_run(years, x, test, run, linear, order, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -17,11 +17,24 @@ import dataclasses
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    AmountOrNone,
+    Amounts,
+    ByEngine,
+    Count,
+    InFolder,
+    Seeded,
+    Shares,
+    Widths,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.metrics import accuracy
 from fnet.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
@@ -29,19 +42,18 @@ from fnet.types import require_counts, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine, Seeded):
     """Sweep Adam's rate and b1 over seeds on the 8x8 digits in one program."""
 
-    rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    b1: tuple[float, ...] = (0.0, 0.5, 0.9, 0.99)
-    seeds: int = 8  # of parameters and order of the examples
-    hidden: tuple[int, ...] = (32,)  # widths of the hidden layers
-    batch_size: int = 32
-    epochs: int = 30
-    validation_size: int = 360  # of the 1,797 digits, to choose by
-    test_size: int = 357  # for the setting chosen; the other 1,080 are trained on
-    memory: float | None = None  # bytes that the program may take; None takes what is there
-    seed: int = 0  # of the split and of the seeds
+    rates: Amounts = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    b1: Shares = (0.0, 0.5, 0.9, 0.99)
+    seeds: Count = 8  # of parameters and order of the examples
+    hidden: Widths = (32,)  # widths of the hidden layers
+    batch_size: Count = 32
+    epochs: Count = 30
+    validation_size: Count = 360  # of the 1,797 digits, to choose by
+    test_size: Count = 357  # for the setting chosen; the other 1,080 are trained on
+    memory: AmountOrNone = None  # bytes that the program may take; None takes what is there
 
 
 def load(config: Config) -> tuple[fnet.Batch, ...]:
@@ -69,7 +81,7 @@ def train(config: Config, hyper, key, train_data: fnet.Batch, validation: fnet.B
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Train all members, rank the settings, test the chosen one; returns what was measured."""
-    console = open_console(config, "sweep_digits", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     require_counts("sweep_digits", seeds=config.seeds, epochs=config.epochs)
     train_data, validation, test_data = load(config)
     keys = jax.random.split(stream(jax.random.key(config.seed), "seeds"), config.seeds)
@@ -111,9 +123,9 @@ def run(config: Config, console: Console | None = None) -> dict:
     to_csv(population, folder / "sweep.csv")
     plot_heat_map(population, cost, ("learning_rate", "b1"), folder / "heat_map.png", label="mean validation cost")
     plot_parallel(population, cost, folder / "parallel.png", label="validation cost")
-    console.print(f"sweep.csv and pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return {"population": population, "ranking": ranked, "chosen": chosen, "test": test, "folder": folder}
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -24,23 +24,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fnet
-from experiments.common import Options, open_console
+from experiments.common import Count, Counts, Seeded, main, open_console
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(Seeded):
     """Audit the source texts' recursion with several losses, outputs and hidden activations."""
 
-    sizes: tuple[int, ...] = (4, 5, 3)  # units of the inputs, of each hidden layer and of the outputs
-    examples: int = 6  # m
-    seed: int = 0  # of parameters, inputs and targets
+    sizes: Counts = (4, 5, 3)  # units of the inputs, of each hidden layer and of the outputs
+    examples: Count = 6  # m
 
 
 # --- activations and costs --------------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def missing_factor(params, x, y) -> dict[str, jax.Array]:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Audit every case and print the verdicts; returns the reports and the missing factor."""
-    console = open_console(config, "textbook_backprop", console, takes=())
+    console = open_console(config, console)
     with jax.enable_x64(True):
         params, x, y = example(config)
         with console.status("auditing"):
@@ -241,4 +239,4 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

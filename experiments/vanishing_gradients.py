@@ -36,11 +36,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import fnet
-from experiments.common import FOLDER, Options, engine_of, new_run_folder, open_console
+from experiments.common import (
+    Amount,
+    Amounts,
+    ByEngine,
+    Count,
+    Counts,
+    InFolder,
+    Positive,
+    Seeds,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
 from fnet.metrics import accuracy, gradient_norms
@@ -51,26 +64,26 @@ from fnet.types import Layer, Mean, stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class Config(InFolder, ByEngine):
     """Gradients in deep and in recurrent networks: vanishing, exploding, cured."""
 
-    depths: tuple[int, ...] = (2, 50)  # hidden layers
-    train_depth: int = 20  # of the networks that train
-    units: int = 32  # of every hidden layer
-    small: float = 0.05  # standard deviations of the naive weights
-    large: float = 0.5
-    epochs: int = 10
-    test_size: int = 397  # of the 1,797 digits
-    batch_size: int = 32
-    rates: tuple[float, ...] = (0.01, 0.1)  # of gradient descent; the one of the lowest training loss is shown
-    gains: tuple[float, ...] = (0.8, 1.0, 1.2)  # of the recurrent weights, before training
-    length: int = 20  # T of the adding problem
-    sequences: int = 1024  # to train on
-    recurrent_units: int = 32
-    recurrent_epochs: int = 60
-    recurrent_rates: tuple[float, ...] = (0.001, 0.01, 0.03)
-    limit: float = 1.0  # of the gradient's global norm
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the split, the parameters and the order of the examples
+    depths: Counts = (2, 50)  # hidden layers
+    train_depth: Count = 20  # of the networks that train
+    units: Count = 32  # of every hidden layer
+    small: Amount = 0.05  # standard deviations of the naive weights
+    large: Amount = 0.5
+    epochs: Count = 10
+    test_size: Count = 397  # of the 1,797 digits
+    batch_size: Count = 32
+    rates: Amounts = (0.01, 0.1)  # of gradient descent; the one of the lowest training loss is shown
+    gains: Amounts = (0.8, 1.0, 1.2)  # of the recurrent weights, before training
+    length: Count = 20  # T of the adding problem
+    sequences: Count = 1024  # to train on
+    recurrent_units: Count = 32
+    recurrent_epochs: Count = 60
+    recurrent_rates: Amounts = (0.001, 0.01, 0.03)
+    limit: Positive = 1.0  # of the gradient's global norm
+    seeds: Seeds = (0, 1, 2)  # of the split, the parameters and the order of the examples
 
 
 # --- deep networks ---------------------------------------------------------------------------------------------------
@@ -288,7 +301,7 @@ def train_recurrent(config: Config) -> dict:
 def run(config: Config, console: Console | None = None) -> dict:
     """Measure, train, print the tables, draw; returns what was measured."""
     check(config)
-    console = open_console(config, "vanishing_gradients", console, takes=(*FOLDER, "engine"))
+    console = open_console(config, console)
     folder = new_run_folder(config, "vanishing_gradients")
     parts, keys = load(config), jax.vmap(jax.random.key)(jnp.array(config.seeds))
     start, deep = {}, {}  # by (activation, method) and for the first also depth
@@ -317,7 +330,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     draw_deep(config, results, folder / "depth.png")
     draw_recurrent(config, results, folder / "recurrent.png")
     (folder / "results.json").write_text(json.dumps(summary(config, results), indent=2) + "\n")
-    console.print(f"pictures in {folder}", highlight=False, soft_wrap=True)
+    say_written(console, folder)
     return results
 
 
@@ -505,4 +518,4 @@ def draw_recurrent(config: Config, results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config))
+    main(run, Config)

@@ -170,7 +170,7 @@ def test_the_options_are_the_faults():
 def test_a_fault_fails_the_command_and_no_other_layer_is_blamed(tmp_path, capsys):
     config = audit.Config(only=("mlp, 6-5-3 with", "identity"), fault="tanh", run_dir=tmp_path, name="test")
     with pytest.raises(SystemExit, match=r"^wrong or not verified: mlp, 6-5-3 with tanh and sigmoid$") as raised:
-        audit.main(config)
+        audit.run_or_fail(config)
     assert raised.value.code  # a text: exit status 1
     text = capsys.readouterr().out
     assert "tanh_0/inputs" in text and "1 audits failed" in text
@@ -179,7 +179,7 @@ def test_a_fault_fails_the_command_and_no_other_layer_is_blamed(tmp_path, capsys
 
 
 def test_a_right_run_does_not_fail_the_command(tmp_path):
-    audit.main(audit.Config(only=("identity",), run_dir=tmp_path))
+    audit.run_or_fail(audit.Config(only=("identity",), run_dir=tmp_path))
 
 
 def test_a_name_that_no_audit_has_is_refused_before_anything_is_written(tmp_path):
