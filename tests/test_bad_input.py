@@ -393,7 +393,8 @@ CASES = {
     "data as a dict": (
         lambda: fit(data={"x": X, "y": Y}),
         DataError,
-        "data is a dict of 'x', 'y'; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+        "data is a dict of 'x', 'y'; expected Batch(inputs, targets) or Batch(inputs, targets, weights), or a dict "
+        "with the names inputs, targets and perhaps weights",
     ),
     "too few features": (lambda: fit(data=fnet.Batch(X[:, :5], Y)), LayerError, "dense_0: expected 6 features, got 5"),
     "inputs of bytes": (
