@@ -57,6 +57,13 @@ def changed(array, place, value):
     return array
 
 
+class Twice:
+    """A source that does not say how long it is."""
+
+    def __iter__(self):
+        return iter([BATCH] * 2)
+
+
 def chatty(event):
     return 42
 
@@ -383,7 +390,8 @@ CASES = {
     "data as a dict": (
         lambda: fit(data={"x": X, "y": Y}),
         DataError,
-        "data is a dict of 'x', 'y'; expected Batch(inputs, targets) or Batch(inputs, targets, weights)",
+        "data is a dict of 'x', 'y'; expected Batch(inputs, targets) or Batch(inputs, targets, weights), or a dict "
+        "with the names inputs, targets and perhaps weights",
     ),
     "too few features": (lambda: fit(data=fnet.Batch(X[:, :5], Y)), LayerError, "dense_0: expected 6 features, got 5"),
     "inputs of bytes": (
@@ -453,7 +461,7 @@ CASES = {
         "them (318 values in all)",
     ),
     "a stream that ends": (
-        lambda: fit(data=Stream([BATCH] * 2, 3), batch_size=None),
+        lambda: fit(data=Stream(Twice(), 3), batch_size=None),
         DataError,
         "the stream ended after 2 batches; expected one that lasts as long as the run: repeat it",
     ),
