@@ -20,6 +20,7 @@ import pytest
 
 import fnet
 from fnet.data import DataError, check_data, digits, folds, mnist_5k, mnist_idx, sklearn_digits, split, take
+from fnet.data.arrays import as_batch
 from fnet.types import Batch
 from tests.test_training import assert_same_bits
 
@@ -555,7 +556,7 @@ def by_hand(batches):
     """The state after a jitted step on each batch of NumPy arrays."""
     ts, step = START, jax.jit(STEP)
     for batch in batches:
-        ts, _ = step(ts, check_data(fnet.data.arrays.as_batch(batch)))
+        ts, _ = step(ts, check_data(as_batch(batch)))
     return ts
 
 
