@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, evaluating, in_memory, reading
 from fnet.compiled import circumstances, compiled
-from fnet.data.arrays import check_data
+from fnet.data.arrays import check_data, count_examples
 from fnet.data.streams import Stream, check_resumable, is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
@@ -126,6 +126,7 @@ def fit(
         if folder:
             folder.begin(rows, programs)
         first = position = int(ts.step)
+        seen = 0
         seconds, halted, program = {"compile": 0.0, "run": 0.0}, False, None
 
         def tell(kind: str, at: int, metrics=None, took: float = 0.0, examples: int = 0) -> None:
@@ -186,7 +187,9 @@ def fit(
                     for kind, at, metrics in told:
                         folder.record(kind, at, at // plan.per_epoch, metrics)
                 if position > chunk.first:
-                    examples = examples_between(plan, chunk.first, position)
+                    batches = [read.batch for read in chunk.outputs.reads]  # a stream's may be of any size
+                    examples = sum(map(count_examples, batches)) or examples_between(plan, chunk.first, position)
+                    seen += examples
                     tell("chunk", position, recorder.last_means, chunk.seconds, examples)
                 for kind, at, metrics in told:
                     tell(kind, at, metrics)
@@ -198,7 +201,7 @@ def fit(
             seconds["run"] = time.perf_counter() - begin - (seconds["compile"] - before)
             save(wait=True)
             if folder:
-                folder.summarize(summary(plan, ts, first, position, seconds, program))
+                folder.summarize(summary(plan, ts, first, position, seen, seconds, program))
         except BaseException as error:
             lost = ts.step.is_deleted()  # where no copies are kept it was donated
             saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
@@ -213,14 +216,14 @@ def fit(
     return ts, recorder.history(seconds["compile"], seconds["run"], ending(stop, ts))
 
 
-def summary(plan: Plan, ts: TrainState, first: int, last: int, seconds, program) -> dict[str, Any]:
+def summary(plan: Plan, ts: TrainState, first: int, last: int, examples: int, seconds, program) -> dict[str, Any]:
     """What a call of `fit` did and took, for its folder's summary.json; bytes of the program if it is one."""
     memory = program.memory_analysis() if hasattr(program, "memory_analysis") else None
     return {
         "steps": last,
         "epochs": last // plan.per_epoch,
         "steps_of_this_call": last - first,
-        "examples": examples_between(plan, first, last),
+        "examples": examples,
         "compile_seconds": seconds["compile"],
         "run_seconds": seconds["run"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(ts.params)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import re
 import struct
 import subprocess
@@ -17,8 +18,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fnet
 from fnet.data import DataError, check_data, digits, folds, mnist_5k, mnist_idx, sklearn_digits, split, take
+from fnet.data.arrays import as_batch
 from fnet.types import Batch
+from tests.test_training import assert_same_bits
 
 X, Y = np.arange(12.0).reshape(4, 3), np.array([0, 1, 2, 1])
 
@@ -476,3 +480,219 @@ def test_a_missing_idx_file_is_named_with_its_spellings(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match=re.escape(expected)):
         mnist_idx(tmp_path)
+
+
+# --- loaders of batches ----------------------------------------------------------------------------------------------
+
+ROWS = 20
+MANY = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32), np.arange(ROWS) % 2
+FORMS = {
+    "a tuple": lambda x, y: (x, y),
+    "a list": lambda x, y: [x, y],
+    "a dict": lambda x, y: {"targets": y, "inputs": x},
+    "weighted": lambda x, y: [x, y, y * 0.5 + 0.5],
+}
+
+
+class Tensor:
+    """Of another library, which NumPy reads by the array interface, as it does torch's on the CPU."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+class Loader:
+    """As torch's ``DataLoader``: it has a length, and its order is another each time that it begins anew."""
+
+    def __init__(self, form="a tuple", size=8, drop_last=False):
+        self.form, self.ends, self.size = FORMS[form], range(size, ROWS + (0 if drop_last else size), size), size
+        self.begun = 0
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __iter__(self):
+        order = np.random.default_rng(self.begun).permutation(ROWS)
+        self.begun += 1
+        for end in self.ends:
+            x, y = (array[order[end - self.size : end]] for array in MANY)
+            yield jax.tree.map(Tensor, self.form(x, y))
+
+
+class Seen:
+    """A loader and the batches that it gave, by its passes: the first is `fnet.fit`'s look at one batch."""
+
+    def __init__(self, loader):
+        self.loader, self.passes = loader, []
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        mine = []
+        self.passes.append(mine)
+        for batch in self.loader:
+            mine.append(jax.tree.map(lambda leaf: np.asarray(leaf).copy(), batch))
+            yield batch
+
+    def of_the_run(self, epochs):
+        return self.passes[1 : epochs + 1]
+
+
+def begun(dtype=jnp.float32):
+    model, optimizer = fnet.mlp(5, 2), fnet.adam(0.01)
+    params, state = fnet.init(model, jax.random.key(0), jnp.ones((1, 3), dtype))
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
+    return step, fnet.init_train_state(params, optimizer, jax.random.key(1), state)
+
+
+STEP, START = begun()
+
+
+def by_hand(batches):
+    """The state after a jitted step on each batch of NumPy arrays."""
+    ts, step = START, jax.jit(STEP)
+    for batch in batches:
+        ts, _ = step(ts, check_data(as_batch(batch)))
+    return ts
+
+
+def assert_trained_on_its_batches(loader, lengths, examples):
+    """Two epochs of the loader are the steps on its batches as arrays, the last one too, which may be smaller."""
+    seen, told = Seen(loader), []
+    end, history = fnet.fit(STEP, START, fnet.data.Stream(seen), epochs=2, observers=[told.append])
+    epochs = seen.of_the_run(2)
+    assert [[len(jax.tree.leaves(batch)[0]) for batch in epoch] for epoch in epochs] == [lengths, lengths]
+    batches = [batch for epoch in epochs for batch in epoch]
+    assert_same_bits(end, by_hand(batches))
+    assert int(end.step) == 2 * len(lengths) and sum(event.examples for event in told) == 2 * examples
+    held, same = fnet.fit(STEP, START, fnet.data.Stream(batches, len(lengths)), epochs=2)
+    assert_same_bits(end, held)
+    assert history.epochs["loss"].tolist() == same.epochs["loss"].tolist()
+    losses, counts = history.steps["loss"][: len(lengths)], np.array(lengths)
+    if len(batches[0]) == 2:  # the mean of an epoch is that of its examples, not of its batches
+        np.testing.assert_allclose(history.epochs["loss"][0], losses @ counts / counts.sum(), rtol=1e-6)
+    return epochs
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loader_trains_on_its_batches_as_arrays_to_the_bit_and_begins_anew_each_epoch(form, drop_last):
+    lengths = [8, 8] if drop_last else [8, 8, 4]
+    first, second = assert_trained_on_its_batches(Loader(form, drop_last=drop_last), lengths, sum(lengths))
+    assert not np.array_equal(jax.tree.leaves(first)[0], jax.tree.leaves(second)[0])
+
+
+def test_a_smaller_last_batch_counts():
+    seen = Seen(Loader())
+    end, _ = fnet.fit(STEP, START, fnet.data.Stream(seen), epochs=1)
+    without = by_hand(seen.of_the_run(1)[0][:-1])
+    assert not np.array_equal(end.params["dense_0"]["w"], without.params["dense_0"]["w"])
+
+
+def test_a_loader_in_a_folder_is_refused_or_says_that_it_cannot_be_resumed_and_runs_as_without(tmp_path):
+    with pytest.raises(DataError, match=r"generator, has no get_state and no set_state, so that the run could not be"):
+        fnet.fit(STEP, START, fnet.data.Stream(Loader()), epochs=2, run=fnet.Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    stream = lambda: fnet.data.Stream(Loader(), resumable=False)  # noqa: E731
+    end, _ = fnet.fit(STEP, START, stream(), epochs=2, run=fnet.Run(tmp_path / "run"))
+    assert_same_bits(end, fnet.fit(STEP, START, stream(), epochs=2)[0])  # its order is by how often it has begun
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["examples"] == 2 * ROWS
+    message = r"stands at step 6, and its stream, whose generator has no set_state, cannot go on from there; expected"
+    with pytest.raises(DataError, match=message):
+        fnet.fit(STEP, START, stream(), epochs=3, run=fnet.Run(tmp_path / "run", resume=True))
+    with pytest.raises(DataError, match=message):
+        fnet.fit(STEP, end, stream(), epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (
+            Loader(size=30, drop_last=True),
+            "Stream: the source, a Loader, has length 0; expected at least 1 batch: of a",
+        ),
+        (
+            [{"image": X, "label": Y}],
+            "is a dict of 'image', 'label'; expected Batch(inputs, targets) or Batch(inputs, ",
+        ),
+        ([{"image": X, "label": Y}], "weights), or a dict with the names inputs, targets and perhaps weights"),
+        ([[X]], "a batch of the stream is a list of length 1; expected Batch(inputs, targets)"),
+    ],
+)
+def test_a_loader_that_gives_no_batches_is_refused(loader, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        fnet.fit(STEP, START, fnet.data.Stream(loader), epochs=1)
+
+
+def torch_loader(torch, data, **options):
+    if options.get("num_workers"):  # a fork of a process with jax's threads may hang
+        options["multiprocessing_context"] = "forkserver"
+    torch.manual_seed(0)
+    return torch.utils.data.DataLoader(data, batch_size=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "drop_last", "workers"),
+    [(False, False, 0), (False, True, 0), (True, False, 0), (True, True, 0), (True, False, 2), (False, True, 2)],
+)
+def test_a_loader_of_torch_trains_on_its_batches_as_arrays_to_the_bit(shuffle, drop_last, workers):
+    torch = pytest.importorskip("torch")
+    data = torch.utils.data.TensorDataset(*map(torch.from_numpy, MANY))
+    loader = torch_loader(torch, data, shuffle=shuffle, drop_last=drop_last, num_workers=workers)
+    lengths = [8, 8] if drop_last else [8, 8, 4]
+    first, second = assert_trained_on_its_batches(loader, lengths, sum(lengths))
+    if shuffle:
+        assert not np.array_equal(first[0][0], second[0][0])
+    else:
+        for epoch in (first, second):
+            np.testing.assert_array_equal(np.concatenate([x for x, _ in epoch]), MANY[0][: sum(lengths)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loader_of_torch_gives_what_its_datasets_examples_are(form):
+    torch = pytest.importorskip("torch")
+
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, row):
+            return FORMS[form](MANY[0][row], int(MANY[1][row]))  # its collation makes tensors of int64 and float64
+
+    assert_trained_on_its_batches(torch_loader(torch, Examples(), shuffle=True), [8, 8, 4], ROWS)
+
+
+def test_a_loader_of_torch_in_a_folder_is_refused_or_runs_as_without(tmp_path):
+    torch = pytest.importorskip("torch")
+    data = torch.utils.data.TensorDataset(*map(torch.from_numpy, MANY))
+    with pytest.raises(DataError, match=r"SingleProcessDataLoaderIter, has no get_state and no set_state, so that the"):
+        stream = fnet.data.Stream(torch_loader(torch, data))
+        fnet.fit(STEP, START, stream, epochs=1, run=fnet.Run(tmp_path / "run"))
+    ends = []
+    for run in (None, fnet.Run(tmp_path / "run")):
+        stream = fnet.data.Stream(torch_loader(torch, data, shuffle=True), resumable=False)
+        ends.append(fnet.fit(STEP, START, stream, epochs=2, run=run)[0])
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "gradients", "meta"])
+def test_tensors_of_torch_that_are_no_arrays_are_named_with_the_remedy(how):
+    torch = pytest.importorskip("torch")
+    change = {"bfloat16": lambda x: x.bfloat16(), "gradients": lambda x: x.requires_grad_(), "meta": lambda x: x}[how]
+    x = change(torch.ones(4, 3, device="meta" if how == "meta" else None))
+    with pytest.raises(
+        DataError, match=r"a batch of the stream.inputs is a torch.Tensor that NumPy cannot read \(.*\); "
+    ):
+        fnet.fit(STEP, START, fnet.data.Stream([[x, torch.zeros(4, dtype=torch.int64)]]), epochs=1)
+
+
+def test_tensors_of_torch_in_any_layout_are_read_as_they_are():
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(MANY[0])
+    for tensor in (x.T.contiguous().T, x.repeat(1, 2)[:, :3], torch.stack([x, x], 1)[:, 1]):
+        batch = check_data((tensor, torch.from_numpy(MANY[1])))
+        np.testing.assert_array_equal(batch.inputs, MANY[0])

@@ -64,7 +64,8 @@ def as_batch(data: Any, name: str = "data") -> Batch:
         found += f" of length {len(data)}"
     if isinstance(data, Mapping):
         found += f" of {', '.join(map(repr, data))}"
-    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights)")
+    names = "" if not isinstance(data, Mapping) else ", or a dict with the names inputs, targets and perhaps weights"
+    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights){names}")
 
 
 def _as_array(path: str, leaf: Any) -> Any:

@@ -36,6 +36,9 @@ class Stream(NamedTuple):
     iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's have. One without is
     for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a folder.
     ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
+
+    A source is begun once more than there are epochs, for a look at its first batch: a loader that shuffles is then in
+    its second order. Workers that are forked after jax has begun may hang: ``multiprocessing_context="forkserver"``.
     """
 
     source: Iterable
@@ -161,7 +164,13 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
     """The batches of a stream, from where ``state`` says that it stood, else from its beginning."""
     iterator: Any = iter(stream.source)
     if step and state is None:
-        raise DataError(f"the run stands at step {step} but not where its stream stood then: resume it by its Run")
+        if hasattr(iterator, "set_state"):
+            raise DataError(f"the run stands at step {step} but not where its stream stood then: resume it by its Run")
+        raise DataError(
+            f"the run stands at step {step}, and its stream, whose {type(iterator).__name__} has no set_state, cannot "
+            "go on from there; expected one that can, as grain's do, or data whose rows are known, such as arrays: "
+            "else begin anew, from step 0"
+        )
     if state is not None:
         if not hasattr(iterator, "set_state"):
             raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
@@ -213,14 +222,21 @@ def with_length(stream: Stream) -> Stream:
             "Stream: steps_per_epoch is None and the source has no length; expected how many batches are called an "
             "epoch: Stream(source, steps_per_epoch=100)"
         )
+    if stream.steps_per_epoch is None and length_of(stream) == 0:
+        raise DataError(
+            f"Stream: the source, a {type(stream.source).__name__}, has length 0; expected at least 1 batch: of a "
+            "loader that drops the last batch, no more examples in a batch than there are"
+        )
     return stream if stream.steps_per_epoch is not None else stream._replace(steps_per_epoch=length_of(stream))
 
 
 def check_resumable(stream: Stream) -> None:
     """Require that a stream which is to be resumed can say where it stands; DataError names what its iterator lacks."""
+    if not stream.resumable:
+        return  # and is not begun once more, by which a loader would draw another order than without a folder
     iterator = iter(stream.source)
     lacking = [name for name in ("get_state", "set_state") if not hasattr(iterator, name)]
-    if stream.resumable and lacking:
+    if lacking:
         raise DataError(
             f"Stream: the source's iterator, {type(iterator).__name__}, has no {' and no '.join(lacking)}, so that the "
             "run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or "
