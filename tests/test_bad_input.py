@@ -57,13 +57,6 @@ def changed(array, place, value):
     return array
 
 
-class Twice:
-    """A source that does not say how long it is."""
-
-    def __iter__(self):
-        return iter([BATCH] * 2)
-
-
 def chatty(event):
     return 42
 
@@ -71,6 +64,16 @@ def chatty(event):
 def growing(ts, batch):
     params = {**ts.params, "dense_0": {**ts.params["dense_0"], "b": jnp.zeros(9)}}
     return ts._replace(step=ts.step + 1, params=params), {}
+
+
+class Batches:
+    """An iterable without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 class Unhashable:
@@ -461,7 +464,7 @@ CASES = {
         "them (318 values in all)",
     ),
     "a stream that ends": (
-        lambda: fit(data=Stream(Twice(), 3), batch_size=None),
+        lambda: fit(data=Stream(Batches([BATCH] * 2), 3), batch_size=None),
         DataError,
         "the stream ended after 2 batches; expected one that lasts as long as the run: repeat it",
     ),
