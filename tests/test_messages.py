@@ -455,7 +455,7 @@ def test_a_slip_is_told_with_its_remedy(case):
         call()
     assert type(raised.value) is error
     told = str(raised.value)
-    assert told == message
+    assert told.startswith(message) if message.endswith(",") else told == message  # a tree goes on
 
 
 @pytest.mark.parametrize(
