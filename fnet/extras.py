@@ -13,10 +13,12 @@ EXTRAS = {  # as in pyproject.toml: which extra brings which package
     "flatbuffers": "runs",
     "grain": "streams",
     "matplotlib": "plots",
+    "mlflow": "loggers",
     "orbax.checkpoint": "runs",
     "rich": "runs",
     "safetensors": "runs",
     "tensorboardX": "runs",
+    "wandb": "loggers",
 }
 
 

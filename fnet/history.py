@@ -23,7 +23,8 @@ class Event(NamedTuple):
     the results of an evaluation at its end. ``seconds`` is what the compilation took, or the time from the end of the
     chunk before to the end of this one, observers included; ``examples`` how many the chunk has seen. ``state`` is
     where the run stood at the end of the chunk, not to be changed; if the run keeps no copies (``fit(keep=False)``) it
-    may be read during the call only. ``ended`` says how a rule to stop has ended the run, at the "end".
+    may be read during the call only. ``ended`` says how a rule to stop has ended the run, at the "end". That comes for
+    a run that fails too, while its error is handled: ``sys.exception()`` is it.
     """
 
     kind: str
