@@ -22,6 +22,7 @@ from fnet.data import Stream
 from fnet.losses import softmax_cross_entropy
 from fnet.optimizers import amsgrad, momentum
 from fnet.programs import difference, digest, program_lines
+from fnet.schedules import warmup_cosine
 from fnet.training import augmented
 from tests.test_training import assert_same_bits
 
@@ -161,6 +162,26 @@ def test_the_same_run_written_otherwise_is_the_same(folder, half):
 def test_an_accepted_number_is_the_one_that_is_given(folder):
     end, _ = fit(folder, resume=True, epochs=4, optimizer=momentum(0.1), accept=("opt_state/hyper/*",))
     np.testing.assert_allclose(end.opt_state.hyper.learning_rate, 0.1)
+
+
+def test_a_run_is_made_longer_under_another_schedule_when_that_is_said(folder):
+    def scheduled(steps):
+        return {"optimizer": fnet.adam(warmup_cosine(0.01, 2, steps)), "epochs": steps // 3}
+
+    short = folder.parent / "short"
+    fit(short, **scheduled(6))
+    with pytest.raises(fnet.RunError, match=re.escape("learning_rate/total_steps: expected 6.0 (as saved), found 12")):
+        fit(short, resume=True, **scheduled(12))
+    longer, _ = fit(short, resume=True, accept=("opt_state/hyper/learning_rate/*",), **scheduled(12))
+    # the same by hand: what the short run left, with the longer one's schedule
+    step, ts, options = parts(**scheduled(6))
+    half, _ = fnet.fit(step, ts, DATA, **options)
+    half = half._replace(opt_state=fnet.set_hyper(half.opt_state, learning_rate={"total_steps": 12}))
+    assert_same_bits(longer, fnet.fit(step, half, DATA, **{**options, "epochs": 4})[0])
+    (recorded,) = map(json.loads, (short / "changes.jsonl").read_text().splitlines())
+    assert recorded == {"step": 6, "changes": {"opt_state/hyper/learning_rate/total_steps": {"was": 6.0, "is": 12.0}}}
+    again, history = fit(short, resume=True, **scheduled(12))
+    assert int(again.step) == 12 and len(history.epochs["loss"]) == 4
 
 
 # --- programs as text -------------------------------------------------------------------------------------------------
