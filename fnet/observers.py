@@ -369,8 +369,10 @@ def mlflow(
     active, last, names = "", {}, {}  # the run's id, of each metric the last step that the run began with, and its name
 
     def begin() -> str:
-        if run is not None or run_id is not None:
-            return run_id or run.info.run_id
+        if run_id is not None:
+            return run_id
+        if run is not None:
+            return run.info.run_id
         known = client.get_experiment_by_name(experiment or "Default")
         place = known.experiment_id if known else client.create_experiment(experiment or "Default")
         return client.create_run(place, run_name=name).info.run_id
