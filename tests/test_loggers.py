@@ -305,6 +305,7 @@ def history_of(epochs):
 def test_a_run_beside_an_active_one_of_weights_and_biases_is_another(offline, tmp_path):
     own = offline.init(id="own")
     small_fit([wandb(id="fit")], epochs=1)
+    time.sleep(1.1)  # the folders' names have the second and the id
     small_fit([wandb(id="fit", resume="allow")], epochs=1)  # offline, nothing of the first is known
     own.log({"mine": 1.0})
     own.finish()
