@@ -38,7 +38,7 @@ test-slow: $(VENV)/.installed-test
 test-newest: export PIP_CONSTRAINT =
 test-newest: export PIP_BUILD_CONSTRAINT =
 test-newest: .venv-newest/.created
-	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test]"
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test,loggers]"
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -m pytest -n 2 $(ARGS)
 
