@@ -115,7 +115,8 @@ def run_chunk(
 
     metrics = room(jax.eval_shape(one, ts, jnp.zeros(batch_size, jnp.int32))[1], capacity)
     slots = capacity // every + 1 if evaluate else 0
-    results = room(jax.eval_shape(lambda ts: evaluated(ts, validation, evaluate, stop), ts)[1], slots)
+    told = jax.eval_shape(lambda ts: evaluated(ts, validation, evaluate, stop), ts)[1] if evaluate else {}
+    results = room(told, slots)
     zero = jnp.zeros((), jnp.int32)
     carry = ts, order_of(ts), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
     going = lambda carry: (carry[2] < count) & ~stopped(carry[0])  # noqa: E731

@@ -24,6 +24,9 @@ TRACED_UNDER = (
     "jax_numpy_dtype_promotion",
     "jax_numpy_rank_promotion",
     "jax_debug_nans",
+    "jax_debug_infs",
+    "jax_default_prng_impl",
+    "jax_random_seed_offset",
     "jax_default_device",
 )  # settings that a program depends on
 

@@ -47,7 +47,8 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    seen: list[int] = []
+    seen: list[int] = []  # by the thread
+    handled: list[int] = []  # by Python, at once: the thread may be late
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -59,6 +60,7 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
             seen.append(number[0])
 
     def handle(number, _):
+        handled.append(number)
         if number == signal.SIGINT and interactive and seen.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
@@ -68,7 +70,7 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     thread = threading.Thread(target=watch, name="fnet-signals", daemon=True)
     thread.start()
     try:
-        yield lambda: next((number for number in seen if number in CAUGHT), None)
+        yield lambda: next((number for number in (*handled, *seen) if number in CAUGHT), None)
     finally:
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():

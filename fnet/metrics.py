@@ -138,7 +138,8 @@ def precision(counts, average: str | None = "macro") -> jax.Array:
     """The share of an answer k that is right, ``C_kk / Σ_i C_ik``, of the counts ``C (K, K)`` by [label, prediction].
 
     ``average`` is "macro" (the mean over classes), "micro" (of all answers, which is the accuracy) or None: ``(K,)``.
-    A class that is never predicted has 0, as in scikit-learn. ``C`` is the sum of `confusion`.
+    A class that is never predicted has 0, as in scikit-learn with ``labels=range(K)``: it counts in the mean over
+    classes. ``C`` is the sum of `confusion`.
 
     >>> counts = confusion(2)(jnp.eye(2)[jnp.array([0, 1, 1, 1])], jnp.array([0, 0, 1, 1])).sum(0)
     >>> [round(float(score(counts)), 4) for score in (precision, recall, f1)]
@@ -193,11 +194,10 @@ def roc_auc(scores, labels, weights=None) -> float:
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
     if scores.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(f"roc_auc: scores {scores.shape} and labels {labels.shape}; expected (N,) for both")
+    weights, counted = _weights_of("roc_auc", len(scores), weights)
+    scores, labels = scores[counted], labels[counted]
     if not np.isin(labels, (0, 1)).all() or np.isnan(scores).any():
         raise ValueError("roc_auc: expected labels 0 and 1, and scores that are numbers")
-    weights = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
-    if weights.shape != scores.shape:
-        raise ValueError(f"roc_auc: weights {weights.shape}; expected {scores.shape}, one for each score")
     positive, negative = weights * (labels == 1), weights * (labels == 0)
     if not positive.sum() or not negative.sum():
         raise ValueError("roc_auc: one label alone has weight; expected examples of both")
@@ -215,12 +215,23 @@ def r_squared(outputs, targets, weights=None) -> float:
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
     if outputs.shape != targets.shape or not outputs.ndim:
         raise ValueError(f"r_squared: outputs {outputs.shape} and targets {targets.shape}; expected one shape (N, ...)")
-    w = np.ones(len(targets)) if weights is None else np.asarray(weights, np.float64)
-    y, t = (a.reshape(len(a), -1) for a in (outputs, targets))
-    spread = w @ np.square(t - np.average(t, 0, w))
-    if not spread.all():
+    w, counted = _weights_of("r_squared", len(targets), weights)
+    y, t = (a.reshape(len(a), -1)[counted] for a in (outputs, targets))
+    if (t == t[:1]).all(0).any():
         raise ValueError("r_squared: targets that are all the same; expected some that differ")
+    spread = w @ np.square(t - np.average(t, 0, w))
     return float((1 - w @ np.square(t - y) / spread).mean())
+
+
+def _weights_of(who: str, examples: int, weights) -> tuple[np.ndarray, np.ndarray]:
+    """The weights above 0, and of which examples they are: one of weight 0 counts nothing, whatever it holds."""
+    weights = np.ones(examples) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (examples,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(
+            f"{who}: weights {weights.shape}; expected ({examples},), one for each example: finite numbers of at least "
+            "0, not all of them 0"
+        )
+    return weights[weights > 0], weights > 0
 
 
 # --- of gradients -----------------------------------------------------------------------------------------------------

@@ -208,12 +208,13 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
 
 def programs_of(plan: Plan, ts: TrainState) -> dict[str, list[Line]]:
     """What a step and an evaluation compute, whatever their parts are called."""
-    shapes = jax.eval_shape(lambda *given: given, ts, plan.sample)
-    programs = {"step": program_lines(jax.make_jaxpr(plan.step)(*shapes))}
-    if plan.evaluate:
-        evaluation = jax.make_jaxpr(lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop))
-        held = jax.eval_shape(lambda held: held, plan.held)
-        programs["evaluation"] = program_lines(evaluation(shapes[0], held))
+    with jax.disable_jit(False):  # else it is another program
+        shapes = jax.eval_shape(lambda *given: given, ts, plan.sample)
+        programs = {"step": program_lines(jax.make_jaxpr(plan.step)(*shapes))}
+        if plan.evaluate:
+            evaluation = jax.make_jaxpr(lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop))
+            held = jax.eval_shape(lambda held: held, plan.held)
+            programs["evaluation"] = program_lines(evaluation(shapes[0], held))
     return programs
 
 
@@ -222,8 +223,10 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
 
     The last are the numbers of the optimizer and of the rule to stop, and the run's key: all in the state.
     """
-    data = {"steps_per_epoch": plan.per_epoch}
-    if not isinstance(plan.data, Stream):
+    data: dict[str, Any] = {"steps_per_epoch": plan.per_epoch}
+    if isinstance(plan.data, Stream):
+        data["first batch"] = _digest(plan.sample)
+    else:
         data = {
             "examples": plan.examples,
             "an example": [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)],
@@ -231,10 +234,16 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
             "shuffle": plan.shuffle,
             "rows": _rows_digest(plan.data),
         }
-    sets = {name: held for name, held in sets_of(plan.validation).items() if not isinstance(held, Stream | None)}
+    for name, held in sets_of(plan.validation).items() if plan.evaluate else ():
+        if isinstance(held, Stream):
+            first = _digest(sets_of(plan.held)[name])
+            again = _digest(check_set(name, held, plan.batch_size)[1])
+            data |= {f"batches of {name}": held.steps_per_epoch}
+            data |= {f"first batch of {name}": first if first == again else "another each time it is read"}
+        else:
+            data[f"rows of {name}"] = _rows_digest(held)
     return {
         **data,
-        **{f"rows of {name}": _rows_digest(held) for name, held in sets.items()},
         **{name: f"SHA-256 {digest(lines)[:12]}…" for name, lines in programs.items()},
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
         "results": [f"{name}{_shape(result)}" for name, result in plan.results.items()],
@@ -249,16 +258,18 @@ def _rows_digest(data: Batch | Examples) -> str:
     """A hash of 64 of the data's examples, evenly spread; of a dataset that draws its examples anew, a word."""
     rows = np.unique(np.linspace(0, count_rows(data) - 1, 64).astype(int))
 
-    def read() -> str:
-        digest = hashlib.sha256()
-        some = take_rows(data, rows) if isinstance(data, Examples) else data
-        for leaf in map(np.asarray, jax.tree.leaves(some)):
-            taken = leaf if isinstance(data, Examples) else leaf[rows]
-            digest.update(np.ascontiguousarray(taken, jax.dtypes.canonicalize_dtype(leaf.dtype)).tobytes())
-        return f"SHA-256 {digest.hexdigest()[:12]}…"
+    if not isinstance(data, Examples):
+        return _digest(jax.tree.map(lambda leaf: np.asarray(leaf)[rows], data))
+    found, again = (_digest(take_rows(data, rows)) for _ in range(2))
+    return found if found == again else "others each time they are read"
 
-    found = read()
-    return "others each time they are read" if isinstance(data, Examples) and read() != found else found
+
+def _digest(some: Batch) -> str:
+    """A hash of examples, in the dtypes that they have in jax."""
+    digest = hashlib.sha256()
+    for leaf in map(np.asarray, jax.tree.leaves(some)):
+        digest.update(np.ascontiguousarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)).tobytes())
+    return f"SHA-256 {digest.hexdigest()[:12]}…"
 
 
 def _shape(metric: Any) -> tuple[int, ...]:

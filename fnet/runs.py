@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import json
 import os
 import platform
@@ -119,10 +120,12 @@ class OpenRun:
         theirs, and for what the run accepts. Nothing is written: `begin` does, once the run is known to go on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
-        if not steps and self.saved.exists():
+        ended = self.folder / "summary.json"
+        if self.run.resume and not steps and (self.saved.exists() or ended.exists()):
+            there = f"one at step {self.saved.read_text().strip()}" if self.saved.exists() else "one: the run had ended"
             raise RunError(
-                f"{self.checkpoints} holds no checkpoint, and there was one at step {self.saved.read_text().strip()}; "
-                "expected it, to go on from: put it back, or begin in another folder"
+                f"{self.checkpoints} holds no checkpoint, and there was {there}; expected it, to go on from: put it "
+                "back, or begin in another folder"
             )
         if not steps:
             return None
@@ -172,11 +175,13 @@ class OpenRun:
                 meta = read_meta(path)
             except CheckpointError as error:
                 if self.run.resume != "newest whole":
-                    raise CheckpointError(f"{error}{self._whole_before(path, paths)}") from error
+                    whole = _whole_before(path, paths)
+                    remedy = f". {whole.name} is whole: Run(resume='newest whole') takes it" if whole else ""
+                    raise CheckpointError(f"{error}{remedy}") from error
                 passed.append(path)
                 continue
             if passed:
-                aside = ", ".join(f"damaged_{damaged.name}" for damaged in passed)
+                aside = ", ".join(_aside(damaged).name for damaged in passed)
                 warnings.warn(
                     f"{self.folder} is resumed from {path.name}; put aside: {aside}", RunWarning, stacklevel=5
                 )
@@ -184,16 +189,6 @@ class OpenRun:
             return path, meta
         names = ", ".join(path.name for path in passed)
         raise RunError(f"{self.checkpoints}: none of {names} is whole; expected one to resume from")
-
-    def _whole_before(self, damaged: Path, paths: Sequence[Path]) -> str:
-        """The remedy for a damaged checkpoint where an older one is whole."""
-        for path in paths[paths.index(damaged) + 1 :]:
-            try:
-                read_meta(path)
-            except CheckpointError:
-                continue
-            return f". {path.name} is whole: Run(resume='newest whole') takes it"
-        return ""
 
     def _accepts(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.run.accept)
@@ -221,7 +216,7 @@ class OpenRun:
             _write_json(self.folder / "environment.json", self.environment)
             _write_json(self.folder / "programs.json", {n: [line.text for line in p] for n, p in programs.items()})
             for path in self.passed:
-                path.rename(path.with_name(f"damaged_{path.name}"))
+                path.rename(_aside(path))
             if self.changes:
                 with (self.folder / "changes.jsonl").open("a") as file:
                     file.write(json.dumps({"step": self.resumed_at, "changes": self.changes}) + "\n")
@@ -305,6 +300,33 @@ class OpenRun:
         return rows
 
 
+def _aside(damaged: Path) -> Path:
+    """The name under which a damaged checkpoint is put aside."""
+    names = itertools.chain([damaged.name], (f"{damaged.name}_{k}" for k in itertools.count(2)))
+    return next(path for name in names if not (path := damaged.with_name(f"damaged_{name}")).exists())
+
+
+def _whole_before(damaged: Path, newest_first: Sequence[Path]) -> Path | None:
+    """The newest checkpoint before a damaged one that is whole."""
+    for path in newest_first[newest_first.index(damaged) + 1 :]:
+        try:
+            read_meta(path)
+        except CheckpointError:
+            continue
+        return path
+    return None
+
+
+def _meta_of(steps: Mapping[int, Path], at: int) -> dict[str, Any]:
+    """What a checkpoint says of itself; where it is damaged the error names an older one that is whole."""
+    try:
+        return read_meta(steps[at])
+    except CheckpointError as error:
+        whole = _whole_before(steps[at], list(steps.values())[::-1])
+        remedy = f". {whole.name} is whole: load_run(..., which={int(whole.name[5:])}) takes it" if whole else ""
+        raise CheckpointError(f"{error}{remedy}") from error
+
+
 def best_first(steps: Mapping[int, Path], name: str, greatest: bool) -> list[int]:
     """The steps whose checkpoints hold a finite result of this name, the best first; of equal ones the earlier."""
     results = {step: saved_results(path).get(name) for step, path in steps.items()}
@@ -339,13 +361,13 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
     last = list(steps)[-1]
     if which != "best":
         at = last if which == "last" else which
-        if at not in steps:
+        if isinstance(at, bool) or not isinstance(at, int | np.integer) or at not in steps:
             there = ", ".join(map(str, steps))
             raise RunError(f"load_run: which = {which!r}; expected 'last', 'best' or the step of a checkpoint: {there}")
-        meta = read_meta(steps[at])
+        meta = _meta_of(steps, int(at))
         loaded = load_checkpoint(steps[at], {"params": params, "state": state}, meta, parts=("params", "state"))
         return loaded["params"], loaded["state"]
-    meta = read_meta(steps[last])
+    meta = _meta_of(steps, last)
     if meta.get("best"):
         ranked = best_first(steps, **meta["best"])
         if not ranked:
@@ -359,9 +381,15 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
             f"{folder} kept no best state; expected a run with Run(keep_best='validation_loss') or early_stopping: "
             "which='last' takes its last"
         )
-    weights = {"stopping": {"weights": {"0": params, "1": state}}}
-    kept = load_checkpoint(steps[last], weights, meta, parts=("stopping/weights",))["stopping"]["weights"]
-    return kept["0"], kept["1"]
+    best = jnp.zeros((), next(leaf["kind"] for leaf in meta["leaves"] if leaf["path"] == "stopping/best").split("(")[0])
+    like = {"stopping": {"best": best, "weights": {"0": params, "1": state}}}
+    kept = load_checkpoint(steps[last], like, meta, parts=("stopping/best", "stopping/weights"))["stopping"]
+    if not np.isfinite(kept["best"]):
+        raise RunError(
+            f"{folder}: no evaluation was made, or none was finite, so that there is no best state; expected a finite "
+            "result of one evaluation at least: which='last' takes its last"
+        )
+    return kept["weights"]["0"], kept["weights"]["1"]
 
 
 def _row(line: bytes) -> dict[str, Any]:
@@ -383,6 +411,11 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
     _check(run)
     folder, config = Path(run.folder).expanduser().absolute(), _plain(run.config)
+    if ":/" in str(folder):
+        raise RunError(
+            f"{folder} has a part that ends with a colon, which orbax takes for the name of a service; expected a path "
+            "of this machine: name another folder"
+        )
     if odd := sorted(set("[]*?\\") & set(str(folder))):
         raise RunError(
             f"{folder} has {' '.join(odd)} in its path, below which orbax finds no checkpoints again; expected a path "

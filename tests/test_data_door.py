@@ -196,3 +196,15 @@ def test_mapped_files_of_the_other_byte_order_give_the_run_of_their_numbers(tmp_
     np.save(tmp_path / "y.npy", y.astype(y.dtype.newbyteorder(">")))
     end, _ = fnet.fit(step, ts, fnet.data.open_arrays(tmp_path / "x.npy", tmp_path / "y.npy"), epochs=2, batch_size=3)
     assert_same_bits(end, fnet.fit(step, ts, data, epochs=2, batch_size=3)[0])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        np.arange(6).astype("timedelta64[s]"),
+        np.ma.array(np.zeros(6, [("a", "f4"), ("b", "i4")]), mask=[(True, False)] * 6),
+    ],
+)
+def test_times_and_records_are_refused_by_their_dtype(odd):
+    with pytest.raises(fnet.DataError, match=r"data.inputs has dtype .*; expected booleans, integers or floats"):
+        fnet.check_data((odd, np.zeros(6)))

@@ -358,3 +358,19 @@ def test_perplexity_is_that_of_as_many_equally_likely_ids():
 def test_what_no_whole_set_metric_is_of_is_refused(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_metrics_of_a_whole_set_leave_examples_of_weight_0_out():
+    t, y, w = np.array([1.0, 2.0, 4.0, np.nan]), np.array([1.5, 2.0, 3.0, np.inf]), np.array([1.0, 2.0, 1.0, 0.0])
+    mean = (1 + 2 * 2 + 4) / 4
+    expected = 1 - (0.25 + 0 + 1) / ((1 - mean) ** 2 + 2 * (2 - mean) ** 2 + (4 - mean) ** 2)
+    assert metrics.r_squared(y, t, w) == pytest.approx(expected, rel=1e-12)
+    auc = metrics.roc_auc([0.1, 0.4, 0.35, 0.8, np.nan], [0, 0, 1, 1, -1], [1, 1, 1, 1, 0])
+    assert auc == 0.75
+    with pytest.raises(ValueError, match="targets that are all the same"):
+        metrics.r_squared(np.arange(3.0), np.full(3, 0.1))
+    for weights in ([1, 1], [1, -1, 1, 1], [0, 0, 0, 0], [1, np.nan, 1, 1]):
+        with pytest.raises(ValueError, match=r"weights .*; expected \(4,\), one for each example: finite numbers"):
+            metrics.r_squared(y, t, weights)
+        with pytest.raises(ValueError, match=r"weights .*; expected \(4,\), one for each example: finite numbers"):
+            metrics.roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1], weights)

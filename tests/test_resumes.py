@@ -20,7 +20,7 @@ from fnet.checkpoint import saved_steps
 from fnet.compiled import _kept
 from fnet.data import Stream
 from fnet.losses import softmax_cross_entropy
-from fnet.optimizers import amsgrad, momentum
+from fnet.optimizers import amsgrad, momentum, reduce_on_plateau
 from fnet.programs import difference, digest, program_lines
 from fnet.schedules import warmup_cosine
 from fnet.training import augmented
@@ -469,3 +469,144 @@ def test_a_run_without_a_best_says_so(tmp_path):
         fnet.load_run(tmp_path / "run", model, X[:1], which="best")
     with pytest.raises(fnet.RunError, match="holds no checkpoints; expected the folder of a run"):
         fnet.load_run(tmp_path, model, X[:1])
+
+
+# --- what a second pair of eyes found ---------------------------------------------------------------------------------
+
+
+class Batches:
+    """A loader of some examples, in order."""
+
+    def __init__(self, data, size=8):
+        self.data, self.size = data, size
+
+    def __len__(self):
+        return -(-len(self.data.targets) // self.size)
+
+    def __iter__(self):
+        for begin in range(0, len(self.data.targets), self.size):
+            rows = slice(begin, begin + self.size)
+            yield fnet.Batch(self.data.inputs[rows], self.data.targets[rows])
+
+
+def test_other_validation_data_of_a_loader_are_named_when_a_run_is_resumed(tmp_path):
+    def go(held, **run):
+        step, ts, options = parts(held=held)
+        return fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", **run), **options)
+
+    longer = fnet.Batch(np.concatenate([HELD.inputs] * 3), np.concatenate([HELD.targets] * 3))
+    go(Batches(longer))
+    go(Batches(longer), resume=True)
+    for other, name in (
+        (Batches(longer._replace(inputs=longer.inputs + 1)), "first batch of validation"),
+        (Batches(HELD), "batches of validation: expected 3 (as saved), found 1"),
+    ):
+        with pytest.raises(fnet.RunError, match=re.escape(name)):
+            go(other, resume=True)
+
+
+def test_a_plateau_of_a_loaders_result_is_resumed_and_its_direction_is_named(tmp_path):
+    def go(greatest, run=None, epochs=6):
+        falling = reduce_on_plateau(momentum(0.5), metric="validation_loss", patience=1, greatest=greatest)
+        step, ts, options = parts(optimizer=falling, held=Batches(HELD), epochs=epochs)
+        return fnet.fit(step, ts, DATA, run=run, **options)
+
+    straight, history = go(False)
+    assert len({*history.epochs["learning_rate"].tolist()}) > 1
+    run = fnet.Run(tmp_path / "run")
+    go(False, run, epochs=3)
+    with pytest.raises(fnet.RunError, match="hyper/metric/validation_loss: expected 1.0 "):
+        go(True, run._replace(resume=True))
+    assert_same_bits(go(False, run._replace(resume=True))[0], straight)
+
+
+def test_a_checkpoint_that_is_damaged_twice_is_put_aside_twice(tmp_path):
+    step, ts, options = parts()
+    run = fnet.Run(tmp_path / "run", save_every=2)
+    fnet.fit(step, ts, DATA, run=run, **options)
+    newest = list(saved_steps(tmp_path / "run" / "checkpoints").values())[-1]
+    for _ in range(2):
+        (newest / "manifest.json").write_text("{}")
+        with pytest.warns(fnet.runs.RunWarning, match="is resumed from step_000000004; put aside: damaged_step_"):
+            fnet.fit(step, ts, DATA, run=run._replace(resume="newest whole"), **options)
+    put_aside = {path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged_*")}
+    assert put_aside == {f"damaged_{newest.name}", f"damaged_{newest.name}_2"}
+
+
+def test_a_run_without_jit_resumes_one_with_it(folder):
+    with jax.disable_jit():
+        end, _ = fit(folder, resume=True, epochs=3)
+    assert int(end.step) == 9
+
+
+@pytest.mark.parametrize("setting", [("jax_default_prng_impl", "rbg"), ("jax_random_seed_offset", 7)])
+def test_a_setting_that_keys_depend_on_is_another_program(setting):
+    def step(ts, batch):
+        drawn = jax.random.uniform(jax.random.key(3))
+        return ts._replace(step=ts.step + 1), {"loss": drawn}
+
+    ts = fnet.TrainState(jnp.asarray(0, jnp.int32), jnp.zeros(1), (), (), jax.random.key(0))
+    name, other = setting
+    before = jax.config._read(name)
+
+    def drawn():
+        return float(fnet.fit(step, ts, DATA, steps=1, batch_size=24)[1].steps["loss"][0])
+
+    first = drawn()
+    jax.config.update(name, other)
+    try:
+        expected = float(jax.jit(lambda: jax.random.uniform(jax.random.key(3)))())
+        assert drawn() == expected != first
+    finally:
+        jax.config.update(name, before)
+    assert drawn() == first
+
+
+def test_no_best_is_made_of_a_run_that_has_none(tmp_path):
+    model = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+    step, ts, options = parts()
+    run = fnet.Run(tmp_path / "run")
+    fnet.fit(step, ts, DATA, run=run, **{**options, "epochs": None, "evaluate_every": (5, "epochs")}, steps=4)
+    with pytest.raises(fnet.RunError, match="no evaluation was made, or none was finite, so that there is no best"):
+        fnet.load_run(tmp_path / "run", model, X[:1], which="best")
+    for which in (True, 4.0, [4], None):
+        with pytest.raises(fnet.RunError, match=re.escape(f"which = {which!r}; expected 'last', 'best' or the step")):
+            fnet.load_run(tmp_path / "run", model, X[:1], which=which)
+
+
+def test_a_damaged_checkpoint_of_a_model_names_the_whole_one(tmp_path):
+    step, ts, options = parts()
+    fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", save_every=2), **options)
+    newest = list(saved_steps(tmp_path / "run" / "checkpoints").values())[-1]
+    (newest / "manifest.json").write_text("{}")
+    model = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+    with pytest.raises(fnet.CheckpointError, match=re.escape("step_000000004 is whole: load_run(..., which=4) takes")):
+        fnet.load_run(tmp_path / "run", model, X[:1])
+
+
+def test_a_finished_run_without_checkpoints_and_without_its_marker_is_refused(folder):
+    shutil.rmtree(folder / "checkpoints")
+    (folder / ".saved").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(fnet.RunError, match="holds no checkpoint, and there was one: the run had ended"):
+        fit(folder, resume=True, epochs=4)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_path_that_orbax_takes_for_a_service_is_refused(tmp_path):
+    with pytest.raises(fnet.RunError, match="has a part that ends with a colon"):
+        fit(tmp_path / "gs:" / "run")
+    assert not (tmp_path / "gs:").exists()
+
+
+def test_a_signal_in_the_last_chunk_is_not_lost():
+    step, ts, options = parts()
+    for _ in range(20):
+        with pytest.raises(fnet.Terminated) as caught:
+            fnet.fit(step, ts, DATA, observers=[terminated_at_the_end], **options)
+        assert caught.value.code == 143
+
+
+def terminated_at_the_end(event):
+    if event.kind == "end":
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -73,7 +73,7 @@ def _as_array(path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | number):
         return leaf
     kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}".removeprefix("builtins.")
-    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+    if isinstance(leaf, np.ma.MaskedArray) and leaf.dtype.names is None and np.ma.is_masked(leaf):
         raise DataError(
             f"{path} has {int(np.ma.getmaskarray(leaf).sum())} masked values; expected none, since a mask would be "
             "dropped: fill them, a.filled(0), or leave their examples out by a weight of 0"
@@ -138,7 +138,8 @@ def check_data(
         if isinstance(leaf, Tracer):
             raise DataError(f"{path} is traced; expected values, which can be checked: call check_data outside of jit")
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+        real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+        if not real or np.dtype(dtype).kind == "m":  # a timedelta, which NumPy counts among the integers
             remedy = "encode text and categories as integers, times as seconds, complex numbers as two real ones"
             if dtype is np.dtype(object):
                 remedy = "numbers among objects by .astype(float), text and categories by integers (.cat.codes)"

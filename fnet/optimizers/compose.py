@@ -565,7 +565,11 @@ def dynamic_loss_scale(
 
 
 class PlateauHyper(NamedTuple):
-    """Numbers of `reduce_on_plateau`; ``window`` is None where it waits for evaluations."""
+    """Numbers of `reduce_on_plateau`; ``window`` is None where it waits for evaluations.
+
+    ``metric`` holds the result that it waits for by its name, and 1 where the least is sought, -1 where the greatest;
+    it is None where it watches the loss.
+    """
 
     factor: Any
     patience: Any
@@ -573,20 +577,19 @@ class PlateauHyper(NamedTuple):
     least_change: Any
     least_rate: Any
     cooldown: Any
+    metric: Any
 
 
 class PlateauState(NamedTuple):
     """State of `reduce_on_plateau`: the window's sum so far, the best value, windows without a better one.
 
-    ``waited`` is below 0 while it cools down. ``metric`` holds the result that it waits for by its name, and 1 where
-    the least is sought, -1 where the greatest; it is empty where it watches the loss.
+    ``waited`` is below 0 while it cools down.
     """
 
     hyper: PlateauHyper
     total: jax.Array
     best: jax.Array
     waited: jax.Array
-    metric: dict[str, jax.Array]
     optimizer: Any
 
     step = of_optimizer("step", "Updates applied so far.")
@@ -630,7 +633,8 @@ def reduce_on_plateau(
     init_optimizer = init_within("reduce_on_plateau", optimizer)
 
     def init(params):
-        hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate, cooldown))
+        waits_for = None if metric is None else {metric: -1.0 if greatest else 1.0}
+        hyper = as_arrays(PlateauHyper(factor, patience, window, least_change, least_rate, cooldown, waits_for))
         inner = init_optimizer(params)
         rate = getattr(getattr(inner, "hyper", None), "learning_rate", None)
         if not hasattr(rate, "shape"):
@@ -638,8 +642,7 @@ def reduce_on_plateau(
                 "reduce_on_plateau: expected an optimizer with a number for its learning_rate, no schedule and no "
                 "composed one: put reduce_on_plateau inside chain or groups"
             )
-        waits_for = {} if metric is None else {metric: jnp.array(-1 if greatest else 1, float)}
-        return PlateauState(hyper, jnp.zeros((), float), infinite("reduce_on_plateau"), _zero(), waits_for, inner)
+        return PlateauState(hyper, jnp.zeros((), float), infinite("reduce_on_plateau"), _zero(), inner)
 
     def update(grads, opt_state, params, *, value=None):
         require_state("reduce_on_plateau", opt_state, PlateauState)
@@ -688,7 +691,7 @@ def told(opt_state: PyTree, results: Mapping[str, Any]) -> PyTree:
     """
 
     def seen(node):
-        for name, sign in node.metric.items() if isinstance(node, PlateauState) else ():
+        for name, sign in (node.hyper.metric or {}).items() if isinstance(node, PlateauState) else ():
             if name not in results:
                 there = ", ".join(results) or "there is none without evaluate and validation"
                 raise ValueError(f"reduce_on_plateau: metric = {name!r}; expected the name of a result: {there}")
