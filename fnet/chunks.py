@@ -31,7 +31,16 @@ from fnet.data.streams import (
 )
 from fnet.plan import Plan, dry_run, order_at
 from fnet.stopping import Reducer, decide, stopped
-from fnet.training import Step, epoch_order, evaluated, results_by_name, rows_of, sets_of, steps_per_epoch
+from fnet.training import (
+    Step,
+    epoch_order,
+    evaluated,
+    named_metrics,
+    results_by_name,
+    rows_of,
+    sets_of,
+    steps_per_epoch,
+)
 from fnet.types import Batch, PyTree, TrainState
 
 READ_BYTES = 32_000_000  # of batches that are sent to the device at a time
@@ -212,6 +221,11 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
                 ts, some = on_batch(ts, batch)
                 some = jax.tree.map(lambda a: np.asarray(a, np.float64), some)  # sums of many batches
                 total = some if total is None else jax.tree.map(np.add, total, some)
+            if not any(np.any(mean.count) for _, mean in named_metrics(total)):
+                raise DataError(
+                    f"{name}.weights sum to 0 over the whole set; expected one above 0 at least: weights=None counts "
+                    "every example once"
+                )
             found[name] = total
         results = results_by_name(found, found)
         results = jax.tree.map(lambda a, like: jnp.asarray(a, like.dtype), results, plan.results)

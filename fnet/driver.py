@@ -203,6 +203,8 @@ def fit(
             if folder:
                 folder.summarize(summary(plan, ts, first, position, seen, seconds, program))
         except BaseException as error:
+            if isinstance(error, Terminated):  # of a run within an observer too: the state is that of the outer
+                error.state, error.history = ts, recorder.history(seconds["compile"], seconds["run"])
             lost = ts.step.is_deleted()  # where no copies are kept it was donated
             saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
             for last in (*saves, lambda: tell("end", position)):

@@ -29,7 +29,7 @@ class Held(Exception):
 def held(path: Path) -> Iterator[str | None]:
     """Hold the lock ``path``; gives whose it was if it was taken over. Raises `Held`, and OSError as files do."""
     pid, token = os.getpid(), uuid.uuid4().hex
-    own = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "token": token}
+    own = {"host": socket.gethostname(), "space": _space(), "pid": pid, "started": _started(pid), "token": token}
     _mine.add(token)
     try:
         taken = _acquire(path, {**own, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _lives(other: dict[str, Any], path: Path, part: Path) -> bool:
     """Whether the holder of a lock has not ended."""
-    pid, here = other.get("pid"), other.get("host") == socket.gethostname()
+    pid, here = other.get("pid"), (other.get("host"), other.get("space")) == (socket.gethostname(), _space())
     if here and pid == os.getpid():
         return other.get("token") in _mine
     if here and isinstance(pid, int):
@@ -132,6 +132,13 @@ def _lives(other: dict[str, Any], path: Path, part: Path) -> bool:
     with suppress(FileNotFoundError):
         return part.stat().st_mtime - path.stat().st_mtime < STALE
     return False
+
+
+def _space() -> str:
+    """Among which processes a number is one: containers may share the host's name, and each counts from 1."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _started(pid: int) -> str | None:

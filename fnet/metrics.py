@@ -139,7 +139,8 @@ def precision(counts, average: str | None = "macro") -> jax.Array:
 
     ``average`` is "macro" (the mean over classes), "micro" (of all answers, which is the accuracy) or None: ``(K,)``.
     A class that is never predicted has 0, as in scikit-learn with ``labels=range(K)``: it counts in the mean over
-    classes. ``C`` is the sum of `confusion`.
+    classes. ``C`` is the sum of `confusion`, or the `Mean` of it that
+    `fnet.make_evaluate` gives.
 
     >>> counts = confusion(2)(jnp.eye(2)[jnp.array([0, 1, 1, 1])], jnp.array([0, 0, 1, 1])).sum(0)
     >>> [round(float(score(counts)), 4) for score in (precision, recall, f1)]
@@ -162,7 +163,7 @@ def f1(counts, average: str | None = "macro") -> jax.Array:
 
 
 def _counts(who: str, counts, average) -> jax.Array:
-    counts = jnp.asarray(counts)
+    counts = jnp.asarray(counts.sum if isinstance(counts, Mean) else counts)
     if average not in ("macro", "micro", None):
         raise ValueError(f"{who}: average = {average!r}; expected 'macro', 'micro' or None for each class")
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -173,7 +174,7 @@ def _counts(who: str, counts, average) -> jax.Array:
 def _averaged(part, whole, counts, average) -> jax.Array:
     each = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
     if average == "micro":
-        return counts.diagonal().sum() / counts.sum()
+        return counts.diagonal().sum() / jnp.maximum(counts.sum(), jnp.finfo(counts.dtype).tiny)
     return each if average is None else each.mean()
 
 

@@ -24,7 +24,15 @@ from fnet.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
 
 NOTHING = (  # parameters that say how an operation is written, differentiated or called, not what it computes
     *("name", "debug_info", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "inline", "keep_unused"),
-    *("ctx_mesh", "compiler_options_kvs", "donated_invars", "in_layouts", "out_layouts", "symbolic_zeros"),
+    *(
+        "computation",
+        "ctx_mesh",
+        "compiler_options_kvs",
+        "donated_invars",
+        "in_layouts",
+        "out_layouts",
+        "symbolic_zeros",
+    ),
 )
 
 
@@ -119,6 +127,8 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
         return "program", [value]
     if isinstance(value, Mapping):
         value = sorted(value.items(), key=repr)
+    if isinstance(value, set | frozenset):  # whose order differs from process to process
+        value = sorted(value, key=repr)
     if isinstance(value, tuple | list):
         parts = [_shown(item, callbacks) for item in value]
         return f"({', '.join(word for word, _ in parts)})", [body for _, bodies in parts for body in bodies]
@@ -129,6 +139,7 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
         if host.size == 1:
             return f"{host.dtype}{list(host.shape)} {host.item()!r}", []
         return f"{host.dtype}{host.shape}#{hashlib.sha256(host.tobytes()).hexdigest()[:16]}", []
-    if isinstance(value, Callable) and not isinstance(value, type):
+    meshes = jax.sharding.Mesh | jax.sharding.AbstractMesh  # which can be called
+    if isinstance(value, Callable) and not isinstance(value, type | meshes):
         return f"function {id(value)}" if callbacks else "function", []
     return re.sub(r" at 0x[0-9a-f]+|0x[0-9a-f]+", "", repr(value)), []

@@ -411,6 +411,13 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
     _check(run)
     folder, config = Path(run.folder).expanduser().absolute(), _plain(run.config)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise RunError(
+            f"{str(folder)!r} has bytes in its path that are no text, which orbax cannot take; expected a path of "
+            "characters: name another folder"
+        ) from None
     if ":/" in str(folder):
         raise RunError(
             f"{folder} has a part that ends with a colon, which orbax takes for the name of a service; expected a path "

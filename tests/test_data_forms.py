@@ -229,3 +229,60 @@ def test_mapped_arrays_are_still_held_as_validation_data(tmp_path):
     _, history = fnet.fit(STEP, START, DATA, validation=DATA, **options)
     _, found = fnet.fit(STEP, START, DATA, validation=mapped, **options)
     assert found.evaluations["validation_loss"].tolist() == history.evaluations["validation_loss"].tolist()
+
+
+# --- what a second pair of eyes found ---------------------------------------------------------------------------------
+
+
+class Reusing(Loader):
+    """It gives the same arrays again and again, with other numbers in them."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if not hasattr(self, "held") or len(self.held[0]) != len(batch[0]):
+                self.held = tuple(np.array(a) for a in batch)
+            for mine, other in zip(self.held, batch, strict=True):
+                mine[...] = other
+            yield self.held
+
+
+class ReusingDataset(Dataset):
+    def __getitem__(self, row):
+        x, y = super().__getitem__(row)
+        if not hasattr(self, "held"):
+            self.held = np.array(x)
+        self.held[...] = x
+        return self.held, y
+
+
+def test_what_a_source_gives_is_copied_since_it_may_use_its_arrays_again():
+    options = {"epochs": 2, "evaluate": EVALUATE}
+    expected, history = fnet.fit(STEP, START, Loader(10), validation=Loader(10), **options)
+    end, found = fnet.fit(STEP, START, Reusing(10), validation=Reusing(10), **options)
+    assert_same_bits(end, expected)
+    assert found.evaluations["validation_loss"].tolist() == history.evaluations["validation_loss"].tolist()
+    expected, _ = fnet.fit(STEP, START, DATA, epochs=2, batch_size=8)
+    assert_same_bits(fnet.fit(STEP, START, ReusingDataset(), epochs=2, batch_size=8)[0], expected)
+
+
+@pytest.mark.parametrize("says", [4, 6])
+def test_a_loader_whose_length_is_another_is_named(says):
+    class Lying(Loader):
+        def __len__(self):
+            return says
+
+    message = f"the stream's source, a Lying, says that it has {says} batches and gave 5; expected as many as it says"
+    assert len(Loader(11)) == 5
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(STEP, START, Lying(11), epochs=3)
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=Lying(11))
+    model = fnet.mlp(8, 3)
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.predict(model, START.params, START.state, Lying(11))
+
+
+def test_a_validation_set_of_weight_0_is_refused_when_it_has_been_read():
+    nothing = Loader(10, lambda x, y: (x, y, np.zeros(len(x), np.float32)))
+    with pytest.raises(fnet.DataError, match=re.escape("validation.weights sum to 0 over the whole set")):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=nothing)

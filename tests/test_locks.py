@@ -29,7 +29,8 @@ with held(Path(sys.argv[1])):
 
 def written(path, **changes):
     """The lock of another process, which has ended, but for the changes."""
-    own = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "token": "other", "since": "yesterday"}
+    own = {"host": socket.gethostname(), "space": locks._space(), "pid": 2**22 + 1, "started": "1"}
+    own |= {"token": "other", "since": "yesterday"}
     path.write_text(json.dumps({**own, **changes}))
 
 

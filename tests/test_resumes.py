@@ -515,7 +515,7 @@ def test_a_plateau_of_a_loaders_result_is_resumed_and_its_direction_is_named(tmp
     assert len({*history.epochs["learning_rate"].tolist()}) > 1
     run = fnet.Run(tmp_path / "run")
     go(False, run, epochs=3)
-    with pytest.raises(fnet.RunError, match="hyper/metric/validation_loss: expected 1.0 "):
+    with pytest.raises(fnet.RunError, match="hyper/metric/validation_loss: expected 1"):
         go(True, run._replace(resume=True))
     assert_same_bits(go(False, run._replace(resume=True))[0], straight)
 
@@ -610,3 +610,19 @@ def test_a_signal_in_the_last_chunk_is_not_lost():
 def terminated_at_the_end(event):
     if event.kind == "end":
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_interrupted_run_has_its_own_state_though_one_within_it_was_interrupted():
+    step, ts, options = parts()
+
+    def within(event):
+        if event.kind == "chunk":
+            other = fnet.init_train_state(jnp.zeros(2), fnet.sgd(0.1), jax.random.key(0))
+            plain = fnet.make_step(fnet.from_loss(lambda p, batch, key: jnp.square(p).sum()), fnet.sgd(0.1))
+            stop = lambda event: os.kill(os.getpid(), signal.SIGINT) if event.kind == "chunk" else None  # noqa: E731
+            fnet.fit(plain, other, DATA, steps=3, batch_size=8, observers=[stop])
+
+    with pytest.raises(fnet.Interrupted) as caught:
+        fnet.fit(step, ts, DATA, observers=[within], chunk_steps=2, **options)
+    assert jax.tree.structure(caught.value.state.params) == jax.tree.structure(ts.params)
+    assert len(caught.value.history.steps["loss"]) == int(caught.value.state.step) > 0

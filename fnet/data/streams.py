@@ -127,7 +127,7 @@ def read_rows(
 def take_rows(data: Any, rows: Sequence[int] | np.ndarray) -> Batch:
     """These examples, on the host; of data that are read ahead no others are read."""
     if isinstance(data, Examples):
-        return _stacked({row: as_batch(data.source[row], f"example {row}") for row in map(int, rows)})
+        return _stacked({row: _own(data.source[row], f"example {row}") for row in map(int, rows)})
     return jax.tree.map(lambda leaf: native(np.asarray(leaf[np.asarray(rows)])), data)  # jax takes no list
 
 
@@ -135,10 +135,17 @@ def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) ->
     """The batches of one epoch from the beginning, in order; a stream's are its own."""
     if isinstance(data, Stream):
         stream = with_length(data)
+        if length_of(stream) == stream.steps_per_epoch:
+            return read_stream(stream, None, 0, again=False)
         return itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
     n = count_rows(data)
     size = batch_size or n
     return itertools.islice(read_rows(data, lambda _: np.arange(n), size, 0), -(-n // size))
+
+
+def _own(element: Any, name: str) -> Batch:
+    """What a source has given as arrays of ours: it may go on with its own."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.array(leaf), as_batch(element, name))
 
 
 def _stacked(examples: Mapping[int, Batch]) -> Batch:
@@ -160,8 +167,11 @@ def kind_of(batch: PyTree) -> Any:
     return jax.tree.structure(batch), *((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
 
 
-def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
-    """The batches of a stream, from where ``state`` says that it stood, else from its beginning."""
+def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) -> Iterator[Read]:
+    """The batches of a stream, from where ``state`` says that it stood, else from its beginning.
+
+    A source with a length is gone through ``again`` and again, or once.
+    """
     iterator: Any = iter(stream.source)
     if step and state is None:
         if hasattr(iterator, "set_state"):
@@ -177,7 +187,7 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
         iterator.set_state(
             base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state
         )
-    for element in _again_and_again(stream, iterator):
+    for element in _passes(stream, iterator, state is None, again):
         element, iterator = element
         held = iterator.get_state() if hasattr(iterator, "get_state") else None
         if isinstance(held, bytes):
@@ -189,22 +199,32 @@ def read_stream(stream: Stream, state: Any, step: int) -> Iterator[Read]:
             raise DataError(
                 f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
             ) from error
-        yield Read(as_batch(element, "a batch of the stream"), None, held)
+        yield Read(_own(element, "a batch of the stream"), None, held)
         step += 1
+    if not again:
+        return
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
 
 
-def _again_and_again(stream: Stream, iterator: Iterator) -> Iterator[tuple[Any, Iterator]]:
-    """The elements, each with its iterator; of a source with a length one epoch after another."""
-    empty = 0
-    while empty < 2:  # one may have been resumed at its end
-        empty += 1
+def _passes(stream: Stream, iterator: Iterator, whole: bool, again: bool) -> Iterator[tuple[Any, Iterator]]:
+    """The elements, each with its iterator; of a source with a length one epoch after another.
+
+    Not ``whole`` is the first where it was resumed. DataError where the source gives another number than its length.
+    """
+    length = length_of(stream)
+    while True:
+        given = 0
         for element in iterator:
-            empty = 0
+            given += 1
             yield element, iterator
-        if length_of(stream) is None:
+        if length is not None and whole and given != length:
+            raise DataError(
+                f"the stream's source, a {type(stream.source).__name__}, says that it has {length} batches and gave "
+                f"{given}; expected as many as it says: mend its __len__"
+            )
+        if length is None or not again:
             return
-        iterator = iter(stream.source)
+        whole, iterator = True, iter(stream.source)
 
 
 def length_of(stream: Stream) -> int | None:

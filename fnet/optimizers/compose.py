@@ -617,7 +617,8 @@ def reduce_on_plateau(
     the next ``cooldown`` values are not counted, and the waiting begins anew. A value that is not finite is never
     better. ``optimizer`` is one with a number for its learning rate, which is data in its state.
 
-    Keras' ``ReduceLROnPlateau`` counts the same values and compares with ``best − min_delta``; torch's waits one more.
+    Keras' ``ReduceLROnPlateau`` compares with ``best − min_delta`` and counts the last value of the cooldown; else its
+    values are the same. torch's waits one more.
     Raises ValueError unless one of ``window`` and ``metric`` is given; ``update`` raises it without a ``value`` where
     it watches the loss, which `fnet.make_step` always gives.
     """
