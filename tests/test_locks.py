@@ -151,3 +151,13 @@ def test_file_systems_without_links_and_machines_without_proc(without, tmp_path,
         with pytest.raises(Held), held(tmp_path / ".lock"):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_of_the_same_host_name_is_told_by_its_beat(tmp_path):
+    path = tmp_path / ".lock"
+    written(path, space="pid:[1]")  # whose processes have numbers of their own
+    with pytest.raises(Held), held(path):
+        pass
+    os.utime(path, (time.time() - 2 * locks.STALE,) * 2)
+    with held(path) as before:
+        assert "process 4194305" in before
