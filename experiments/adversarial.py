@@ -261,7 +261,7 @@ def draw_images(pictures: dict, names: list[str], epsilon: float, path: Path) ->
     rows = [("as it is", x, labels)]
     rows += [(f"{a}\n{name}", *pictures[name][a]) for name in names for a in ("noise", "FGSM", "PGD")]
     figure, axes = new_figure(len(shown), height=1.25, width=1.05, rows=len(rows))
-    for row, (title, images, read) in zip(axes, rows, strict=True):
+    for row, (title, images, read) in zip(axes.reshape(len(rows), -1), rows, strict=True):
         for ax, i in zip(row, shown, strict=True):
             ax.imshow(images[i, :, :, 0], cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])

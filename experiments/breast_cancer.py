@@ -63,6 +63,9 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 def assign_folds(y: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The number of the fold that tests each case, ``(N,)``; every fold has the classes in the same proportion."""
+    fewest = int(np.bincount(y.astype(int)).min())
+    if not 2 <= folds <= fewest:
+        raise ValueError(f"folds = {folds}; expected 2 to {fewest}, the cases of the rarer class")
     fold = np.full(len(y), -1)
     for k, (_, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)):
         fold[test] = k
@@ -163,6 +166,8 @@ def run(config: Config, console: Console | None = None) -> dict:
         with console.status(variant):
             program = jax.jit(jax.vmap(partial(train_fold, config, hidden, engine)))
             p, curves = jax.device_get(program(keys, train_data, test_data))
+        if not np.isfinite(p).all():
+            raise ValueError(f"{variant}: the probabilities are not finite; expected a smaller --learning-rate")
         each = [(p[m, :n].astype(float), np.asarray(test_data.targets)[m, :n, 0]) for m, n in enumerate(sizes)]
         pooled = [  # every case of a partition, once
             tuple(np.concatenate(both) for both in zip(*each[i : i + config.folds], strict=True))

@@ -202,7 +202,7 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
         elif new:
             forget(folder)
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if not is_refusal(error):
             raise
         if new:
@@ -228,6 +228,8 @@ def is_refusal(error: Exception) -> bool:
     An error of a library beneath them is none, nor is one that comes out of `fnet.fit`: `train` has taken those.
     """
     frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, fnet.NonFiniteError):  # which says all about where it was
+        return True
     if any(frame.filename == driver.__file__ for frame in frames):
         return False
     ours = any(Path(folder) in Path(frames[-1].filename).parents for folder in (*fnet.__path__, Path(__file__).parent))
@@ -384,6 +386,13 @@ def length(config: Any, data: fnet.Batch) -> int:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+def check_left(examples: int, **parts: int) -> None:
+    """SystemExit where the ``parts`` that are set aside, by the names of their options, leave none to train on."""
+    if sum(parts.values()) >= examples:
+        given = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in parts.items())
+        raise SystemExit(f"{given}; expected fewer than {examples} in all, so that some are left to train on")
 
 
 def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batch, fnet.Batch]:

@@ -281,6 +281,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 def draw(pictures, path: Path) -> None:
     """Test digits: as they are, masked, restored."""
     figure, axes = new_figure(len(pictures[0]), rows=3, width=0.9, height=0.95)
+    axes = axes.reshape(3, -1)
     for row, (name, images) in enumerate(zip(("whole", "masked", "restored"), pictures, strict=True)):
         for ax, image in zip(axes[row], images, strict=True):
             ax.imshow(image.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)

@@ -3,6 +3,7 @@
     python -m experiments.digits_mlp
     python -m experiments.digits_mlp --epochs 5 --seed 1
     python -m experiments.digits_mlp --resume                  the latest run, if it was stopped or killed
+    python -m experiments.digits_mlp --name a --resume auto    begins the run of this name, or goes on with it
     python -m experiments.digits_mlp --data-dir ~/mnist        the original IDX files, plain or gzip
 
 Both trainings start from the same parameters and see the same batches in the same order; one argument, the gradient

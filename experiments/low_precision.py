@@ -31,6 +31,7 @@ from experiments.common import (
     Count,
     InFolder,
     Seeded,
+    check_left,
     engine_of,
     main,
     new_run_folder,
@@ -91,8 +92,9 @@ def run(config: Config, console: Console | None = None) -> dict:
     if config.seeds < 1:
         raise ValueError(f"low_precision: seeds = {config.seeds}; expected at least 1")
     console = open_console(config, console)
-    folder = new_run_folder(config, "low_precision")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
+    check_left(len(digits.targets), test_size=config.test_size)
+    folder = new_run_folder(config, "low_precision")
     keys, results, rows = jax.random.split(jax.random.key(config.seed), config.seeds), {}, {}
     for way in WAYS:
         with console.status(way):

@@ -90,6 +90,11 @@ def make_ratings(config: Config, seed: int) -> Ratings:
     pairs = np.stack(np.unravel_index(entries, truth.shape), 1).astype(np.int32)
     ratings = truth.ravel()[entries] + config.noise * random.normal(size=len(entries))
     cut = round(config.held_out * len(entries))
+    if not 0 < cut < len(entries):
+        raise ValueError(
+            f"seen = {config.seen}, held_out = {config.held_out}: {len(entries) - cut} ratings to train on, {cut} held "
+            "out; expected some of each"
+        )
     mean = ratings[cut:].mean()
     centred = (ratings - mean).astype(np.float32)
     test, training = (fnet.Batch(pairs[part], centred[part]) for part in (slice(cut), slice(cut, None)))

@@ -325,11 +325,12 @@ def show(ax, image: np.ndarray, signed: bool) -> None:
 def draw_grid(rows: list, title: str, path: Path, below: list[str] | None = None) -> None:
     """Rows of ``(title, images (B, H, W), signed)`` beside one another."""
     figure, axes = new_figure(len(rows[0][1]), height=1.15, width=1.15, rows=len(rows))
-    for row, (name, images, signed) in zip(np.atleast_2d(axes), rows, strict=True):
+    axes = np.reshape(axes, (len(rows), -1))
+    for row, (name, images, signed) in zip(axes, rows, strict=True):
         for ax, image in zip(row, images, strict=True):
             show(ax, image, signed)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, text in zip(np.atleast_2d(axes)[-1], below or [], strict=False):
+    for ax, text in zip(axes[-1], below or [], strict=False):
         ax.set_xlabel(text, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)

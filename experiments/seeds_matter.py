@@ -26,7 +26,17 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import ByEngine, Count, InFolder, engine_of, main, new_run_folder, open_console, say_written
+from experiments.common import (
+    ByEngine,
+    Count,
+    InFolder,
+    check_left,
+    engine_of,
+    main,
+    new_run_folder,
+    open_console,
+    say_written,
+)
 from fnet import optimizers
 from fnet.metrics import accuracy
 from fnet.population import crossed, grid, student, train_population
@@ -101,8 +111,9 @@ def run(config: Config, console: Console | None = None) -> dict:
         if count < least:
             raise ValueError(f"seeds_matter: {what} = {count}; expected at least {least}")
     console = open_console(config, console)
-    folder = new_run_folder(config, "seeds_matter")
     digits = jax.tree.map(jnp.asarray, fnet.data.sklearn_digits())
+    check_left(len(digits.targets), test_size=config.test_size, validation_size=config.validation_size)
+    folder = new_run_folder(config, "seeds_matter")
     tuning = jax.random.split(jax.random.key(1), config.tuning_seeds)
     keys = jax.random.split(jax.random.key(0), config.seeds)
     rates, accuracies = {}, {}

@@ -208,6 +208,7 @@ def gain_interval(errors_a, errors_b, resamples: int, block: int = 11) -> tuple[
     ``errors_a`` is ``(T,)``, ``errors_b`` is ``(seeds, T)``, whose RMSE is the mean of the seeds'.
     """
     n, rng = len(errors_a), np.random.default_rng(0)
+    block = min(block, n)
     starts = rng.integers(0, n - block + 1, (resamples, -(-n // block)))
     years = (starts[:, :, None] + np.arange(block)).reshape(resamples, -1)[:, :n]
     a, b = (np.sqrt((errors[..., years] ** 2).mean(-1)) for errors in (errors_a, errors_b))

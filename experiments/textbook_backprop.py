@@ -209,6 +209,10 @@ def missing_factor(params, x, y) -> dict[str, jax.Array]:
 def run(config: Config, console: Console | None = None) -> dict:
     """Audit every case and print the verdicts; returns the reports and the missing factor."""
     console = open_console(config, console)
+    if len(config.sizes) < 2:
+        raise SystemExit(
+            f"--sizes {' '.join(map(str, config.sizes))}; expected at least 2, those of the inputs and of the outputs"
+        )
     with jax.enable_x64(True):
         params, x, y = example(config)
         with console.status("auditing"):

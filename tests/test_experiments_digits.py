@@ -47,7 +47,9 @@ def test_two_epochs_on_the_packaged_digits(tmp_path):
         ]  # fmt: skip
         assert {"loss", "accuracy", "validation_loss", "learning_rate", "gradient_norm/dense_2"} <= set(rows[1])
         assert (folder / engine / "report.html").stat().st_size > 10_000
-    assert text.splitlines()[-1] == f"test accuracy {result['test_accuracy']['backprop']:.4f}  {folder}"
+    pages = [folder / engine / "report.html" for engine in ("autodiff", "backprop")]
+    accuracy = f"test accuracy {result['test_accuracy']['backprop']:.4f}"
+    assert text.splitlines()[-4:] == [accuracy, *(f"written: {path}" for path in (folder, *pages))]
     for what in (
         "dense_0/w",
         "dense_2/b",
