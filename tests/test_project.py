@@ -231,7 +231,7 @@ def test_a_second_run_installs_nothing_and_a_changed_pin_installs_again(checkout
 def test_another_python_makes_the_environment_anew_and_the_same_does_not(checkout):
     fake_python(checkout / "bin" / "python3", version="3.11.7")
     fake_python(checkout / "bin" / "other", version="3.12.1")
-    install = "-m pip install --editable .[test,loggers]"
+    install = "-m pip install --editable .[test]"
     assert make(checkout, "test")[0] == [install, "-m pytest -n 2"]
     calls, run = make(checkout, "test", "PYTHON=other")
     assert calls == [install, "-m pytest -n 2"] and "creating .venv with Python 3.12.1 (other)\n" in run.stdout
@@ -263,13 +263,13 @@ def test_the_newest_releases_are_installed_anew_each_time_without_constraints(ch
 def test_a_failed_install_is_tried_again(checkout):
     fake_python(checkout / "bin" / "python3")
     calls, run = make(checkout, "test", fail="install")
-    assert run.returncode != 0 and calls == ["-m pip install --editable .[test,loggers]"]
-    assert make(checkout, "test")[0] == ["-m pip install --editable .[test,loggers]", "-m pytest -n 2"]
+    assert run.returncode != 0 and calls == ["-m pip install --editable .[test]"]
+    assert make(checkout, "test")[0] == ["-m pip install --editable .[test]", "-m pytest -n 2"]
 
 
 def test_lint_runs_its_tools_on_what_tests_install_and_bench_has_its_own_environment(checkout):
     fake_python(checkout / "bin" / "python3")
-    installs = ["-m pip install --editable .[lint]", "-m pip install --editable .[test,loggers]"]
+    installs = ["-m pip install --editable .[lint]", "-m pip install --editable .[test]"]
     tools = ["-m ruff check .", "-m ruff format --check .", "-m pyright --pythonpath .venv/bin/python"]
     assert make(checkout, "lint")[0] == installs + tools
     bench = ["-m pip install --editable . --requirement benchmarks/requirements.txt", "-m benchmarks.s1"]
