@@ -225,7 +225,8 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
     """
     data: dict[str, Any] = {"steps_per_epoch": plan.per_epoch}
     if isinstance(plan.data, Stream):
-        data["first batch"] = _digest(plan.sample)
+        if plan.data.resumable:  # else it may begin otherwise each time, and nothing goes on from there
+            data["first batch"] = _digest(plan.sample)
     else:
         data = {
             "examples": plan.examples,

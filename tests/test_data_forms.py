@@ -112,6 +112,21 @@ def test_a_loader_without_a_position_is_refused_in_a_folder_until_that_is_said(t
     fnet.fit(STEP, START, Stream(Loader(8), resumable=False), epochs=1, run=fnet.Run(tmp_path / "run"))
 
 
+def test_a_run_of_a_loader_that_shuffles_is_had_again_when_it_has_ended(tmp_path):
+    rng = np.random.default_rng(0)
+
+    class Shuffling(Loader):
+        def __iter__(self):
+            order = rng.permutation(N)
+            for begin in range(0, N, self.size):
+                rows = order[begin : begin + self.size]
+                yield HOST.inputs[rows], HOST.targets[rows]
+
+    run = fnet.Run(tmp_path / "run", resume="auto")
+    ends = [fnet.fit(STEP, START, Stream(Shuffling(8), resumable=False), epochs=2, run=run)[0] for _ in range(2)]
+    assert_same_bits(*ends)
+
+
 VALIDATION = {
     "a loader": lambda: Loader(10),
     "a stream": lambda: Stream(Batches(10), -(-N // 10)),
