@@ -130,22 +130,20 @@ class OpenRun:
         if not steps:
             return None
         path, meta = self._newest(steps)
-        ts, same = like, meta["plan"]["rule to stop"] == about["rule to stop"]
-        if same:  # else other leaves are missing too
+        ts = like
+        if meta["plan"]["rule to stop"] == about["rule to stop"]:  # else other leaves are missing too
             ts = load_checkpoint(path, like, meta)
-            moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
         elif self._accepts("rule to stop"):  # the given one, from its beginning
             parts = [name for name in like._fields if name != "stopping"]
             ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)._replace(stopping=like.stopping)
             own = {name: value for name, value in meta["plan"].items() if not name.startswith("stopping/")}
             meta["plan"] = own | {name: value for name, value in about.items() if name.startswith("stopping/")}
-            moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
-        else:
-            moved = {}  # and the state that holds the numbers is another
+        else:  # and the state that holds the numbers is another
             about, meta["plan"] = (
                 {name: value for name, value in plan.items() if not name.startswith(("opt_state/", "stopping/"))}
                 for plan in (about, meta["plan"])
             )
+        moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
         saved = {**meta["plan"], **moved}
         foreign = _different(meta["environment"], self.environment)
         names = _different(saved, about)
@@ -411,23 +409,7 @@ def open_run(run: Run) -> Iterator[OpenRun]:
     """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
     _check(run)
     folder, config = Path(run.folder).expanduser().absolute(), _plain(run.config)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise RunError(
-            f"{str(folder)!r} has bytes in its path that are no text, which orbax cannot take; expected a path of "
-            "characters: name another folder"
-        ) from None
-    if ":/" in str(folder):
-        raise RunError(
-            f"{folder} has a part that ends with a colon, which orbax takes for the name of a service; expected a path "
-            "of this machine: name another folder"
-        )
-    if odd := sorted(set("[]*?\\") & set(str(folder))):
-        raise RunError(
-            f"{folder} has {' '.join(odd)} in its path, below which orbax finds no checkpoints again; expected a path "
-            "without [ ] * ? and backslash: name another folder"
-        )
+    _check_path(folder)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # what a process leaves that is killed before it writes config.json
     begun = {"checkpoints", ".config.json.part"}
@@ -468,6 +450,28 @@ def open_run(run: Run) -> Iterator[OpenRun]:
             yield opened
         finally:
             opened.close()
+
+
+def _check_path(folder: Path) -> None:
+    """Require a path below which orbax finds again what it has written."""
+    parts = folder.parts[1:]  # without the root, or the drive
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise RunError(
+            f"{str(folder)!r} has bytes in its path that are no text, which orbax cannot take; expected a path of "
+            "characters: name another folder"
+        ) from None
+    if any(part.endswith(":") for part in parts):  # below the last too there are checkpoints
+        raise RunError(
+            f"{folder} has a part that ends with a colon, which orbax takes for the name of a service; expected a path "
+            "of this machine: name another folder"
+        )
+    if odd := sorted(set("[]*?\\").intersection("".join(parts))):
+        raise RunError(
+            f"{folder} has {' '.join(odd)} in its path, below which orbax finds no checkpoints again; expected a path "
+            "without [ ] * ? and backslash: name another folder"
+        )
 
 
 @contextmanager
