@@ -174,10 +174,10 @@ def evaluating(plan: Plan, ts: TrainState, program: Callable, compile: Callable)
     at_boundary = boundary(plan, ts, compile)
 
     def call(ts, count, data, _):
-        position, begun = int(ts.step), int(ts.step)
-        made, results, at = [], [], []
-        while position < begun + int(count) and not bool(stopped(ts)):
-            steps = min(begun + int(count) - position, plan.every - position % plan.every)
+        position = int(ts.step)
+        end, made, results, at = position + int(count), [], [], []
+        while position < end and not bool(stopped(ts)):
+            steps = min(end - position, plan.every - position % plan.every)
             ts, outputs = program(ts, jnp.asarray(steps, jnp.int32), data, None)
             made.append(outputs._replace(metrics=jax.tree.map(lambda a, n=steps: np.asarray(a)[:n], outputs.metrics)))
             position += steps

@@ -47,8 +47,8 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    seen: list[int] = []  # by the thread
-    handled: list[int] = []  # by Python, at once: the thread may be late
+    seen: list[int] = []  # by the thread, as soon as they come
+    handled: list[int] = []  # by Python, in this thread: at the latest when the caller asks
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -61,7 +61,7 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
 
     def handle(number, _):
         handled.append(number)
-        if number == signal.SIGINT and interactive and seen.count(signal.SIGINT) > 1:
+        if number == signal.SIGINT and interactive and handled.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
     interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
@@ -70,7 +70,7 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     thread = threading.Thread(target=watch, name="fnet-signals", daemon=True)
     thread.start()
     try:
-        yield lambda: next((number for number in (*handled, *seen) if number in CAUGHT), None)
+        yield lambda: next(iter(handled), None)
     finally:
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():

@@ -123,7 +123,7 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
 
 
 def absolute_error(outputs, targets) -> jax.Array:
-    """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first."""
+    """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first; the loss of this name sums."""
     outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     if outputs.shape != targets.shape:
         raise ValueError(f"absolute_error: outputs {outputs.shape} and targets {targets.shape}; expected one shape")

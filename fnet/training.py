@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from fnet.children import apply
 from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
-from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, one_epoch, take_rows, with_length
+from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, one_epoch, with_length
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.jax_insides import transfers_meant
 from fnet.stopping import Reducer, decide, stopped, with_stopping
@@ -172,17 +172,12 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     data = as_source(data)
     if isinstance(data, Stream):
         first_batch(with_length(data))
-        batches = (read.batch.inputs for read in one_epoch(data))
-    elif isinstance(data, Examples):
-        check_batch_size(batch_size or count_rows(data), count_rows(data))
-        batches = (read.batch.inputs for read in one_epoch(data, batch_size))
     else:
-        inputs = as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs")
-        n = count_examples(Batch(inputs, None))
-        size = n if batch_size is None else batch_size
-        check_batch_size(size, n)
-        rows = (range(begin, min(begin + size, n)) for begin in range(0, n, size))
-        batches = (take_rows(inputs, [*some]) for some in rows)
+        if not isinstance(data, Examples):
+            data = Batch(as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs"), None)
+        n = count_rows(data)
+        check_batch_size(n if batch_size is None else batch_size, n)
+    batches = (read.batch.inputs for read in one_epoch(data, batch_size))
     outputs = [jax.tree.map(np.asarray, _outputs(model)(params, state, batch)) for batch in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 

@@ -237,17 +237,20 @@ def length_of(stream: Stream) -> int | None:
 
 def with_length(stream: Stream) -> Stream:
     """The stream with the steps of an epoch; DataError where neither it nor its source says how many."""
-    if stream.steps_per_epoch is None and length_of(stream) is None:
+    if stream.steps_per_epoch is not None:
+        return stream
+    length = length_of(stream)
+    if length is None:
         raise DataError(
             "Stream: steps_per_epoch is None and the source has no length; expected how many batches are called an "
             "epoch: Stream(source, steps_per_epoch=100)"
         )
-    if stream.steps_per_epoch is None and length_of(stream) == 0:
+    if length == 0:
         raise DataError(
             f"Stream: the source, a {type(stream.source).__name__}, has length 0; expected at least 1 batch: of a "
             "loader that drops the last batch, no more examples in a batch than there are"
         )
-    return stream if stream.steps_per_epoch is not None else stream._replace(steps_per_epoch=length_of(stream))
+    return stream._replace(steps_per_epoch=length)
 
 
 def check_resumable(stream: Stream) -> None:
