@@ -30,7 +30,7 @@ from fnet.extras import need
 from fnet.files import first_line
 from fnet.types import PyTree, by_path
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d+)")
 
 

@@ -26,11 +26,11 @@ from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, evaluating, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data, count_examples
-from fnet.data.streams import Stream, check_resumable, is_read_ahead, take_rows
+from fnet.data.streams import Stream, is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, Terminated, interruptions
-from fnet.jax_insides import transfers_meant
+from fnet.jax_insides import refuse_fork, transfers_meant
 from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.plan import (
     Plan,
@@ -99,17 +99,17 @@ def fit(
     data do not fit, `RunError` and `CheckpointError` a folder that cannot be used, `TypeError` and
     `ValueError` any other argument.
     """
+    refuse_fork("fit")
     check_kinds(step, ts, evaluate, stop, observers, run)
     ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
     check_start(ts, stop)
     ts = on_one_mesh(with_stopping(stop, ts))
+    every = evaluate_every
     plan = check_run(
-        step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
+        step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, every, stop, chunk_steps, bool(run)
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
-    if run and isinstance(plan.data, Stream):
-        check_resumable(plan.data)
     programs = programs_of(plan, ts) if run else {}
     about = described(plan, ts, programs) if run else {}
     with ExitStack() as stack:

@@ -659,6 +659,11 @@ def _array(name: str, tensor) -> np.ndarray:
             f"{name} is on PyTorch's device meta, which holds no numbers; expected a tensor with numbers: load the "
             "module's weights first"
         )
+    if np.ma.is_masked(tensor):
+        raise ExportError(
+            f"{name} has {int(np.ma.getmaskarray(tensor).sum())} masked values; expected none, since a mask would be "
+            "dropped: fill them, tensor.filled(0)"
+        )
     try:
         return np.asarray(tensor)
     except (TypeError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.data.arrays import as_arrays
 from fnet.losses import check_binary, check_classes
 from fnet.optimizers.common import global_norm
 from fnet.types import Mean, PyTree, require_counts, weighted_mean, wide
@@ -172,9 +173,10 @@ def _counts(who: str, counts, average) -> jax.Array:
 
 
 def _averaged(part, whole, counts, average) -> jax.Array:
-    each = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    each = jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))
     if average == "micro":
-        return counts.diagonal().sum() / jnp.maximum(counts.sum(), jnp.finfo(counts.dtype).tiny)
+        total = counts.sum()
+        return counts.diagonal().sum() / jnp.where(total == 0, 1, total)
     return each if average is None else each.mean()
 
 
@@ -187,12 +189,14 @@ def roc_auc(scores, labels, weights=None) -> float:
     """The area under the receiver's curve: how often a positive's score is above a negative's, ties counting half.
 
     ``scores (N,)`` are logits or probabilities of label 1, ``labels (N,)`` 0 or 1. On the host, in float64, in
-    O(N log N). Raises ValueError for other labels, scores that are NaN, and a set that holds one label alone.
+    O(N log N). Raises ValueError for other labels, scores that are NaN, what is masked, and a set that holds one label
+    alone.
 
     >>> roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
     0.75
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    scores, labels = _on_host("roc_auc", scores=scores, labels=labels)
+    scores = scores.astype(np.float64)
     if scores.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(f"roc_auc: scores {scores.shape} and labels {labels.shape}; expected (N,) for both")
     weights, counted = _weights_of("roc_auc", len(scores), weights)
@@ -210,23 +214,31 @@ def roc_auc(scores, labels, weights=None) -> float:
 def r_squared(outputs, targets, weights=None) -> float:
     """``1 − Σ w (t − y)² / Σ w (t − t̄)²`` over a whole set ``(N,)`` or ``(N, F)``, the mean over features.
 
-    On the host, in float64. Raises ValueError for shapes that differ, and for targets that are all the same, of which
-    nothing can be explained.
+    On the host, in float64. Raises ValueError for shapes that differ, for what is masked or not finite (where the
+    weight is not 0), and for targets that are all the same, of which nothing can be explained.
     """
-    outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
+    outputs, targets = (a.astype(np.float64) for a in _on_host("r_squared", outputs=outputs, targets=targets))
     if outputs.shape != targets.shape or not outputs.ndim:
         raise ValueError(f"r_squared: outputs {outputs.shape} and targets {targets.shape}; expected one shape (N, ...)")
     w, counted = _weights_of("r_squared", len(targets), weights)
     y, t = (a.reshape(len(a), -1)[counted] for a in (outputs, targets))
+    for name, numbers in (("outputs", y), ("targets", t)):
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"r_squared: {name} hold what is not finite; expected numbers, where the weight is not 0")
     if (t == t[:1]).all(0).any():
         raise ValueError("r_squared: targets that are all the same; expected some that differ")
     spread = w @ np.square(t - np.average(t, 0, w))
     return float((1 - w @ np.square(t - y) / spread).mean())
 
 
+def _on_host(who: str, **given) -> list[np.ndarray]:
+    """Arrays of NumPy, at the door that data come through; a DataError, which is a ValueError, names what is none."""
+    return [np.asarray(as_arrays(held, f"{who}: {name}")) for name, held in given.items()]
+
+
 def _weights_of(who: str, examples: int, weights) -> tuple[np.ndarray, np.ndarray]:
     """The weights above 0, and of which examples they are: one of weight 0 counts nothing, whatever it holds."""
-    weights = np.ones(examples) if weights is None else np.asarray(weights, np.float64)
+    weights = np.ones(examples) if weights is None else _on_host(who, weights=weights)[0].astype(np.float64)
     if weights.shape != (examples,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
         raise ValueError(
             f"{who}: weights {weights.shape}; expected ({examples},), one for each example: finite numbers of at least "

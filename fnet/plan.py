@@ -82,9 +82,9 @@ def _short(value: Any) -> str:
 
 
 def check_run(
-    step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps
+    step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, kept
 ) -> Plan:
-    """Everything that can be known to fail before it is computed."""
+    """Everything that can be known to fail before it is computed; ``kept`` says whether it is to be resumed."""
     require_counts("fit", epochs=epochs, steps=steps, chunk_steps=chunk_steps)
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs = {epochs} and steps = {steps}; expected one of them: where the run ends")
@@ -99,7 +99,7 @@ def check_run(
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
         data = with_length(data)
-        known = sample = check_data(first_batch(data), name="the stream's first batch")
+        known = sample = check_data(first_batch(data, resumed=kept), name="the stream's first batch")
         per_epoch: int = data.steps_per_epoch  # pyright: ignore[reportAssignmentType] — with_length has set it
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
     elif batch_size is None:
@@ -207,15 +207,32 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
 
 
 def programs_of(plan: Plan, ts: TrainState) -> dict[str, list[Line]]:
-    """What a step and an evaluation compute, whatever their parts are called."""
+    """What a step and an evaluation compute, whatever their parts are called; of a smaller last batch too."""
+    evaluation = lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop)  # noqa: E731
+    like = jax.eval_shape(lambda ts: ts, ts)
+
+    def traced(function: Callable, data: PyTree, held: PyTree) -> list[Line]:
+        sets, firsts = sets_of(data), sets_of(held)
+        pairs = {name: _first_and_last(sets[name], firsts[name]) for name in sets}
+        first, last = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
+        programs = [first] if first == last else [first, last]
+        if sets is not data:
+            programs = [each["validation"] for each in programs]
+        return [line for shapes in programs for line in program_lines(jax.make_jaxpr(function)(like, shapes))]
+
     with jax.disable_jit(False):  # else it is another program
-        shapes = jax.eval_shape(lambda *given: given, ts, plan.sample)
-        programs = {"step": program_lines(jax.make_jaxpr(plan.step)(*shapes))}
+        programs = {"step": traced(plan.step, plan.data, plan.sample)}
         if plan.evaluate:
-            evaluation = jax.make_jaxpr(lambda ts, held: evaluated(ts, held, plan.evaluate, plan.stop))
-            held = jax.eval_shape(lambda held: held, plan.held)
-            programs["evaluation"] = program_lines(evaluation(shapes[0], held))
+            programs["evaluation"] = traced(evaluation, plan.validation, plan.held)
     return programs
+
+
+def _first_and_last(data: Any, first: Batch) -> tuple[Batch, Batch]:
+    """The shapes of a set's first batch, and of its last: those of the first where it is as large, or not known."""
+    shapes = jax.eval_shape(lambda batch: batch, first)
+    if isinstance(data, Stream) or not (rest := count_rows(data) % count_examples(first)):
+        return shapes, shapes
+    return shapes, jax.tree.map(lambda a: jax.ShapeDtypeStruct((rest, *a.shape[1:]), a.dtype), shapes)
 
 
 def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) -> dict[str, Any]:
@@ -249,10 +266,17 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
         "metrics": [f"{name}{_shape(metric)}" for name, metric in plan.metrics.items()],
         "results": [f"{name}{_shape(result)}" for name, result in plan.results.items()],
         "rule to stop": plan.stop.about if plan.stop else None,
+        "optimizer": _kind_of_state(ts.opt_state),
         "steps between evaluations": plan.every if plan.evaluate else None,
         "key": jax.tree.map(lambda key: np.asarray(words_of(key)).tolist(), ts.key),
         **numbers_of(ts),
     }
+
+
+def _kind_of_state(opt_state: PyTree) -> str:
+    """What an optimizer's state is, and a hash of the paths, shapes and dtypes of its leaves."""
+    lines = [f"{path} {leaf.dtype}{leaf.shape}" for path, leaf in named_leaves(opt_state)]
+    return f"{type(opt_state).__name__}, SHA-256 {digest(lines)[:12]}…"
 
 
 def _rows_digest(data: Batch | Examples) -> str:

@@ -55,9 +55,11 @@ from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, 
 
 # what differs in a program because something else does, that is named before
 EXPLAINED = {
-    "step": {"batch_size", "an example", "metrics"},
+    "step": {"batch_size", "an example", "metrics", "optimizer"},
     "evaluation": {"results", "rule to stop"},
 }
+# the parts of a state that begin anew where it is accepted that they are another's
+ANEW = {"optimizer": "opt_state", "rule to stop": "stopping"}
 # a program that is traced under another of these may be another, though it is of the same functions
 TRACED_BY = {"jax", "jaxlib", "fnet", "backend", "x64", "matmul_precision", "prng", "threefry_partitionable"}
 
@@ -80,7 +82,10 @@ class Run(NamedTuple):
     stored with it and must be the same when it is resumed, save for the names in ``free``. So must be what the run
     computes: its step and evaluation (compared as traced programs, whatever functions they are made of), samples of its
     data, and its numbers. What is changed knowingly is named in ``accept``, by the names that the error gives, ``*``
-    standing for anything: the run goes on with what is given now, and folder/changes.jsonl says so.
+    standing for anything: the run goes on with what is given now, and folder/changes.jsonl says so. An optimizer whose
+    state has other leaves, and another rule to stop, begin anew.
+
+    What a run has kept by ``keep_best`` it keeps when it is resumed by another, or by none.
     """
 
     folder: str | Path
@@ -109,6 +114,8 @@ class OpenRun:
         self.resumed_at, self.changes = 0, {}  # what differs knowingly from what was saved there
         self.passed: list[Path] = []  # damaged checkpoints that the run was not resumed from
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
+        own = run.keep_best and {"name": run.keep_best, "greatest": run.greatest, "count": run.best}
+        self.bests: list[dict[str, Any]] = [own] if own else []  # the rules that checkpoints are kept by, its own last
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
     def restore(
@@ -120,9 +127,9 @@ class OpenRun:
         theirs, and for what the run accepts. Nothing is written: `begin` does, once the run is known to go on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
-        ended = self.folder / "summary.json"
-        if self.run.resume and not steps and (self.saved.exists() or ended.exists()):
-            there = f"one at step {self.saved.read_text().strip()}" if self.saved.exists() else "one: the run had ended"
+        ended, last = self.folder / "summary.json", self._last_there_was()
+        if self.run.resume and not steps and (last is not None or ended.exists()):
+            there = "one: the run had ended" if last is None else f"one at step {last}"
             raise RunError(
                 f"{self.checkpoints} holds no checkpoint, and there was {there}; expected it, to go on from: put it "
                 "back, or begin in another folder"
@@ -130,19 +137,14 @@ class OpenRun:
         if not steps:
             return None
         path, meta = self._newest(steps)
-        ts = like
-        if meta["plan"]["rule to stop"] == about["rule to stop"]:  # else other leaves are missing too
-            ts = load_checkpoint(path, like, meta)
-        elif self._accepts("rule to stop"):  # the given one, from its beginning
-            parts = [name for name in like._fields if name != "stopping"]
-            ts = load_checkpoint(path, like._replace(stopping=()), meta, parts=parts)._replace(stopping=like.stopping)
-            own = {name: value for name, value in meta["plan"].items() if not name.startswith("stopping/")}
-            meta["plan"] = own | {name: value for name, value in about.items() if name.startswith("stopping/")}
-        else:  # and the state that holds the numbers is another
-            about, meta["plan"] = (
-                {name: value for name, value in plan.items() if not name.startswith(("opt_state/", "stopping/"))}
-                for plan in (about, meta["plan"])
-            )
+        others = {part: name for name, part in ANEW.items() if meta["plan"][name] != about[name]}
+        parts = [part for part in like._fields if part not in others]
+        ts = load_checkpoint(path, like._replace(**dict.fromkeys(others, ())), meta, parts=parts)
+        ts = ts._replace(**{part: getattr(like, part) for part in others})
+        anew = tuple(f"{part}/" for part in others)  # their numbers are not compared
+        meta["plan"] = {name: value for name, value in meta["plan"].items() if not name.startswith(anew)} | {
+            name: value for name, value in about.items() if name.startswith(anew)
+        }
         moved = {name: value for name, value in numbers_of(ts).items() if about.get(name) == value}
         saved = {**meta["plan"], **moved}
         foreign = _different(meta["environment"], self.environment)
@@ -163,18 +165,31 @@ class OpenRun:
             ts = _with_numbers(ts, like, names)
             meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
         self.last_saved, self.resumed_at = meta["step"], meta["step"]
+        own = [(rule["name"], rule["greatest"]) for rule in self.bests]
+        self.bests = [rule for rule in meta["best"] if (rule["name"], rule["greatest"]) not in own] + self.bests
         return ts, meta, rows
+
+    def _last_there_was(self) -> int | None:
+        """The step of the latest checkpoint that was made, though it may be gone."""
+        text = self.saved.read_text().strip() if self.saved.exists() else ""
+        return int(text) if text.isdigit() else None
 
     def _newest(self, steps: Mapping[int, Path]) -> tuple[Path, dict[str, Any]]:
         """The last checkpoint and its meta; of "newest whole" the last that is not damaged."""
         paths, passed = list(steps.values())[::-1], []
+        if (last := self._last_there_was()) is not None and last > max(steps):
+            warnings.warn(
+                f"{self.folder} is resumed from step {max(steps)}: its checkpoint of step {last} is gone",
+                RunWarning,
+                stacklevel=5,
+            )
         for path in paths:
             try:
                 meta = read_meta(path)
             except CheckpointError as error:
                 if self.run.resume != "newest whole":
-                    whole = _whole_before(path, paths)
-                    remedy = f". {whole.name} is whole: Run(resume='newest whole') takes it" if whole else ""
+                    whole = _newest_whole(paths[paths.index(path) + 1 :])
+                    remedy = f". {whole[0]} is whole: Run(resume='newest whole') takes it" if whole else ""
                     raise CheckpointError(f"{error}{remedy}") from error
                 passed.append(path)
                 continue
@@ -221,6 +236,8 @@ class OpenRun:
             with whole_file(self.folder / "metrics.jsonl") as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             (self.folder / "nonfinite.json").unlink(missing_ok=True)
+            if self.last_saved is not None:
+                self._mark(self.last_saved)
 
     def record(self, kind: str, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Append a row to the metrics."""
@@ -245,8 +262,7 @@ class OpenRun:
         if step == self.last_saved:
             return False
         results = self._results.get(step, {})
-        best = {"name": self.run.keep_best, "greatest": self.run.greatest} if self.run.keep_best else None
-        meta = {**meta, "config": self.config, "environment": self.environment, "results": results, "best": best}
+        meta = {**meta, "config": self.config, "environment": self.environment, "results": results, "best": self.bests}
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
@@ -267,16 +283,19 @@ class OpenRun:
 
     def _save(self, step: int, leaves, meta) -> None:
         save_checkpoint(self.checkpoints, step, leaves, meta, verify=self.run.verify)
-        with whole_file(self.saved) as part:
-            part.write_text(f"{step}\n")
+        self._mark(step)
         steps = saved_steps(self.checkpoints)
         kept = set(list(steps)[-self.run.keep_last :])
         if self.run.keep_every:
             kept |= {step for step in steps if step % self.run.keep_every == 0}
-        if self.run.keep_best:
-            kept |= {*best_first(steps, self.run.keep_best, self.run.greatest)[: self.run.best]}
+        for rule in self.bests:
+            kept |= {*best_first(steps, rule["name"], rule["greatest"])[: rule["count"]]}
         for step in steps.keys() - kept:
             delete_checkpoint(steps[step])
+
+    def _mark(self, step: int) -> None:
+        with whole_file(self.saved) as part:
+            part.write_text(f"{step}\n")
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         """The rows on disk; the last may have been cut off by whatever ended the process."""
@@ -304,14 +323,13 @@ def _aside(damaged: Path) -> Path:
     return next(path for name in names if not (path := damaged.with_name(f"damaged_{name}")).exists())
 
 
-def _whole_before(damaged: Path, newest_first: Sequence[Path]) -> Path | None:
-    """The newest checkpoint before a damaged one that is whole."""
-    for path in newest_first[newest_first.index(damaged) + 1 :]:
+def _newest_whole(newest_first: Sequence[Path]) -> tuple[str, dict[str, Any]] | None:
+    """The name and the meta of the newest checkpoint that is whole."""
+    for path in newest_first:
         try:
-            read_meta(path)
+            return path.name, read_meta(path)
         except CheckpointError:
             continue
-        return path
     return None
 
 
@@ -320,8 +338,8 @@ def _meta_of(steps: Mapping[int, Path], at: int) -> dict[str, Any]:
     try:
         return read_meta(steps[at])
     except CheckpointError as error:
-        whole = _whole_before(steps[at], list(steps.values())[::-1])
-        remedy = f". {whole.name} is whole: load_run(..., which={int(whole.name[5:])}) takes it" if whole else ""
+        whole = _newest_whole([path for step, path in steps.items() if step < at][::-1])
+        remedy = f". {whole[0]} is whole: load_run(..., which={whole[1]['step']}) takes it" if whole else ""
         raise CheckpointError(f"{error}{remedy}") from error
 
 
@@ -365,15 +383,16 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
         meta = _meta_of(steps, int(at))
         loaded = load_checkpoint(steps[at], {"params": params, "state": state}, meta, parts=("params", "state"))
         return loaded["params"], loaded["state"]
-    meta = _meta_of(steps, last)
-    if meta.get("best"):
-        ranked = best_first(steps, **meta["best"])
+    whole = _newest_whole(list(steps.values())[::-1])  # where the last is damaged the best need not be
+    if whole and (rules := whole[1]["best"]):
+        name, greatest = rules[-1]["name"], rules[-1]["greatest"]
+        ranked = best_first(steps, name, greatest)
         if not ranked:
-            name = meta["best"]["name"]
             raise RunError(
                 f"{folder} has no checkpoint with a finite {name}; expected one: which='last' takes its last"
             )
         return load_run(folder, model, x, ranked[0])
+    meta = _meta_of(steps, last)  # which alone holds what its rule has kept
     if not any(leaf["path"].startswith("stopping/weights/") for leaf in meta["leaves"]):
         raise RunError(
             f"{folder} kept no best state; expected a run with Run(keep_best='validation_loss') or early_stopping: "
@@ -462,10 +481,10 @@ def _check_path(folder: Path) -> None:
             f"{str(folder)!r} has bytes in its path that are no text, which orbax cannot take; expected a path of "
             "characters: name another folder"
         ) from None
-    if any(part.endswith(":") for part in parts):  # below the last too there are checkpoints
+    if any(part.endswith("gs:") for part in parts):  # below the last too there are checkpoints
         raise RunError(
-            f"{folder} has a part that ends with a colon, which orbax takes for the name of a service; expected a path "
-            "of this machine: name another folder"
+            f"{folder} has a part that ends with gs:, which orbax takes for Google's storage; expected a path of this "
+            "machine: name another folder"
         )
     if odd := sorted(set("[]*?\\").intersection("".join(parts))):
         raise RunError(

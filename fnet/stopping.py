@@ -79,6 +79,7 @@ def early_stopping(
     check_numbers("early_stopping", positive=True, patience=patience)
     check_numbers("early_stopping", least_change=least_change)
     sign, about = -1 if greatest else 1, f"early_stopping by the {'greatest' if greatest else 'least'} {metric}"
+    about += "" if keep_weights else ", whose weights are not kept"
 
     def init(ts: TrainState) -> StoppingState:
         rule = jnp.array(zlib.crc32(about.encode()), jnp.uint32)  # so that a state knows its own

@@ -22,7 +22,16 @@ from jax.core import Tracer
 
 from fnet.children import apply
 from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
-from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, one_epoch, with_length
+from fnet.data.streams import (
+    Examples,
+    Stream,
+    as_source,
+    count_rows,
+    first_batch,
+    inputs_alone,
+    one_epoch,
+    with_length,
+)
 from fnet.gradients import Gradient, check_engine, measure, refuse_names
 from fnet.jax_insides import transfers_meant
 from fnet.stopping import Reducer, decide, stopped, with_stopping
@@ -158,7 +167,8 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
 
     ``data`` are inputs (any tree of arrays ``(N, …)``, mapped files too, of which a batch is read at a time); or a
     `Batch` or a dataset, whose targets are not looked at; or a `Stream` or a loader, of which one epoch is gone through
-    in its own batches. With no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is
+    in its own batches. A dataset's examples and a loader's batches may be inputs alone: an array, a list of one, or a
+    dict of ``inputs``. With no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is
     padded or left out.
 
     Raises DataError for inputs that are no arrays of one length, and a batch size that is not from 1 to N.
@@ -171,9 +181,12 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     require_layer("predict: model", model)
     data = as_source(data)
     if isinstance(data, Stream):
-        first_batch(with_length(data))
+        data = inputs_alone(with_length(data))
+        first_batch(data)
     else:
-        if not isinstance(data, Examples):
+        if isinstance(data, Examples):
+            data = inputs_alone(data)
+        else:
             data = Batch(as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs"), None)
         n = count_rows(data)
         check_batch_size(n if batch_size is None else batch_size, n)

@@ -3,10 +3,11 @@
 from fnet.data.arrays import DataError, check_data, folds, split, take
 from fnet.data.digits import mnist_5k, mnist_idx, sklearn_digits
 from fnet.data.spirals import spirals
-from fnet.data.streams import Stream, open_arrays
+from fnet.data.streams import Examples, Stream, open_arrays
 
 __all__ = [
     "DataError",
+    "Examples",
     "Stream",
     "check_data",
     "folds",

@@ -30,7 +30,8 @@ def as_arrays(data: PyTree, name: str = "data") -> PyTree:
 
     Arrays of jax, of NumPy and of mapped files stay as they are, but for another byte order than the machine's. Tables
     and columns (pandas, polars: whatever has ``to_numpy``), tensors (whatever NumPy reads, such as torch's on the CPU)
-    and lists of numbers become arrays by position: an index counts for nothing.
+    and lists of numbers become arrays by position: an index counts for nothing. Columns of several dtypes become one
+    array where it holds all their numbers.
 
     Raises DataError for masked values, sparse matrices, lists of unequal lengths, and for what NumPy cannot read.
 
@@ -64,8 +65,10 @@ def as_batch(data: Any, name: str = "data") -> Batch:
         found += f" of length {len(data)}"
     if isinstance(data, Mapping):
         found += f" of {', '.join(map(repr, data))}"
-    names = "" if not isinstance(data, Mapping) else ", or a dict with the names inputs, targets and perhaps weights"
-    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights){names}")
+    remedy = "" if not isinstance(data, Mapping) else ", or a dict with the names inputs, targets and perhaps weights"
+    if type(data) in (tuple, list) and all(type(item) in (tuple, list) and len(item) in (2, 3) for item in data):
+        remedy = ": a list of examples is a dataset, fnet.data.Examples(data)"
+    raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights){remedy}")
 
 
 def _as_array(path: str, leaf: Any) -> Any:
@@ -82,7 +85,7 @@ def _as_array(path: str, leaf: Any) -> Any:
         raise DataError(f"{path} is a {kind}, which is sparse; expected a dense array: .toarray() makes one")
     table: Any = getattr(leaf, "to_numpy", None)
     try:
-        return native(np.asarray(leaf if table is None else table()))
+        return native(np.asarray(leaf) if table is None else _numbers(np.asarray(table())))
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(leaf, list):
             raise DataError(f"{path} is a list of lists of unequal lengths; expected rows of one: pad them") from error
@@ -90,6 +93,17 @@ def _as_array(path: str, leaf: Any) -> Any:
             f"{path} is a {kind} that NumPy cannot read ({first_line(error)}); expected arrays: of a tensor of torch "
             "take .detach().cpu().numpy(), after .float() if it has 16 bits"
         ) from error
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """The objects of a table as numbers, where all of them are and none is lost: columns of several dtypes."""
+    if array.dtype != object or not all(isinstance(item, bool | int | float | np.generic) for item in array.flat):
+        return array
+    numbers = np.array(array.tolist())
+    same = numbers.dtype.kind in "biuf" and all(
+        new == old or (new != new and old != old) for new, old in zip(numbers.flat, array.flat, strict=True)
+    )
+    return numbers.reshape(array.shape) if same else array
 
 
 def native(array: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import itertools
 import json
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,16 +30,21 @@ from fnet.files import first_line
 from fnet.types import Batch, PyTree, described, is_whole
 
 
+LEAVE_SECONDS = 10.0  # that the end of a run waits for a loader which is at a batch
+
+
 class Stream(NamedTuple):
     """Batches from an iterable: whatever `check_data` takes, never-ending or long enough for the run.
 
     One with a length, such as a list or torch's ``DataLoader``, is gone through again and again. To be resumed, its
     iterator has ``get_state()``, bytes or what JSON can hold, and ``set_state(state)``: grain's have. One without is
-    for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a folder.
+    for runs that need no resuming, and says so by ``resumable=False``, before it is kept in a folder. All that the
+    order depends on is in that state: an iterator made anew and set to it goes on with the same batches.
     ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
 
     A source is begun once more than there are epochs, for a look at its first batch: a loader that shuffles is then in
-    its second order. Workers that are forked after jax has begun may hang: ``multiprocessing_context="forkserver"``.
+    its second order. One that is to be resumed is begun another time, to see whether its state is all there is.
+    Workers that are forked after jax has begun may hang: ``multiprocessing_context="forkserver"``.
     """
 
     source: Iterable
@@ -85,15 +91,68 @@ def open_arrays(inputs: str | Path, targets: str | Path, weights: str | Path | N
 def as_source(data: Any) -> Any:
     """The data, of which a loader becomes a `Stream` and a dataset `Examples`, by what they can do.
 
-    A dataset has ``__getitem__`` and a length, a loader or another iterable ``__iter__`` alone. Arrays, tables, tuples,
-    lists and dicts are neither.
+    A dataset has ``__getitem__`` and a length, a loader or another iterable ``__iter__`` alone. Keras' ``PyDataset``
+    (``Sequence``), whose items are batches, is a loader, told by its ``on_epoch_end``. Arrays, tables, tuples, lists
+    and dicts are neither.
     """
     arrays = ("shape", "to_numpy", "__array__", "toarray")
     if isinstance(data, tuple | list | Mapping | str | bytes) or any(hasattr(data, name) for name in arrays):
         return data
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return Examples(data)
+        return Stream(_Batches(data)) if hasattr(data, "on_epoch_end") else Examples(data)
     return Stream(data) if hasattr(data, "__iter__") else data
+
+
+class _Batches:
+    """The items of Keras' ``PyDataset``, which are batches, one epoch after another."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator:
+        if hasattr(self.source, "on_epoch_begin"):
+            self.source.on_epoch_begin()
+        for at in range(len(self.source)):
+            yield self.source[at]
+        self.source.on_epoch_end()
+
+
+class _Inputs:
+    """A source of which the targets are not needed: what it gives may be inputs alone."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.of, _begun(self.source))
+
+    def __getitem__(self, row: int) -> Batch:
+        return self.of(self.source[row])
+
+    @staticmethod
+    def of(element: Any) -> Batch:
+        if type(element) in (tuple, list) and len(element) == 1:
+            return Batch(element[0], None)
+        if isinstance(element, Mapping) and "inputs" in element:
+            return Batch(element["inputs"], None)
+        pair = isinstance(element, Batch) or (type(element) in (tuple, list) and len(element) in (2, 3))
+        return Batch(element[0] if pair else element, None)
+
+
+def inputs_alone(data: Any) -> Any:
+    """A stream or a dataset whose batches and examples have no targets."""
+    return data._replace(source=_Inputs(data.source))
+
+
+def _kind(source: Any) -> str:
+    """What a source is called, as whoever gave it knows it."""
+    return _kind(source.source) if isinstance(source, _Batches | _Inputs) else type(source).__name__
 
 
 def is_read_ahead(data: Any) -> bool:
@@ -106,7 +165,7 @@ def count_rows(data: Batch | Examples) -> int:
     if not isinstance(data, Examples):
         return count_examples(data)
     if (n := len(data.source)) < 1:
-        raise DataError(f"the dataset, a {type(data.source).__name__}, is empty; expected at least 1 example")
+        raise DataError(f"the dataset, a {_kind(data.source)}, is empty; expected at least 1 example")
     return n
 
 
@@ -127,8 +186,19 @@ def read_rows(
 def take_rows(data: Any, rows: Sequence[int] | np.ndarray) -> Batch:
     """These examples, on the host; of data that are read ahead no others are read."""
     if isinstance(data, Examples):
-        return _stacked({row: _own(data.source[row], f"example {row}") for row in map(int, rows)})
+        return _stacked({row: _example(data.source, row) for row in map(int, rows)})
     return jax.tree.map(lambda leaf: native(np.asarray(leaf[np.asarray(rows)])), data)  # jax takes no list
+
+
+def _example(source: Any, row: int) -> Batch:
+    try:
+        element = source[row]
+    except IndexError as error:
+        raise DataError(
+            f"example {row}: the dataset, a {_kind(source)}, says that it has {len(source)} and has none there "
+            f"({first_line(error)}); expected as many as it says: mend its __len__"
+        ) from error
+    return _own(element, f"example {row}")
 
 
 def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) -> Iterator[Read]:
@@ -184,22 +254,10 @@ def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) ->
     if state is not None:
         if not hasattr(iterator, "set_state"):
             raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
-        iterator.set_state(
-            base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state
-        )
+        _set_state(iterator, state)
     for element in _passes(stream, iterator, state is None, again):
         element, iterator = element
-        held = iterator.get_state() if hasattr(iterator, "get_state") else None
-        if isinstance(held, bytes):
-            held = {"base64": base64.b64encode(held).decode()}
-        try:
-            # a copy, since the iterator may go on with its own
-            held = json.loads(json.dumps(held, default=lambda number: number.item()))
-        except (TypeError, AttributeError) as error:
-            raise DataError(
-                f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
-            ) from error
-        yield Read(_own(element, "a batch of the stream"), None, held)
+        yield Read(_own(element, "a batch of the stream"), None, _state_of(iterator))
         step += 1
     if not again:
         return
@@ -219,7 +277,7 @@ def _passes(stream: Stream, iterator: Iterator, whole: bool, again: bool) -> Ite
             yield element, iterator
         if length is not None and whole and given != length:
             raise DataError(
-                f"the stream's source, a {type(stream.source).__name__}, says that it has {length} batches and gave "
+                f"the stream's source, a {_kind(stream.source)}, says that it has {length} batches and gave "
                 f"{given}; expected as many as it says: mend its __len__"
             )
         if length is None or not again:
@@ -247,43 +305,80 @@ def with_length(stream: Stream) -> Stream:
         )
     if length == 0:
         raise DataError(
-            f"Stream: the source, a {type(stream.source).__name__}, has length 0; expected at least 1 batch: of a "
+            f"Stream: the source, a {_kind(stream.source)}, has length 0; expected at least 1 batch: of a "
             "loader that drops the last batch, no more examples in a batch than there are"
         )
     return stream._replace(steps_per_epoch=length)
 
 
-def check_resumable(stream: Stream) -> None:
-    """Require that a stream which is to be resumed can say where it stands; DataError names what its iterator lacks."""
-    if not stream.resumable:
-        return  # and is not begun once more, by which a loader would draw another order than without a folder
-    iterator = iter(stream.source)
-    lacking = [name for name in ("get_state", "set_state") if not hasattr(iterator, name)]
-    if lacking:
-        raise DataError(
-            f"Stream: the source's iterator, {type(iterator).__name__}, has no {' and no '.join(lacking)}, so that the "
-            "run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or "
-            "Stream(..., resumable=False) where that is meant"
-        )
+def first_batch(stream: Stream, *, resumed: bool = False) -> Batch:
+    """What a stream gives first; DataError where it is no stream that can be read anew.
 
-
-def first_batch(stream: Stream) -> Batch:
-    """What a stream gives first; DataError where it is no stream that can be read anew."""
+    Of a run that is to be ``resumed`` from its checkpoints, DataError too where the stream's state does not say where
+    it stands.
+    """
     if not is_whole(stream.steps_per_epoch):
         raise DataError(f"Stream: steps_per_epoch = {stream.steps_per_epoch!r}; expected a whole number of at least 1")
+    begun = _begun(stream.source)
     try:
-        begun = iter(stream.source)
+        first = _own(next(begun), "a batch of the stream")
+    except StopIteration:
+        raise DataError("Stream: the source is empty; expected at least 1 batch") from None
+    if resumed and stream.resumable:
+        _check_resumable(stream, begun)
+    return first
+
+
+def _begun(source: Any) -> Iterator:
+    """An iterator of a source; DataError where it has none, or is one."""
+    try:
+        begun = iter(source)
     except TypeError:
-        kind = type(stream.source).__name__
-        raise DataError(f"Stream: the source is of type {kind}; expected an iterable of batches") from None
-    if begun is stream.source:
+        raise DataError(f"Stream: the source is of type {_kind(source)}; expected an iterable of batches") from None
+    if begun is source:
         raise DataError(
             f"Stream: the source is an iterator, {type(begun).__name__}, which gives its batches but once; "
             "expected an iterable that begins anew, such as a list or a grain dataset"
         )
-    for element in begun:
-        return as_batch(element, "a batch of the stream")
-    raise DataError("Stream: the source is empty; expected at least 1 batch")
+    return begun
+
+
+def _check_resumable(stream: Stream, begun: Any) -> None:
+    """Require that an iterator made anew and set to the state of the one that was begun goes on as that does."""
+    lacking = [name for name in ("get_state", "set_state") if not hasattr(begun, name)]
+    remedy = "Stream(..., resumable=False) where that is meant"
+    if lacking:
+        raise DataError(
+            f"Stream: the source's iterator, {type(begun).__name__}, has no {' and no '.join(lacking)}, so that the "
+            f"run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or {remedy}"
+        )
+    again, state = iter(stream.source), _state_of(begun)
+    expected = [_own(batch, "a batch of the stream") for batch in itertools.islice(begun, 1)]
+    _set_state(again, state)
+    found = [_own(batch, "a batch of the stream") for batch in itertools.islice(again, 1)]
+    bits = lambda batches: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(batches)]  # noqa: E731
+    if kind_of(expected) != kind_of(found) or bits(expected) != bits(found):
+        raise DataError(
+            f"Stream: the source's iterator, {type(begun).__name__}, gives another batch than one made anew and set to "
+            "its state, so that the run could not be resumed as it was; expected the order, and what is drawn at "
+            f"random, in what get_state returns, or {remedy}"
+        )
+
+
+def _state_of(iterator: Any) -> Any:
+    """Where an iterator stands, as JSON holds it; None where it cannot say."""
+    held = iterator.get_state() if hasattr(iterator, "get_state") else None
+    if isinstance(held, bytes):
+        held = {"base64": base64.b64encode(held).decode()}
+    try:
+        # a copy, since the iterator may go on with its own
+        return json.loads(json.dumps(held, default=lambda number: number.item()))
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run") from error
+
+
+def _set_state(iterator: Any, state: Any) -> None:
+    iterator.set_state(base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state)
 
 
 def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
@@ -321,7 +416,13 @@ def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
             yield item
     finally:
         closed.set()
-        thread.join()  # within jax at the interpreter's end it would abort the process
+        thread.join(LEAVE_SECONDS)  # within jax at the interpreter's end it would abort the process
+        if thread.is_alive():
+            warnings.warn(
+                f"a thread still waits for the loader's next batch after {LEAVE_SECONDS:g} seconds; it ends with that",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def joined(batches: list[Batch]) -> Batch:
