@@ -50,7 +50,7 @@ from experiments.common import (
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.schedules import cosine
 from fnet.types import stream
 
@@ -251,7 +251,7 @@ def draw_accuracy(by_model: dict, curves: dict, config: Config, path: Path) -> N
         ax.grid(alpha=0.3)
     for ax in axes[1:]:  # the first two panels share the legend, which has room in the second
         ax.legend(fontsize="small", loc="lower left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_images(pictures: dict, names: list[str], epsilon: float, path: Path) -> None:
@@ -269,7 +269,7 @@ def draw_images(pictures: dict, names: list[str], epsilon: float, path: Path) ->
             ax.set_xlabel(f"{read[i]}", color="C3" if wrong else "black", labelpad=1, weight="bold" if wrong else None)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"changes of at most ε = {epsilon:g} a pixel; below: what is read, red where wrong")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

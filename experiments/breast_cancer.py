@@ -36,7 +36,7 @@ from experiments.common import Amount, Count, InFolder, Seeds, Widths, main, new
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy
 from fnet.report import engine_table, plot_confusion
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 
@@ -252,7 +252,7 @@ def draw(result: dict, path: Path) -> None:
     for ax, place in ((left, "lower right"), (middle, "upper left"), (right, "upper right")):
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", loc=place)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

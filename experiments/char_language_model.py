@@ -56,7 +56,7 @@ from fnet.files import first_line
 from fnet.layers import lstm
 from fnet.models import gpt, recurrent_lm
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.schedules import warmup_cosine
 from fnet.transforms import clip_by_global_norm
 from fnet.types import stream
@@ -260,7 +260,7 @@ def draw(bits: dict, runs: dict, config: Config, path: Path) -> None:
     ax.get_xaxis().get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

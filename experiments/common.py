@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -156,7 +160,7 @@ class Seeded(Options):
 class ByEngine(Options):
     """Of an experiment that either gradient engine can run."""
 
-    engine: Literal["autodiff", "backprop"] | None = None  # None takes the experiment's own choice
+    engine: Literal["autodiff", "backprop"] | None = None  # None takes backprop, or both where they are compared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
     on is printed.
     """
     experiment, folder, new = Path(run.__code__.co_filename).stem, Path(), False
-    config = tyro.cli(options, args=args, prog=f"python -m experiments.{experiment}")
+    config = read_options(options, experiment, args)
     if isinstance(config, InFolder):
         folder = folder_of(config, experiment)
         config, new = dataclasses.replace(config, name=folder.name), not os.path.exists(folder)
@@ -208,6 +212,23 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
         if new:
             forget(folder)
         raise SystemExit(f"{experiment}: {error}") from None
+
+
+def read_options(options: type[Options], experiment: str, args: Sequence[str] | None) -> Any:
+    """The options of the words; SystemExit with 2 and one line where they are none, of the box that tyro draws."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, args=args, prog=f"python -m experiments.{experiment}")
+    except SystemExit as end:
+        if end.code == 2:
+            lines = [line.strip("│ ") for line in said.getvalue().splitlines()][1:]  # without its title
+            parts = itertools.groupby(lines, lambda line: bool(re.fullmatch("[─╰╯-]*", line)))
+            first, *more = (list(part) for is_rule, part in parts if not is_rule)
+            text = " ".join(first).removesuffix(".")
+            text += "".join(f"; perhaps {part[1].split()[0]}" for part in more if part[0] == "Perhaps you meant:")
+            print(f"{experiment}: {text}; --help shows the options", file=sys.stderr)
+        raise
 
 
 def forget(folder: Path) -> None:

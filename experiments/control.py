@@ -47,7 +47,7 @@ from experiments.common import (
 from fnet.initializers import lecun_normal
 from fnet.layers import tanh
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 CART, POLE, HALF_LENGTH, GRAVITY = 1.0, 0.1, 0.5, 9.8  # kg, kg, m, m/s²: Barto, Sutton and Anderson, 1983
@@ -282,7 +282,7 @@ def draw(policies: dict, config: Config, final, losses, path: Path) -> None:
     panels[0].legend(fontsize="x-small", ncols=2)
     for ax in panels:
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from fnet.losses import binary_cross_entropy, softmax_cross_entropy
 from fnet.metrics import accuracy
 from fnet.models import autoencoder, mlp
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import Layer, stateless, stream
 
 
@@ -287,7 +287,7 @@ def draw(pictures, path: Path) -> None:
             ax.imshow(image.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(name)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_probes(accuracies, path: Path) -> None:
@@ -305,7 +305,7 @@ def draw_probes(accuracies, path: Path) -> None:
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from experiments.common import (
 )
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 
@@ -139,7 +139,7 @@ def draw(results: dict, config: Config, path: Path) -> None:
     axes[2].set_title("dots: cost of the update's own examples; lines: full cost", fontsize="medium")
     for ax in axes:
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

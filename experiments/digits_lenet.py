@@ -46,7 +46,7 @@ from experiments.common import (
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.models import lenet5
 from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.schedules import cosine
 from fnet.types import stream
 
@@ -175,7 +175,7 @@ def draw_curves(results: dict, path: Path) -> None:
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize="small")
     axes[1].axhline(0.03, color="gray", linestyle=":", linewidth=1)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

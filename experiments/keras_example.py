@@ -43,7 +43,7 @@ from experiments.common import (
 )
 from fnet.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 CLASSES = 10
@@ -143,7 +143,7 @@ def draw(curves, held_out: int, path: Path) -> None:
     right.yaxis.set_major_formatter("{x:.0%}")
     for ax in (left, right):
         ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

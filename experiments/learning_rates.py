@@ -41,7 +41,7 @@ from experiments.common import (
 )
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 
@@ -144,7 +144,7 @@ def draw(results: dict, config: Config, path: Path) -> None:
         ax.set_ylim(bottom=ax.get_ylim()[0] / 4)  # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", loc="lower left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from experiments.common import (
 from fnet.children import watch
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 
 HIDDEN = 3
 NAMES = ["z", "a", "ŷ", "L", "∂L/∂ŷ", "∂L/∂W_o", "∂L/∂b_o", "∂L/∂a", "∂L/∂z", "∂L/∂W", "∂L/∂b"]
@@ -257,7 +257,7 @@ def draw(params, x, y: float, n: dict[str, np.ndarray], title: str, path: Path) 
     )
     ax.set(xlim=(-0.8, 12.0), ylim=(-3.1, 3.1))
     ax.axis("off")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.table import Table
 import fnet
 from experiments.common import Amount, InFolder, main, new_run_folder, open_console, say_written
 from fnet.layers import softmax
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 
 TOKENS = ("azul", "verde", "rojo", "blanco")
 LOGITS = (3.2, 1.1, 0.8, 2.9)
@@ -131,7 +131,7 @@ def draw(r: dict, config: Config, path: Path) -> None:
     ax.grid(alpha=0.3, axis="y")
     ax.set_axisbelow(True)
     ax.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from experiments.common import (
 )
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 OPTIMIZERS = {
@@ -221,7 +221,7 @@ def draw_digits(config: Config, arrays: dict, path: Path) -> None:
     left.legend(fontsize="small")
     for ax in (left, right):
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_valley(config: Config, arrays: dict, path: Path) -> None:
@@ -241,7 +241,7 @@ def draw_valley(config: Config, arrays: dict, path: Path) -> None:
     last.set(xlabel="steps", ylabel="f", xscale="log", yscale="log", ylim=(1e-7, 1e3), title="f by steps")
     last.grid(alpha=0.3)
     last.legend(fontsize="small", loc="lower left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

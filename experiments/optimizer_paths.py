@@ -33,7 +33,7 @@ from experiments.common import Count, InFolder, Positive, main, new_run_folder, 
 from fnet import optimizers
 from fnet.optimizers import minimize_lbfgs
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import require_counts
 
 
@@ -197,7 +197,7 @@ def draw(results: dict, drawn: tuple[str, ...], file: Path) -> None:
         ax.set(title=title, xlim=(x0, x1), ylim=(y0, y1))
     handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize="small")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from experiments.common import (
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import Layer, Optimizer, stream
 
 
@@ -402,7 +402,7 @@ def draw_function(config: Config, by_units, by_cure, path: Path) -> None:
         ax.set_ylim(0, 1.3 * floor.max())  # room for the legend
         ax.grid(alpha=0.3, axis="y")
         ax.legend(fontsize="small", ncols=4, loc="upper left")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_digits(config: Config, by_width, cures, curves, path: Path) -> None:
@@ -438,7 +438,7 @@ def draw_digits(config: Config, by_width, cures, curves, path: Path) -> None:
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", ncols=2 if ax is right else 1)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from experiments.common import ENGINES, Amount, Count, InFolder, Seeded, main, n
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 
 POINTS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
 TARGETS = {"AND": [0.0, 0.0, 0.0, 1.0], "OR": [0.0, 1.0, 1.0, 1.0], "XOR": [0.0, 1.0, 1.0, 0.0]}
@@ -171,7 +171,7 @@ def draw(rule: dict, model: fnet.Layer, ts: fnet.TrainState, path: Path) -> None
         ax.set(title=title, xlabel="x1", ylabel="x2", xticks=[0, 1], yticks=[0, 1], box_aspect=1)
     title = "dots: what is asked; shade: what is answered (on its line the perceptron answers 1)"
     figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

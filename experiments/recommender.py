@@ -47,7 +47,7 @@ from experiments.common import (
 )
 from fnet.losses import squared_error
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stateless, stream
 
 
@@ -275,7 +275,7 @@ def draw(errors, baselines, config: Config, limit: float, path: Path) -> None:
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", loc="upper right", ncols=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

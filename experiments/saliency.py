@@ -59,7 +59,7 @@ from experiments.common import (
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.schedules import cosine
 from fnet.types import stream
 
@@ -333,7 +333,7 @@ def draw_grid(rows: list, title: str, path: Path, below: list[str] | None = None
     for ax, text in zip(axes[-1], below or [], strict=False):
         ax.set_xlabel(text, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_maps(x: np.ndarray, labels: np.ndarray, maps: dict, path: Path) -> None:
@@ -396,7 +396,7 @@ def draw_checks(stacked: dict, likeness: list, config: Config, path: Path) -> No
     for ax, columns in ((left, 2), (middle, 1), (right, 1)):
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", ncols=columns, loc="upper right")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

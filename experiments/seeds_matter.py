@@ -41,7 +41,7 @@ from fnet import optimizers
 from fnet.metrics import accuracy
 from fnet.population import crossed, grid, student, train_population
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 NAMES = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "adamw", "nadam", "radam", "lion")
@@ -168,7 +168,7 @@ def draw(accuracies: dict[str, np.ndarray], rates: dict[str, float], path: Path)
     ax.invert_yaxis()
     ax.set(xlabel="test accuracy of one seed; bars: the mean with its 95 % interval")
     ax.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from fnet.initializers import normal
 from fnet.layers import dense, gru, serial
 from fnet.losses import squared_error
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream
 
 
@@ -307,7 +307,7 @@ def draw_forecasts(years, observed, forecasts, linear, order, path: Path) -> Non
     below.set(xlabel="year", ylabel="forecast − observed")
     above.legend(fontsize="small", ncols=3, loc="upper right")
     above.set_ylim(-5, 1.2 * max(observed.max(), forecasts.max()))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_free_run(years, x, test, run, linear, order, path: Path) -> None:
@@ -322,7 +322,7 @@ def draw_free_run(years, x, test, run, linear, order, path: Path) -> None:
     ax.set_ylim(-5, 1.2 * x[shown].max())
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", ncols=3, loc="upper left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

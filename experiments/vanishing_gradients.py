@@ -58,7 +58,7 @@ from fnet.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
 from fnet.metrics import accuracy, gradient_norms
 from fnet.report import engine_table
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.transforms import clip_by_global_norm
 from fnet.types import Layer, Mean, stateless, stream
 
@@ -478,7 +478,7 @@ def draw_deep(config: Config, results: dict, path: Path) -> None:
     for ax in axes.ravel():
         ax.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_recurrent(config: Config, results: dict, path: Path) -> None:
@@ -514,7 +514,7 @@ def draw_recurrent(config: Config, results: dict, path: Path) -> None:
         ax.grid(alpha=0.3)
     for ax in (left, middle):
         ax.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

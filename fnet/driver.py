@@ -26,7 +26,7 @@ from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, evaluating, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data, count_examples
-from fnet.data.streams import Stream, is_read_ahead, take_rows
+from fnet.data.streams import is_read_ahead, take_rows
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, Terminated, interruptions

@@ -23,7 +23,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -55,8 +55,8 @@ from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, 
 
 # what differs in a program because something else does, that is named before
 EXPLAINED = {
-    "step": {"batch_size", "an example", "metrics", "optimizer"},
-    "evaluation": {"results", "rule to stop"},
+    "step": {"batch_size", "an example", "metrics", "optimizer", "rule to stop"},
+    "evaluation": {"results", "optimizer", "rule to stop"},
 }
 # the parts of a state that begin anew where it is accepted that they are another's
 ANEW = {"optimizer": "opt_state", "rule to stop": "stopping"}
@@ -162,7 +162,7 @@ class OpenRun:
             warnings.warn(f"{self.folder} is resumed, not to the bit perhaps: {words}", RunWarning, stacklevel=4)
         if names:
             self.changes = {name: {"was": saved.get(name), "is": about.get(name)} for name in names}
-            ts = _with_numbers(ts, like, names)
+            ts = _with_numbers(ts, like, {"key", *numbers_of(like)}.intersection(names))
             meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
         self.last_saved, self.resumed_at = meta["step"], meta["step"]
         own = [(rule["name"], rule["greatest"]) for rule in self.bests]
@@ -608,7 +608,7 @@ def _in_words(names: Sequence[str], saved: Mapping[str, Any], given: Mapping[str
     )
 
 
-def _with_numbers(ts: TrainState, given: TrainState, names: Sequence[str]) -> TrainState:
+def _with_numbers(ts: TrainState, given: TrainState, names: Container[str]) -> TrainState:
     """``ts`` with the numbers, and the key, that are given now where ``names`` has them."""
     held, now = (jax.tree_util.tree_flatten_with_path(state) for state in (ts, given))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in held[0]]

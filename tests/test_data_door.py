@@ -208,3 +208,14 @@ def test_mapped_files_of_the_other_byte_order_give_the_run_of_their_numbers(tmp_
 def test_times_and_records_are_refused_by_their_dtype(odd):
     with pytest.raises(fnet.DataError, match=r"data.inputs has dtype .*; expected booleans, integers or floats"):
         fnet.check_data((odd, np.zeros(6)))
+
+
+def test_columns_of_several_dtypes_are_the_numbers_that_they_hold():
+    frame = pd.DataFrame({"a": pd.array([1, 2], "Int64"), "b": [0.5, 1.5], "c": [True, False]})
+    made = as_arrays(frame)
+    assert made.dtype == np.float64
+    np.testing.assert_array_equal(made, [[1, 0.5, 1], [2, 1.5, 0]])
+    whole = as_arrays(pd.DataFrame({"a": pd.array([2**53 + 1, 2], "Int64"), "c": [True, False]}))
+    assert whole.dtype == np.int64 and whole[0, 0] == 2**53 + 1
+    lost = as_arrays(pd.DataFrame({"a": pd.Series([2**53 + 1, 2], dtype=object), "b": [0.5, 1.5]}))
+    assert lost.dtype == object  # and check_data refuses it

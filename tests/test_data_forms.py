@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.data import Stream, open_arrays
+from fnet.data import Stream, open_arrays, streams
 from fnet.stopping import early_stopping
 from tests.test_training import assert_same_bits, problem
 
@@ -176,6 +177,51 @@ def test_predict_takes_datasets_and_loaders():
         np.testing.assert_allclose(fnet.predict(model, params, state, data, size), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_predict_takes_inputs_alone():
+    model = fnet.mlp(8, 3)
+    params, state = fnet.init(model, jax.random.key(0), DATA.inputs[:1])
+    expected = np.asarray(fnet.apply(model, params, state, DATA.inputs))
+    forms = (lambda x, y: x, lambda x, y: [x], lambda x, y: {"inputs": x}, lambda x, y: (x, y, y))
+    for form in forms:
+        for data, size in (
+            (Dataset(form), 7),
+            (Loader(10, form), None),
+            (Stream(Batches(10, form), -(-N // 10)), None),
+        ):
+            np.testing.assert_allclose(fnet.predict(model, params, state, data, size), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(fnet.DataError, match="the source is an iterator, generator, which gives its batches but once"):
+        fnet.predict(model, params, state, Stream((x for x in [HOST.inputs]), 1))
+
+
+class KerasBatches:
+    """As Keras' PyDataset: its items are batches, and it is told when an epoch has ended."""
+
+    def __init__(self, size):
+        self.size, self.order, self.ended = size, np.arange(N), 0
+
+    def __len__(self):
+        return -(-N // self.size)
+
+    def __getitem__(self, at):
+        rows = self.order[at * self.size : (at + 1) * self.size]
+        return HOST.inputs[rows], HOST.targets[rows]
+
+    def on_epoch_end(self):
+        self.order = self.order[::-1]
+        self.ended += 1
+
+
+def test_the_items_of_a_keras_dataset_are_batches():
+    forwards, backwards = [fnet.Batch(HOST.inputs[at], HOST.targets[at]) for at in (slice(None), slice(None, None, -1))]
+    held, ts = KerasBatches(10), START
+    for data in (forwards, backwards, forwards):
+        ts, _ = fnet.fit(STEP, ts, data, steps=int(ts.step) + len(held), batch_size=10, shuffle=False)
+    end, _ = fnet.fit(STEP, START, held, epochs=3)
+    assert_same_bits(end, ts)
+    with pytest.raises(ValueError, match="batch_size = 10; expected none: a stream gives batches"):
+        fnet.fit(STEP, START, held, epochs=3, batch_size=10)
+
+
 def ragged(x, y):
     return (x[: 3 + int(y)], y)
 
@@ -295,6 +341,44 @@ def test_a_loader_whose_length_is_another_is_named(says):
     model = fnet.mlp(8, 3)
     with pytest.raises(fnet.DataError, match=message):
         fnet.predict(model, START.params, START.state, Lying(11))
+
+
+def test_a_dataset_that_is_shorter_than_it_says_is_named():
+    class Lying(Dataset):
+        def __len__(self):
+            return self.n + 1
+
+    message = f"example {N}: the dataset, a Lying, says that it has {N + 1} and has none there"
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(STEP, START, Lying(), epochs=1, batch_size=8)
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=Lying())
+
+
+def test_a_list_of_examples_is_told_what_it_is():
+    pairs = [*zip(HOST.inputs, HOST.targets, strict=True)]
+    with pytest.raises(fnet.DataError, match=re.escape("a list of examples is a dataset, fnet.data.Examples(data)")):
+        fnet.fit(STEP, START, pairs, epochs=1, batch_size=8)
+    expected, _ = fnet.fit(STEP, START, DATA, epochs=1, batch_size=8)
+    assert_same_bits(fnet.fit(STEP, START, fnet.data.Examples(pairs), epochs=1, batch_size=8)[0], expected)
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_loader_that_waits(monkeypatch):
+    monkeypatch.setattr(streams, "LEAVE_SECONDS", 0.2)
+    released = threading.Event()
+
+    class Waiting(Batches):
+        def __iter__(self):
+            for at, batch in enumerate(super().__iter__()):
+                if at == 3:
+                    released.wait(60)
+                yield batch
+
+    stop = [lambda event: "stop" if event.kind == "chunk" else None]
+    with pytest.warns(RuntimeWarning, match=r"a thread still waits for the loader's next batch after 0\.2 seconds"):
+        end, _ = fnet.fit(STEP, START, Stream(Waiting(8), 5), epochs=1, observers=stop, chunk_steps=1)
+    assert int(end.step) == 1 and not released.is_set()
+    released.set()
 
 
 def test_a_validation_set_of_weight_0_is_refused_when_it_has_been_read():

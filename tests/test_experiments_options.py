@@ -98,7 +98,8 @@ def refused(run, options, args, capsys):
     said = capsys.readouterr().err
     assert "Traceback" not in said
     if end.value.code == 2:
-        return " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
+        assert re.fullmatch(r"\w+: [^\n│─]+; --help shows the options\n", said)
+        return said
     assert isinstance(end.value.code, str) and "\n" not in end.value.code  # Python prints it and ends with 1
     return end.value.code
 

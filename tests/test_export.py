@@ -910,6 +910,14 @@ class Meta:
         raise TypeError("can't convert meta device type tensor to numpy. Use Tensor.cpu() first")
 
 
+def test_tensors_with_a_mask_are_refused():
+    masked = np.ma.masked_equal(np.array([1, 2], "float32"), 2)
+    with pytest.raises(ExportError, match="a has 1 masked values; expected none, since a mask would be dropped"):
+        from_tensors({"a": masked}, {"a": jnp.zeros(2)})
+    unmasked = np.ma.array([1, 2], dtype="float32")
+    np.testing.assert_array_equal(from_tensors({"a": unmasked}, {"a": jnp.zeros(2)})["a"], [1, 2])
+
+
 def test_tensors_without_numbers_are_told_so_where_they_are_wanted():
     like = {"w": jnp.zeros(2), "b": jnp.zeros(2)}
     tensors = {"w": Meta(), "b": np.ones(2, np.float32)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,3 +86,34 @@ def test_nothing_else_depends_on_a_release_of_jax():
         if inside.search(line)
     ]
     assert found == []
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+
+FORKED = """
+import multiprocessing, sys
+import fnet, jax, jax.numpy as jnp
+
+def step(ts, batch):
+    return ts._replace(step=ts.step + 1), {"loss": jnp.mean(batch.targets)}
+
+def work(_):
+    ts = fnet.TrainState(jnp.asarray(0, jnp.int32), (), (), (), jax.random.key(0)) if sys.argv[1] == "before" else START
+    return float(fnet.fit(step, ts, ([1.0, 2.0], [3.0, 5.0]), epochs=1, batch_size=2)[1].epochs["loss"][0])
+
+if sys.argv[1] == "after":
+    START = fnet.TrainState(jnp.asarray(0, jnp.int32), (), (), (), jax.random.key(0))
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map_async(work, [0]).get(timeout=60))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_process_that_was_forked_after_jax_had_begun_is_told_so(when):
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, when]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    if when == "before":
+        assert ended.stdout == "[4.0]\n", ended.stderr
+    else:
+        said = "fit: this process was forked after jax had begun, and lacks its threads; expected one that begins anew"
+        assert said in ended.stderr and ended.returncode == 1

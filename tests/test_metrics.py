@@ -336,6 +336,13 @@ def test_perplexity_is_that_of_as_many_equally_likely_ids():
     np.testing.assert_allclose(metrics.perplexity(np.log(3.0)), 3, rtol=1e-6)
 
 
+def test_counts_that_are_no_numbers_have_no_score():
+    counts = jnp.array([[1.0, jnp.nan], [0.0, 2.0]])
+    for score in (metrics.precision, metrics.recall, metrics.f1):
+        assert np.isnan(score(counts)) and np.isnan(score(counts, "micro"))
+        assert np.isnan(np.asarray(score(counts, None))).any()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -348,6 +355,11 @@ def test_perplexity_is_that_of_as_many_equally_likely_ids():
         (lambda: metrics.roc_auc([0.1, np.nan], [0, 1]), "roc_auc: expected labels 0 and 1, and scores that are"),
         (lambda: metrics.roc_auc([0.1, 0.2], [1, 1]), "roc_auc: one label alone has weight; expected examples of both"),
         (lambda: metrics.roc_auc([0.1, 0.2], [1]), "roc_auc: scores (2,) and labels (1,); expected (N,) for both"),
+        (lambda: metrics.roc_auc(np.ma.masked_equal([1.0, 2], 2), [0, 1]), "roc_auc: scores has 1 masked values"),
+        (lambda: metrics.roc_auc([1.0, 2], [0, 1], np.ma.masked_equal([1.0, 2], 2)), "roc_auc: weights has 1 masked"),
+        (lambda: metrics.r_squared([1.0, 2], np.ma.masked_equal([1.0, 2], 2)), "r_squared: targets has 1 masked"),
+        (lambda: metrics.r_squared([np.nan, 2.0], [3.0, 4.0]), "r_squared: outputs hold what is not finite"),
+        (lambda: metrics.r_squared([1.0, 2.0], [np.inf, 4.0]), "r_squared: targets hold what is not finite"),
         (lambda: metrics.r_squared([1.0, 2.0], [3.0, 3.0]), "r_squared: targets that are all the same; expected some"),
         (
             lambda: metrics.absolute_error(jnp.ones((2, 1)), jnp.ones(2)),

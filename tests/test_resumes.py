@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def parts(**changes):
 
 def fit(folder, resume: bool | str = False, accept=(), **changes):
     step, ts, options = parts(**changes)
-    run = fnet.Run(folder, resume=resume, accept=accept)
+    run = None if folder is None else fnet.Run(folder, resume=resume, accept=accept)
     return fnet.fit(step, ts, DATA, run=run, **options)
 
 
@@ -157,6 +158,14 @@ def test_the_same_run_written_otherwise_is_the_same(folder, half):
     other = shutil.copytree(half, folder.parent / "other")
     assert_same_bits(resumed, fit(other, resume=True, epochs=4)[0])
     assert not (folder / "changes.jsonl").exists()
+
+
+def test_a_run_goes_on_where_it_stood_by_another_step_that_is_accepted(folder):
+    saved, _ = fit(None)
+    end, history = fit(folder, resume=True, epochs=4, rate=0.2, accept=("step",))
+    step, _, options = parts(epochs=4, rate=0.2)
+    assert len(history.epochs["loss"]) == 4
+    assert_same_bits(end, fnet.fit(step, saved, DATA, **options)[0])
 
 
 def test_an_accepted_number_is_the_one_that_is_given(folder):
@@ -593,10 +602,18 @@ def test_a_finished_run_without_checkpoints_and_without_its_marker_is_refused(fo
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_path_that_orbax_takes_for_a_service_is_refused(tmp_path):
-    with pytest.raises(fnet.RunError, match="has a part that ends with a colon"):
-        fit(tmp_path / "gs:" / "run")
-    assert not (tmp_path / "gs:").exists()
+@pytest.mark.parametrize("odd", ["gs:", "logs:", "figs:"])
+def test_a_path_that_orbax_takes_for_a_service_is_refused(odd, tmp_path):
+    with pytest.raises(fnet.RunError, match="has a part that ends with gs:, which orbax takes for Google's storage"):
+        fit(tmp_path / odd / "run")
+    assert not (tmp_path / odd).exists()
+
+
+@pytest.mark.parametrize("odd", ["run:", "2026-11-29T10:00:", "s3:", "gs:x"])
+def test_another_colon_is_a_part_of_a_name(odd, tmp_path):
+    fit(tmp_path / odd, epochs=1)
+    end, _ = fit(tmp_path / odd, resume=True)
+    assert_same_bits(end, fnet.fit(*parts()[:2], DATA, **parts()[2])[0])
 
 
 def test_a_signal_in_the_last_chunk_is_not_lost():
@@ -626,3 +643,229 @@ def test_an_interrupted_run_has_its_own_state_though_one_within_it_was_interrupt
         fnet.fit(step, ts, DATA, observers=[within], chunk_steps=2, **options)
     assert jax.tree.structure(caught.value.state.params) == jax.tree.structure(ts.params)
     assert len(caught.value.history.steps["loss"]) == int(caught.value.state.step) > 0
+
+
+# --- what is kept, and what begins anew -------------------------------------------------------------------------------
+
+MODEL = fnet.serial(fnet.dense(5), layers.relu(), layers.batch_norm(), layers.dropout(0.1), fnet.dense(3))
+
+
+def moving(ts, batch):
+    return ts._replace(step=ts.step + 1, params={"w": ts.params["w"] + 1.0}), {"loss": ts.params["w"]}
+
+
+def rising(params, state, batch):
+    return {"loss": params["w"], "other": 100.0 - params["w"]}
+
+
+def go(folder, epochs, **options):
+    start = fnet.TrainState(jnp.asarray(0, jnp.int32), {"w": jnp.zeros(())}, (), (), jax.random.key(0))
+    run = fnet.Run(folder, resume="auto", keep_last=1, save_every=3, **options)
+    more = {"evaluate": rising, "validation": HELD, "batch_size": 8, "chunk_steps": 3}
+    return fnet.fit(moving, start, DATA, epochs=epochs, run=run, **more)
+
+
+def steps_of(folder):
+    return [*saved_steps(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    "other", [{}, {"keep_best": "validation_other"}, {"keep_best": "validation_loss", "greatest": True}]
+)
+def test_what_was_kept_as_the_best_is_kept_when_a_run_is_resumed_by_another_or_by_none(other, tmp_path):
+    folder = tmp_path / "run"
+    go(folder, 3, keep_best="validation_loss")
+    assert steps_of(folder) == [3, 9]
+    go(folder, 5, **other)
+    assert steps_of(folder) == [3, 15]
+    go(folder, 6)
+    assert steps_of(folder) == [3, 18]
+
+
+def test_the_best_are_as_many_as_each_rule_keeps(tmp_path):
+    folder = tmp_path / "run"
+    go(folder, 3, keep_best="validation_loss", best=2)
+    assert steps_of(folder) == [3, 6, 9]
+    go(folder, 5, keep_best="validation_loss", best=1)
+    assert steps_of(folder) == [3, 15]
+
+
+def test_the_best_is_had_though_the_last_checkpoint_is_damaged(tmp_path):
+    step, ts, options = parts(stop=None, epochs=4)
+    run = fnet.Run(tmp_path / "run", keep_every=1, save_every=3, keep_best="validation_loss")
+    _, history = fnet.fit(step, ts, DATA, run=run, **options)
+    expected, _ = fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")
+    losses = history.evaluations["validation_loss"]
+    at = int(history.evaluations["step"][losses.argmin()])
+    assert_same_bits(expected, fnet.load_run(tmp_path / "run", MODEL, X[:1], which=at)[0])
+    checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
+    for damaged in {*checkpoints} - {at}:
+        (checkpoints[damaged] / "manifest.json").write_text("{}")
+    assert_same_bits(fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")[0], expected)
+    (checkpoints[at] / "manifest.json").write_text("{}")
+    with pytest.raises(fnet.CheckpointError, match="is damaged"):
+        fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")
+
+
+def test_a_run_goes_on_without_its_last_checkpoint_and_says_so(tmp_path):
+    step, ts, options = parts(epochs=4)
+    run = fnet.Run(tmp_path / "run", save_every=3, keep_last=3)
+    straight, _ = fnet.fit(step, ts, DATA, run=run, **options)
+    checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
+    assert [*checkpoints] == [6, 9, 12]
+    shutil.rmtree(checkpoints[12])
+    with pytest.warns(fnet.runs.RunWarning, match="is resumed from step 9: its checkpoint of step 12 is gone"):
+        end, _ = fnet.fit(step, ts, DATA, run=run._replace(resume=True), **options)
+    assert_same_bits(end, straight)
+
+
+SETS = {"validation": HELD, "other": HELD}
+OTHERS = {
+    "another optimizer": fnet.adam(0.01),
+    "a plateau of another result": reduce_on_plateau(momentum(0.05), metric="other_loss", patience=3),
+    "a plateau of the loss": reduce_on_plateau(momentum(0.05), window=2, patience=3),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_an_optimizer_with_another_state_is_named_and_begins_anew_where_that_is_accepted(other, tmp_path):
+    falling = reduce_on_plateau(momentum(0.05), metric="validation_loss", patience=3)
+    saved, _ = fit(tmp_path / "run", optimizer=falling, held=SETS)
+    more = {"optimizer": OTHERS[other], "held": SETS, "epochs": 4}
+    with pytest.raises(fnet.RunError, match=r"otherwise: optimizer: expected 'PlateauState, SHA-256 [^;]*\. ") as error:
+        fit(tmp_path / "run", resume=True, **more)
+    accept = ast.literal_eval(str(error.value).split("Run(accept=")[1].removesuffix(")"))
+    assert {"optimizer", "evaluation"} <= {*accept} <= {"optimizer", "evaluation", "step"}
+    end, _ = fit(tmp_path / "run", resume=True, accept=accept, **more)
+    step, ts, options = parts(**more)
+    assert_same_bits(end, fnet.fit(step, saved._replace(opt_state=ts.opt_state), DATA, **options)[0])
+    changes = json.loads((tmp_path / "run" / "changes.jsonl").read_text())["changes"]
+    assert {*changes} == {*accept} and changes["optimizer"]["was"].startswith("PlateauState")
+    assert_same_bits(fit(tmp_path / "run", resume=True, **more)[0], end)
+
+
+def test_whether_a_rule_keeps_weights_is_part_of_it(tmp_path):
+    fit(tmp_path / "run")
+    lighter = fnet.early_stopping("validation_loss", 100, keep_weights=False)
+    more = {"resume": True, "epochs": 4, "stop": lighter}
+    with pytest.raises(
+        fnet.RunError, match="found 'early_stopping by the least validation_loss, whose weights are not"
+    ):
+        fit(tmp_path / "run", **more)
+    end, _ = fit(tmp_path / "run", **more, accept=("rule to stop", "step", "evaluation"))
+    assert int(end.step) == 12 and end.stopping.weights == () and int(end.stopping.since) <= 2
+
+
+def test_another_model_is_still_another_model(tmp_path):
+    fit(tmp_path / "run")
+    step, ts, options = parts()
+    wide = fnet.serial(fnet.dense(7), fnet.dense(3))
+    params, state = fnet.init(wide, jax.random.key(0), X[:1])
+    ts = fnet.init_train_state(params, momentum(0.05), jax.random.key(1), state)
+    options["evaluate"] = fnet.make_evaluate(wide, softmax_cross_entropy)
+    step = fnet.make_step(fnet.backprop(wide, softmax_cross_entropy), momentum(0.05))
+    with pytest.raises(fnet.CheckpointError, match="is of another model or optimizer: params/"):
+        fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", resume=True), **options)
+
+
+# --- what acts in the last batch alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["in memory", "dataset"])
+def test_a_step_that_differs_in_the_smaller_last_batch_alone_is_named(source, tmp_path):
+    data = DATA if source == "in memory" else fnet.data.Examples([*zip(DATA.inputs, DATA.targets, strict=True)])
+
+    def run_with(factor, **run):
+        step, ts, options = parts(stop=None)
+
+        def by_size(ts, batch):
+            return step(ts, batch._replace(inputs=batch.inputs * factor) if len(batch.targets) < 7 else batch)
+
+        folder = fnet.Run(tmp_path / "run", **run)
+        return fnet.fit(by_size, ts, data, run=folder, **{**options, "batch_size": 7})
+
+    run_with(2.0)
+    run_with(2.0, resume=True)
+    with pytest.raises(fnet.RunError, match=r"step computes something else: operation .* was .*2.0.* and is .*3.0"):
+        run_with(3.0, resume=True)
+
+
+def test_an_evaluation_that_differs_in_the_last_batch_of_a_dataset_is_named(tmp_path):
+    held = fnet.data.Examples([*zip(X[:11], Y[:11], strict=True)])
+
+    def run_with(factor, **run):
+        step, ts, options = parts(stop=None, held=held)
+        whole = options["evaluate"]
+
+        def evaluate(params, state, batch):
+            inputs = batch.inputs * factor if len(batch.targets) < 8 else batch.inputs
+            return whole(params, state, batch._replace(inputs=inputs))
+
+        return fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", **run), **{**options, "evaluate": evaluate})
+
+    run_with(2.0)
+    run_with(2.0, resume=True)
+    with pytest.raises(
+        fnet.RunError, match=r"evaluation computes something else: operation .* was .*2.0.* and is .*3.0"
+    ):
+        run_with(3.0, resume=True)
+
+
+# --- streams that say where they stand, and do not -------------------------------------------------------------------
+
+
+class Shuffled:
+    """Batches in an order drawn anew whenever it is begun; its iterator knows how many it has given, or also which."""
+
+    def __init__(self, whole: bool):
+        self.whole, self.drawn = whole, np.random.default_rng(0)
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return ShuffledReader(self)
+
+
+class ShuffledReader:
+    def __init__(self, source):
+        self.source, self.order, self.at = source, source.drawn.permutation(4).tolist(), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == 4:
+            raise StopIteration
+        rows = slice(6 * self.order[self.at], 6 * self.order[self.at] + 6)
+        self.at += 1
+        return X[rows], Y[rows]
+
+    def get_state(self):
+        own = self.source.drawn.bit_generator.state
+        return {"at": self.at} | ({"order": self.order, "drawn": own} if self.source.whole else {})
+
+    def set_state(self, state):
+        self.at = state["at"]
+        if self.source.whole:
+            self.order, self.source.drawn.bit_generator.state = state["order"], state["drawn"]
+
+
+def test_a_stream_whose_order_is_not_in_its_state_is_refused(tmp_path):
+    step, ts, _ = parts()
+    with pytest.raises(fnet.DataError, match="ShuffledReader, gives another batch than one made anew and set to its"):
+        fnet.fit(step, ts, Shuffled(whole=False), epochs=3, run=fnet.Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    fnet.fit(step, ts, Stream(Shuffled(False), resumable=False), epochs=3, run=fnet.Run(tmp_path / "run"))
+
+
+def test_a_stream_whose_order_is_in_its_state_is_the_same_with_a_folder_without_and_resumed(tmp_path):
+    step, ts, _ = parts()
+    straight, _ = fnet.fit(step, ts, Shuffled(whole=True), epochs=4)
+    run = fnet.Run(tmp_path / "run", save_every=3)
+    assert_same_bits(fnet.fit(step, ts, Shuffled(whole=True), epochs=4, run=run)[0], straight)
+    run = fnet.Run(tmp_path / "other", resume="auto", save_every=3)
+    leave = [lambda event: "stop" if event.step >= 6 and event.kind == "chunk" else None]
+    half, _ = fnet.fit(step, ts, Shuffled(whole=True), epochs=4, run=run, observers=leave, chunk_steps=3)
+    assert int(half.step) == 6
+    assert_same_bits(fnet.fit(step, ts, Shuffled(whole=True), epochs=4, run=run)[0], straight)

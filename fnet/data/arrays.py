@@ -99,11 +99,10 @@ def _numbers(array: np.ndarray) -> np.ndarray:
     """The objects of a table as numbers, where all of them are and none is lost: columns of several dtypes."""
     if array.dtype != object or not all(isinstance(item, bool | int | float | np.generic) for item in array.flat):
         return array
-    numbers = np.array(array.tolist())
-    same = numbers.dtype.kind in "biuf" and all(
-        new == old or (new != new and old != old) for new, old in zip(numbers.flat, array.flat, strict=True)
-    )
-    return numbers.reshape(array.shape) if same else array
+    items = [item.item() if isinstance(item, np.generic) else item for item in array.flat]  # which Python compares
+    numbers = np.array(items)
+    same = all(new == old or (new != new and old != old) for new, old in zip(numbers.tolist(), items, strict=True))
+    return numbers.reshape(array.shape) if numbers.dtype.kind in "biuf" and same else array
 
 
 def native(array: np.ndarray) -> np.ndarray:

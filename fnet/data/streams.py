@@ -29,7 +29,6 @@ from fnet.data.arrays import DataError, as_batch, count_examples, native
 from fnet.files import first_line
 from fnet.types import Batch, PyTree, described, is_whole
 
-
 LEAVE_SECONDS = 10.0  # that the end of a run waits for a loader which is at a batch
 
 
@@ -352,7 +351,8 @@ def _check_resumable(stream: Stream, begun: Any) -> None:
             f"Stream: the source's iterator, {type(begun).__name__}, has no {' and no '.join(lacking)}, so that the "
             f"run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or {remedy}"
         )
-    again, state = iter(stream.source), _state_of(begun)
+    state = _state_of(begun)
+    again = iter(stream.source)
     expected = [_own(batch, "a batch of the stream") for batch in itertools.islice(begun, 1)]
     _set_state(again, state)
     found = [_own(batch, "a batch of the stream") for batch in itertools.islice(again, 1)]
@@ -374,7 +374,9 @@ def _state_of(iterator: Any) -> Any:
         # a copy, since the iterator may go on with its own
         return json.loads(json.dumps(held, default=lambda number: number.item()))
     except (TypeError, AttributeError) as error:
-        raise DataError(f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run") from error
+        raise DataError(
+            f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
+        ) from error
 
 
 def _set_state(iterator: Any, state: Any) -> None:

@@ -59,6 +59,15 @@ def new_figure(columns: int = 1, height: float = 4.0, width: float = 5.0, rows: 
     return figure, figure.subplots(rows, columns)
 
 
+def save_figure(figure, path: str | Path) -> None:
+    """Write a figure as PNG; an axis that is to be logarithmic, of which nothing drawn is above 0, is linear."""
+    for ax in figure.axes:
+        for name, least in (("x", ax.dataLim.minposx), ("y", ax.dataLim.minposy)):
+            if getattr(ax, f"get_{name}scale")() == "log" and not np.isfinite(least):  # matplotlib cannot
+                ax.set(**{f"{name}scale": "linear"})
+    figure.savefig(path, dpi=120)
+
+
 def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
     """Loss, accuracy and gradient norm over the epochs, a colour for each run, dashed where it is the validation's.
 
@@ -86,7 +95,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
         ax.set(xlabel="epoch", ylabel=name.removesuffix("/all").replace("_", " "), yscale=scale)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_schedules(schedules: Mapping[str, Schedule], steps: int, path: str | Path) -> None:
@@ -98,7 +107,7 @@ def plot_schedules(schedules: Mapping[str, Schedule], steps: int, path: str | Pa
     ax.set(xlabel="updates applied before", ylabel="learning rate", ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_rate_curve(curve: RateCurve, path: str | Path) -> None:
@@ -113,7 +122,7 @@ def plot_rate_curve(curve: RateCurve, path: str | Path) -> None:
     ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_confusion(counts: np.ndarray, path: str | Path, names: Sequence[str] | None = None) -> None:
@@ -139,7 +148,7 @@ def plot_confusion(counts: np.ndarray, path: str | Path, names: Sequence[str] | 
     ax.set(xlabel="predicted", ylabel="true", title=f"accuracy {right:.4f} of {counts.sum():.0f}")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # ---- what is drawn where
@@ -255,7 +264,7 @@ def plot_history(history: History, path: str | Path | None = None):
     if not panels:
         axes[0].text(0.5, 0.5, "no epoch and no evaluation was completed", ha="center", transform=axes[0].transAxes)
     if path is not None:
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
     return figure
 
 

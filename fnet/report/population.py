@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from fnet.extras import need
 from fnet.population import Population, Ranking, band, per_member
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 from fnet.types import named_leaves
 
 
@@ -116,7 +116,7 @@ def plot_heat_map(
     ax.set(xlabel=names[0].replace("_", " "), ylabel=names[1].replace("_", " "), title=label)
     ax.set_xticks(range(len(edges[0])), [_shown(v) for v in edges[0]])
     ax.set_yticks(range(len(edges[1])), [_shown(v) for v in edges[1]])
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_parallel(
@@ -155,7 +155,7 @@ def plot_parallel(
     ax.set_xlim(-0.5, len(columns) - 0.5)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _shown(value) -> str:
