@@ -55,7 +55,7 @@ from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, 
 
 # what differs in a program because something else does, that is named before
 EXPLAINED = {
-    "step": {"batch_size", "an example", "metrics", "optimizer", "rule to stop"},
+    "step": {"batch_size", "examples", "an example", "metrics", "optimizer", "rule to stop"},
     "evaluation": {"results", "optimizer", "rule to stop"},
 }
 # the parts of a state that begin anew where it is accepted that they are another's
