@@ -155,6 +155,10 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {meta['format']}; expected {FORMAT}: read it with the fnet that wrote it"
         )
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != meta["step"]:
+        raise CheckpointError(
+            f"{path} was made at step {meta['step']}; expected its folder under its own name: step_{meta['step']:09d}"
+        )
     return meta
 
 
@@ -190,12 +194,12 @@ def write_manifest(path: Path, results: Mapping[str, Any]) -> None:
     (path / "manifest.json").write_text(json.dumps({"results": results, "files": _hashes(path)}, indent=1))
 
 
-def saved_results(path: Path) -> dict[str, Any]:
-    """The results of the evaluation that was made at a checkpoint; none where none was, or the manifest is damaged."""
+def saved_results(path: Path) -> dict[str, Any] | None:
+    """The results of the evaluation that was made at a checkpoint; None where its manifest is damaged."""
     try:
         return dict(json.loads((path / "manifest.json").read_text())["results"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return None
 
 
 _one_at_a_time = threading.RLock()  # orbax numbers its operations by process, not by thread
@@ -252,7 +256,7 @@ def _hashes(path: Path) -> dict[str, str]:
 def _verify_files(path: Path) -> None:
     """Require the files that were written: what orbax and tensorstore say of damaged ones is long and helps nobody."""
     try:
-        expected = json.loads((path / "manifest.json").read_text())["files"]
+        expected = dict(json.loads((path / "manifest.json").read_text())["files"])
         found = _hashes(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error

@@ -283,6 +283,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     size = max(1, min(most, READ_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(plan.sample)))))
     name = "the stream" if isinstance(plan.data, Stream) else "data"
     reads = labels_checked(name, plan.step, ts, ahead(itertools.islice(reads, plan.end - position), 2 * size))
+    reads = weights_checked(name, reads, plan.per_epoch, position)
     waiting: deque[Read] = deque()
     programs: dict[Any, Callable] = {}  # by their shapes
 
@@ -367,6 +368,25 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
         return ts, put(metrics, i, now)
 
     return jax.lax.fori_loop(0, count, body, (ts, metrics))
+
+
+def weights_checked(name: str, reads: Generator[Read], per_epoch: int, position: int) -> Generator[Read]:
+    """The same batches; DataError at the end of an epoch in which none had a weight above 0."""
+    counted = position % per_epoch > 0  # of an epoch that had begun nothing is known
+    try:
+        for at, read in enumerate(reads, position + 1):
+            weights = read.batch.weights
+            counted |= weights is None or bool(np.any(np.asarray(weights)))
+            if at % per_epoch == 0:
+                if not counted:
+                    raise DataError(
+                        f"the weights of {name} sum to 0 over the epoch that ends at step {at}; expected one above 0 "
+                        "at least: weights=None counts every example once"
+                    )
+                counted = False
+            yield read
+    finally:
+        reads.close()
 
 
 def labels_checked(name: str, function: Callable, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:

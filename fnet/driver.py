@@ -26,7 +26,7 @@ from fnet.checkpoint import CheckpointError
 from fnet.chunks import Outputs, evaluating, in_memory, reading
 from fnet.compiled import circumstances, compiled
 from fnet.data.arrays import check_data, count_examples
-from fnet.data.streams import is_read_ahead, take_rows
+from fnet.data.streams import Stream, is_read_ahead, take_rows, without_position
 from fnet.files import whole_file
 from fnet.history import Event, History, Recorder
 from fnet.interrupts import Interrupted, Terminated, interruptions
@@ -112,16 +112,23 @@ def fit(
         check_result("Run: keep_best", run.keep_best, plan)
     programs = programs_of(plan, ts) if run else {}
     about = described(plan, ts, programs) if run else {}
+    begin: dict[str, Callable] = {"stopping": lambda ts: stop.init(ts) if stop else ()}
+    if hasattr(step, "optimizer"):
+        begin["opt_state"] = lambda ts: jax.jit(step.optimizer.init)(ts.params)
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions())
         recorder, stream = Recorder(plan.per_epoch), None
         rows = []
-        if folder and (resumed := folder.restore(ts, about, programs)):
+        if folder and (resumed := folder.restore(ts, about, programs, begin)):
             ts, meta, rows = resumed
-            recorder, stream, about = Recorder(plan.per_epoch, meta["partial"], rows), meta["stream"], meta["plan"]
+            whole = meta["whole"] or int(ts.step) % plan.per_epoch == 0
+            recorder = Recorder(plan.per_epoch, meta["partial"], rows, whole)
+            stream, about = meta["stream"], meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
                 return ts, recorder.history(0.0, 0.0, ending(stop, ts))  # it had ended
+            if isinstance(plan.data, Stream) and stream is None:
+                raise without_position(iter(plan.data.source), int(ts.step))
         check_position(ts, plan, folder and folder.folder)
         if folder:
             folder.begin(rows, programs)
@@ -151,7 +158,8 @@ def fit(
                 raise kind(message, ts, recorder.history(seconds["compile"], seconds["run"]))
 
         def save(wait: bool = False) -> None:
-            if folder and folder.save(ts, {"partial": recorder.partial(), "stream": stream, "plan": about}):
+            sums = {"partial": recorder.partial(), "whole": recorder.whole}
+            if folder and folder.save(ts, {**sums, "stream": stream, "plan": about}):
                 tell("checkpoint", position)
             if folder and wait:
                 folder.wait()
@@ -171,7 +179,7 @@ def fit(
                 if apart:
                     program = evaluating(plan, ts, program, compile)
                 tell("compile", position, took=seconds["compile"])
-            begin, mine, before = time.perf_counter(), ts, seconds["compile"]
+            began, mine, before = time.perf_counter(), ts, seconds["compile"]
             ts = copied(ts) if keep else ts  # what the host holds; the other is donated to the first chunk
             ends = [] if run is None else [n for n in (run.save_every, run.keep_best and plan.every) if n]
             for chunk in (
@@ -198,7 +206,7 @@ def fit(
                 leave_if_asked()
                 if halted or chunk.outputs.stopped:
                     break
-            seconds["run"] = time.perf_counter() - begin - (seconds["compile"] - before)
+            seconds["run"] = time.perf_counter() - began - (seconds["compile"] - before)
             save(wait=True)
             if folder:
                 folder.summarize(summary(plan, ts, first, position, seen, seconds, program))
@@ -246,7 +254,7 @@ def ask(observers: Sequence[Callable[[Event], str | None]], event: Event) -> boo
         except Exception as error:
             errors.append((name, error))
             continue
-        if answer not in (None, "continue", "stop"):
+        if not (answer is None or (isinstance(answer, str) and answer in ("continue", "stop"))):
             raise ValueError(f"observer {name} returned {answer!r}; expected 'continue', 'stop' or None")
         stop |= answer == "stop"
     for name, error in errors[:1]:

@@ -31,7 +31,7 @@ from fnet.children import apply
 from fnet.extras import need
 from fnet.files import first_line, whole_file
 from fnet.layers.recurrent import LSTMCarry
-from fnet.types import Layer, PyTree, named_leaves, stacked_axes
+from fnet.types import Layer, PyTree, by_path, is_floating_dtype, named_leaves, stacked_axes
 
 FORMAT = "1"  # of the files of export_inference
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
@@ -162,8 +162,12 @@ def from_tensors(
             f"{where} is a {type(tensors).__name__}; expected a mapping of names to tensors: of a module of PyTorch "
             "give its state_dict()"
         )
+    if odd := [name for name in tensors if not isinstance(name, str)]:
+        raise ExportError(f"{where} has the name {odd[0]!r}; expected names that are text")
+    if dtype is not None and not is_floating_dtype(dtype):
+        raise ExportError(f"dtype = {dtype!r}; expected a floating dtype, such as 'float32': others stay as they are")
     wanted = expected if partial else tensors  # what no leaf takes is not read
-    found = {name: _converted(_array(name, tensors[name]), dtype) for name in tensors if name in wanted}
+    found = {name: _converted(name, _array(name, tensors[name]), dtype) for name in tensors if name in wanted}
     if partial:
         return _fitting(where, expected, found, rules, like, list(tensors))
     _require_same(where, expected, found, rules)
@@ -215,7 +219,8 @@ def _fitting(
         remedy = f"to convert them give dtype={min(dtypes)!r}" if dtypes else remedy
         said = "; ".join(whys[:4]) + (f"; and {len(whys) - 4} more" if len(whys) > 4 else "")
         raise ExportError(f"{where}: no tensor fits ({said}); expected one at least: {remedy}")
-    made = [taken[path] if path in taken else jnp.array(leaf) for path, leaf in shapes.items()]
+    copy = lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)  # noqa: E731
+    made = [taken[path] if path in taken else copy(leaf) for path, leaf in by_path(like).items()]
     tree = jax.tree.unflatten(jax.tree.structure(like), made)
     return tree, Taken(tuple(taken), kept, tuple(name for name in names if name not in used))
 
@@ -241,9 +246,16 @@ def _another_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
     return ""
 
 
-def _converted(array: np.ndarray, dtype) -> np.ndarray:
+def _converted(name: str, array: np.ndarray, dtype) -> np.ndarray:
     """A floating array in ``dtype``; any other, and all without one, as they are."""
-    return array if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating) else array.astype(dtype)
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if (lost := ~np.isfinite(converted) & np.isfinite(array)).any():
+        worst = array[lost].flat[0]
+        raise ExportError(f"{name} holds {worst:g}, which {np.dtype(dtype)} does not; expected a wider dtype")
+    return converted
 
 
 def _require_same(where: str, expected: Arrays, found: Arrays, rules: Sequence[Rule], most: int = 8) -> None:
@@ -666,7 +678,7 @@ def _array(name: str, tensor) -> np.ndarray:
         )
     try:
         return np.asarray(tensor)
-    except (TypeError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients
+    except (TypeError, ValueError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients
         raise ExportError(
             f"{name} is no array to NumPy ({first_line(error)}); expected one: of PyTorch's write a safetensors file, "
             "which load_weights reads in any dtype, or give tensor.detach().float()"

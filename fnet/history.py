@@ -107,9 +107,14 @@ class Recorder:
     Sums are taken one step after another in float64, so that they do not depend on how the run was cut into chunks.
     """
 
-    def __init__(self, per_epoch: int, partial: Mapping[str, Any] | None = None, rows: Sequence[Mapping] = ()):
-        """With what a resumed run's checkpoint and folder hold: the `partial` sums and the rows of the metrics."""
-        self.per_epoch = per_epoch
+    def __init__(
+        self, per_epoch: int, partial: Mapping[str, Any] | None = None, rows: Sequence[Mapping] = (), whole: bool = True
+    ):
+        """With what a resumed run's checkpoint and folder hold: the `partial` sums and the rows of the metrics.
+
+        Not ``whole`` is the epoch that has begun where its first steps measured something else: its means are NaN.
+        """
+        self.per_epoch, self.whole = per_epoch, whole
         self.steps: list[dict[str, np.ndarray]] = []
         of_kind = lambda kind, without: [  # noqa: E731
             {name: value for name, value in row.items() if name not in without} for row in rows if row["kind"] == kind
@@ -137,7 +142,9 @@ class Recorder:
                 told.append(("evaluation", step, now))
             if step in ends:
                 self._take(rows, begin - first, step - first)
-                means = {**{name: mean.value for name, mean in self._partial.items()}, **now}
+                own = {name: mean.value for name, mean in self._partial.items()}
+                means = {**(own if self.whole else {n: np.full_like(v, np.nan) for n, v in own.items()}), **now}
+                self.whole = True
                 self.epochs.append({"epoch": np.asarray(int(step) // self.per_epoch), **means})
                 told.append(("epoch", step, means))
                 self._partial, begin = {}, step

@@ -7,11 +7,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+SAME_SECONDS = 0.2  # within which a SIGINT is the one before: it may come to the process and to its group
 
 
 class Terminated(SystemExit):
@@ -49,19 +51,25 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
         return
     seen: list[int] = []  # by the thread, as soon as they come
     handled: list[int] = []  # by Python, in this thread: at the latest when the caller asks
+    again = lambda: time.monotonic() - first >= SAME_SECONDS  # noqa: E731
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
+    first = 0.0  # when the first SIGINT came
+
     def watch():
+        nonlocal first
         while (number := reader.recv(1)) not in (b"", b"\0"):
-            if number[0] == signal.SIGINT and signal.SIGINT in seen and not interactive:
+            if number[0] == signal.SIGINT and signal.SIGINT not in seen:
+                first = time.monotonic()
+            elif number[0] == signal.SIGINT and not interactive and again():
                 os.write(2, b"\nleft at once; the last complete checkpoint stands\n")
                 os._exit(128 + signal.SIGINT)
             seen.append(number[0])
 
     def handle(number, _):
         handled.append(number)
-        if number == signal.SIGINT and interactive and handled.count(signal.SIGINT) > 1:
+        if number == signal.SIGINT and interactive and handled.count(signal.SIGINT) > 1 and again():
             raise KeyboardInterrupt
 
     interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -213,7 +213,14 @@ def check_classes(name, logits, targets):
 
 def _array(name, what, given):
     """``given``, or an array of a list of numbers; raises for anything else, such as outputs beside their mask."""
-    if hasattr(given, "shape") and hasattr(given, "dtype"):
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise ValueError(
+            f"{name}: {what} have {int(np.ma.getmaskarray(given).sum())} masked values; expected none, since a mask "
+            "would be dropped: fill them, or give their examples the weight 0"
+        )
+    if isinstance(given, np.ma.MaskedArray):
+        return np.asarray(given)
+    if isinstance(given, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return given
     numbers = isinstance(given, list | tuple) and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(given))
     if numbers or isinstance(given, int | float):
@@ -223,12 +230,13 @@ def _array(name, what, given):
             array = None
         if array is not None and array.dtype.kind in "biuf":
             return array
-    parts = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(given) if hasattr(leaf, "shape"))
-    remedy = (
-        "end the model with drop_mask() and give the mask as the batch's weights"
-        if is_masked(given)
-        else ("take its parts apart")
-    )
+    leaves = [leaf for leaf in jax.tree.leaves(given) if hasattr(leaf, "shape")]
+    parts = ", ".join(f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(leaf.shape)}" for leaf in leaves)
+    remedy = "take its parts apart"
+    if is_masked(given):
+        remedy = "end the model with drop_mask() and give the mask as the batch's weights"
+    if len(leaves) == 1 and leaves[0] is given:  # a table, a tensor of another library
+        remedy = "of a table take .to_numpy(), of a tensor numpy.asarray"
     raise ValueError(
         f"{name}: {what} are a {type(given).__name__} of {parts or repr(given)[:60]}; expected one array: {remedy}"
     )

@@ -125,11 +125,13 @@ def gradient_norms(grads: PyTree) -> dict[str, jax.Array]:
 
 def absolute_error(outputs, targets) -> jax.Array:
     """``mean_j |y_j − t_j|`` of each example ``(B,)``, over all axes but the first; the loss of this name sums."""
-    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
-    if outputs.shape != targets.shape:
-        raise ValueError(f"absolute_error: outputs {outputs.shape} and targets {targets.shape}; expected one shape")
+    outputs, targets = _floating("absolute_error", outputs=outputs), _floating("absolute_error", targets=targets)
+    if outputs.shape != targets.shape or not outputs.ndim:
+        raise ValueError(
+            f"absolute_error: outputs {outputs.shape} and targets {targets.shape}; expected one shape, (B, ...)"
+        )
     error = jnp.abs(outputs.astype(wide(outputs.dtype)) - targets)
-    return error.reshape(len(error), -1).mean(-1)
+    return error.mean(tuple(range(1, error.ndim)))
 
 
 # --- of a whole set ---------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def f1(counts, average: str | None = "macro") -> jax.Array:
 
 
 def _counts(who: str, counts, average) -> jax.Array:
-    counts = jnp.asarray(counts.sum if isinstance(counts, Mean) else counts)
+    counts = _floating(who, counts=counts.sum if isinstance(counts, Mean) else counts)
     if average not in ("macro", "micro", None):
         raise ValueError(f"{who}: average = {average!r}; expected 'macro', 'micro' or None for each class")
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -225,15 +227,32 @@ def r_squared(outputs, targets, weights=None) -> float:
     for name, numbers in (("outputs", y), ("targets", t)):
         if not np.isfinite(numbers).all():
             raise ValueError(f"r_squared: {name} hold what is not finite; expected numbers, where the weight is not 0")
+    if not t.size:
+        raise ValueError(f"r_squared: targets {targets.shape} hold no number; expected one at least of each example")
     if (t == t[:1]).all(0).any():
         raise ValueError("r_squared: targets that are all the same; expected some that differ")
+    least, most = t.min(0), t.max(0)
+    y, t = ((a - least / 2 - most / 2) / (most / 2 - least / 2) for a in (y, t))  # so that squares are numbers
     spread = w @ np.square(t - np.average(t, 0, w))
     return float((1 - w @ np.square(t - y) / spread).mean())
 
 
 def _on_host(who: str, **given) -> list[np.ndarray]:
-    """Arrays of NumPy, at the door that data come through; a DataError, which is a ValueError, names what is none."""
-    return [np.asarray(as_arrays(held, f"{who}: {name}")) for name, held in given.items()]
+    """Real numbers as arrays of NumPy, at the door that data come through; a ValueError names what is none."""
+    arrays = {name: np.asarray(as_arrays(held, f"{who}: {name}")) for name, held in given.items()}
+    for name, array in arrays.items():
+        if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+            raise ValueError(f"{who}: {name} have dtype {array.dtype}; expected real numbers")
+    return [*arrays.values()]
+
+
+def _floating(who: str, **given) -> jax.Array:
+    """An array of jax, floating; integers of NumPy are not made narrower before they are floats."""
+    ((_, array),) = given.items()
+    if not isinstance(array, jax.Array):
+        (array,) = _on_host(who, **given)
+        array = array.astype(float) if array.dtype.kind in "iu" else array
+    return jnp.asarray(array)
 
 
 def _weights_of(who: str, examples: int, weights) -> tuple[np.ndarray, np.ndarray]:
@@ -244,7 +263,7 @@ def _weights_of(who: str, examples: int, weights) -> tuple[np.ndarray, np.ndarra
             f"{who}: weights {weights.shape}; expected ({examples},), one for each example: finite numbers of at least "
             "0, not all of them 0"
         )
-    return weights[weights > 0], weights > 0
+    return weights[weights > 0] / weights.max(), weights > 0
 
 
 # --- of gradients -----------------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from fnet.data.streams import (
 )
 from fnet.optimizers.compose import told
 from fnet.programs import Line, digest, program_lines
-from fnet.runs import Run, RunError, numbers_of, shortest
+from fnet.runs import Run, RunError, check_options, numbers_of, shortest
 from fnet.stopping import Reducer, stopped
-from fnet.training import Step, epoch_order, evaluated, named_metrics, sets_of, steps_per_epoch
+from fnet.training import Step, epoch_order, evaluated, is_several, named_metrics, sets_of, steps_per_epoch
 from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, is_whole, named_leaves, require_counts
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
@@ -66,6 +66,8 @@ def check_kinds(step, ts, evaluate, stop, observers, run) -> None:
     for name, (given, kind, expected) in wanted.items():
         if not isinstance(given, kind):
             raise TypeError(f"{name} is {_short(given)}; expected {expected}")
+    if run is not None:
+        check_options(run)
     if not isinstance(observers, Sequence):
         raise TypeError(f"observers is {_short(observers)}; expected a list of functions")
     functions = {"step": step, **({} if evaluate is None else {"evaluate": evaluate})}
@@ -99,7 +101,7 @@ def check_run(
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
         data = with_length(data)
-        known = sample = check_data(first_batch(data, resumed=kept), name="the stream's first batch")
+        known = sample = check_data(first_batch(data, resumed=kept), name="the stream's first batch", part=True)
         per_epoch: int = data.steps_per_epoch  # pyright: ignore[reportAssignmentType] — with_length has set it
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
     elif batch_size is None:
@@ -108,6 +110,8 @@ def check_run(
         data = data if isinstance(data, Examples) else as_batch(data)
         n = count_rows(data)
         check_batch_size(batch_size, n)
+        if isinstance(data, Batch) and data.weights is not None and not np.any(data.weights):
+            raise DataError("data.weights sum to 0; expected one above 0 at least: weights=None counts every example")
         known = sample = check_data(take_rows(data, range(batch_size)), part=True)
         per_epoch = -(-n // batch_size)
     else:
@@ -136,7 +140,7 @@ def check_run(
             if is_read_ahead(given):
                 check_sums(name, found)
         pairs = ({name: pair[i] for name, pair in checked.items()} for i in range(2))
-        validation, held = (sets if isinstance(validation, Mapping) else sets["validation"] for sets in pairs)
+        validation, held = (sets if is_several(validation) else sets["validation"] for sets in pairs)
         results = jax.eval_shape(lambda ts, sets: evaluated(ts, sets, evaluate, stop), ts, held)[1]
     check_metrics([*named_metrics(metrics), *results.items()])
     named, end = dict(named_metrics(metrics)), int(steps or epochs * per_epoch)

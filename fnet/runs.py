@@ -23,7 +23,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -58,6 +58,9 @@ EXPLAINED = {
     "step": {"batch_size", "examples", "an example", "metrics", "optimizer", "rule to stop"},
     "evaluation": {"results", "optimizer", "rule to stop"},
 }
+# changes by which results are no longer those of before, and the means of an epoch that had begun no longer its own
+EVALUATION = ("evaluation", "results", "rows of *", "first batch of *", "batches of *")
+EPOCH = {"metrics", "batch_size", "examples", "rows", "first batch", "steps_per_epoch"}
 # the parts of a state that begin anew where it is accepted that they are another's
 ANEW = {"optimizer": "opt_state", "rule to stop": "stopping"}
 # a program that is traced under another of these may be another, though it is of the same functions
@@ -85,7 +88,8 @@ class Run(NamedTuple):
     standing for anything: the run goes on with what is given now, and folder/changes.jsonl says so. An optimizer whose
     state has other leaves, and another rule to stop, begin anew.
 
-    What a run has kept by ``keep_best`` it keeps when it is resumed by another, or by none.
+    What a run has kept by ``keep_best`` and ``keep_every`` it keeps when it is resumed by others, or by none. Results
+    of an evaluation that was changed are not compared with those of before.
     """
 
     folder: str | Path
@@ -114,17 +118,27 @@ class OpenRun:
         self.resumed_at, self.changes = 0, {}  # what differs knowingly from what was saved there
         self.passed: list[Path] = []  # damaged checkpoints that the run was not resumed from
         self._results: dict[int, dict[str, Any]] = {}  # of the evaluations, by step
-        own = run.keep_best and {"name": run.keep_best, "greatest": run.greatest, "count": run.best}
-        self.bests: list[dict[str, Any]] = [own] if own else []  # the rules that checkpoints are kept by, its own last
+        self.bests: list[dict[str, Any]] = []  # rules that checkpoints are kept by: those of before, its own last
+        if run.keep_best:
+            own = {"name": run.keep_best, "greatest": run.greatest, "count": run.best}
+            self.bests = [{**own, "after": 0, "until": None}]  # the steps whose results are compared
+        self.multiples = [run.keep_every] if run.keep_every else []
+        self.evaluated_since = 0
         self._worker, self._writing = ThreadPoolExecutor(1, "fnet-checkpoint"), None
 
     def restore(
-        self, like: TrainState, about: dict[str, Any], programs: Mapping[str, Sequence[Line]] = MappingProxyType({})
+        self,
+        like: TrainState,
+        about: dict[str, Any],
+        programs: Mapping[str, Sequence[Line]] = MappingProxyType({}),
+        begin: Mapping[str, Callable[[TrainState], Any]] = MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, Any], list[dict]] | None:
         """The state, the meta and the rows of the metrics that a resumed run continues from; None where it begins.
 
         ``about`` must be as it was saved, but for numbers that are as the run left them, since some optimizers change
-        theirs, and for what the run accepts. Nothing is written: `begin` does, once the run is known to go on.
+        theirs, and for what the run accepts. A part of the state that is another's, which is accepted, is made by
+        ``begin`` of the state that was restored. Nothing is written: `OpenRun.begin` does, once the run is known to go
+        on.
         """
         steps = saved_steps(self.checkpoints) if self.run.resume else {}
         ended, last = self.folder / "summary.json", self._last_there_was()
@@ -140,7 +154,13 @@ class OpenRun:
         others = {part: name for name, part in ANEW.items() if meta["plan"][name] != about[name]}
         parts = [part for part in like._fields if part not in others]
         ts = load_checkpoint(path, like._replace(**dict.fromkeys(others, ())), meta, parts=parts)
-        ts = ts._replace(**{part: getattr(like, part) for part in others})
+        for part, name in others.items():
+            if part not in begin:
+                raise RunError(
+                    f"{self.folder}: the {name} is another, and the step does not say how its state begins; expected "
+                    f"that of before, or a step of fnet.make_step"
+                )
+            ts = ts._replace(**{part: begin[part](ts)})
         anew = tuple(f"{part}/" for part in others)  # their numbers are not compared
         meta["plan"] = {name: value for name, value in meta["plan"].items() if not name.startswith(anew)} | {
             name: value for name, value in about.items() if name.startswith(anew)
@@ -152,10 +172,12 @@ class OpenRun:
         if TRACED_BY & {*foreign}:  # then the same functions are other programs
             names = [name for name in names if name not in programs]
         if refused := [name for name in names if not self._accepts(name)]:
+            told = [name for name in refused if not EXPLAINED.get(name, set()) & {*names}] or refused
             raise RunError(
-                f"{self.folder} was run otherwise: {self._differences(refused, saved, about, programs)}. Resume it "
-                f"with its own, name another folder, or say that it is meant: Run(accept={(*refused,)!r})"
+                f"{self.folder} was run otherwise: {self._differences(told, saved, about, programs)}. Resume it with "
+                f"its own, name another folder, or say that it is meant: Run(accept={(*self.run.accept, *refused)!r})"
             )
+        _check_shapes(self.folder, saved, about)
         rows = [row for row in self._read_metrics() if row["step"] <= meta["step"]]
         if foreign:
             words = _in_words(foreign, meta["environment"], self.environment, "as saved")
@@ -163,16 +185,30 @@ class OpenRun:
         if names:
             self.changes = {name: {"was": saved.get(name), "is": about.get(name)} for name in names}
             ts = _with_numbers(ts, like, {"key", *numbers_of(like)}.intersection(names))
+            if any(name.startswith("stopping/") for name in names) and hasattr(ts.stopping, "stopped"):
+                undecided = jnp.zeros_like(ts.stopping.stopped)  # by these numbers
+                ts = ts._replace(stopping=ts.stopping._replace(stopped=undecided))
+            if EPOCH & {*names}:
+                meta |= {"partial": {}, "whole": False}
             meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
         self.last_saved, self.resumed_at = meta["step"], meta["step"]
-        own = [(rule["name"], rule["greatest"]) for rule in self.bests]
-        self.bests = [rule for rule in meta["best"] if (rule["name"], rule["greatest"]) not in own] + self.bests
+        others = any(fnmatchcase(name, pattern) for name in names for pattern in EVALUATION)
+        self.evaluated_since = meta["step"] if others else meta["evaluated_since"]
+        ended = [{**rule, "until": meta["step"]} if others and not rule["until"] else rule for rule in meta["best"]]
+        mine = [{**rule, "after": self.evaluated_since} for rule in self.bests]
+        going = [(rule["name"], rule["greatest"]) for rule in mine]
+        before = [r for r in ended if r["until"] or (r["name"], r["greatest"]) not in going]
+        self.bests = [*before, *mine]
+        self.multiples = sorted({*meta["multiples"], *self.multiples})
         return ts, meta, rows
 
     def _last_there_was(self) -> int | None:
         """The step of the latest checkpoint that was made, though it may be gone."""
-        text = self.saved.read_text().strip() if self.saved.exists() else ""
-        return int(text) if text.isdigit() else None
+        try:
+            text = self.saved.read_bytes().strip()
+        except OSError:
+            return None
+        return int(text) if text.isdigit() and len(text) < 20 else None
 
     def _newest(self, steps: Mapping[int, Path]) -> tuple[Path, dict[str, Any]]:
         """The last checkpoint and its meta; of "newest whole" the last that is not damaged."""
@@ -193,11 +229,6 @@ class OpenRun:
                     raise CheckpointError(f"{error}{remedy}") from error
                 passed.append(path)
                 continue
-            if passed:
-                aside = ", ".join(_aside(damaged).name for damaged in passed)
-                warnings.warn(
-                    f"{self.folder} is resumed from {path.name}; put aside: {aside}", RunWarning, stacklevel=5
-                )
             self.passed = passed
             return path, meta
         names = ", ".join(path.name for path in passed)
@@ -210,13 +241,12 @@ class OpenRun:
         """The differences in words; of a program the first operation that is another."""
         try:
             before = json.loads((self.folder / "programs.json").read_text())
-        except (OSError, ValueError):
+            before = {name: lines for name, lines in before.items() if all(isinstance(line, str) for line in lines)}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # it is there for these words alone
             before = {}
         words = []
         for name in names:
-            if EXPLAINED.get(name, set()) & {*names}:
-                continue
-            if name in programs and name in saved and isinstance(before.get(name), list):
+            if name in programs and name in saved and name in before:
                 words.append(f"{name} computes something else: {difference(before[name], programs[name])}")
             else:
                 words.append(_in_words([name], saved, about, "as saved"))
@@ -228,8 +258,7 @@ class OpenRun:
             _write_json(self.folder / "config.json", self.config)
             _write_json(self.folder / "environment.json", self.environment)
             _write_json(self.folder / "programs.json", {n: [line.text for line in p] for n, p in programs.items()})
-            for path in self.passed:
-                path.rename(_aside(path))
+            aside = [path.rename(_aside(path)).name for path in self.passed]
             if self.changes:
                 with (self.folder / "changes.jsonl").open("a") as file:
                     file.write(json.dumps({"step": self.resumed_at, "changes": self.changes}) + "\n")
@@ -238,6 +267,11 @@ class OpenRun:
             (self.folder / "nonfinite.json").unlink(missing_ok=True)
             if self.last_saved is not None:
                 self._mark(self.last_saved)
+        if aside:
+            names = ", ".join(aside)
+            warnings.warn(
+                f"{self.folder} is resumed from step {self.last_saved}; put aside: {names}", RunWarning, stacklevel=4
+            )
 
     def record(self, kind: str, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Append a row to the metrics."""
@@ -262,7 +296,9 @@ class OpenRun:
         if step == self.last_saved:
             return False
         results = self._results.get(step, {})
-        meta = {**meta, "config": self.config, "environment": self.environment, "results": results, "best": self.bests}
+        own = {"config": self.config, "environment": self.environment, "results": results}
+        kept = {"best": self.bests, "multiples": self.multiples, "evaluated_since": self.evaluated_since}
+        meta = {**meta, **own, **kept}
         self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
@@ -286,10 +322,10 @@ class OpenRun:
         self._mark(step)
         steps = saved_steps(self.checkpoints)
         kept = set(list(steps)[-self.run.keep_last :])
-        if self.run.keep_every:
-            kept |= {step for step in steps if step % self.run.keep_every == 0}
+        kept |= {step for step in steps if any(step % every == 0 for every in self.multiples)}
+        kept |= {step for step, path in steps.items() if saved_results(path) is None}  # a damaged one may be mended
         for rule in self.bests:
-            kept |= {*best_first(steps, rule["name"], rule["greatest"])[: rule["count"]]}
+            kept |= {*best_first(steps, rule)[: rule["count"]]}
         for step in steps.keys() - kept:
             delete_checkpoint(steps[step])
 
@@ -303,10 +339,13 @@ class OpenRun:
         if not path.exists():
             warnings.warn(f"{path} is not there: the run's history begins anew", RunWarning, stacklevel=5)
             return rows
-        lines = path.read_bytes().splitlines(keepends=True)
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({first_line(error)}); expected the run's metrics") from error
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(_row(line))
+                rows.append(_row(line, rows))
             except (ValueError, RecursionError) as error:
                 if number == len(lines) and not line.endswith(b"\n"):
                     break
@@ -343,11 +382,21 @@ def _meta_of(steps: Mapping[int, Path], at: int) -> dict[str, Any]:
         raise CheckpointError(f"{error}{remedy}") from error
 
 
-def best_first(steps: Mapping[int, Path], name: str, greatest: bool) -> list[int]:
-    """The steps whose checkpoints hold a finite result of this name, the best first; of equal ones the earlier."""
-    results = {step: saved_results(path).get(name) for step, path in steps.items()}
-    known = {step: value for step, value in results.items() if value is not None and np.isfinite(value)}
-    return sorted(known, key=lambda step: (-known[step] if greatest else known[step], step))
+def best_first(steps: Mapping[int, Path], rule: Mapping[str, Any]) -> list[int]:
+    """The steps whose checkpoints hold a finite result that the rule looks at, the best first, of equal ones the first.
+
+    A rule is a ``name``, whether the ``greatest`` is sought, and ``after`` and ``until`` which step.
+    """
+    sign, known = -1 if rule["greatest"] else 1, {}
+    for step, path in _looked_at(steps, rule).items():
+        value = (saved_results(path) or {}).get(rule["name"])
+        if isinstance(value, int | float) and np.isfinite(value):
+            known[step] = sign * value
+    return sorted(known, key=lambda step: (known[step], step))
+
+
+def _looked_at(steps: Mapping[int, Path], rule: Mapping[str, Any]) -> dict[int, Path]:
+    return {step: path for step, path in steps.items() if rule["after"] < step <= (rule["until"] or step)}
 
 
 def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "last") -> tuple[PyTree, PyTree]:
@@ -384,12 +433,17 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
         loaded = load_checkpoint(steps[at], {"params": params, "state": state}, meta, parts=("params", "state"))
         return loaded["params"], loaded["state"]
     whole = _newest_whole(list(steps.values())[::-1])  # where the last is damaged the best need not be
-    if whole and (rules := whole[1]["best"]):
-        name, greatest = rules[-1]["name"], rules[-1]["greatest"]
-        ranked = best_first(steps, name, greatest)
+    if whole and whole[1]["best"]:
+        rule = whole[1]["best"][-1]
+        for path in _looked_at(steps, rule).values():
+            if saved_results(path) is None:  # it may be the best
+                read_meta(path)
+        ranked = best_first(steps, rule)
         if not ranked:
+            since = f" after step {rule['after']}" if rule["after"] else ""
             raise RunError(
-                f"{folder} has no checkpoint with a finite {name}; expected one: which='last' takes its last"
+                f"{folder} has no checkpoint with a finite {rule['name']}{since}; expected one: which='last' takes its "
+                "last"
             )
         return load_run(folder, model, x, ranked[0])
     meta = _meta_of(steps, last)  # which alone holds what its rule has kept
@@ -409,8 +463,8 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
     return kept["weights"]["0"], kept["weights"]["1"]
 
 
-def _row(line: bytes) -> dict[str, Any]:
-    """A line of metrics.jsonl; ValueError where it is none."""
+def _row(line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A line of metrics.jsonl; ValueError where it is none, or does not follow those before it."""
     row = json.loads(line)
     if not isinstance(row, dict) or row.get("kind") not in ("evaluation", "epoch"):
         raise ValueError('no object of the kind "evaluation" or "epoch"')
@@ -420,13 +474,18 @@ def _row(line: bytes) -> dict[str, Any]:
     for name, value in row.items():
         if name != "kind" and np.asarray(value).dtype.kind not in "bif":
             raise ValueError(f"{name} is no number")
+    last = next((other for other in reversed(before) if other["kind"] == row["kind"]), {})
+    if last and row["step"] <= last["step"]:
+        raise ValueError(f"its step {row['step']} comes after step {last['step']}")
+    for name in last:
+        if np.shape(row.get(name, last[name])) != np.shape(last[name]):
+            raise ValueError(f"{name} has another shape than in the row before")
     return row
 
 
 @contextmanager
 def open_run(run: Run) -> Iterator[OpenRun]:
     """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
-    _check(run)
     folder, config = Path(run.folder).expanduser().absolute(), _plain(run.config)
     _check_path(folder)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -474,6 +533,8 @@ def open_run(run: Run) -> Iterator[OpenRun]:
 def _check_path(folder: Path) -> None:
     """Require a path below which orbax finds again what it has written."""
     parts = folder.parts[1:]  # without the root, or the drive
+    if "\0" in str(folder) or any(len(part.encode(errors="replace")) > 200 for part in parts):
+        raise RunError(f"{str(folder)!r:.300} is no path of a folder; expected one without a zero, of short names")
     try:
         str(folder).encode()
     except UnicodeEncodeError:
@@ -543,14 +604,30 @@ def _fnet_version() -> str:
     return sys.modules["fnet"].__version__
 
 
-def _check(run: Run) -> None:
-    if run.resume not in (False, True, "auto", "newest whole"):
+def check_options(run: Run) -> None:
+    """Require of a run's options that they are what they are called."""
+    if not isinstance(run.folder, str | os.PathLike) or not os.fspath(run.folder):
+        raise RunError(f"Run: folder = {run.folder!r}; expected the path of a folder")
+    for name, given in (("accept", run.accept), ("free", run.free)):
+        if not isinstance(given, tuple | list) or not all(isinstance(word, str) for word in given):
+            raise RunError(f"Run: {name} = {given!r}; expected a tuple of names, such as ('step',)")
+    if not isinstance(run.keep_best, str | None):
+        raise RunError(f"Run: keep_best = {run.keep_best!r}; expected the name of a result, such as 'validation_loss'")
+    for name in ("greatest", "verify"):
+        if not isinstance(getattr(run, name), bool):
+            raise RunError(f"Run: {name} = {getattr(run, name)!r}; expected True or False")
+    if run.keep_best is None and (run.greatest or run.best != 1):
+        what = f"greatest = {run.greatest} and best = {run.best}"
+        raise RunError(f"Run: {what} say which results are the best; expected keep_best too, the name of a result")
+    if not any(run.resume is known for known in (False, True)) and not (
+        isinstance(run.resume, str) and run.resume in ("auto", "newest whole")
+    ):
         raise RunError(f"Run: resume = {run.resume!r}; expected False, True, 'auto' or 'newest whole'")
     counts = {"save_every": run.save_every, "keep_last": run.keep_last, "keep_every": run.keep_every}
     require_counts("Run", **counts, best=run.best)
     if run.keep_last is None:
         raise RunError("Run: keep_last = None; expected a whole number of at least 1: keep_every=1 keeps them all")
-    if not isinstance(run.save_seconds, (int, float)) or not run.save_seconds > 0:
+    if isinstance(run.save_seconds, bool) or not isinstance(run.save_seconds, int | float) or not run.save_seconds > 0:
         raise RunError(f"Run: save_seconds = {run.save_seconds!r}; expected a number above 0")
 
 
@@ -579,7 +656,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(saved := json.loads(path.read_text()), dict):
             raise ValueError("it holds no names and values")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({first_line(error)}); expected the configuration that the run began with, as "
             "JSON: put it there, or name another folder"
@@ -606,6 +683,18 @@ def _in_words(names: Sequence[str], saved: Mapping[str, Any], given: Mapping[str
     return "; ".join(
         f"{n}: expected {saved.get(n, 'nothing')!r} ({when}), found {given.get(n, 'nothing')!r}" for n in names
     )
+
+
+def _check_shapes(folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Require of a metric that is measured as before the shape that it had: a history has one of each name."""
+    for kind in ("metrics", "results"):
+        before, now = ({text.rpartition("(")[0]: text for text in plan[kind]} for plan in (saved, given))
+        if other := [name for name in before if now.get(name, before[name]) != before[name]]:
+            name = other[0]
+            raise RunError(
+                f"{folder}: {kind} were {before[name]} and are {now[name]}; expected one shape in one history: give it "
+                "another name"
+            )
 
 
 def _with_numbers(ts: TrainState, given: TrainState, names: Container[str]) -> TrainState:

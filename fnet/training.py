@@ -21,7 +21,16 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.children import apply
-from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_host_data, count_examples, trace_batch
+from fnet.data.arrays import (
+    as_arrays,
+    as_batch,
+    check_batch_size,
+    check_data,
+    check_host_data,
+    count_examples,
+    native,
+    trace_batch,
+)
 from fnet.data.streams import (
     Examples,
     Stream,
@@ -97,6 +106,7 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
         metrics = {**metrics, **jax.tree.map(lambda value: Mean(value, jnp.ones_like(value)), watched)}
         return ts._replace(step=ts.step + 1, params=params, state=state, opt_state=opt_state), metrics
 
+    step.__dict__["optimizer"] = optimizer  # by which a run that is resumed with another begins its state
     return step
 
 
@@ -123,7 +133,7 @@ def augmented(step: Step, augment: Callable[[jax.Array, Batch], Batch]) -> Step:
             batch = augment(key, Batch(*batch))
         return step(ts, batch)
 
-    return augmented_step
+    return functools.update_wrapper(augmented_step, step, assigned=())
 
 
 def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, batch_size: int | None = None):
@@ -138,7 +148,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)
 
     def evaluate(params, state, data):
-        data = as_batch(data)
+        data = jax.tree.map(lambda leaf: native(leaf) if isinstance(leaf, np.ndarray) else leaf, as_batch(data))
         n = count_examples(data)
         size = batch_size or n
         if n <= size:
@@ -171,7 +181,8 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     dict of ``inputs``. With no ``batch_size`` all inputs are one batch. Each kind of batch is compiled once; nothing is
     padded or left out.
 
-    Raises DataError for inputs that are no arrays of one length, and a batch size that is not from 1 to N.
+    Raises DataError for inputs that are no arrays of one length or that jax cannot hold, and a batch size that is not
+    from 1 to N. NaN and infinities pass.
 
     >>> from fnet.layers import dense
     >>> params, state = dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
@@ -190,7 +201,8 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
             data = Batch(as_batch(data).inputs if isinstance(data, Batch) else as_arrays(data, "inputs"), None)
         n = count_rows(data)
         check_batch_size(n if batch_size is None else batch_size, n)
-    batches = (read.batch.inputs for read in one_epoch(data, batch_size))
+    reads = one_epoch(data, batch_size)
+    batches = (check_data(read.batch, part=True, rows=read.rows, finite=False).inputs for read in reads)
     outputs = [jax.tree.map(np.asarray, _outputs(model)(params, state, batch)) for batch in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
@@ -215,19 +227,24 @@ def rows_of(data: Batch, rows: jax.Array) -> Batch:
 
 def sets_of(validation: PyTree) -> Mapping[str, PyTree]:
     """The validation sets by their names; one alone is called "validation"."""
-    return validation if isinstance(validation, Mapping) else {"validation": validation}
+    return validation if is_several(validation) else {"validation": validation}
+
+
+def is_several(validation: PyTree) -> bool:
+    """Whether this is a mapping of names to sets; one of ``inputs`` and ``targets`` is a set."""
+    return isinstance(validation, Mapping) and not {"inputs", "targets"} <= set(validation) <= set(Batch._fields)
 
 
 def evaluate_on(evaluate: Callable, ts: TrainState, validation: PyTree) -> PyTree:
     """``evaluate(params, state, data)``, of each set where ``validation`` is a mapping of sets."""
-    if isinstance(validation, Mapping):
+    if is_several(validation):
         return {name: evaluate(ts.params, ts.state, held) for name, held in validation.items()}
     return evaluate(ts.params, ts.state, validation)
 
 
 def results_by_name(results: PyTree, validation: PyTree) -> dict[str, Any]:
     """What `evaluate_on` gave, as one dict: ``validation_loss``, or with a set's name in front, ``test_loss``."""
-    sets = results if isinstance(validation, Mapping) else {"validation": results}
+    sets = results if is_several(validation) else {"validation": results}
     found = [(f"{prefix}_{name}", value) for prefix, tree in sets.items() for name, value in named_metrics(tree)]
     if len(dict(found)) < len(found):
         names = [name for name, _ in found]

@@ -219,3 +219,54 @@ def test_columns_of_several_dtypes_are_the_numbers_that_they_hold():
     assert whole.dtype == np.int64 and whole[0, 0] == 2**53 + 1
     lost = as_arrays(pd.DataFrame({"a": pd.Series([2**53 + 1, 2], dtype=object), "b": [0.5, 1.5]}))
     assert lost.dtype == object  # and check_data refuses it
+
+
+def shares(parts, labels):
+    """The greatest distance of a part's count of a class from its share."""
+    counts = lambda rows: np.bincount(rows, minlength=labels.max() + 1)  # noqa: E731
+    return max(np.abs(counts(part) - counts(labels) * len(part) / len(labels)).max() for part in parts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stratified_part_has_its_share_of_every_class(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, rng.integers(2, 12), rng.integers(40, 200))
+    data, key = (np.arange(len(labels)), labels), jax.random.key(seed)
+    held = [held.targets for _, held in fnet.data.folds(data, int(rng.integers(2, 9)), key, stratify=True)]
+    assert shares(held, labels) < 1
+    two = split(data, float(rng.uniform(0.1, 0.9)), key, stratify=True)
+    assert sorted(np.concatenate([part.inputs for part in two])) == [*range(len(labels))]
+    assert shares([part.targets for part in two], labels) < 1
+    several = split(data, (7, 13, len(labels) - 20), key, stratify=True)
+    assert shares([part.targets for part in several], labels) < 2
+    assert any((np.diff(part.inputs) < 0).any() for part in several)  # and in a random order
+
+
+def test_labels_in_the_place_of_stratify_are_told_apart():
+    labels = np.arange(8) % 2
+    with pytest.raises(
+        DataError, match=r"split: stratify is int64\[8\]; expected True or False: the labels are the tar"
+    ):
+        split((np.arange(8), labels), 0.5, jax.random.key(0), stratify=labels)
+
+
+def test_rows_are_taken_as_data_are(tmp_path):
+    with pytest.raises(DataError, match="rows has 1 masked values"):
+        take(np.arange(3), np.ma.array([0, 1], mask=[0, 1]))
+    assert take(np.arange(3), []).shape == (0,)
+    np.save(tmp_path / "a.npy", np.arange(3, dtype=">f4"))
+    taken = take(np.load(tmp_path / "a.npy", mmap_mode="r"), [2, 0])
+    assert taken.dtype.isnative and taken.tolist() == [2, 0]
+
+
+def test_an_evaluation_reads_mapped_files_of_another_byte_order(tmp_path):
+    _, ts, data, evaluate = problem()
+    np.save(tmp_path / "x.npy", np.asarray(data.inputs).astype(">f4"))
+    mapped = data._replace(inputs=np.load(tmp_path / "x.npy", mmap_mode="r"))
+    found, expected = (evaluate(ts.params, ts.state, held)["loss"].sum for held in (mapped, data))
+    assert found == expected
+
+
+def test_inputs_without_a_number_are_named():
+    with pytest.raises(DataError, match=r"data.inputs is empty, shape \(8, 0\); expected at least 1 number in each"):
+        check_data((np.zeros((8, 0)), np.zeros(8, int)))

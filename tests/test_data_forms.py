@@ -385,3 +385,93 @@ def test_a_validation_set_of_weight_0_is_refused_when_it_has_been_read():
     nothing = Loader(10, lambda x, y: (x, y, np.zeros(len(x), np.float32)))
     with pytest.raises(fnet.DataError, match=re.escape("validation.weights sum to 0 over the whole set")):
         fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=nothing)
+
+
+# --- what the second pair of eyes found -------------------------------------------------------------------------------
+
+
+def test_predict_makes_no_other_number_of_one_that_jax_cannot_hold():
+    table = fnet.layers.embedding(10, 4)
+    params, state = fnet.init(table, jax.random.key(0), np.zeros((1, 3), np.int32))
+    message = re.escape(f"data.inputs[1, 0] = {2**32 + 3}; expected numbers that int32 holds")
+    ids = np.array([[1, 1, 1], [2**32 + 3, 1, 1]])
+    for data, size in ((ids, None), (fnet.data.Examples([*ids]), 2), (Stream([ids]), None)):
+        with pytest.raises(fnet.DataError, match=message):
+            fnet.predict(table, params, state, data, size)
+    sigmoid = fnet.layers.sigmoid()
+    with pytest.raises(fnet.DataError, match=re.escape("data.inputs[0, 0] = 1e+39; expected numbers that float32")):
+        fnet.predict(sigmoid, (), (), np.array([[1e39]]))
+    np.testing.assert_array_equal(fnet.predict(sigmoid, (), (), np.array([[np.nan], [np.inf]])), [[np.nan], [1.0]])
+    with pytest.raises(fnet.DataError, match=r"data.inputs has dtype object; expected booleans, integers or floats"):
+        fnet.predict(sigmoid, (), (), np.array([[1.0]], dtype=object))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_a_list_of_numbers_is_an_array_whatever_its_length(length):
+    table = fnet.layers.embedding(10, 4)
+    params, state = fnet.init(table, jax.random.key(0), np.zeros((1, length), np.int32))
+    rows = [[*range(length)], [*range(1, length + 1)]]
+    expected = fnet.predict(table, params, state, np.array(rows))
+    np.testing.assert_array_equal(fnet.predict(table, params, state, fnet.data.Examples(rows), 2), expected)
+    np.testing.assert_array_equal(fnet.predict(table, params, state, Stream([rows])), expected)
+    np.testing.assert_array_equal(fnet.predict(table, params, state, Stream([rows[:1], rows[1:]])), expected)
+
+
+def test_weights_that_are_all_0_are_refused_wherever_the_data_are(tmp_path):
+    nothing = np.zeros(N, np.float32)
+    np.save(tmp_path / "x.npy", HOST.inputs)
+    mapped = fnet.Batch(np.load(tmp_path / "x.npy", mmap_mode="r"), HOST.targets, nothing)
+    with pytest.raises(fnet.DataError, match=r"data\.weights sum to 0"):
+        fnet.fit(STEP, START, mapped, epochs=1, batch_size=8)
+    examples = fnet.data.Examples([*zip(HOST.inputs, HOST.targets, nothing, strict=True)])
+    with pytest.raises(fnet.DataError, match="the weights of data sum to 0 over the epoch that ends at step 7"):
+        fnet.fit(STEP, START, examples, epochs=1, batch_size=8)
+    batches = [(HOST.inputs[b : b + 8], HOST.targets[b : b + 8], nothing[b : b + 8]) for b in range(0, N, 8)]
+    with pytest.raises(fnet.DataError, match="the weights of the stream sum to 0 over the epoch that ends at step 7"):
+        fnet.fit(STEP, START, Stream(batches), epochs=1)
+
+
+def test_a_first_batch_of_weight_0_is_a_batch():
+    weights = np.ones(N, np.float32)
+    weights[:8] = 0
+    batches = [(HOST.inputs[b : b + 8], HOST.targets[b : b + 8], weights[b : b + 8]) for b in range(0, N, 8)]
+    end, _ = fnet.fit(STEP, START, Stream(batches), epochs=2)
+    expected, _ = fnet.fit(STEP, START, HOST._replace(weights=weights), epochs=2, batch_size=8, shuffle=False)
+    assert_same_bits(end, expected)
+
+
+def test_a_validation_set_is_not_gone_through_twice():
+    batches = [(HOST.inputs[b : b + 8], HOST.targets[b : b + 8]) for b in (0, 8)]
+    message = "steps_per_epoch = 3, and the source, a list, has 2 batches; expected at most these, since each counts"
+    with pytest.raises(fnet.DataError, match=message):
+        fnet.fit(STEP, START, DATA, epochs=1, batch_size=8, evaluate=EVALUATE, validation=Stream(batches, 3))
+    fnet.fit(STEP, START, Stream(batches, 3), epochs=2)  # to train on, they are gone through again and again
+
+
+def test_a_dict_of_inputs_and_targets_is_one_set():
+    options = {"epochs": 1, "batch_size": 8, "evaluate": EVALUATE}
+    expected = fnet.fit(STEP, START, DATA, validation=HOST, **options)[1].evaluations
+    one = {"inputs": HOST.inputs, "targets": HOST.targets}
+    found = fnet.fit(STEP, START, DATA, validation=one, **options)[1].evaluations
+    assert {name: values.tolist() for name, values in found.items()} == {n: v.tolist() for n, v in expected.items()}
+    results = fnet.train(STEP, START, DATA, **options, validation=one)[2]
+    np.testing.assert_allclose(results["loss"].value, expected["validation_loss"], rtol=1e-6)
+
+
+def test_errors_of_a_dataset_say_at_which_example():
+    class Odd(Dataset):
+        error = KeyError("gone")
+
+        def __getitem__(self, row):
+            if row == 11:
+                raise self.error
+            return super().__getitem__(row)
+
+    with pytest.raises(KeyError) as caught:
+        fnet.fit(STEP, START, Odd(), epochs=1, batch_size=8)
+    assert "at example 11 of the dataset, a Odd" in caught.value.__notes__
+    Odd.error = StopIteration()
+    with pytest.raises(fnet.DataError, match="example 11: the dataset, a Odd, says that it has"):
+        fnet.fit(STEP, START, Odd(), epochs=1, batch_size=8)
+    with pytest.raises(fnet.DataError, match="the dataset is a zip, which gives no example by its index"):
+        fnet.fit(STEP, START, fnet.data.Examples(zip(HOST.inputs, HOST.targets, strict=True)), epochs=1, batch_size=8)

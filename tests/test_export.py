@@ -910,6 +910,29 @@ class Meta:
         raise TypeError("can't convert meta device type tensor to numpy. Use Tensor.cpu() first")
 
 
+def test_a_leaf_that_is_kept_is_as_it_was():
+    like = {"a": jnp.zeros(3), "b": np.array([2**40, 1]), "c": np.array([1e300])}
+    tree, taken = from_tensors({"a": np.ones(3, "float32")}, like, partial=True)
+    assert taken.taken == ("a",) and tree["b"].tolist() == [2**40, 1] and tree["c"].tolist() == [1e300]
+    assert tree["b"] is not like["b"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        ({"a": np.full(3, 1e300)}, {"dtype": "float32"}, "a holds 1e+300, which float32 does not; expected a wider"),
+        ({"a": np.ones(3)}, {"dtype": "floaty"}, "dtype = 'floaty'; expected a floating dtype"),
+        ({"a": np.ones(3)}, {"dtype": "int32"}, "dtype = 'int32'; expected a floating dtype"),
+        ({0: np.ones(3)}, {}, "tensors has the name 0; expected names that are text"),
+        ({"a": [[1], [2, 3]]}, {}, "a is no array to NumPy (ValueError"),
+    ],
+)
+@pytest.mark.parametrize("partial", [False, True])
+def test_tensors_that_cannot_be_taken_are_named(tensors, options, message, partial):
+    with pytest.raises(ExportError, match=re.escape(message)):
+        from_tensors(tensors, {"a": jnp.zeros(3)}, partial=partial, **options)
+
+
 def test_tensors_with_a_mask_are_refused():
     masked = np.ma.masked_equal(np.array([1, 2], "float32"), 2)
     with pytest.raises(ExportError, match="a has 1 masked values; expected none, since a mask would be dropped"):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn.metrics
 
@@ -386,3 +387,49 @@ def test_metrics_of_a_whole_set_leave_examples_of_weight_0_out():
             metrics.r_squared(y, t, weights)
         with pytest.raises(ValueError, match=r"weights .*; expected \(4,\), one for each example: finite numbers"):
             metrics.roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1], weights)
+
+
+def test_integers_are_not_made_narrower_before_they_are_floats():
+    assert metrics.absolute_error(np.array([2**33]), np.array([0])).tolist() == [2.0**33]
+    np.testing.assert_allclose(metrics.precision(np.array([[2**32, 2**32], [0, 5]]), None), [1, 5 / (2**32 + 5)])
+    assert metrics.precision(np.array([[3, 1], [0, 2]]) * 2**40) == metrics.precision(np.array([[3, 1], [0, 2]]))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_metrics_of_a_whole_set_do_not_depend_on_the_scale(scale):
+    assert metrics.roc_auc([1.0, 2.0], [0, 1], [scale, scale]) == 1
+    assert metrics.r_squared([0, scale], [0, 2 * scale]) == pytest.approx(0.5)
+    assert metrics.r_squared([0.0, 1], [0, 2.0], [scale, scale]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: metrics.roc_auc(np.array([1 + 2j, 2]), [0, 1]),
+            "roc_auc: scores have dtype complex128; expected real",
+        ),
+        (lambda: metrics.roc_auc(["a", "b"], [0, 1]), "roc_auc: scores have dtype <U1; expected real numbers"),
+        (lambda: metrics.r_squared(np.ones((3, 0)), np.ones((3, 0))), "r_squared: targets (3, 0) hold no number"),
+        (
+            lambda: metrics.absolute_error(1.0, 2.0),
+            "absolute_error: outputs () and targets (); expected one shape, (B,",
+        ),
+        (lambda: metrics.precision(np.ma.masked_equal([[1, 2], [3, 4]], 2)), "precision: counts has 1 masked values"),
+        (
+            lambda: metrics.accuracy(np.ma.masked_equal(np.eye(2), 1), np.arange(2)),
+            "accuracy: outputs have 2 masked values; expected none, since a mask would be dropped",
+        ),
+        (
+            lambda: metrics.accuracy(pd.DataFrame(np.eye(2)), np.arange(2)),
+            "accuracy: outputs are a DataFrame of DataFrame[2, 2]; expected one array: of a table take .to_numpy()",
+        ),
+        (
+            lambda: metrics.accuracy(np.eye(2), pd.Series([0, 1], dtype="Int64")),
+            "accuracy: targets are a Series of Int64[2]; expected one array: of a table take .to_numpy()",
+        ),
+    ],
+)
+def test_what_is_no_array_of_real_numbers_is_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

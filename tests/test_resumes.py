@@ -8,7 +8,11 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,9 @@ from fnet.losses import softmax_cross_entropy
 from fnet.optimizers import amsgrad, momentum, reduce_on_plateau
 from fnet.programs import difference, digest, program_lines
 from fnet.schedules import warmup_cosine
+from fnet.stopping import Reducer
 from fnet.training import augmented
+from fnet.transforms import clip_by_value
 from tests.test_training import assert_same_bits
 
 X = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
@@ -326,7 +332,7 @@ def test_a_damaged_checkpoint_says_which_one_is_whole_and_newest_whole_takes_it(
     options["epochs"] = 4
     with pytest.raises(fnet.CheckpointError, match=r"step_000000004 is whole: Run\(resume='newest whole'\) takes it"):
         fnet.fit(step, ts, DATA, run=run._replace(resume=True), **options)
-    with pytest.warns(fnet.runs.RunWarning, match="resumed from step_000000004; put aside: damaged_step_000000006"):
+    with pytest.warns(fnet.runs.RunWarning, match="resumed from step 4; put aside: damaged_step_000000006"):
         end, _ = fnet.fit(step, ts, DATA, run=run._replace(resume="newest whole"), **options)
     assert_same_bits(end, fnet.fit(step, ts, DATA, **options)[0])
     assert damaged.parents[1].with_name("damaged_step_000000006").is_dir()
@@ -536,7 +542,7 @@ def test_a_checkpoint_that_is_damaged_twice_is_put_aside_twice(tmp_path):
     newest = list(saved_steps(tmp_path / "run" / "checkpoints").values())[-1]
     for _ in range(2):
         (newest / "manifest.json").write_text("{}")
-        with pytest.warns(fnet.runs.RunWarning, match="is resumed from step_000000004; put aside: damaged_step_"):
+        with pytest.warns(fnet.runs.RunWarning, match="is resumed from step 4; put aside: damaged_step_"):
             fnet.fit(step, ts, DATA, run=run._replace(resume="newest whole"), **options)
     put_aside = {path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged_*")}
     assert put_aside == {f"damaged_{newest.name}", f"damaged_{newest.name}_2"}
@@ -700,7 +706,7 @@ def test_the_best_is_had_though_the_last_checkpoint_is_damaged(tmp_path):
     assert_same_bits(expected, fnet.load_run(tmp_path / "run", MODEL, X[:1], which=at)[0])
     checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
     for damaged in {*checkpoints} - {at}:
-        (checkpoints[damaged] / "manifest.json").write_text("{}")
+        shutil.rmtree(checkpoints[damaged] / "state")
     assert_same_bits(fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")[0], expected)
     (checkpoints[at] / "manifest.json").write_text("{}")
     with pytest.raises(fnet.CheckpointError, match="is damaged"):
@@ -869,3 +875,296 @@ def test_a_stream_whose_order_is_in_its_state_is_the_same_with_a_folder_without_
     half, _ = fnet.fit(step, ts, Shuffled(whole=True), epochs=4, run=run, observers=leave, chunk_steps=3)
     assert int(half.step) == 6
     assert_same_bits(fnet.fit(step, ts, Shuffled(whole=True), epochs=4, run=run)[0], straight)
+
+
+# --- what the second pair of eyes found after that --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holding", ["master_weights", "lookahead", "chain"])
+def test_an_accepted_optimizer_begins_on_the_parameters_that_were_trained(holding, tmp_path):
+    other = {
+        "master_weights": fnet.optimizers.master_weights(fnet.adam(0.01)),
+        "lookahead": fnet.optimizers.lookahead(fnet.sgd(0.01), every=1, slow_rate=0.25),
+        "chain": fnet.chain(clip_by_value(1.0), fnet.optimizers.master_weights(fnet.adam(0.01))),
+    }[holding]
+    saved, _ = fit(tmp_path / "run", augment=noisy)
+    more = {"optimizer": other, "epochs": 4, "augment": noisy}
+    end, _ = fit(tmp_path / "run", resume=True, accept=("optimizer", "step", "evaluation"), **more)
+    step, _, options = parts(**more)
+    assert_same_bits(end, fnet.fit(step, saved._replace(opt_state=other.init(saved.params)), DATA, **options)[0])
+
+
+def test_an_accepted_optimizer_of_a_step_of_ones_own_is_refused_unless_it_says_how_it_begins(tmp_path):
+    def go(optimizer, own=False, **run):
+        step, ts, options = parts(optimizer=optimizer)
+        bare = lambda ts, batch: step(ts, batch)  # noqa: E731
+        if own:
+            bare.optimizer = optimizer
+        return fnet.fit(bare, ts, DATA, run=fnet.Run(tmp_path / "run", **run), **{**options, "epochs": 3})
+
+    fit(tmp_path / "run")
+    with pytest.raises(fnet.RunError, match="the optimizer is another, and the step does not say how its state begins"):
+        go(fnet.adam(0.1), resume=True, accept=("*",))
+    assert int(go(fnet.adam(0.1), own=True, resume=True, accept=("*",))[0].step) == 9
+
+
+class Counted(NamedTuple):
+    begun: jax.Array
+    stopped: jax.Array
+
+
+def after(steps):
+    return Reducer(
+        lambda ts: Counted(jnp.copy(ts.step), jnp.array(False)),
+        lambda own, ts, results: Counted(own.begun, ts.step - own.begun >= steps),
+        f"{steps} steps",
+    )
+
+
+def test_an_accepted_rule_begins_where_the_run_stands(tmp_path):
+    saved, _ = fit(tmp_path / "run")
+    more = {"epochs": 9, "stop": after(9)}
+    end, _ = fit(tmp_path / "run", resume=True, accept=("rule to stop", "step", "evaluation"), **more)
+    step, _, options = parts(**more)
+    by_hand, _ = fnet.fit(step, saved._replace(stopping=()), DATA, **options)
+    assert int(end.step) == int(by_hand.step) == 15
+    assert_same_bits(end, by_hand)
+
+
+def test_a_run_that_was_stopped_goes_on_by_a_longer_patience_that_is_accepted(tmp_path):
+    patient = lambda n: fnet.early_stopping("validation_loss", n, least_change=10.0)  # noqa: E731
+    stopped, _ = fit(tmp_path / "run", stop=patient(2), epochs=20)
+    assert int(stopped.step) == 9
+    more = {"stop": patient(4), "epochs": 20}
+    end, history = fit(tmp_path / "run", resume=True, accept=("stopping/hyper/patience",), **more)
+    assert_same_bits(end, fit(None, **more)[0])
+    assert int(end.step) == 15 and history.ended.step == 15
+
+
+@pytest.mark.parametrize("name", ["accept", "free"])
+@pytest.mark.parametrize("given", ["opt_state/*", None, (3,)])
+def test_names_that_are_no_tuple_of_names_are_refused(name, given, tmp_path):
+    with pytest.raises(fnet.RunError, match=re.escape(f"Run: {name} = {given!r}; expected a tuple of names")):
+        fnet.fit(*parts()[:2], DATA, run=fnet.Run(tmp_path / "run", **{name: given}), **parts()[2])
+
+
+def test_the_remedy_names_what_was_accepted_too_and_the_cause_alone(folder):
+    other = fnet.early_stopping("validation_loss", 3, greatest=True)
+    with pytest.raises(fnet.RunError) as error:
+        fit(folder, resume=True, accept=("rule to stop",), epochs=3, stop=other)
+    accept = ast.literal_eval(str(error.value).split("Run(accept=")[1].removesuffix(")"))
+    assert accept[0] == "rule to stop" and "evaluation" in accept
+    assert int(fit(folder, resume=True, accept=accept, epochs=3, stop=other)[0].step) == 9
+
+
+def test_a_best_whose_manifest_is_damaged_is_named_and_not_deleted(tmp_path):
+    step, ts, options = parts(stop=None, epochs=4)
+    run = fnet.Run(tmp_path / "run", keep_best="validation_loss", greatest=True, keep_last=1)
+    fnet.fit(step, ts, DATA, run=run, **options)
+    first, *_ = checkpoints = saved_steps(tmp_path / "run" / "checkpoints")
+    assert [*checkpoints] == [3, 12]
+    (checkpoints[first] / "manifest.json").write_text("x")
+    with pytest.raises(fnet.CheckpointError, match="step_000000003 is damaged"):
+        fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")
+    fnet.fit(step, ts, DATA, run=run._replace(resume=True), **{**options, "epochs": 6})
+    assert first in saved_steps(tmp_path / "run" / "checkpoints")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):
+    step, ts, options = parts()
+    fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", save_every=3), **options)
+    three, six = saved_steps(tmp_path / "run" / "checkpoints").values()
+    shutil.copytree(three, three.with_name("step_000000007"))
+    for call in (
+        lambda: fit(tmp_path / "run", resume=True, epochs=3),
+        lambda: fnet.load_run(tmp_path / "run", MODEL, X[:1]),
+        lambda: fnet.load_run(tmp_path / "run", MODEL, X[:1], which=7),
+    ):
+        with pytest.raises(fnet.CheckpointError, match="step_000000007 was made at step 3; expected its folder under"):
+            call()
+    assert six.is_dir()
+
+
+def test_the_best_is_of_one_evaluation(tmp_path):
+    kept = {"keep_best": "validation_loss", "keep_last": 1}
+    harder = fnet.Batch(20 * HELD.inputs, (HELD.targets + 1) % 3)
+    step, ts, options = parts(stop=None)
+    fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", **kept), **options)
+    easier = [*saved_steps(tmp_path / "run" / "checkpoints")]
+    run = fnet.Run(tmp_path / "run", resume=True, accept=("rows of validation",), **kept)
+    options |= {"validation": harder, "epochs": 5}
+    _, history = fnet.fit(step, ts, DATA, run=run, **options)
+    losses = dict(zip(history.evaluations["step"], history.evaluations["validation_loss"], strict=True))
+    assert min(losses[s] for s in (9, 12, 15)) > max(losses[s] for s in (3, 6))
+    best = min((9, 12, 15), key=lambda step: losses[step])
+    assert {*saved_steps(tmp_path / "run" / "checkpoints")} >= {best, min(easier, key=lambda step: losses[step])}
+    params, _ = fnet.load_run(tmp_path / "run", MODEL, X[:1], which="best")
+    assert_same_bits(params, fnet.load_run(tmp_path / "run", MODEL, X[:1], which=best)[0])
+    run = run._replace(accept=())
+    fnet.fit(step, ts, DATA, run=run, **{**options, "epochs": 6})
+    assert best in saved_steps(tmp_path / "run" / "checkpoints")
+
+
+def test_what_keep_every_kept_is_kept(tmp_path):
+    folder = tmp_path / "run"
+    go(folder, 3, keep_every=6)
+    assert steps_of(folder) == [6, 9]
+    go(folder, 5)
+    assert steps_of(folder) == [6, 12, 15]
+
+
+def measuring(names):
+    def step(ts, batch):
+        return ts._replace(step=ts.step + 1), {
+            "loss": ts.step.astype(float),
+            **{n: jnp.ones(shape) for n, shape in names.items()},
+        }
+
+    return step
+
+
+def of_metrics(folder, names, **options):
+    start = fnet.TrainState(jnp.asarray(0, jnp.int32), {"w": jnp.zeros(())}, (), (), jax.random.key(0))
+    run = fnet.Run(folder, resume="auto", accept=("*",))
+    return fnet.fit(measuring(names), start, DATA, run=run, **{"batch_size": 8, "chunk_steps": 1, **options})
+
+
+def test_the_mean_of_an_epoch_is_of_all_its_steps_or_is_not_a_number(tmp_path):
+    leave = [lambda event: "stop" if event.step >= 4 else None]
+    of_metrics(tmp_path / "run", {"a": ()}, epochs=3, observers=leave)
+    _, history = of_metrics(tmp_path / "run", {"b": ()}, epochs=3)
+    np.testing.assert_array_equal(history.epochs["a"], [1, np.nan, np.nan])
+    np.testing.assert_array_equal(history.epochs["b"], [np.nan, np.nan, 1])
+    np.testing.assert_array_equal(history.epochs["loss"], [1, np.nan, 7])
+
+
+def test_a_metric_of_another_shape_is_refused_before_it_is_trained(tmp_path):
+    of_metrics(tmp_path / "run", {"a": (3,)}, epochs=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(fnet.RunError, match=re.escape("metrics were a(3,) and are a(); expected one shape in one")):
+        of_metrics(tmp_path / "run", {"a": ()}, epochs=2)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    of_metrics(tmp_path / "run", {"b": ()}, epochs=2)
+
+
+def test_arrays_cannot_become_a_stream_and_nothing_is_written(folder):
+    step, ts, options = parts(epochs=4)
+    options = {name: value for name, value in options.items() if name != "batch_size"}
+    with pytest.raises(fnet.DataError, match="stands at step 6, and where its stream stood then is not known"):
+        fnet.fit(step, ts, Shuffled(whole=True), run=fnet.Run(folder, resume=True, accept=("*",)), **options)
+    assert not (folder / "changes.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("programs.json", b"[1]", None),
+        ("programs.json", b'{"step": [1, 2]}', None),
+        (".saved", "²".encode(), None),
+        (".saved", b"9" * 5000, None),
+        (".saved", b"\xff\xfe", None),
+        ("config.json", b"[" * 100_000, "config.json cannot be read"),
+        ("metrics.jsonl", b'{"kind": "epoch", "step": 3, "epoch": 1}\n' * 2, "its step 3 comes after step 3"),
+        (
+            "metrics.jsonl",
+            b'{"kind": "epoch", "step": 3, "epoch": 1, "a": 1}\n{"kind": "epoch", "step": 6, "epoch": 2, "a": [1]}\n',
+            "a has another shape than in the row before",
+        ),
+    ],
+)
+def test_files_of_a_folder_that_were_edited_raise_no_others_error(name, content, message, folder):
+    (folder / name).write_bytes(content)
+    change = {} if message else {"act": layers.tanh()}
+    with pytest.raises(fnet.RunError, match=message or "step computes something else|step: expected 'SHA-256"):
+        fit(folder, resume=True, epochs=4, **change)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"folder": None}, "folder = None; expected the path of a folder"),
+        ({"folder": ""}, "folder = ''; expected the path of a folder"),
+        ({"folder": "a\0b"}, "is no path of a folder"),
+        ({"folder": "a" * 300}, "is no path of a folder"),
+        ({"keep_best": ["x"]}, "keep_best = ['x']; expected the name of a result"),
+        ({"greatest": "no"}, "greatest = 'no'; expected True or False"),
+        ({"best": 3}, "greatest = False and best = 3 say which results are the best; expected keep_best too"),
+        ({"save_seconds": True}, "save_seconds = True; expected a number above 0"),
+        ({"resume": 1}, "resume = 1; expected False, True, 'auto' or 'newest whole'"),
+        ({"resume": np.array([1, 2])}, "expected False, True, 'auto' or 'newest whole'"),
+    ],
+)
+def test_options_of_a_run_that_are_none_are_refused(given, message, tmp_path):
+    step, ts, options = parts()
+    with pytest.raises(fnet.RunError, match=re.escape(message)):
+        fnet.fit(step, ts, DATA, run=fnet.Run(**{"folder": tmp_path / "run", **given}), **options)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
+    command = [sys.executable, "-m", "tests.resumable", str(tmp_path / "run"), "--slow", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("step 3" in line for line in process.stdout or ())
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "SIGINT: the run is saved at step" in errors
+
+
+class ByEpoch:
+    """Batches in an order by the number of the epoch, which the source counts; the iterator knows its own."""
+
+    def __init__(self):
+        self.epochs = -1
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        self.epochs += 1
+        return ByEpochReader(self.epochs)
+
+
+class ByEpochReader:
+    def __init__(self, epoch):
+        self.epoch, self.at = epoch, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == 3:
+            raise StopIteration
+        rows = np.random.default_rng(self.epoch).permutation(24)[8 * self.at : 8 * self.at + 8]
+        self.at += 1
+        return X[rows], Y[rows]
+
+    def get_state(self):
+        return {"epoch": self.epoch, "at": self.at}
+
+    def set_state(self, state):
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 6])
+def test_a_source_that_counts_its_epochs_goes_on_with_the_next(at, tmp_path):
+    step, ts, _ = parts()
+    straight, _ = fnet.fit(step, ts, ByEpoch(), epochs=4)
+    assert_same_bits(fnet.fit(step, ts, ByEpoch(), epochs=4, run=fnet.Run(tmp_path / "whole"))[0], straight)
+    run = fnet.Run(tmp_path / "run", resume="auto")
+    leave = [lambda event: "stop" if event.step >= at and event.kind == "chunk" else None]
+    fnet.fit(step, ts, ByEpoch(), epochs=4, run=run, observers=leave, chunk_steps=1)
+    assert_same_bits(fnet.fit(step, ts, ByEpoch(), epochs=4, run=run)[0], straight)
+
+
+@pytest.mark.parametrize("state", [np.array([1, 2]), {1, 2}, object()])
+def test_a_state_that_json_cannot_hold_is_named(state, tmp_path):
+    class Odd(ByEpoch):
+        def __iter__(self):
+            reader = super().__iter__()
+            reader.get_state = lambda: state
+            return reader
+
+    step, ts, _ = parts()
+    with pytest.raises(fnet.DataError, match=r"the stream's state is .*; expected what JSON holds"):
+        fnet.fit(step, ts, Odd(), epochs=1, run=fnet.Run(tmp_path / "run"))

@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.files import first_line
-from fnet.types import Batch, PyTree, require_key
+from fnet.types import Batch, PyTree, described, require_key
 
 
 class DataError(ValueError):
@@ -39,13 +39,15 @@ def as_arrays(data: PyTree, name: str = "data") -> PyTree:
     dtype('float32')
     """
 
-    def numbers(node) -> bool:
-        return isinstance(node, list) and all(
-            numbers(item) or isinstance(item, bool | int | float | np.generic) for item in node
-        )
-
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _as_array(_written(name, path), leaf), data, is_leaf=numbers
+        lambda path, leaf: _as_array(_written(name, path), leaf), data, is_leaf=is_numbers
+    )
+
+
+def is_numbers(node: Any) -> bool:
+    """Whether this is a list of numbers, or of such lists, which counts as one array."""
+    return isinstance(node, list) and all(
+        is_numbers(item) or isinstance(item, bool | int | float | np.generic) for item in node
     )
 
 
@@ -120,6 +122,7 @@ def check_data(
     name: str = "data",
     part: bool = False,
     rows: Sequence[int] | None = None,
+    finite: bool = True,
 ) -> Batch:
     """The data as arrays on the device, or a `DataError` that says what is wrong with them.
 
@@ -133,6 +136,7 @@ def check_data(
         name: what the messages call the data, e.g. ``"validation"``.
         part: these are some of the examples, so that all of their weights may be 0.
         rows: which ones of the whole data they are, as messages then say.
+        finite: False lets NaN and infinities pass.
 
     Raises:
         DataError: no examples; arrays of different N or without a first axis; a dtype that is not real numbers; a value
@@ -163,7 +167,9 @@ def check_data(
     paths, leaves = zip(*_leaves(batch, name), strict=True)
     structure = jax.tree.structure(batch)
     counts = _counting(batch, name)
-    arrays = [_to_device(path, leaf, count, rows) for path, leaf, count in zip(paths, leaves, counts, strict=True)]
+    arrays = [
+        _to_device(path, leaf, count, rows, finite) for path, leaf, count in zip(paths, leaves, counts, strict=True)
+    ]
     batch = jax.tree.unflatten(structure, arrays)
     return batch if batch.weights is None else batch._replace(weights=_check_weights(batch.weights, name, part, rows))
 
@@ -176,7 +182,8 @@ def count_examples(data: Batch, name: str = "data") -> int:
     first, examples = leaves[0][0], _length(*leaves[0])
     for path, leaf in leaves:
         if not np.size(leaf):
-            raise DataError(f"{path} is empty, shape {np.shape(leaf)}; expected at least 1 example: check the loader")
+            what = "number in each" if np.shape(leaf)[:1] > (0,) else "example"
+            raise DataError(f"{path} is empty, shape {np.shape(leaf)}; expected at least 1 {what}: check the loader")
         if _length(path, leaf) != examples:
             raise DataError(
                 f"{path} has {_length(path, leaf)} examples (shape {np.shape(leaf)}) and {first} has {examples}; "
@@ -260,7 +267,8 @@ def take(data: PyTree, rows: Any) -> PyTree:
     data = as_arrays(data)
     if isinstance(rows, Tracer):
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data)
-    rows = np.asarray(rows)
+    rows = np.asarray(as_arrays(rows, "rows"))
+    rows = rows if rows.size else rows.astype(int)  # an empty list has another dtype
     if not np.issubdtype(rows.dtype, np.integer):
         raise DataError(
             f"rows have dtype {rows.dtype}; expected integers: numpy.flatnonzero(mask) makes them of a mask"
@@ -270,7 +278,7 @@ def take(data: PyTree, rows: Any) -> PyTree:
         outside = rows[(rows < -examples) | (rows >= examples)]
         if outside.size:
             raise DataError(f"row {outside[0]} is outside of {path}; expected {-examples} to {examples - 1}, its rows")
-    return jax.tree.map(lambda leaf: leaf[rows], data)
+    return jax.tree.map(lambda leaf: native(leaf[rows]) if isinstance(leaf, np.memmap) else leaf[rows], data)
 
 
 def split(
@@ -282,7 +290,8 @@ def split(
         data: a `Batch` (or tuple, as in `check_data`) of N examples.
         sizes: examples per part, which add up to N; or a fraction f, for two parts of ``round(f * N)`` and the rest.
         key: the order; the same key and N give the same split, whatever the arrays hold.
-        stratify: each part has its share of every class, to one example; the targets are labels (N,).
+        stratify: each part has its share of every class, to one example (to two where more than two parts have several
+            sizes); the targets are labels (N,).
 
     >>> train, test = split(Batch(np.arange(10), np.arange(10)), 0.8, jax.random.key(0))
     >>> len(train.inputs), sorted(np.concatenate([train.inputs, test.inputs]).tolist())
@@ -290,11 +299,8 @@ def split(
     """
     require_key("split", key)
     batch = as_batch(data, "data")
-    examples = count_examples(batch)
-    parts = _part_sizes(sizes, examples)
-    order = _order(batch, key, stratify)
-    ends = np.cumsum(parts)
-    return tuple(take(batch, order[end - size : end]) for size, end in zip(parts, ends, strict=True))
+    sizes = _part_sizes(sizes, count_examples(batch))
+    return tuple(take(batch, rows) for rows in _parts("split", batch, sizes, key, stratify))
 
 
 def folds(data: Batch | tuple, count: int, key: jax.Array, *, stratify: bool = False) -> list[tuple[Batch, Batch]]:
@@ -311,26 +317,31 @@ def folds(data: Batch | tuple, count: int, key: jax.Array, *, stratify: bool = F
     examples = count_examples(batch)
     if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 2 <= count <= examples:
         raise DataError(f"folds: count = {count!r}; expected a whole number from 2 to {examples}, the examples")
-    held = np.array_split(_order(batch, key, stratify), count)
+    sizes = [len(part) for part in np.array_split(np.arange(examples), count)]
+    held = _parts("folds", batch, sizes, key, stratify)
     return [
         (take(batch, np.concatenate([*held[:i], *held[i + 1 :]])), take(batch, rows)) for i, rows in enumerate(held)
     ]
 
 
-def _order(batch: Batch, key: jax.Array, stratify: bool) -> np.ndarray:
-    """The examples in a random order; stratified, with the classes spread evenly over it."""
+def _parts(who: str, batch: Batch, sizes: Sequence[int], key: jax.Array, stratify: bool) -> list[np.ndarray]:
+    """The rows of parts of these sizes in a random order; stratified, with the classes spread evenly over them."""
+    if not isinstance(stratify, bool | np.bool_):
+        raise DataError(f"{who}: stratify is {described(stratify)}; expected True or False: the labels are the targets")
     order = np.asarray(jax.random.permutation(key, count_examples(batch)))
     if not stratify:
-        return order
+        return np.split(order, np.cumsum(sizes)[:-1])
     labels = np.asarray(batch.targets) if hasattr(batch.targets, "shape") else None
     if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
         kind = "a tree" if labels is None else f"{labels.dtype}{list(labels.shape)}"
         raise DataError(f"data.targets is {kind}; expected labels, integers (N,), to be stratified by")
-    classes, counts = np.unique(labels, return_counts=True)
-    place = np.empty(len(labels))
-    for label, n in zip(classes, counts, strict=True):  # the j-th of n examples of a class at (j + ½) / n
-        place[order[labels[order] == label]] = (np.arange(n) + 0.5) / n
-    return order[np.argsort(place[order], kind="stable")]
+    # one class after another is dealt to the parts, whose turns are spread evenly: the j-th of n at (j + ½) / n
+    turns = np.repeat(np.arange(len(sizes)), sizes)
+    turns = turns[np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in sizes]), kind="stable")]
+    dealt = order[np.argsort(labels[order], kind="stable")]
+    parts = [dealt[turns == part] for part in range(len(sizes))]
+    mix = np.argsort(order)  # each example's place in the random order
+    return [part[np.argsort(mix[part])] for part in parts]
 
 
 def _leaves(data: PyTree, name: str) -> list[tuple[str, Any]]:
@@ -373,10 +384,12 @@ def _counting(batch: Batch, name: str) -> list[np.ndarray | None]:
     ]
 
 
-def _to_device(path: str, leaf: Any, counting: np.ndarray | None, rows: Sequence[int] | None) -> jax.Array:
+def _to_device(
+    path: str, leaf: Any, counting: np.ndarray | None, rows: Sequence[int] | None, finite: bool
+) -> jax.Array:
     host = native(np.asarray(leaf))
     floating = jnp.issubdtype(host.dtype, jnp.floating)
-    if floating:
+    if floating and finite:
         bad = ~np.isfinite(host)
         if counting is not None:
             bad &= counting.reshape(counting.shape + (1,) * (host.ndim - counting.ndim))

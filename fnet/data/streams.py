@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnet.data.arrays import DataError, as_batch, count_examples, native
+from fnet.data.arrays import DataError, as_batch, count_examples, is_numbers, native
 from fnet.files import first_line
 from fnet.types import Batch, PyTree, described, is_whole
 
+BYTES = "bytes, as base64"  # what a state that is bytes is kept under
 LEAVE_SECONDS = 10.0  # that the end of a run waits for a loader which is at a batch
 
 
@@ -42,7 +43,8 @@ class Stream(NamedTuple):
     ``steps_per_epoch`` says how many batches are called an epoch; None takes the source's length.
 
     A source is begun once more than there are epochs, for a look at its first batch: a loader that shuffles is then in
-    its second order. One that is to be resumed is begun another time, to see whether its state is all there is.
+    its second order. One whose iterator has ``set_state`` is begun another time, and in a folder it is tried whether
+    its state is all there is.
     Workers that are forked after jax has begun may hang: ``multiprocessing_context="forkserver"``.
     """
 
@@ -136,6 +138,8 @@ class _Inputs:
 
     @staticmethod
     def of(element: Any) -> Batch:
+        if is_numbers(element):
+            return Batch(element, None)
         if type(element) in (tuple, list) and len(element) == 1:
             return Batch(element[0], None)
         if isinstance(element, Mapping) and "inputs" in element:
@@ -163,6 +167,11 @@ def count_rows(data: Batch | Examples) -> int:
     """How many examples there are; DataError where there are none."""
     if not isinstance(data, Examples):
         return count_examples(data)
+    if not hasattr(data.source, "__len__") or not hasattr(data.source, "__getitem__"):
+        raise DataError(
+            f"the dataset is a {_kind(data.source)}, which gives no example by its index; expected source[i] and a "
+            "length, as a list has them"
+        )
     if (n := len(data.source)) < 1:
         raise DataError(f"the dataset, a {_kind(data.source)}, is empty; expected at least 1 example")
     return n
@@ -192,11 +201,14 @@ def take_rows(data: Any, rows: Sequence[int] | np.ndarray) -> Batch:
 def _example(source: Any, row: int) -> Batch:
     try:
         element = source[row]
-    except IndexError as error:
+    except (IndexError, StopIteration) as error:
         raise DataError(
             f"example {row}: the dataset, a {_kind(source)}, says that it has {len(source)} and has none there "
             f"({first_line(error)}); expected as many as it says: mend its __len__"
         ) from error
+    except Exception as error:
+        error.add_note(f"at example {row} of the dataset, a {_kind(source)}")
+        raise
     return _own(element, f"example {row}")
 
 
@@ -204,7 +216,13 @@ def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) ->
     """The batches of one epoch from the beginning, in order; a stream's are its own."""
     if isinstance(data, Stream):
         stream = with_length(data)
-        if length_of(stream) == stream.steps_per_epoch:
+        length = length_of(stream)
+        if length is not None and length < (stream.steps_per_epoch or 0):
+            raise DataError(
+                f"Stream: steps_per_epoch = {stream.steps_per_epoch}, and the source, a {_kind(stream.source)}, has "
+                f"{length} batches; expected at most these, since each counts once here: leave steps_per_epoch out"
+            )
+        if length == stream.steps_per_epoch:
             return read_stream(stream, None, 0, again=False)
         return itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
     n = count_rows(data)
@@ -242,14 +260,11 @@ def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) ->
     A source with a length is gone through ``again`` and again, or once.
     """
     iterator: Any = iter(stream.source)
+    if state is not None and (length := length_of(stream)):  # begun as often as where it was saved: it may count that
+        for _ in range(-(-step // length) - 1):
+            iterator = iter(stream.source)
     if step and state is None:
-        if hasattr(iterator, "set_state"):
-            raise DataError(f"the run stands at step {step} but not where its stream stood then: resume it by its Run")
-        raise DataError(
-            f"the run stands at step {step}, and its stream, whose {type(iterator).__name__} has no set_state, cannot "
-            "go on from there; expected one that can, as grain's do, or data whose rows are known, such as arrays: "
-            "else begin anew, from step 0"
-        )
+        raise without_position(iterator, step)
     if state is not None:
         if not hasattr(iterator, "set_state"):
             raise DataError("the stream's iterator has no set_state; a run is resumed with one that has, as grain's do")
@@ -261,6 +276,20 @@ def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) ->
     if not again:
         return
     raise DataError(f"the stream ended after {step} batches; expected one that lasts as long as the run: repeat it")
+
+
+def without_position(iterator: Any, step: int) -> DataError:
+    """The error of a stream that is to go on at a step, of which it is not known where it stood then."""
+    if hasattr(iterator, "set_state"):
+        return DataError(
+            f"the run stands at step {step}, and where its stream stood then is not known; expected a run of this "
+            "stream, by whose folder it is resumed: else begin anew, from step 0"
+        )
+    return DataError(
+        f"the run stands at step {step}, and its stream, whose {type(iterator).__name__} has no set_state, cannot "
+        "go on from there; expected one that can, as grain's do, or data whose rows are known, such as arrays: "
+        "else begin anew, from step 0"
+    )
 
 
 def _passes(stream: Stream, iterator: Iterator, whole: bool, again: bool) -> Iterator[tuple[Any, Iterator]]:
@@ -323,8 +352,10 @@ def first_batch(stream: Stream, *, resumed: bool = False) -> Batch:
         first = _own(next(begun), "a batch of the stream")
     except StopIteration:
         raise DataError("Stream: the source is empty; expected at least 1 batch") from None
-    if resumed and stream.resumable:
-        _check_resumable(stream, begun)
+    if stream.resumable and (resumed or hasattr(begun, "set_state")):
+        again = iter(stream.source)  # without a folder too, since the source may count how often it is begun
+        if resumed:
+            _check_resumable(begun, again)
     return first
 
 
@@ -342,8 +373,8 @@ def _begun(source: Any) -> Iterator:
     return begun
 
 
-def _check_resumable(stream: Stream, begun: Any) -> None:
-    """Require that an iterator made anew and set to the state of the one that was begun goes on as that does."""
+def _check_resumable(begun: Any, again: Any) -> None:
+    """Require that another iterator, set to the state of the one that was begun, goes on as that does."""
     lacking = [name for name in ("get_state", "set_state") if not hasattr(begun, name)]
     remedy = "Stream(..., resumable=False) where that is meant"
     if lacking:
@@ -352,7 +383,6 @@ def _check_resumable(stream: Stream, begun: Any) -> None:
             f"run could not be resumed from its checkpoints; expected both, as grain's iterators have them, or {remedy}"
         )
     state = _state_of(begun)
-    again = iter(stream.source)
     expected = [_own(batch, "a batch of the stream") for batch in itertools.islice(begun, 1)]
     _set_state(again, state)
     found = [_own(batch, "a batch of the stream") for batch in itertools.islice(again, 1)]
@@ -369,18 +399,18 @@ def _state_of(iterator: Any) -> Any:
     """Where an iterator stands, as JSON holds it; None where it cannot say."""
     held = iterator.get_state() if hasattr(iterator, "get_state") else None
     if isinstance(held, bytes):
-        held = {"base64": base64.b64encode(held).decode()}
+        held = {BYTES: base64.b64encode(held).decode()}
     try:
         # a copy, since the iterator may go on with its own
         return json.loads(json.dumps(held, default=lambda number: number.item()))
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"the stream's state is {held!r}; expected what JSON holds, to be saved with the run"
         ) from error
 
 
 def _set_state(iterator: Any, state: Any) -> None:
-    iterator.set_state(base64.b64decode(state["base64"]) if isinstance(state, dict) and "base64" in state else state)
+    iterator.set_state(base64.b64decode(state[BYTES]) if isinstance(state, dict) and BYTES in state else state)
 
 
 def ahead(reads: Iterator[Read], count: int) -> Generator[Read]:
