@@ -252,7 +252,7 @@ def test_labels_in_the_place_of_stratify_are_told_apart():
 
 def test_rows_are_taken_as_data_are(tmp_path):
     with pytest.raises(DataError, match="rows has 1 masked values"):
-        take(np.arange(3), np.ma.array([0, 1], mask=[0, 1]))
+        take(np.arange(3), np.ma.array([0, 1], mask=[False, True]))
     assert take(np.arange(3), []).shape == (0,)
     np.save(tmp_path / "a.npy", np.arange(3, dtype=">f4"))
     taken = take(np.load(tmp_path / "a.npy", mmap_mode="r"), [2, 0])

@@ -460,7 +460,7 @@ def test_a_dict_of_inputs_and_targets_is_one_set():
 
 def test_errors_of_a_dataset_say_at_which_example():
     class Odd(Dataset):
-        error = KeyError("gone")
+        error: Exception = KeyError("gone")
 
         def __getitem__(self, row):
             if row == 11:
