@@ -21,7 +21,7 @@ from benchmarks.s1 import interleaved, show
 def main() -> None:
     import jax.numpy as jnp
 
-    from fnet.checkpoint import host_leaves, save_checkpoint
+    from fnet.runs.checkpoint import host_leaves, save_checkpoint
 
     parser = argparse.ArgumentParser(description="reading back what was saved")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1.0, 100.0])

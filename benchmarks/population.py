@@ -62,7 +62,7 @@ def fnet_alone(data):
 def fnet_population(data, rates: int, seeds: int):
     import jax
 
-    from fnet.population import crossed, train_population
+    from fnet.training.population import crossed, train_population
 
     run, keys = whole_run(), jax.random.split(jax.random.key(0), seeds)
     settings = {"learning_rate": np.geomspace(RATE, 10 * RATE, rates) if rates > 1 else [RATE]}

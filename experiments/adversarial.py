@@ -49,9 +49,9 @@ from experiments.common import (
 )
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
+from fnet.optimizers.schedules import cosine
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.schedules import cosine
 from fnet.types import stream
 
 LOSS = fnet.softmax_cross_entropy

@@ -52,13 +52,13 @@ from experiments.common import (
     say_written,
     train,
 )
-from fnet.files import first_line
+from fnet.core.files import first_line
 from fnet.layers import lstm
-from fnet.models import gpt, recurrent_lm
+from fnet.layers.models import gpt, recurrent_lm
+from fnet.optimizers.schedules import warmup_cosine
+from fnet.optimizers.transforms import clip_by_global_norm
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.schedules import warmup_cosine
-from fnet.transforms import clip_by_global_norm
 from fnet.types import stream
 
 TARGET = 2.3  # bits per character on CPython's text

@@ -27,10 +27,10 @@ from rich.text import Text
 from tyro.constructors import PrimitiveConstructorSpec
 
 import fnet
-from fnet import driver
-from fnet.files import whole_file
-from fnet.observers import progress
-from fnet.training import steps_per_epoch
+from fnet.core.files import whole_file
+from fnet.runs import driver
+from fnet.runs.observers import progress
+from fnet.training.steps import steps_per_epoch
 from fnet.types import stream
 
 # --- options: an experiment's Config is made of those that do something in it ----------------------------------------

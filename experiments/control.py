@@ -44,8 +44,8 @@ from experiments.common import (
     open_console,
     say_written,
 )
-from fnet.initializers import lecun_normal
 from fnet.layers import tanh
+from fnet.layers.initializers import lecun_normal
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream

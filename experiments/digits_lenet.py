@@ -43,11 +43,11 @@ from experiments.common import (
     say_written,
     train,
 )
+from fnet.layers.models import lenet5
 from fnet.metrics import accuracy, confusion, gradient_norms
-from fnet.models import lenet5
+from fnet.optimizers.schedules import cosine
 from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
 from fnet.report.plots import new_figure, save_figure
-from fnet.schedules import cosine
 from fnet.types import stream
 
 

@@ -21,7 +21,7 @@ import fnet
 from experiments.common import Amount, ByEngine, Count, Counts, Resumable, Seeds, Whole, main
 from experiments.digits_lenet import measure
 from fnet.layers import batch_norm, conv, relu
-from fnet.models import resnet
+from fnet.layers.models import resnet
 
 
 @dataclasses.dataclass(frozen=True)

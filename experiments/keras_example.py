@@ -41,7 +41,7 @@ from experiments.common import (
     say_written,
     train,
 )
-from fnet.initializers import glorot_uniform
+from fnet.layers.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
 from fnet.report.plots import new_figure, save_figure
 from fnet.types import stream

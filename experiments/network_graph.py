@@ -47,8 +47,8 @@ from experiments.common import (
     open_console,
     say_written,
 )
-from fnet.children import watch
 from fnet.layers import sigmoid
+from fnet.layers.children import watch
 from fnet.losses import half_squared_error
 from fnet.report.plots import new_figure, save_figure
 

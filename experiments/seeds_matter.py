@@ -39,9 +39,9 @@ from experiments.common import (
 )
 from fnet import optimizers
 from fnet.metrics import accuracy
-from fnet.population import crossed, grid, student, train_population
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
+from fnet.training.population import crossed, grid, student, train_population
 from fnet.types import stream
 
 NAMES = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "adamw", "nadam", "radam", "lion")

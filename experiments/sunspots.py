@@ -49,8 +49,8 @@ from experiments.common import (
     open_console,
     say_written,
 )
-from fnet.initializers import normal
 from fnet.layers import dense, gru, serial
+from fnet.layers.initializers import normal
 from fnet.losses import squared_error
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure

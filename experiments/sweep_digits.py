@@ -36,8 +36,8 @@ from experiments.common import (
     say_written,
 )
 from fnet.metrics import accuracy
-from fnet.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
+from fnet.training.population import band, check_members, check_range, crossed, grid, ranking, train_population
 from fnet.types import require_counts, stream
 
 

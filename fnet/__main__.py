@@ -10,8 +10,8 @@ from importlib import metadata
 
 import jax
 
-from fnet.extras import DISTRIBUTION
-from fnet.runs import environment
+from fnet.core.extras import DISTRIBUTION
+from fnet.runs.folder import environment
 
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<version>[^;\[]*)(?:;(?P<marker>.*))?")
 

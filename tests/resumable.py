@@ -19,8 +19,8 @@ import fnet
 from fnet.data import Stream, open_arrays
 from fnet.layers import batch_norm, dense, dropout, relu, serial
 from fnet.metrics import accuracy
-from fnet.schedules import warmup_cosine
-from fnet.transforms import gradient_noise
+from fnet.optimizers.schedules import warmup_cosine
+from fnet.optimizers.transforms import gradient_noise
 
 EXAMPLES, BATCH, PER_EPOCH = 53, 8, 7
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import apply, init, parameter_paths
 from fnet.gradcheck import check_layer
-from fnet.initializers import normal
 from fnet.layers.attention import attention, dot_product_attention, dot_product_attention_backward
+from fnet.layers.children import apply, init, parameter_paths
 from fnet.layers.embedding import rotate
+from fnet.layers.initializers import normal
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 

@@ -14,9 +14,8 @@ import pytest
 
 import fnet
 from fnet import CheckpointError, DataError, LayerError, RunError
-from fnet.checkpoint import save_checkpoint
 from fnet.data import Stream, open_arrays
-from fnet.export import (
+from fnet.export.weights import (
     ExportError,
     Flattened,
     Rule,
@@ -26,10 +25,11 @@ from fnet.export import (
     to_tensors,
     torch_names,
 )
-from fnet.history import History
 from fnet.metrics import accuracy, gradient_histograms
-from fnet.observers import histograms, profile, samples, tensorboard, time_limit
 from fnet.report import save_evaluation, write_report
+from fnet.runs.checkpoint import save_checkpoint
+from fnet.runs.history import History
+from fnet.runs.observers import histograms, profile, samples, tensorboard, time_limit
 from tests.test_training import problem
 
 _, _, (X, Y, _), EVALUATE = problem()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.children import apply
 from fnet.gradcheck import check_layer, check_model
-from fnet.initializers import normal
 from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, tanh
+from fnet.layers.children import apply
 from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
+from fnet.layers.initializers import normal
 from fnet.types import Layer, LayerError, stateless, stream
 from tests.oracles import assert_leaves_close, numerical_gradient
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import apply
 from fnet.gradcheck import check_layer
+from fnet.layers.children import apply
 from fnet.layers.convolution import conv, conv_transpose
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet import transforms
-from fnet.export import export_inference, load_inference, load_weights, save_weights
+from fnet.export.weights import export_inference, load_inference, load_weights, save_weights
 from fnet.layers import dense, gelu, layer_norm, repeat, residual, serial
-from fnet.optimizers import (
+from fnet.optimizers import (  # fmt: skip
     adafactor,
     adam,
     adamw,
@@ -31,7 +30,8 @@ from fnet.optimizers import (
     muon,
     sgd,
     skip_nonfinite,
-)  # fmt: skip
+    transforms,
+)
 from fnet.types import Copies, named_leaves, stacked_axes
 from tests.oracles import assert_leaves_close
 

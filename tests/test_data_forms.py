@@ -12,7 +12,7 @@ import pytest
 
 import fnet
 from fnet.data import Stream, open_arrays, streams
-from fnet.stopping import early_stopping
+from fnet.training.stopping import early_stopping
 from tests.test_training import assert_same_bits, problem
 
 STEP, START, DATA, EVALUATE = problem()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet import schedules, transforms
 from fnet.layers import dense, serial, tanh
 from fnet.optimizers import (
     adadelta,
@@ -32,8 +31,10 @@ from fnet.optimizers import (
     radam,
     reduce_on_plateau,
     rmsprop,
+    schedules,
     sgd,
     skip_nonfinite,
+    transforms,
 )
 from tests.test_optimizers import FIRSTS, TABLE
 

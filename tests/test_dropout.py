@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import apply
 from fnet.gradcheck import check_layer
 from fnet.layers import dense, serial
+from fnet.layers.children import apply
 from fnet.layers.dropout import dropout
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import init
 from fnet.gradcheck import check_layer
-from fnet.initializers import normal
 from fnet.layers import dense, serial, tanh
+from fnet.layers.children import init
 from fnet.layers.embedding import (
     embedding,
     learned_positions,
@@ -21,6 +20,7 @@ from fnet.layers.embedding import (
     sinusoidal_positions,
     tied_embedding,
 )
+from fnet.layers.initializers import normal
 from fnet.types import Layer, LayerError, stateless
 from tests.oracles import assert_leaves_close, numerical_gradient
 

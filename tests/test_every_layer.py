@@ -13,7 +13,6 @@ import pytest
 import fnet
 from experiments import gradient_audit
 from fnet import layers
-from fnet.children import apply
 from fnet.layers import (
     attention,
     batch_norm,
@@ -48,6 +47,7 @@ from fnet.layers import (
     tied_embedding,
     with_hand_backward,
 )
+from fnet.layers.children import apply
 from fnet.layers.recurrent import LSTMCarry
 from fnet.types import LayerError, split_floating
 from tests.oracles import assert_leaves_close

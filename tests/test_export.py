@@ -25,7 +25,7 @@ from scipy.special import erf
 
 import fnet
 import fnet.export as export_module
-from fnet.export import (
+from fnet.export.weights import (
     Conv1D,
     ExportError,
     Flattened,
@@ -38,7 +38,6 @@ from fnet.export import (
     to_tensors,
     torch_names,
 )
-from fnet.initializers import zeros
 from fnet.layers import (
     attention,
     batch_norm,
@@ -58,7 +57,8 @@ from fnet.layers import (
     rnn,
     serial,
 )
-from fnet.models import gpt, imagenet_stem, lenet5, recurrent_lm, resnet, transformer_block
+from fnet.layers.initializers import zeros
+from fnet.layers.models import gpt, imagenet_stem, lenet5, recurrent_lm, resnet, transformer_block
 from fnet.types import stateless
 from tests.test_training import assert_same_bits
 

@@ -11,7 +11,7 @@ import pytest
 
 import fnet
 from fnet import check_gradients, tap
-from fnet.children import forward_child
+from fnet.layers.children import forward_child
 from fnet.types import Layer, stateless
 
 QUICK: dict = {"precisions": (), "cost": False}

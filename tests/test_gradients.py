@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.children import parameter_paths
 from fnet.layers import dense, gelu, relu, serial, sigmoid, tanh
+from fnet.layers.children import parameter_paths
 from fnet.metrics import accuracy, confusion
 from fnet.types import Mean, weighted_mean
 from tests.oracles import assert_leaves_close

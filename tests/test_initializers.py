@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet import initializers as ini
+from fnet.layers import initializers as ini
 
 SHAPE = (5, 5, 80, 100)  # 200,000 entries; fan_in 2000, fan_out 2500
 Z = 6

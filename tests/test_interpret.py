@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.interpret import dependencies, evaluate, location, walk
+from fnet.core.interpret import dependencies, evaluate, location, walk
 
 
 def everything(w, x):

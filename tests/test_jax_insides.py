@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax.core import ShapedArray
 
-from fnet import jax_insides
-from fnet.jax_insides import constant, quick_jit, quick_options, scan_parts
+from fnet.core import jax_insides
+from fnet.core.jax_insides import constant, quick_jit, quick_options, scan_parts
 
 ROOT = Path(__file__).parents[1]
 

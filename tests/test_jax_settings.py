@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 import fnet
 from fnet.data import open_arrays
-from fnet.stopping import early_stopping
+from fnet.training.stopping import early_stopping
 from tests.test_training import assert_same_bits, problem
 
 

@@ -15,10 +15,10 @@ from jax.scipy.special import erf
 
 import fnet.layers as layers
 import fnet.losses
-from fnet.children import apply
-from fnet.initializers import normal, zeros
 from fnet.layers import dense, flatten, gelu, leaky_relu, relu, serial, softplus, step
-from fnet.models import mlp
+from fnet.layers.children import apply
+from fnet.layers.initializers import normal, zeros
+from fnet.layers.models import mlp
 from fnet.types import Layer, LayerError
 from tests.conftest import DIFFERENTIATION
 from tests.oracles import assert_leaves_close, numerical_gradient

@@ -28,7 +28,7 @@ from fnet.optimizers import (
     rmsprop,
     sgd,
 )
-from fnet.schedules import constant, cosine, join
+from fnet.optimizers.schedules import constant, cosine, join
 
 
 def rosenbrock(x):

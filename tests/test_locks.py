@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fnet import locks
-from fnet.locks import Held, held
+from fnet.runs import locks
+from fnet.runs.locks import Held, held
 
 ROOT = Path(__file__).parents[1]
 HOLD = """

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.observers import mlflow, wandb
+from fnet.runs.observers import mlflow, wandb
 from tests.test_observers import small_fit, told
 
 

@@ -16,7 +16,7 @@ import pytest
 import fnet
 from fnet import DataError, LayerError, layers
 from fnet.layers import dense
-from fnet.population import Population, best, join, train_population
+from fnet.training.population import Population, best, join, train_population
 from fnet.types import Layer, Loss, stateless
 
 KEY, X = jax.random.key(0), jnp.ones((4, 3))

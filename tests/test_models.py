@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet import models
-from fnet.children import apply
-from fnet.layers import gru, lstm, sigmoid
+from fnet.layers import gru, lstm, models, sigmoid
+from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError, stateless
 

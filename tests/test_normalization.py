@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import init
 from fnet.gradcheck import check_layer
-from fnet.initializers import normal
 from fnet.layers import dense, serial
+from fnet.layers.children import init
+from fnet.layers.initializers import normal
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient

@@ -24,7 +24,8 @@ from rich.console import Console
 
 import fnet
 from fnet.metrics import accuracy, confusion, gradient_histograms, gradient_norms, magnitude_edges
-from fnet.observers import (
+from fnet.report import difference_table, engine_table, plot_confusion, plot_curves
+from fnet.runs.observers import (
     csv,
     histograms,
     profile,
@@ -34,7 +35,6 @@ from fnet.observers import (
     terminate_on_nonfinite,
     time_limit,
 )
-from fnet.report import difference_table, engine_table, plot_confusion, plot_curves
 from tests.test_training import assert_same_bits
 
 PER_EPOCH = 3

@@ -35,7 +35,7 @@ from fnet.optimizers import (
     set_hyper,
     sgd,
 )
-from fnet.schedules import constant, exponential, warmup_cosine
+from fnet.optimizers.schedules import constant, exponential, warmup_cosine
 from fnet.types import Copies, Optimizer, Schedule
 from tests.conftest import on_two_devices
 

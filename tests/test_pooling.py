@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import apply
 from fnet.gradcheck import check_layer
+from fnet.layers.children import apply
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close

@@ -18,10 +18,11 @@ from jax.core import Tracer
 from rich.console import Console
 
 import fnet
-from fnet import population as module
 from fnet.layers import activation, dense, dropout, serial
 from fnet.losses import smoothed_cross_entropy
-from fnet.population import (
+from fnet.report import population as report
+from fnet.training import population as module
+from fnet.training.population import (
     Population,
     band,
     best,
@@ -35,7 +36,6 @@ from fnet.population import (
     train_population,
     uniform,
 )
-from fnet.report import population as report
 from fnet.types import Mean, stream
 from tests.conftest import compiled_programs, on_two_devices
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fnet
-from fnet.extras import DISTRIBUTION, EXTRAS
+from fnet.core.extras import DISTRIBUTION, EXTRAS
 
 ROOT = Path(__file__).parents[1]
 GENERATED = re.compile(

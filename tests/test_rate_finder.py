@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.rate_finder import curve
+from fnet.optimizers.schedules import constant, exponential
 from fnet.report import plot_rate_curve, plot_schedules, schedule_table
-from fnet.schedules import constant, exponential
+from fnet.training.rate_finder import curve
 
 
 def quadratic(rate=0.1, optimizer=None):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.children import init
 from fnet.gradcheck import check_layer
-from fnet.initializers import normal
 from fnet.layers import dense, relu, serial, softmax, softplus
+from fnet.layers.children import init
+from fnet.layers.initializers import normal
 from fnet.layers.recurrent import (
     LSTMCarry,
     bidirectional,

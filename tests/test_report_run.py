@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 
 import fnet
 import fnet.__main__
-from fnet.history import History
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import save_audit, save_evaluation, write_comparison, write_report
 from fnet.report.__main__ import main
 from fnet.report.plots import HEIGHT, Line, Panel, line_chart, panels_of, png
-from fnet.runs import RunError
+from fnet.runs.folder import RunError
+from fnet.runs.history import History
 from tests import test_report_audit
 from tests.test_report_audit import FULL
 

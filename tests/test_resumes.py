@@ -21,16 +21,16 @@ import pytest
 
 import fnet
 from fnet import layers
-from fnet.checkpoint import saved_steps
-from fnet.compiled import _kept
+from fnet.core.programs import difference, digest, program_lines
 from fnet.data import Stream
 from fnet.losses import softmax_cross_entropy
 from fnet.optimizers import amsgrad, momentum, reduce_on_plateau
-from fnet.programs import difference, digest, program_lines
-from fnet.schedules import warmup_cosine
-from fnet.stopping import Reducer
-from fnet.training import augmented
-from fnet.transforms import clip_by_value
+from fnet.optimizers.schedules import warmup_cosine
+from fnet.optimizers.transforms import clip_by_value
+from fnet.runs.checkpoint import saved_steps
+from fnet.runs.compilation import _kept
+from fnet.training.steps import augmented
+from fnet.training.stopping import Reducer
 from tests.test_training import assert_same_bits
 
 X = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_says_which_one_is_whole_and_newest_whole_takes_it(
 
 
 def test_a_checkpoint_that_does_not_come_back_is_none(tmp_path, monkeypatch):
-    from fnet import checkpoint
+    from fnet.runs import checkpoint
 
     honest, calls = checkpoint._read_leaves, []
 

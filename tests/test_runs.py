@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.checkpoint import (
+from fnet.runs.checkpoint import (
     host_leaves,
     load_checkpoint,
     read_meta,
@@ -29,7 +29,7 @@ from fnet.checkpoint import (
     saved_steps,
     write_manifest,
 )
-from fnet.runs import RunWarning, open_run
+from fnet.runs.folder import RunWarning, open_run
 from fnet.types import TrainState, named_leaves
 from tests import resumable
 from tests.conftest import on_two_devices

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.schedules import (
+from fnet.optimizers.schedules import (
     constant,
     cosine,
     cosine_restarts,

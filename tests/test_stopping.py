@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 import fnet
-from fnet.interpret import walk
-from fnet.observers import progress
-from fnet.stopping import Ending, early_stopping
+from fnet.core.interpret import walk
+from fnet.runs.observers import progress
+from fnet.training.stopping import Ending, early_stopping
 from fnet.types import Mean, TrainState
 from tests.test_training import assert_same_bits, problem
 

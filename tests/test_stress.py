@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.checkpoint import read_meta, saved_steps
+from fnet.runs.checkpoint import read_meta, saved_steps
 from tests import resumable
 
 pytestmark = pytest.mark.slow

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet import driver
-from fnet.checkpoint import saved_steps
 from fnet.data import Stream, open_arrays
 from fnet.layers import dense, serial
 from fnet.metrics import accuracy, gradient_norms
-from fnet.training import epoch_order, steps_per_epoch
+from fnet.runs import driver
+from fnet.runs.checkpoint import saved_steps
+from fnet.training.steps import epoch_order, steps_per_epoch
 from fnet.types import TrainState, stateless, stream
 from tests.conftest import compiled_programs
 
@@ -449,7 +449,7 @@ def test_an_event_holds_the_state_of_its_step_while_the_run_goes_on():
 
 def test_the_host_reads_a_chunk_while_the_next_one_runs(monkeypatch):
     """With a length given, two chunks are sent before the first is read."""
-    from fnet import driver
+    from fnet.runs import driver
 
     order, original = [], driver.compiled
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.gradients import accumulate
+from fnet.gradients.engines import accumulate
 from fnet.layers import batch_norm, dense, dropout, serial, tanh
 from fnet.metrics import gradient_norms
 from fnet.optimizers import (
@@ -48,8 +48,8 @@ from fnet.optimizers import (
     skip_nonfinite,
     told,
 )
-from fnet.schedules import exponential
-from fnet.transforms import (
+from fnet.optimizers.schedules import exponential
+from fnet.optimizers.transforms import (
     adaptive_clip,
     centralize,
     clip_by_global_norm,

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet import transforms
-from fnet.optimizers import adafactor, adam, adamw, chain, groups, lamb, lion, momentum, muon, sgd
+from fnet.optimizers import adafactor, adam, adamw, chain, groups, lamb, lion, momentum, muon, sgd, transforms
 from fnet.optimizers.which import decaying
 from fnet.types import Copies
 

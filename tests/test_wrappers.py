@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.children import apply
 from fnet.gradcheck import check_layer
 from fnet.layers import Policy, dense, freeze, mixed_precision, relu, repeat, serial, tanh, with_hand_backward
+from fnet.layers.children import apply
 from fnet.types import Layer, LayerError, stateless
 from tests.oracles import assert_leaves_close
 

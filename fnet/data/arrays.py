@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.files import first_line
+from fnet.core.files import first_line
 from fnet.types import Batch, PyTree, described, require_key
 
 

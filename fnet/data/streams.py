@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fnet.core.files import first_line
 from fnet.data.arrays import DataError, as_batch, count_examples, is_numbers, native
-from fnet.files import first_line
 from fnet.types import Batch, PyTree, described, is_whole
 
 BYTES = "bytes, as base64"  # what a state that is bytes is kept under

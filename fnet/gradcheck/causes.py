@@ -16,16 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import (
-    STRUCTURE,
-    dependencies,
-    evaluate,
-    function_name,
-    is_float,
-    placed,
-    walk,
-)
-from fnet.jax_insides import Var, bind, quick_jit, scan_parts
+from fnet.core.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, placed, walk
+from fnet.core.jax_insides import Var, bind, quick_jit, scan_parts
 
 
 def pattern(

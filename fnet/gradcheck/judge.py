@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.interpret import dependencies
 from fnet.gradcheck import causes, places
 from fnet.gradcheck.problem import Claim, largest
 from fnet.gradcheck.report import LeafCheck, Rung
@@ -34,7 +35,6 @@ from fnet.gradcheck.witnesses import (
     settle_lines,
     small_faults,
 )
-from fnet.interpret import dependencies
 
 NARROW = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")  # by their rounding
 

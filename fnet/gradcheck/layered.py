@@ -12,27 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.children import Call, backward_of, forward_of, init_of, watch
+from fnet.core.interpret import is_float
+from fnet.core.jax_insides import quick_jit
 from fnet.data.arrays import as_batch
 from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
 from fnet.gradcheck.problem import converted, precise
 from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT, small_faults
-from fnet.gradients import check_engine, loss_gradient, measure
-from fnet.interpret import is_float
-from fnet.jax_insides import quick_jit
-from fnet.types import (
-    Layer,
-    Loss,
-    PyTree,
-    cast_like,
-    join,
-    named_leaves,
-    require_key,
-    require_layer,
-    split_floating,
-)
+from fnet.gradients.engines import check_engine, loss_gradient, measure
+from fnet.layers.children import Call, backward_of, forward_of, init_of, watch
+from fnet.types import Layer, Loss, PyTree, cast_like, join, named_leaves, require_key, require_layer, split_floating
 
 
 def check_layer(

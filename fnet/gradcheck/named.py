@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.jax_insides import quick_jit
 from fnet.gradcheck import causes, places
 from fnet.gradcheck.judge import compare, vague
 from fnet.gradcheck.problem import Problem, precise
 from fnet.gradcheck.report import Intermediate, LeafCheck
 from fnet.gradcheck.witnesses import ROUNDING, TIGHT, small_faults
-from fnet.intermediates import perturbed
-from fnet.jax_insides import quick_jit
+from fnet.gradients.intermediates import perturbed
 
 
 def check_intermediates(

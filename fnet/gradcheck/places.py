@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, location, placed
+from fnet.core.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, location, placed
 
 # operations that give one of their inputs' numbers, or an exact one: they do not round
 EXACT = frozenset(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.interpret import (
+from fnet.core.interpret import (
     CUSTOM,
     STRUCTURE,
     defined_in_jax,
@@ -23,7 +23,7 @@ from fnet.interpret import (
     location,
     walk,
 )
-from fnet.jax_insides import bind, quick_jit
+from fnet.core.jax_insides import bind, quick_jit
 from fnet.types import PyTree, is_floating_dtype
 
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import STRUCTURE, evaluate, is_float, weights
-from fnet.jax_insides import quick_jit
+from fnet.core.interpret import STRUCTURE, evaluate, is_float, weights
+from fnet.core.jax_insides import quick_jit
 
 LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
 EXCESS = 10  # times its own error estimate a measured slope must be off to contradict

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fnet.core.jax_insides import quick_jit
 from fnet.gradcheck import places
 from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated, without_casts
 from fnet.gradcheck.slopes import EXCESS, Line, make_probe, settled
-from fnet.jax_insides import quick_jit
 
 FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry
 TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is measured to be larger

@@ -17,17 +17,7 @@ from fnet.layers.embedding import (
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
-from fnet.layers.recurrent import (
-    bidirectional,
-    gru,
-    gru_cell,
-    lstm,
-    lstm_cell,
-    rnn,
-    rnn_cell,
-    stacked,
-    zero_carry,
-)
+from fnet.layers.recurrent import bidirectional, gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, stacked, zero_carry
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, with_hand_backward
 
 __all__ = [

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnet.children import inside
-from fnet.initializers import glorot_uniform, require_initializers, zeros
+from fnet.layers.children import inside
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.embedding import rotate
+from fnet.layers.initializers import glorot_uniform, require_initializers, zeros
 from fnet.layers.masks import is_masked, with_mask
 from fnet.types import Layer, LayerError, require_array, require_counts, stateless, stream, wide
 

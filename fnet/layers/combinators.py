@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.children import (
+from fnet.layers.children import (
     backward_child,
     backward_of,
     forward_child,

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.initializers import he_normal, require_initializers, zeros
 from fnet.layers.dense import plus, product
+from fnet.layers.initializers import he_normal, require_initializers, zeros
 from fnet.types import Layer, LayerError, require_counts, require_params, stateless, stream, wide
 
 Padding = str | Sequence[tuple[int, int]]

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.initializers import he_normal, require_initializers, zeros
+from fnet.layers.initializers import he_normal, require_initializers, zeros
 from fnet.layers.masks import by_position
 from fnet.types import Layer, LayerError, is_whole, require_counts, require_params, stateless, stream, wide
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.children import backward_child, forward_child, init_child
-from fnet.initializers import normal, require_initializers
+from fnet.layers.children import backward_child, forward_child, init_child
 from fnet.layers.dense import plus, product, rows, wide_product
+from fnet.layers.initializers import normal, require_initializers
 from fnet.layers.masks import by_position
 from fnet.types import (
     Layer,

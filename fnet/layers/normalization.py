@@ -15,8 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.initializers import constant, require_initializers, zeros
 from fnet.layers.dense import rows
+from fnet.layers.initializers import constant, require_initializers, zeros
 from fnet.layers.masks import by_position, split_mask, with_mask
 from fnet.types import (
     Layer,

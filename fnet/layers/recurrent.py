@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnet.children import backward_child, forward_child, init_child, inside
-from fnet.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
 from fnet.layers.activation import logistic, tanh, tanh_of
+from fnet.layers.children import backward_child, forward_child, init_child, inside
 from fnet.layers.combinators import named_children, output_shape, require_children
 from fnet.layers.dense import plus, product, rows
+from fnet.layers.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
 from fnet.layers.masks import is_masked
 from fnet.types import Layer, LayerError, PyTree, require_counts, require_layer, stateless, stream, wide
 

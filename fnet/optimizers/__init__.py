@@ -38,14 +38,7 @@ from fnet.optimizers.adam import (
     nadam,
     radam,
 )
-from fnet.optimizers.adaptive import (
-    AdadeltaState,
-    AdagradState,
-    RmspropState,
-    adadelta,
-    adagrad,
-    rmsprop,
-)
+from fnet.optimizers.adaptive import AdadeltaState, AdagradState, RmspropState, adadelta, adagrad, rmsprop
 from fnet.optimizers.common import elementwise, set_hyper
 from fnet.optimizers.compose import (
     averaged,
@@ -64,15 +57,7 @@ from fnet.optimizers.compose import (
 )
 from fnet.optimizers.descent import LionState, MomentumState, SgdState, lion, momentum, sgd
 from fnet.optimizers.lbfgs import Minimum, minimize_lbfgs
-from fnet.optimizers.matrices import (
-    AdafactorState,
-    LambState,
-    MuonState,
-    adafactor,
-    lamb,
-    muon,
-    orthogonalize,
-)
+from fnet.optimizers.matrices import AdafactorState, LambState, MuonState, adafactor, lamb, muon, orthogonalize
 from fnet.types import Optimizer, Transform
 
 __all__ = [

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.optimizers.common import check_between, check_variant, correction, elementwise, least, root
+from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask
-from fnet.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.optimizers.common import elementwise, root
-from fnet.schedules import check_numbers
+from fnet.optimizers.schedules import check_numbers
 from fnet.types import Optimizer, PyTree, Schedule
 
 # --- RMSprop ---------------------------------------------------------------------------------------------------------

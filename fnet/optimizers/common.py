@@ -18,8 +18,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.optimizers.rounding import NARROW, is_narrow, rounded, spread
+from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask, check_mask, decaying
-from fnet.schedules import check_numbers
 from fnet.types import (
     Optimizer,
     PyTree,

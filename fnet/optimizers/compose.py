@@ -26,8 +26,8 @@ from fnet.optimizers.common import (
     moment,
     shown_numbers,
 )
+from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import check_patterns
-from fnet.schedules import check_numbers
 from fnet.types import (
     Mean,
     Optimizer,

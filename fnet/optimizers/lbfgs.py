@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from fnet.optimizers.common import check_floats
-from fnet.schedules import check_numbers
+from fnet.optimizers.schedules import check_numbers
 from fnet.types import PyTree, described, require_counts
 
 

@@ -28,8 +28,8 @@ from fnet.optimizers.common import (
     split,
     start,
 )
+from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask, check_mask, decaying
-from fnet.schedules import check_numbers
 from fnet.types import (
     Optimizer,
     PyTree,

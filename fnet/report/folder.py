@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.checkpoint import saved_steps
+from fnet.core.files import whole_file
 from fnet.data.arrays import as_batch
-from fnet.files import whole_file
 from fnet.report.audit import shorten
 from fnet.report.html import _number
 from fnet.report.plots import Series, natural
-from fnet.runs import RunError
+from fnet.runs.checkpoint import saved_steps
+from fnet.runs.folder import RunError
 
 if TYPE_CHECKING:
     from fnet.gradcheck.report import Report

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fnet.files import whole_file
+from fnet.core.files import whole_file
 from fnet.report.audit import Html, cell
 
 GENERATOR = '<meta name="generator" content="fnet">'

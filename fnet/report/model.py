@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 
-from fnet.children import Call, forward_of, init_of, watch
+from fnet.core.interpret import STRUCTURE, is_float, walk
 from fnet.gradcheck.report import columns
-from fnet.interpret import STRUCTURE, is_float, walk
+from fnet.layers.children import Call, forward_of, init_of, watch
 from fnet.types import Layer, PyTree, split_floating
 
 MOVES = frozenset(  # primitives that move, name or generate numbers and operate on none

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fnet.extras import need
-from fnet.rate_finder import RateCurve
+from fnet.core.extras import need
+from fnet.training.rate_finder import RateCurve
 from fnet.types import Schedule
 
 if TYPE_CHECKING:
-    from fnet.history import History
+    from fnet.runs.history import History
 
 COLOURS = ("#1f77b4", "#d9680a", "#2b9a2b", "#d1495b", "#8e6bbf", "#a8705f", "#c957a8", "#0f94a3")  # on white and black
 DASHES = ("", "6 3", "2 3", "9 3 2 3")

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fnet.extras import need
-from fnet.population import Population, Ranking, band, per_member
+from fnet.core.extras import need
 from fnet.report.plots import new_figure, save_figure
+from fnet.training.population import Population, Ranking, band, per_member
 from fnet.types import named_leaves
 
 

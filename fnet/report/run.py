@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnet.report.audit import Html, code, pill
-from fnet.report.folder import (
-    Reading,
-    best,
-    direction,
-    read_run,
-    scalars,
-)
+from fnet.report.folder import Reading, best, direction, read_run, scalars
 from fnet.report.html import (
     STYLE,
     _is_number,
@@ -50,7 +44,7 @@ from fnet.report.plots import (
 )
 
 if TYPE_CHECKING:
-    from fnet.history import History
+    from fnet.runs.history import History
 
 CLASSES = 30  # whose confusion matrix is shown whole
 

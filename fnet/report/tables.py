@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fnet.extras import need
+from fnet.core.extras import need
 from fnet.types import PyTree, Schedule, named_leaves
 
 

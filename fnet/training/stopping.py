@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fnet.optimizers.compose import told
-from fnet.schedules import check_numbers
+from fnet.optimizers.schedules import check_numbers
 from fnet.types import Mean, TrainState, infinite
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fnet.initializers import he_normal, normal
 from fnet.layers import (
     attention,
     batch_norm,
@@ -29,6 +28,7 @@ from fnet.layers import (
     tied_embedding,
 )
 from fnet.layers.combinators import output_shape
+from fnet.layers.initializers import he_normal, normal
 from fnet.types import Layer, LayerError, require_counts, stateless
 
 

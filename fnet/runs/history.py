@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnet.stopping import Ending
-from fnet.training import named_metrics
+from fnet.training.steps import named_metrics
+from fnet.training.stopping import Ending
 from fnet.types import Mean, PyTree, TrainState
 
 

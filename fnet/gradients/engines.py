@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
-from fnet.children import backward_of, forward_of, shapes_known
+from fnet.core.interpret import is_float
 from fnet.data.arrays import DataError, as_arrays, as_batch, trace_batch, with_zeros
-from fnet.interpret import is_float
+from fnet.layers.children import backward_of, forward_of, shapes_known
 from fnet.types import (
     Batch,
     Layer,

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.extras import need
-from fnet.files import first_line
+from fnet.core.extras import need
+from fnet.core.files import first_line
 from fnet.types import PyTree, by_path
 
 FORMAT = 2

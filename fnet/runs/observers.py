@@ -29,11 +29,11 @@ from zipfile import ZipFile
 import jax
 import numpy as np
 
-from fnet.extras import need
-from fnet.files import whole_file
-from fnet.history import Event
+from fnet.core.extras import need
+from fnet.core.files import whole_file
 from fnet.metrics import DECADES, magnitude_edges
-from fnet.plan import in_steps
+from fnet.runs.arguments import in_steps
+from fnet.runs.history import Event
 from fnet.types import TrainState, is_whole, named_leaves, require
 
 Observer = Callable[[Event], str | None]

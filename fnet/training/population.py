@@ -30,8 +30,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from fnet.jax_insides import transfers_meant
-from fnet.schedules import check_numbers
+from fnet.core.jax_insides import transfers_meant
+from fnet.optimizers.schedules import check_numbers
 from fnet.types import PyTree, described, named_leaves, require_counts, stream
 
 Run = Callable[..., PyTree]

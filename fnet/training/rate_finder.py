@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.jax_insides import transfers_meant
 from fnet.data.arrays import check_data, count_examples
-from fnet.gradients import Gradient
-from fnet.jax_insides import transfers_meant
+from fnet.gradients.engines import Gradient
 from fnet.optimizers.common import set_hyper
-from fnet.training import epoch_order, make_step
+from fnet.training.steps import epoch_order, make_step
 from fnet.types import Optimizer, PyTree, TrainState
 
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import is_array
-from fnet.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
+from fnet.core.interpret import is_array
+from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
 
 NOTHING = (  # parameters that say how an operation is written, differentiated or called, not what it computes
     *("name", "debug_info", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "inline", "keep_unused"),

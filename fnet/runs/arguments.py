@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.checkpoint import words_of
+from fnet.core.programs import Line, digest, program_lines
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
 from fnet.data.streams import (
     Examples,
@@ -25,10 +25,10 @@ from fnet.data.streams import (
     with_length,
 )
 from fnet.optimizers.compose import told
-from fnet.programs import Line, digest, program_lines
-from fnet.runs import Run, RunError, check_options, numbers_of, shortest
-from fnet.stopping import Reducer, stopped
-from fnet.training import Step, epoch_order, evaluated, is_several, named_metrics, sets_of, steps_per_epoch
+from fnet.runs.checkpoint import words_of
+from fnet.runs.folder import Run, RunError, check_options, numbers_of, shortest
+from fnet.training.steps import Step, epoch_order, evaluated, is_several, named_metrics, sets_of, steps_per_epoch
+from fnet.training.stopping import Reducer, stopped
 from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, is_whole, named_leaves, require_counts
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES

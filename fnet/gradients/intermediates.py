@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fnet.interpret import Place, evaluate, is_array, is_float, walk
+from fnet.core.interpret import Place, evaluate, is_array, is_float, walk
 from fnet.types import PyTree
 
 PREFIX = "fnet.tap:"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.children import apply
+from fnet.layers.children import apply
 from fnet.types import Layer, PyTree, require, require_counts, require_key, require_layer, wide
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fnet.programs import Line, difference, digest, program_lines
-from fnet.stopping import Reducer
-from fnet.training import Step
+from fnet.core.programs import Line, difference, digest, program_lines
+from fnet.training.steps import Step
+from fnet.training.stopping import Reducer
 from fnet.types import PyTree, TrainState, named_leaves
 
 TRACED_UNDER = (

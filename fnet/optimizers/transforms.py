@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fnet.optimizers.common import as_arrays, count_on, global_norm
+from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask, check_mask_kind, decaying
-from fnet.schedules import check_numbers
 from fnet.types import PyTree, Transform, on_each_copy, stacked_axes, wide
 
 

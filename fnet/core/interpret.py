@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.jax_insides import (
+from fnet.core.jax_insides import (
     ClosedJaxpr,
     Jaxpr,
     JaxprEqn,

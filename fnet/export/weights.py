@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype as canonical
 
-from fnet.children import apply
-from fnet.extras import need
-from fnet.files import first_line, whole_file
+from fnet.core.extras import need
+from fnet.core.files import first_line, whole_file
+from fnet.layers.children import apply
 from fnet.layers.recurrent import LSTMCarry
 from fnet.types import Layer, PyTree, by_path, is_floating_dtype, named_leaves, stacked_axes
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.interpret import evaluate
-from fnet.jax_insides import source_line
+from fnet.core.interpret import evaluate
+from fnet.core.jax_insides import source_line
 from fnet.types import Mean, PyTree, TrainState, named_leaves
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.children import apply
+from fnet.core.jax_insides import transfers_meant
 from fnet.data.arrays import (
     as_arrays,
     as_batch,
@@ -31,19 +31,10 @@ from fnet.data.arrays import (
     native,
     trace_batch,
 )
-from fnet.data.streams import (
-    Examples,
-    Stream,
-    as_source,
-    count_rows,
-    first_batch,
-    inputs_alone,
-    one_epoch,
-    with_length,
-)
-from fnet.gradients import Gradient, check_engine, measure, refuse_names
-from fnet.jax_insides import transfers_meant
-from fnet.stopping import Reducer, decide, stopped, with_stopping
+from fnet.data.streams import Examples, Stream, as_source, count_rows, first_batch, inputs_alone, one_epoch, with_length
+from fnet.gradients.engines import Gradient, check_engine, measure, refuse_names
+from fnet.layers.children import apply
+from fnet.training.stopping import Reducer, decide, stopped, with_stopping
 from fnet.types import (
     Batch,
     Layer,

@@ -29,9 +29,8 @@ from fnet.data.streams import (
     read_rows,
     read_stream,
 )
-from fnet.plan import Plan, dry_run, order_at
-from fnet.stopping import Reducer, decide, stopped
-from fnet.training import (
+from fnet.runs.arguments import Plan, dry_run, order_at
+from fnet.training.steps import (
     Step,
     epoch_order,
     evaluated,
@@ -41,6 +40,7 @@ from fnet.training import (
     sets_of,
     steps_per_epoch,
 )
+from fnet.training.stopping import Reducer, decide, stopped
 from fnet.types import Batch, PyTree, TrainState
 
 READ_BYTES = 32_000_000  # of batches that are sent to the device at a time

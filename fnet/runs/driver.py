@@ -22,17 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fnet.checkpoint import CheckpointError
-from fnet.chunks import Outputs, evaluating, in_memory, reading
-from fnet.compiled import circumstances, compiled
+from fnet.core.files import whole_file
+from fnet.core.jax_insides import refuse_fork, transfers_meant
 from fnet.data.arrays import check_data, count_examples
 from fnet.data.streams import Stream, is_read_ahead, take_rows, without_position
-from fnet.files import whole_file
-from fnet.history import Event, History, Recorder
-from fnet.interrupts import Interrupted, Terminated, interruptions
-from fnet.jax_insides import refuse_fork, transfers_meant
-from fnet.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
-from fnet.plan import (
+from fnet.runs.arguments import (
     Plan,
     check_kinds,
     check_position,
@@ -44,9 +38,15 @@ from fnet.plan import (
     order_at,
     programs_of,
 )
-from fnet.runs import Run, RunError, open_run
-from fnet.stopping import Reducer, ending, stopped, with_stopping
-from fnet.training import Step, sets_of
+from fnet.runs.checkpoint import CheckpointError
+from fnet.runs.compilation import circumstances, compiled
+from fnet.runs.folder import Run, RunError, open_run
+from fnet.runs.history import Event, History, Recorder
+from fnet.runs.interrupts import Interrupted, Terminated, interruptions
+from fnet.runs.loop import Outputs, evaluating, in_memory, reading
+from fnet.runs.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
+from fnet.training.steps import Step, sets_of
+from fnet.training.stopping import Reducer, ending, stopped, with_stopping
 from fnet.types import PyTree, TrainState
 
 CHUNK_SECONDS = 0.5  # what a chunk is calibrated to

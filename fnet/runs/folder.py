@@ -36,8 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet import locks
-from fnet.checkpoint import (
+from fnet.core.files import first_line, whole_file
+from fnet.core.programs import Line, difference
+from fnet.layers.children import init_of
+from fnet.runs import locks
+from fnet.runs.checkpoint import (
     CheckpointError,
     delete_checkpoint,
     host_leaves,
@@ -48,9 +51,6 @@ from fnet.checkpoint import (
     saved_steps,
     sweep,
 )
-from fnet.children import init_of
-from fnet.files import first_line, whole_file
-from fnet.programs import Line, difference
 from fnet.types import Layer, PyTree, TrainState, named_leaves, require_counts, require_layer
 
 # what differs in a program because something else does, that is named before
