@@ -39,7 +39,7 @@ def timed(function, members: int):
 
 def whole_run():
     import fnet
-    from fnet.types import stream
+    from fnet.core.numerics import stream
 
     def run(hyper, key, data):
         model, loss, optimizer = fnet.mlp(32, 10), fnet.softmax_cross_entropy, fnet.adam(**hyper)

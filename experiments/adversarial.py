@@ -47,12 +47,12 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.optimizers.schedules import cosine
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 LOSS = fnet.softmax_cross_entropy
 ATTACKS = ("noise", "FGSM", "PGD", "PGD on the other")

@@ -35,8 +35,9 @@ from rich.table import Table
 import fnet
 from experiments.common import Amount, Count, Seeded, Whole, main, open_console
 from fnet import tap
+from fnet.core.numerics import stream
 from fnet.gradcheck.report import LeafCheck
-from fnet.types import Mean, stream
+from fnet.types import Mean
 
 CONTEXT = 3  # T
 EPSILON = 1e-5  # added to the variance

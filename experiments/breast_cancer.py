@@ -33,11 +33,11 @@ from sklearn.model_selection import StratifiedKFold
 
 import fnet
 from experiments.common import Amount, Count, InFolder, Seeds, Widths, main, new_run_folder, open_console, say_written
+from fnet.core.numerics import stream
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy
 from fnet.report import engine_table, plot_confusion
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,13 +53,13 @@ from experiments.common import (
     train,
 )
 from fnet.core.files import first_line
+from fnet.core.numerics import stream
 from fnet.layers import lstm
 from fnet.layers.models import gpt, recurrent_lm
 from fnet.optimizers.schedules import warmup_cosine
 from fnet.optimizers.transforms import clip_by_global_norm
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 TARGET = 2.3  # bits per character on CPython's text
 

@@ -28,10 +28,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 import fnet
 from fnet.core.files import whole_file
+from fnet.core.numerics import stream
 from fnet.runs import driver
 from fnet.runs.observers import progress
-from fnet.training.steps import steps_per_epoch
-from fnet.types import stream
+from fnet.training.epochs import steps_per_epoch
 
 # --- options: an experiment's Config is made of those that do something in it ----------------------------------------
 

@@ -44,11 +44,11 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
 from fnet.layers import tanh
 from fnet.layers.initializers import lecun_normal
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 CART, POLE, HALF_LENGTH, GRAVITY = 1.0, 0.1, 0.5, 9.8  # kg, kg, m, m/s²: Barto, Sutton and Anderson, 1983
 Q, R = np.diag([1.0, 10.0, 0.1, 0.1]), 0.01  # what a metre, a radian, their velocities and a newton cost, squared

@@ -45,14 +45,15 @@ from experiments.common import (
     open_console,
     say_written,
 )
-from fnet.layers import dense, freeze, identity, relu, serial, sigmoid
+from fnet.core.numerics import stream
+from fnet.layers import dense, freeze, identity, relu, serial, sigmoid, stateless
 from fnet.layers.initializers import zeros
 from fnet.layers.models import autoencoder, mlp
 from fnet.losses import binary_cross_entropy, softmax_cross_entropy
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import Layer, stateless, stream
+from fnet.types import Layer
 
 
 @dataclasses.dataclass(frozen=True)

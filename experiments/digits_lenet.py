@@ -43,12 +43,12 @@ from experiments.common import (
     say_written,
     train,
 )
+from fnet.core.numerics import stream
 from fnet.layers.models import lenet5
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.optimizers.schedules import cosine
 from fnet.report import engine_table, plot_confusion, save_evaluation, summary, write_report
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)

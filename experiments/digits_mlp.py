@@ -37,6 +37,7 @@ from experiments.common import (
     say_written,
     train,
 )
+from fnet.core.numerics import stream
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import (
     difference_table,
@@ -47,7 +48,6 @@ from fnet.report import (
     save_evaluation,
     write_report,
 )
-from fnet.types import stream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,13 @@ from rich.table import Table
 import fnet
 from experiments.common import Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
 from fnet import losses
+from fnet.core.numerics import stream
 from fnet.gradcheck import Report
-from fnet.layers.recurrent import LSTMCarry
-from fnet.report.audit import COLOURS, PAGE_STYLE, Html, cell, pill
+from fnet.layers.cells import LSTMCarry
+from fnet.report.audit import PAGE_STYLE, Html, cell, pill
 from fnet.report.audit import table as html_table
-from fnet.types import PyTree, stream
+from fnet.report.audit_words import COLOURS
+from fnet.types import PyTree
 
 B, T, F, K = 4, 3, 6, 5
 WORST_FIRST = ("wrong", "unverified", "imprecise", "kink", "ok")

@@ -41,10 +41,10 @@ from experiments.common import (
     say_written,
     train,
 )
+from fnet.core.numerics import stream
 from fnet.layers.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 CLASSES = 10
 CLAIMED = {1: (2.3, 0.10), 10: (1.5, 0.40), 50: (0.3, 0.90)}  # the text's loss and accuracy by epoch

@@ -38,11 +38,11 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy
 from fnet.optimizers import dynamic_loss_scale, master_weights
 from fnet.report import engine_table
-from fnet.types import stream
 
 WAYS = {  # dtype of the parameters, dtype of the products, master weights, dynamic loss scale
     "float32": ("float32", "float32", False, False),

@@ -27,9 +27,9 @@ from rich.table import Table
 
 import fnet
 from experiments.common import Count, Options, main, open_console
+from fnet.core.numerics import weighted_mean
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error
-from fnet.types import weighted_mean
 
 RATE = 0.5
 PRINTED = {  # by the post, to the last digit

@@ -40,10 +40,10 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stream
 
 OPTIMIZERS = {
     "sgd": fnet.sgd,

@@ -31,10 +31,10 @@ from rich.console import Console
 
 from experiments.common import Count, InFolder, Positive, main, new_run_folder, open_console, say_written
 from fnet import optimizers
+from fnet.core.checks import require_counts
 from fnet.optimizers import minimize_lbfgs
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import require_counts
 
 
 class Problem(NamedTuple):

@@ -50,11 +50,12 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import Layer, Optimizer, stream
+from fnet.types import Layer, Optimizer
 
 
 @dataclasses.dataclass(frozen=True)

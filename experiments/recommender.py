@@ -45,10 +45,11 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.numerics import stream
+from fnet.layers import stateless
 from fnet.losses import squared_error
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import stateless, stream
 
 
 @dataclasses.dataclass(frozen=True)

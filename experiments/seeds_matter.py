@@ -38,11 +38,11 @@ from experiments.common import (
     say_written,
 )
 from fnet import optimizers
+from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
 from fnet.training.population import crossed, grid, student, train_population
-from fnet.types import stream
 
 NAMES = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "adamw", "nadam", "radam", "lion")
 

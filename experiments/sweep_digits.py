@@ -35,10 +35,11 @@ from experiments.common import (
     open_console,
     say_written,
 )
+from fnet.core.checks import require_counts
+from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report.population import plot_heat_map, plot_parallel, ranking_table, to_csv
 from fnet.training.population import band, check_members, check_range, crossed, grid, ranking, train_population
-from fnet.types import require_counts, stream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,13 +54,14 @@ from experiments.common import (
     open_console,
     say_written,
 )
-from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, tanh
+from fnet.core.numerics import stream
+from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, stateless, tanh
 from fnet.layers.initializers import glorot_normal, he_normal, normal, orthogonal
 from fnet.metrics import accuracy, gradient_norms
 from fnet.optimizers.transforms import clip_by_global_norm
 from fnet.report import engine_table
 from fnet.report.plots import new_figure, save_figure
-from fnet.types import Layer, Mean, stateless, stream
+from fnet.types import Layer, Mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib import metadata
 import jax
 
 from fnet.core.extras import DISTRIBUTION
-from fnet.runs.folder import environment
+from fnet.runs.settings import environment
 
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<version>[^;\[]*)(?:;(?P<marker>.*))?")
 

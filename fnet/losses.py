@@ -29,8 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.core.checks import require
+from fnet.core.numerics import wide
 from fnet.layers.masks import is_masked
-from fnet.types import Loss, require, wide
+from fnet.types import Loss
 
 # --- classes ---------------------------------------------------------------------------------------------------------
 

@@ -25,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.checks import require_counts
+from fnet.core.numerics import weighted_mean, wide
 from fnet.data.arrays import as_arrays
 from fnet.losses import check_binary, check_classes
 from fnet.optimizers.common import global_norm
-from fnet.types import Mean, PyTree, require_counts, weighted_mean, wide
+from fnet.types import Mean, PyTree
 
 __all__ = [
     "absolute_error",

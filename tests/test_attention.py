@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fnet.gradcheck import check_layer
-from fnet.layers.attention import attention, dot_product_attention, dot_product_attention_backward
+from fnet.layers.attention import attention
 from fnet.layers.children import apply, init, parameter_paths
+from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
 from fnet.layers.embedding import rotate
 from fnet.layers.initializers import normal
 from fnet.types import LayerError

@@ -15,16 +15,7 @@ import pytest
 import fnet
 from fnet import CheckpointError, DataError, LayerError, RunError
 from fnet.data import Stream, open_arrays
-from fnet.export.weights import (
-    ExportError,
-    Flattened,
-    Rule,
-    from_tensors,
-    load_weights,
-    save_weights,
-    to_tensors,
-    torch_names,
-)
+from fnet.export import ExportError, Flattened, Rule, from_tensors, load_weights, save_weights, to_tensors, torch_names
 from fnet.metrics import accuracy, gradient_histograms
 from fnet.report import save_evaluation, write_report
 from fnet.runs.checkpoint import save_checkpoint

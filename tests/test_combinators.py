@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.core.numerics import stream
 from fnet.gradcheck import check_layer, check_model
-from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, tanh
+from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, stateless, tanh
 from fnet.layers.children import apply
 from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
 from fnet.layers.initializers import normal
-from fnet.types import Layer, LayerError, stateless, stream
+from fnet.types import Layer, LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 X = np.random.default_rng(0).standard_normal((5, 4))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.export.weights import export_inference, load_inference, load_weights, save_weights
+from fnet.core.trees import Copies, named_leaves, stacked_axes
+from fnet.export import export_inference, load_inference, load_weights, save_weights
 from fnet.layers import dense, gelu, layer_norm, repeat, residual, serial
-from fnet.optimizers import (  # fmt: skip
+from fnet.optimizers import (
     adafactor,
     adam,
     adamw,
@@ -32,7 +33,6 @@ from fnet.optimizers import (  # fmt: skip
     skip_nonfinite,
     transforms,
 )
-from fnet.types import Copies, named_leaves, stacked_axes
 from tests.oracles import assert_leaves_close
 
 COUNT = 3

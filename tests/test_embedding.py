@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fnet.gradcheck import check_layer
-from fnet.layers import dense, serial, tanh
+from fnet.layers import dense, serial, stateless, tanh
 from fnet.layers.children import init
 from fnet.layers.embedding import (
     embedding,
@@ -21,7 +21,7 @@ from fnet.layers.embedding import (
     tied_embedding,
 )
 from fnet.layers.initializers import normal
-from fnet.types import Layer, LayerError, stateless
+from fnet.types import Layer, LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 IDS = np.array([[2, 0, 2], [1, 4, 2]])  # 2 stands three times, 3 never

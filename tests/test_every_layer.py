@@ -13,6 +13,7 @@ import pytest
 import fnet
 from experiments import gradient_audit
 from fnet import layers
+from fnet.core.trees import split_floating
 from fnet.layers import (
     attention,
     batch_norm,
@@ -47,9 +48,9 @@ from fnet.layers import (
     tied_embedding,
     with_hand_backward,
 )
+from fnet.layers.cells import LSTMCarry
 from fnet.layers.children import apply
-from fnet.layers.recurrent import LSTMCarry
-from fnet.types import LayerError, split_floating
+from fnet.types import LayerError
 from tests.oracles import assert_leaves_close
 
 CASES = gradient_audit.layer_cases(gradient_audit.constructors(None), np.random.default_rng(0))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fnet
 from experiments import descent_modes, learning_rates, optimizer_comparison
-from fnet.types import stream
+from fnet.core.numerics import stream
 from tests.conftest import compiled_programs
 
 

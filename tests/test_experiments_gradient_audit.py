@@ -16,8 +16,9 @@ from rich.console import Console
 
 import fnet
 from experiments import gradient_audit as audit
+from fnet.core.trees import split_floating
 from fnet.gradcheck.report import VERDICTS
-from fnet.types import Layer, Loss, split_floating
+from fnet.types import Layer, Loss
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "gradient-audit.md").read_text(encoding="utf-8")
 
@@ -55,8 +56,17 @@ def cases():
 
 
 # no layers, or layers under their own names in another guise (of which freeze and mixed_precision change the gradient)
-OTHERS = {"Policy", "dot_product_attention", "freeze", "mixed_precision", "remat", "rotate", "with_hand_backward"}
-OTHERS |= {"by_position", "zero_carry"}
+OTHERS = {
+    "Copies",
+    "Policy",
+    "dot_product_attention",
+    "freeze",
+    "mixed_precision",
+    "remat",
+    "rotate",
+    "with_hand_backward",
+}
+OTHERS |= {"by_position", "stateless", "zero_carry"}
 BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "transformer_block"}  # of models
 
 

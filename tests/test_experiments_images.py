@@ -16,8 +16,8 @@ from rich.console import Console
 import fnet
 from experiments import adversarial, digits_lenet, digits_mlp, digits_resnet, saliency
 from experiments.common import load_images
+from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
-from fnet.types import stream
 
 
 def run_quietly(experiment, tmp_path_factory, **settings):

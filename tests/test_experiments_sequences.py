@@ -15,8 +15,8 @@ from rich.console import Console
 
 import fnet
 from experiments import char_language_model, denoising_autoencoder, sunspots
+from fnet.core.numerics import stream
 from fnet.layers import identity
-from fnet.types import stream
 
 
 def run_quietly(experiment, tmp_path_factory, **settings):

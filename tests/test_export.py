@@ -24,8 +24,8 @@ from jax.tree_util import DictKey
 from scipy.special import erf
 
 import fnet
-import fnet.export as export_module
-from fnet.export.weights import (
+import fnet.export.inference as export_module
+from fnet.export import (
     Conv1D,
     ExportError,
     Flattened,
@@ -56,10 +56,10 @@ from fnet.layers import (
     residual,
     rnn,
     serial,
+    stateless,
 )
 from fnet.layers.initializers import zeros
 from fnet.layers.models import gpt, imagenet_stem, lenet5, recurrent_lm, resnet, transformer_block
-from fnet.types import stateless
 from tests.test_training import assert_same_bits
 
 pytest.importorskip("safetensors")
@@ -792,7 +792,7 @@ def test_a_backbone_comes_under_another_head_and_the_table_says_what_was_taken()
     head["params/head/b"] += " is float32[3], not float32[5]"
     head["params/head/w"] += " is float32[3, 8], not float32[5, 8]"
     assert taken.kept == head and taken.left == ("fc.bias", "fc.weight", "module.note")
-    assert {*taken.taken, *taken.kept} == {path for path, _ in fnet.types.named_leaves(other)}
+    assert {*taken.taken, *taken.kept} == {path for path, _ in fnet.core.trees.named_leaves(other)}
     lines = str(taken).splitlines()
     width = max(map(len, taken.taken))
     assert f"{'params/stem/conv_0/w':{width}}  taken" in lines

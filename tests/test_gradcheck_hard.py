@@ -11,8 +11,9 @@ import pytest
 
 import fnet
 from fnet import check_gradients, tap
+from fnet.layers import stateless
 from fnet.layers.children import forward_child
-from fnet.types import Layer, stateless
+from fnet.types import Layer
 
 QUICK: dict = {"precisions": (), "cost": False}
 W = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.core.numerics import weighted_mean
 from fnet.layers import dense, gelu, relu, serial, sigmoid, tanh
 from fnet.layers.children import parameter_paths
 from fnet.metrics import accuracy, confusion
-from fnet.types import Mean, weighted_mean
+from fnet.types import Mean
 from tests.oracles import assert_leaves_close
 
 ENGINES = {"autodiff": fnet.autodiff, "backprop": fnet.backprop}

@@ -40,7 +40,9 @@ def test_a_scans_constants_and_carry_are_counted(consts, carry):
 
 
 def test_a_scan_of_a_release_that_is_not_known_names_the_file_to_mend():
-    with pytest.raises(NotImplementedError, match=r"describes a scan by \['jaxpr', 'parts'\].*fnet/jax_insides\.py"):
+    with pytest.raises(
+        NotImplementedError, match=r"describes a scan by \['jaxpr', 'parts'\].*fnet/core/jax_insides\.py"
+    ):
         scan_parts(SimpleNamespace(params={"parts": 3, "jaxpr": None}))
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from fnet.locks import held
+from fnet.runs.locks import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -94,7 +94,7 @@ def test_a_forked_child_holds_nothing_and_lets_go_of_nothing(tmp_path):
     code = f"""
 import os, sys
 from pathlib import Path
-from fnet.locks import held
+from fnet.runs.locks import held
 path = Path({str(tmp_path / ".lock")!r})
 with held(path):
     if os.fork() == 0:

@@ -15,9 +15,9 @@ import pytest
 
 import fnet
 from fnet import DataError, LayerError, layers
-from fnet.layers import dense
+from fnet.layers import dense, stateless
 from fnet.training.population import Population, best, join, train_population
-from fnet.types import Layer, Loss, stateless
+from fnet.types import Layer, Loss
 
 KEY, X = jax.random.key(0), jnp.ones((4, 3))
 BATCH = fnet.Batch(X, jnp.zeros(4, int))
@@ -85,7 +85,7 @@ CASES = {  # what is done, the error, its whole message
         lambda: fnet.serial(dense(3), lambda x: x),
         TypeError,
         "serial: entry 1 is the function <lambda> of tests.test_messages; expected a Layer, with its backward by hand: "
-        "fnet.types.stateless(name, init, forward, backward)",
+        "fnet.layers.stateless(name, init, forward, backward)",
     ),
     "a layer's function that is not called": (
         lambda: fnet.serial(dense(3), layers.relu),

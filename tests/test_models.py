@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.layers import gru, lstm, models, sigmoid
+from fnet.layers import gru, lstm, models, sigmoid, stateless
 from fnet.layers.children import apply
 from fnet.report import summary
-from fnet.types import Layer, LayerError, stateless
+from fnet.types import Layer, LayerError
 
 LABELS = np.array([0, 2, 1])
 IDS = np.random.default_rng(0).integers(0, 11, (3, 7))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.core.trees import Copies
 from fnet.optimizers import (
     AdamState,
     adadelta,
@@ -36,7 +37,7 @@ from fnet.optimizers import (
     sgd,
 )
 from fnet.optimizers.schedules import constant, exponential, warmup_cosine
-from fnet.types import Copies, Optimizer, Schedule
+from fnet.types import Optimizer, Schedule
 from tests.conftest import on_two_devices
 
 # --- the oracles: one update after another, in NumPy float64 ---------------------------------------------------------

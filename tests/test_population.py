@@ -18,10 +18,10 @@ from jax.core import Tracer
 from rich.console import Console
 
 import fnet
+from fnet.core.numerics import stream
 from fnet.layers import activation, dense, dropout, serial
 from fnet.losses import smoothed_cross_entropy
 from fnet.report import population as report
-from fnet.training import population as module
 from fnet.training.population import (
     Population,
     band,
@@ -36,7 +36,8 @@ from fnet.training.population import (
     train_population,
     uniform,
 )
-from fnet.types import Mean, stream
+from fnet.training.population import train as module
+from fnet.types import Mean
 from tests.conftest import compiled_programs, on_two_devices
 
 N, BATCH = 50, 8  # 6 full batches and one of 2 each epoch

@@ -19,9 +19,7 @@ import fnet
 from fnet.core.extras import DISTRIBUTION, EXTRAS
 
 ROOT = Path(__file__).parents[1]
-GENERATED = re.compile(
-    r"\.git|\.venv.*|__pycache__|\..*_cache|\.hypothesis|.*\.egg-info|build|dist|runs"
-)  # as .gitignore
+GENERATED = re.compile(r"\.git|\.venv.*|__pycache__|\..*_cache|\.hypothesis|.*\.egg-info")  # as .gitignore
 
 
 def project_files():
@@ -31,7 +29,8 @@ def project_files():
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
         return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
     paths = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
-    return [ROOT / path for path in paths if not any(GENERATED.fullmatch(folder) for folder in path.parts[:-1])]
+    kept = [path for path in paths if path.parts[0] not in ("build", "dist", "runs")]
+    return [ROOT / path for path in kept if not any(GENERATED.fullmatch(folder) for folder in path.parts[:-1])]
 
 
 CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]

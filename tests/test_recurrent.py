@@ -11,21 +11,11 @@ import pytest
 
 from fnet.gradcheck import check_layer
 from fnet.layers import dense, relu, serial, softmax, softplus
+from fnet.layers.cells import LSTMCarry
 from fnet.layers.children import init
 from fnet.layers.initializers import normal
-from fnet.layers.recurrent import (
-    LSTMCarry,
-    bidirectional,
-    forget_bias,
-    gru,
-    gru_cell,
-    lstm,
-    lstm_cell,
-    rnn,
-    rnn_cell,
-    stacked,
-    zero_carry,
-)
+from fnet.layers.recurrent import forget_bias, gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
+from fnet.layers.stacking import bidirectional, stacked
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 

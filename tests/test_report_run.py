@@ -27,9 +27,10 @@ import fnet.__main__
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import save_audit, save_evaluation, write_comparison, write_report
 from fnet.report.__main__ import main
-from fnet.report.plots import HEIGHT, Line, Panel, line_chart, panels_of, png
-from fnet.runs.folder import RunError
+from fnet.report.charts import HEIGHT, line_chart, png
+from fnet.report.panels import Line, Panel, panels_of
 from fnet.runs.history import History
+from fnet.runs.run import RunError
 from tests import test_report_audit
 from tests.test_report_audit import FULL
 

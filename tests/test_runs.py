@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.core.trees import named_leaves
 from fnet.runs.checkpoint import (
     host_leaves,
     load_checkpoint,
@@ -29,8 +30,9 @@ from fnet.runs.checkpoint import (
     saved_steps,
     write_manifest,
 )
-from fnet.runs.folder import RunWarning, open_run
-from fnet.types import TrainState, named_leaves
+from fnet.runs.folder import open_run
+from fnet.runs.run import RunWarning
+from fnet.types import TrainState
 from tests import resumable
 from tests.conftest import on_two_devices
 from tests.resumable import digest

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.core.numerics import stream
 from fnet.data import Stream, open_arrays
-from fnet.layers import dense, serial
+from fnet.layers import dense, serial, stateless
 from fnet.metrics import accuracy, gradient_norms
 from fnet.runs import driver
 from fnet.runs.checkpoint import saved_steps
-from fnet.training.steps import epoch_order, steps_per_epoch
-from fnet.types import TrainState, stateless, stream
+from fnet.training.epochs import epoch_order, steps_per_epoch
+from fnet.types import TrainState
 from tests.conftest import compiled_programs
 
 EXAMPLES, FEATURES, CLASSES = 53, 6, 3

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 import fnet
+from fnet.core.numerics import weighted_mean
+from fnet.core.trees import named_leaves
 from fnet.gradients.engines import accumulate
 from fnet.layers import batch_norm, dense, dropout, serial, tanh
 from fnet.metrics import gradient_norms
@@ -58,7 +60,7 @@ from fnet.optimizers.transforms import (
     gradient_noise,
     l2_decay,
 )
-from fnet.types import Optimizer, Schedule, named_leaves, weighted_mean
+from fnet.types import Optimizer, Schedule
 from tests.oracles import assert_leaves_close
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.core.trees import Copies
 from fnet.optimizers import adafactor, adam, adamw, chain, groups, lamb, lion, momentum, muon, sgd, transforms
 from fnet.optimizers.which import decaying
-from fnet.types import Copies
 
 Pair = namedtuple("Pair", "w b")
 NESTED = {"dense_0": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "head": [jnp.ones(2), (jnp.ones(2), jnp.ones(3))]}

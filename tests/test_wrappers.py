@@ -9,9 +9,20 @@ import pytest
 
 import fnet
 from fnet.gradcheck import check_layer
-from fnet.layers import Policy, dense, freeze, mixed_precision, relu, repeat, serial, tanh, with_hand_backward
+from fnet.layers import (
+    Policy,
+    dense,
+    freeze,
+    mixed_precision,
+    relu,
+    repeat,
+    serial,
+    stateless,
+    tanh,
+    with_hand_backward,
+)
 from fnet.layers.children import apply
-from fnet.types import Layer, LayerError, stateless
+from fnet.types import Layer, LayerError
 from tests.oracles import assert_leaves_close
 
 X = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)

@@ -1,0 +1,8 @@
+"""What every room stands on, and nothing that a user calls first.
+
+- `checks` of arguments and what messages show of them, `trees` of arrays, `numerics`: dtypes, means, keys by name
+- `jax_insides`: all that is taken of jax beyond its stable interface; `interpret` and `programs` read traced programs
+- `files` that are written whole, `extras` that are imported when they are needed
+
+Imports `fnet.types` alone.
+"""

@@ -72,7 +72,7 @@ def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
         return len(consts), len(carry)
     raise NotImplementedError(
         f"jax {jax.__version__} describes a scan by {sorted(params)}; expected num_consts and num_carry, or ft_in: "
-        "fnet/jax_insides.py does not know this release yet"
+        "fnet/core/jax_insides.py does not know this release yet"
     )
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import is_array
 from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
+from fnet.core.numerics import is_key
 
 NOTHING = (  # parameters that say how an operation is written, differentiated or called, not what it computes
     *("name", "debug_info", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "inline", "keep_unused"),
@@ -133,7 +133,7 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
         parts = [_shown(item, callbacks) for item in value]
         return f"({', '.join(word for word, _ in parts)})", [body for _, bodies in parts for body in bodies]
     if is_array(value):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if is_key(value):
             value = jax.random.key_data(value)
         host = np.asarray(value)
         if host.size == 1:

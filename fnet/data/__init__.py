@@ -1,9 +1,17 @@
-"""Data in memory, mapped or streamed: checked, split without loss; the digits and the spirals of the examples."""
+"""Data in memory, mapped or streamed: checked, split without loss, read ahead.
 
-from fnet.data.arrays import DataError, check_data, folds, split, take
+- `arrays`: the one door through which all that people hold becomes arrays; `check_data`, `split`, `folds`, `take`
+- `streams`: datasets, loaders and mapped files, read by a thread while a run goes on
+- `digits` and `spirals`: what the examples train on
+
+Imports types and core alone.
+"""
+
+from fnet.data.arrays import DataError, check_data
 from fnet.data.digits import mnist_5k, mnist_idx, sklearn_digits
+from fnet.data.sources import Examples, Stream, open_arrays
 from fnet.data.spirals import spirals
-from fnet.data.streams import Examples, Stream, open_arrays
+from fnet.data.splits import folds, split, take
 
 __all__ = [
     "DataError",

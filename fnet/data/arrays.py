@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.core.files import first_line
-from fnet.types import Batch, PyTree, described, require_key
+from fnet.types import Batch, PyTree
 
 
 class DataError(ValueError):
@@ -40,7 +40,7 @@ def as_arrays(data: PyTree, name: str = "data") -> PyTree:
     """
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _as_array(_written(name, path), leaf), data, is_leaf=is_numbers
+        lambda path, leaf: _as_array(path_of(name, path), leaf), data, is_leaf=is_numbers
     )
 
 
@@ -151,7 +151,7 @@ def check_data(
     fnet.data.arrays.DataError: data.inputs[1, 0] = nan; expected finite numbers: drop or replace them (1 value in all)
     """
     batch = as_batch(data, name)
-    for path, leaf in _leaves(batch, name):
+    for path, leaf in named_arrays(batch, name):
         if isinstance(leaf, Tracer):
             raise DataError(f"{path} is traced; expected values, which can be checked: call check_data outside of jit")
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
@@ -164,7 +164,7 @@ def check_data(
     examples = count_examples(batch, name)
     if batch_size is not None:
         check_batch_size(batch_size, examples, name)
-    paths, leaves = zip(*_leaves(batch, name), strict=True)
+    paths, leaves = zip(*named_arrays(batch, name), strict=True)
     structure = jax.tree.structure(batch)
     counts = _counting(batch, name)
     arrays = [
@@ -178,15 +178,15 @@ def count_examples(data: Batch, name: str = "data") -> int:
     """N, the length that all arrays of the data share; a `DataError` if they do not, or if it is 0."""
     if not jax.tree.leaves(data.inputs):
         raise DataError(f"{name}.inputs = {data.inputs!r} holds no array; expected one of shape (examples, ...)")
-    leaves = _leaves(data, name)
-    first, examples = leaves[0][0], _length(*leaves[0])
+    leaves = named_arrays(data, name)
+    first, examples = leaves[0][0], length_of(*leaves[0])
     for path, leaf in leaves:
         if not np.size(leaf):
             what = "number in each" if np.shape(leaf)[:1] > (0,) else "example"
             raise DataError(f"{path} is empty, shape {np.shape(leaf)}; expected at least 1 {what}: check the loader")
-        if _length(path, leaf) != examples:
+        if length_of(path, leaf) != examples:
             raise DataError(
-                f"{path} has {_length(path, leaf)} examples (shape {np.shape(leaf)}) and {first} has {examples}; "
+                f"{path} has {length_of(path, leaf)} examples (shape {np.shape(leaf)}) and {first} has {examples}; "
                 "expected the same number in each: the first axis of every array is the examples"
             )
     return examples
@@ -256,104 +256,18 @@ def with_zeros(tree: PyTree, where: Any) -> PyTree:
     return jax.tree.map(zeroed, tree)
 
 
-def take(data: PyTree, rows: Any) -> PyTree:
-    """The examples at ``rows``, integers of shape S, of every array in ``data``: ``(N, ...)`` becomes ``(S, ...)``.
-
-    Concrete rows outside -N..N-1 raise a `DataError`. Within jit rows are not known yet and jax clamps them.
-
-    >>> take(Batch(np.array([10, 11, 12]), np.array([0, 1, 2])), [2, 0])
-    Batch(inputs=array([12, 10]), targets=array([2, 0]), weights=None)
-    """
-    data = as_arrays(data)
-    if isinstance(rows, Tracer):
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data)
-    rows = np.asarray(as_arrays(rows, "rows"))
-    rows = rows if rows.size else rows.astype(int)  # an empty list has another dtype
-    if not np.issubdtype(rows.dtype, np.integer):
-        raise DataError(
-            f"rows have dtype {rows.dtype}; expected integers: numpy.flatnonzero(mask) makes them of a mask"
-        )
-    for path, leaf in _leaves(data, "data"):
-        examples = _length(path, leaf)
-        outside = rows[(rows < -examples) | (rows >= examples)]
-        if outside.size:
-            raise DataError(f"row {outside[0]} is outside of {path}; expected {-examples} to {examples - 1}, its rows")
-    return jax.tree.map(lambda leaf: native(leaf[rows]) if isinstance(leaf, np.memmap) else leaf[rows], data)
-
-
-def split(
-    data: Batch | tuple, sizes: float | Sequence[int], key: jax.Array, *, stratify: bool = False
-) -> tuple[Batch, ...]:
-    """The examples in a random order, cut into parts; every example lands in exactly one.
-
-    Args:
-        data: a `Batch` (or tuple, as in `check_data`) of N examples.
-        sizes: examples per part, which add up to N; or a fraction f, for two parts of ``round(f * N)`` and the rest.
-        key: the order; the same key and N give the same split, whatever the arrays hold.
-        stratify: each part has its share of every class, to one example (to two where more than two parts have several
-            sizes); the targets are labels (N,).
-
-    >>> train, test = split(Batch(np.arange(10), np.arange(10)), 0.8, jax.random.key(0))
-    >>> len(train.inputs), sorted(np.concatenate([train.inputs, test.inputs]).tolist())
-    (8, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-    """
-    require_key("split", key)
-    batch = as_batch(data, "data")
-    sizes = _part_sizes(sizes, count_examples(batch))
-    return tuple(take(batch, rows) for rows in _parts("split", batch, sizes, key, stratify))
-
-
-def folds(data: Batch | tuple, count: int, key: jax.Array, *, stratify: bool = False) -> list[tuple[Batch, Batch]]:
-    """``count`` pairs ``(train, held_out)`` for cross-validation: every example is held out in exactly one of them.
-
-    Held-out parts differ by one example at most; key, stratify and errors as in `split`.
-
-    >>> parts = folds(Batch(np.arange(5), np.arange(5)), 2, jax.random.key(0))
-    >>> [(len(train.inputs), len(held.inputs)) for train, held in parts]
-    [(2, 3), (3, 2)]
-    """
-    require_key("folds", key)
-    batch = as_batch(data, "data")
-    examples = count_examples(batch)
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 2 <= count <= examples:
-        raise DataError(f"folds: count = {count!r}; expected a whole number from 2 to {examples}, the examples")
-    sizes = [len(part) for part in np.array_split(np.arange(examples), count)]
-    held = _parts("folds", batch, sizes, key, stratify)
-    return [
-        (take(batch, np.concatenate([*held[:i], *held[i + 1 :]])), take(batch, rows)) for i, rows in enumerate(held)
-    ]
-
-
-def _parts(who: str, batch: Batch, sizes: Sequence[int], key: jax.Array, stratify: bool) -> list[np.ndarray]:
-    """The rows of parts of these sizes in a random order; stratified, with the classes spread evenly over them."""
-    if not isinstance(stratify, bool | np.bool_):
-        raise DataError(f"{who}: stratify is {described(stratify)}; expected True or False: the labels are the targets")
-    order = np.asarray(jax.random.permutation(key, count_examples(batch)))
-    if not stratify:
-        return np.split(order, np.cumsum(sizes)[:-1])
-    labels = np.asarray(batch.targets) if hasattr(batch.targets, "shape") else None
-    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
-        kind = "a tree" if labels is None else f"{labels.dtype}{list(labels.shape)}"
-        raise DataError(f"data.targets is {kind}; expected labels, integers (N,), to be stratified by")
-    # one class after another is dealt to the parts, whose turns are spread evenly: the j-th of n at (j + ½) / n
-    turns = np.repeat(np.arange(len(sizes)), sizes)
-    turns = turns[np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in sizes]), kind="stable")]
-    dealt = order[np.argsort(labels[order], kind="stable")]
-    parts = [dealt[turns == part] for part in range(len(sizes))]
-    mix = np.argsort(order)  # each example's place in the random order
-    return [part[np.argsort(mix[part])] for part in parts]
-
-
-def _leaves(data: PyTree, name: str) -> list[tuple[str, Any]]:
+def named_arrays(data: PyTree, name: str) -> list[tuple[str, Any]]:
     """Every leaf with the path a reader would write: ``data.targets/labels``."""
-    return [(_written(name, path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)]
+    return [(path_of(name, path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)]
 
 
-def _written(name: str, path) -> str:
+def path_of(name: str, path) -> str:
+    """The path of a leaf as a reader would write it."""
     return f"{name}.{jax.tree_util.keystr(path, simple=True, separator='/')}" if path else name
 
 
-def _length(path: str, leaf: Any) -> int:
+def length_of(path: str, leaf: Any) -> int:
+    """How many examples a leaf has; DataError for one without an axis of them."""
     if np.ndim(leaf):
         return np.shape(leaf)[0]
     remedy = "a tuple counts as a tree of numbers, make it an array with numpy.asarray"
@@ -427,33 +341,3 @@ def _check_weights(weights: Any, name: str, part: bool, rows: Sequence[int] | No
             f"{name}.weights sum to 0; expected one above 0 at least: weights=None counts every example once"
         )
     return weights if jnp.issubdtype(weights.dtype, jnp.floating) else jnp.array(host, dtype=float)
-
-
-def _suggested(sizes: Any, examples: int) -> str:
-    """The whole numbers that fractions may have meant."""
-    shares = np.asarray(sizes) if isinstance(sizes, list | tuple) else np.zeros(0)
-    if shares.dtype.kind != "f" or len(shares) < 2 or not np.isclose(shares.sum(), 1):
-        return ", such as (4000, 1000)"
-    ends = np.round(np.cumsum(shares) * examples).astype(int)
-    whole = np.diff([0, *ends[:-1], examples]).tolist()
-    return f": {tuple(whole)}" + (f", or {sizes[0]}" if len(whole) == 2 else "")
-
-
-def _part_sizes(sizes: Any, examples: int) -> list[int]:
-    if isinstance(sizes, float | np.floating):
-        if not 0 < sizes < 1:
-            raise DataError(f"sizes = {sizes}; expected a fraction between 0 and 1, or a size per part")
-        first = round(sizes * examples)
-        parts = [first, examples - first]
-    else:
-        try:
-            parts = [operator.index(size) for size in sizes]
-        except TypeError:
-            meant = _suggested(sizes, examples)
-            raise DataError(
-                f"sizes = {sizes!r}; expected a fraction, or whole numbers that add up to {examples}{meant}"
-            ) from None
-    if sum(parts) != examples or min(parts, default=0) < 1:
-        remedy = "name every part and leave none empty"
-        raise DataError(f"sizes = {sizes!r} make parts of {parts}; expected sizes that add up to {examples}: {remedy}")
-    return parts

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fnet.types import Batch, require, require_counts, require_key
+from fnet.core.checks import require, require_counts, require_key
+from fnet.types import Batch
 
 
 def spirals(key: jax.Array, examples: int = 3000, classes: int = 3, noise: float = 0.2) -> Batch:

@@ -5,6 +5,11 @@ report = check_layer(layer, x, key=key)
 report = check_model(model, loss, batch, key=key)
 print(report)
 report.raise_if_wrong()
+
+`check` and `layered` are the audits; `problem` and `witnesses` what they hold a gradient against, `judge` and `causes`
+what they make of it; `selftest` injects faults.
+
+Imports types, core, layers, data and gradients; of `fnet.report` only where a report is drawn.
 """
 
 from fnet.gradcheck.check import check_gradients

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
+from fnet.gradcheck.claims import Claim, by_autodiff, by_caller, claim, native_dtypes
 from fnet.gradcheck.judge import judge_all
 from fnet.gradcheck.ladder import climb, measure_costs
 from fnet.gradcheck.named import check_intermediates
-from fnet.gradcheck.problem import Claim, by_autodiff, by_caller, claim, native_dtypes, open_problem, precise
+from fnet.gradcheck.problem import open_problem, precise
 from fnet.gradcheck.report import Report
 from fnet.gradcheck.witnesses import Witnesses, gather
 from fnet.types import PyTree

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import dependencies
-from fnet.gradcheck import causes, places
-from fnet.gradcheck.problem import Claim, largest
+from fnet.gradcheck import causes, patterns, places
+from fnet.gradcheck.claims import Claim, largest
 from fnet.gradcheck.report import LeafCheck, Rung
 from fnet.gradcheck.slopes import taylor
 from fnet.gradcheck.witnesses import (
@@ -187,7 +187,7 @@ def with_autodiff(w: Witnesses, claimed: Claim, i: int, c: np.ndarray, a: np.nda
     if small.any():  # measured among themselves: beside the largest entry they are rounding
         differ, c, a = small, np.where(small, c, 0.0), np.where(small, a, 0.0)
         share = f"in {small.sum()} of {small.size} entries, small beside the leaf's largest"
-        pattern = causes.pattern(c[small], a[small], None, w.problem.examples)
+        pattern = patterns.pattern(c[small], a[small], None, w.problem.examples)
         worst = np.unravel_index(int(np.abs(c - a).argmax()), c.shape)
         values = {"worst": tuple(map(int, worst)), "claimed": float(c[worst]), "expected": float(a[worst])}
         where = {"cause": f"{share}: {pattern or 'another value than autodiff gives'}", **values}
@@ -288,13 +288,13 @@ def narrow(w: Witnesses, i: int, c: np.ndarray) -> str:
     """Where a gradient is wrong that only slopes can judge: halve the leaf along each axis while one half is right."""
     ratios = [line.left / s for d, line in pairs(w, i) if line.usable and (s := float((c * d).sum())) != 0]
     if len(ratios) > 2 and np.ptp(ratios) <= 1e-5 * abs(np.mean(ratios)):
-        return causes.pattern(c, c * np.mean(ratios), None, w.problem.examples, 1e-4)
+        return patterns.pattern(c, c * np.mean(ratios), None, w.problem.examples, 1e-4)
     if not c.any():
         return "zero: never receives a gradient"
     p = np.asarray(w.problem.leaves[i], np.float64)
     full = np.random.default_rng(i).choice([-1.0, 1.0], p.shape) * magnitudes(p)[0]
     words = []
-    for axis, name in enumerate(causes.axis_names(p.ndim)):
+    for axis, name in enumerate(patterns.axis_names(p.ndim)):
         hit = np.arange(p.shape[axis])
         while len(hit) > 1:
             halves = [hit[: len(hit) // 2], hit[len(hit) // 2 :]]
@@ -364,7 +364,7 @@ def add_causes(w: Witnesses, claimed: Claim, checks: list[LeafCheck]) -> list[Le
         if not np.isfinite(e).all():
             continue
         others = {} if expected is None else {w.problem.paths[j]: expected[j] for j in range(len(checks)) if j != i}
-        cause = causes.pattern(c, e, others, w.problem.examples, tol)
+        cause = patterns.pattern(c, e, others, w.problem.examples, tol)
         checks[i] = check._replace(cause=cause)
         if (
             expected is not None

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Engine, Problem, largest, precise, run_once, to_numpy, traced_anew
+from fnet.gradcheck.claims import Engine, largest, run_once, to_numpy
+from fnet.gradcheck.problem import Problem, precise, traced_anew
 from fnet.gradcheck.report import Cost, LeafCheck, Rung
 from fnet.gradcheck.witnesses import ROUNDING
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.checks import require_key, require_layer
 from fnet.core.interpret import is_float
 from fnet.core.jax_insides import quick_jit
+from fnet.core.trees import cast_like, join, named_leaves, split_floating
 from fnet.data.arrays import as_batch
 from fnet.gradcheck.check import check_gradients
 from fnet.gradcheck.judge import compare
@@ -22,7 +24,7 @@ from fnet.gradcheck.report import LeafCheck, Report
 from fnet.gradcheck.witnesses import TIGHT, small_faults
 from fnet.gradients.engines import check_engine, loss_gradient, measure
 from fnet.layers.children import Call, backward_of, forward_of, init_of, watch
-from fnet.types import Layer, Loss, PyTree, cast_like, join, named_leaves, require_key, require_layer, split_floating
+from fnet.types import Layer, Loss, PyTree
 
 
 def check_layer(

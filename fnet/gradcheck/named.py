@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.jax_insides import quick_jit
-from fnet.gradcheck import causes, places
+from fnet.gradcheck import causes, patterns, places
 from fnet.gradcheck.judge import compare, vague
 from fnet.gradcheck.problem import Problem, precise
 from fnet.gradcheck.report import Intermediate, LeafCheck
@@ -120,7 +120,7 @@ def run_given(given: Callable, problem: Problem) -> Mapping:
 def cause_of(problem: Problem, tapped, true, k: int, c: np.ndarray, e: np.ndarray, tol: float, follows: bool) -> str:
     """What an intermediate's claimed gradient is to the true one; the program is asked for the first wrong one only."""
     others = {name: g for name, g in zip(tapped.names, true, strict=True) if name != tapped.names[k]}
-    cause = causes.pattern(c, e, others, problem.examples, tol)
+    cause = patterns.pattern(c, e, others, problem.examples, tol)
     if not follows and np.isfinite(c).all() and (not cause or vague(cause)):
         with precise():
             program = jax.make_jaxpr(tapped.value)(tapped.zeros, tapped.arrays)

@@ -188,7 +188,7 @@ class Report(NamedTuple):
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: errors per leaf, Taylor remainders, precision ladder. Needs matplotlib."""
-        from fnet.report.audit import plot_audit
+        from fnet.report.audit_picture import plot_audit
 
         plot_audit(self, path)
 

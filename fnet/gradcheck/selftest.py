@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fnet.gradcheck.claims import Claim, by_autodiff, claim
 from fnet.gradcheck.judge import judge
-from fnet.gradcheck.problem import Claim, by_autodiff, claim, open_problem, precise
+from fnet.gradcheck.problem import open_problem, precise
 from fnet.gradcheck.report import columns
 from fnet.gradcheck.witnesses import FAULT, gather
 from fnet.types import PyTree

@@ -10,7 +10,8 @@ import numpy as np
 
 from fnet.core.jax_insides import quick_jit
 from fnet.gradcheck import places
-from fnet.gradcheck.problem import Claim, Problem, Traced, largest, to_numpy, undecorated, without_casts
+from fnet.gradcheck.claims import Claim, largest, to_numpy
+from fnet.gradcheck.problem import Problem, Traced, undecorated, without_casts
 from fnet.gradcheck.slopes import EXCESS, Line, make_probe, settled
 
 FAULT = 1e-6  # what counts as one: a change by this share of the leaf's largest entry

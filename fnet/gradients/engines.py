@@ -20,26 +20,13 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
+from fnet.core.checks import called, described, require_counts, require_key, require_layer, takes
 from fnet.core.interpret import is_float
+from fnet.core.numerics import weighted_mean, wide
+from fnet.core.trees import join, split_floating
 from fnet.data.arrays import DataError, as_arrays, as_batch, trace_batch, with_zeros
 from fnet.layers.children import backward_of, forward_of, shapes_known
-from fnet.types import (
-    Batch,
-    Layer,
-    Loss,
-    Mean,
-    PyTree,
-    called,
-    described,
-    join,
-    require_counts,
-    require_key,
-    require_layer,
-    split_floating,
-    takes,
-    weighted_mean,
-    wide,
-)
+from fnet.types import Batch, Layer, Loss, Mean, PyTree
 
 Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
 

@@ -1,10 +1,18 @@
-"""Layers: each forward with its backward by hand beneath it."""
+"""Layers: each forward with its backward by hand beneath it, and the models that are made of them.
 
+A file for each family; `initializers` of their parameters; `children`: how a layer is called, under its path and
+watched; `wrappers`: `stateless`, the shortest way to a layer of your own; `models`: mlp to gpt.
+
+Imports types and core alone: no loss, no data, no optimizer.
+"""
+
+from fnet.core.trees import Copies
 from fnet.layers.activation import gelu, identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
-from fnet.layers.attention import attention, dot_product_attention
+from fnet.layers.attention import attention
 from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual, serial
 from fnet.layers.convolution import conv, conv_transpose
 from fnet.layers.dense import dense, flatten, reshape
+from fnet.layers.dot_product import dot_product_attention
 from fnet.layers.dropout import dropout
 from fnet.layers.embedding import (
     embedding,
@@ -17,10 +25,12 @@ from fnet.layers.embedding import (
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
-from fnet.layers.recurrent import bidirectional, gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, stacked, zero_carry
-from fnet.layers.wrappers import Policy, freeze, mixed_precision, with_hand_backward
+from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
+from fnet.layers.stacking import bidirectional, stacked
+from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
 __all__ = [
+    "Copies",
     "Policy",
     "attention",
     "avg_pool",
@@ -68,6 +78,7 @@ __all__ = [
     "softmax",
     "softplus",
     "stacked",
+    "stateless",
     "step",
     "tanh",
     "tied_embedding",

@@ -11,8 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
-from fnet.types import Layer, stateless, wide
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer
 
 
 def _activation(name, forward, backward) -> Layer:

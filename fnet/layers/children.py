@@ -15,18 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fnet.types import (
-    Layer,
-    LayerError,
-    PyTree,
-    described,
-    named_leaves,
-    require_key,
-    require_layer,
-    split_floating,
-    stream,
-    takes,
-)
+from fnet.core.checks import described, require_key, require_layer, takes
+from fnet.core.numerics import stream
+from fnet.core.trees import named_leaves, split_floating
+from fnet.types import Layer, LayerError, PyTree
 
 
 def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.checks import described, is_whole, require_array, require_layer
+from fnet.core.trees import Copies
 from fnet.layers.children import (
     backward_child,
     backward_of,
@@ -25,7 +27,8 @@ from fnet.layers.children import (
     watched,
 )
 from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
-from fnet.types import Copies, Layer, LayerError, described, is_whole, require_array, require_layer, stateless
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def named_children(who: str, layers) -> list[tuple[str, Layer]]:
@@ -221,7 +224,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
 
     Parameters and state are the layer's own trees with a leading axis of ``count``; the copies have keys and parameters
     of their own, those of a `serial` whose children are called ``"0"``, ``"1"`` and so on. Parameters are a
-    `fnet.types.Copies`, by which optimizers know each copy from the others. ``unroll`` copies stand in the loop's body
+    `fnet.layers.Copies`, by which optimizers know each copy from the others. ``unroll`` copies stand in the loop's body
     (True: all), which compiles longer and may run faster. Raises `LayerError` where the layer's outputs do not have the
     shape and the dtype of its inputs, and where its parameters are no dict.
 

@@ -10,9 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fnet.core.checks import is_whole, require_counts, require_params
+from fnet.core.numerics import stream, wide
 from fnet.layers.initializers import he_normal, require_initializers, zeros
 from fnet.layers.masks import by_position
-from fnet.types import Layer, LayerError, is_whole, require_counts, require_params, stateless, stream, wide
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:

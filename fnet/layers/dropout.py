@@ -8,8 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fnet.core.checks import require, require_array, require_key
+from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
-from fnet.types import Layer, LayerError, require, require_array, require_key, wide
+from fnet.types import Layer, LayerError
 
 
 def dropout(rate, *, shared_axes: tuple[int, ...] = ()) -> Layer:

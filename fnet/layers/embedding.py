@@ -10,22 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.core.checks import require, require_array, require_counts, require_layer, require_params
+from fnet.core.numerics import stream, wide
 from fnet.layers.children import backward_child, forward_child, init_child
 from fnet.layers.dense import plus, product, rows, wide_product
 from fnet.layers.initializers import normal, require_initializers
 from fnet.layers.masks import by_position
-from fnet.types import (
-    Layer,
-    LayerError,
-    require,
-    require_array,
-    require_counts,
-    require_layer,
-    require_params,
-    stateless,
-    stream,
-    wide,
-)
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:

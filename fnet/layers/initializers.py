@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.types import called, described, require, wide
+from fnet.core.checks import called, described, require
+from fnet.core.numerics import wide
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fnet.types import Layer, LayerError, PyTree, require_array, require_layer
+from fnet.core.checks import require_array, require_layer
+from fnet.types import Layer, LayerError, PyTree
 
 
 def is_masked(x: PyTree) -> bool:

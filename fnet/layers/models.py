@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fnet.core.checks import require_counts
 from fnet.layers import (
     attention,
     batch_norm,
@@ -29,7 +30,8 @@ from fnet.layers import (
 )
 from fnet.layers.combinators import output_shape
 from fnet.layers.initializers import he_normal, normal
-from fnet.types import Layer, LayerError, require_counts, stateless
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def mlp(*units: int, activation: Layer = relu(), output: Layer | None = None, weights=he_normal()) -> Layer:

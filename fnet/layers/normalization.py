@@ -15,22 +15,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fnet.core.checks import described, require, require_array, require_counts, require_params
+from fnet.core.numerics import stream, wide
+from fnet.core.trees import cast_like
 from fnet.layers.dense import rows
 from fnet.layers.initializers import constant, require_initializers, zeros
 from fnet.layers.masks import by_position, split_mask, with_mask
-from fnet.types import (
-    Layer,
-    LayerError,
-    cast_like,
-    described,
-    require,
-    require_array,
-    require_counts,
-    require_params,
-    stateless,
-    stream,
-    wide,
-)
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant(1), bias=zeros()) -> Layer:

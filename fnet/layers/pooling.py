@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.layers.convolution import (
+from fnet.core.checks import require_array
+from fnet.core.numerics import wide
+from fnet.layers.masks import split_mask
+from fnet.layers.windows import (
     Padding,
     Windows,
     along,
@@ -25,8 +28,8 @@ from fnet.layers.convolution import (
     padded,
     windows_of,
 )
-from fnet.layers.masks import split_mask
-from fnet.types import Layer, LayerError, require_array, stateless, wide
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
 
 
 def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID") -> Layer:

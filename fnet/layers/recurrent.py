@@ -17,182 +17,27 @@ Legend: B batch, T steps, I features in, H units, G gates; z what enters the gat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnet.layers.activation import logistic, tanh, tanh_of
-from fnet.layers.children import backward_child, forward_child, init_child, inside
-from fnet.layers.combinators import named_children, output_shape, require_children
+from fnet.core.checks import require_counts
+from fnet.core.numerics import stream, wide
+from fnet.layers.activation import tanh
+from fnet.layers.cells import Cell, LSTMCarry, gru_step_after, gru_step_before, lstm_step, rnn_step
 from fnet.layers.dense import plus, product, rows
 from fnet.layers.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
 from fnet.layers.masks import is_masked
-from fnet.types import Layer, LayerError, PyTree, require_counts, require_layer, stateless, stream, wide
-
-
-class LSTMCarry(NamedTuple):
-    """What an lstm hands to its next step: the output ``h (B, H)`` and the memory ``c (B, H)``."""
-
-    h: Any
-    c: Any
-
-
-class _Cell(NamedTuple):
-    """One step of a recurrent layer; ``carry`` is a tuple whose first entry is h.
-
-    - ``step(recurrent, z, carry) -> carry, kept`` with ``z = x W_x + b``.
-    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps.
-    - ``back(transposed, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products;
-      ``transposed`` is ``W_hᵀ (G H, H)``, laid out once and not at every step.
-    - ``split(dz) -> dz_x, dz_h``: the parts of ``dz`` that belong to ``x W_x`` and to ``h W_h``.
-    - ``weights(kept, h, dz_h) -> drecurrent``, all steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
-    """
-
-    name: str
-    gates: int
-    step: Callable
-    slopes: Callable
-    back: Callable
-    split: Callable = lambda dz: (dz, dz)
-    weights: Callable | None = None
-    bias: Initializer | None = None  # of the recurrent product
-    parts: int = 1  # of the carry
-    biased: bool = True  # whether params have a "b"
-
-
-def widened(a: jax.Array) -> jax.Array:
-    """In float32 at least."""
-    return a.astype(wide(a.dtype))
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
-
-
-def _rnn(activation: Layer) -> _Cell:
-    require_layer("rnn: activation", activation)
-    if activation.name == "softmax":
-        raise ValueError(f"rnn: activation {activation.name} mixes entries; expected one that acts on each by itself")
-
-    def step(recurrent, z, carry):
-        h, _, residuals = activation.forward((), (), z + product(carry[0], recurrent["w"]), key=None, train=False)
-        return (h,), None if residuals is h else residuals  # tanh and relu need only their output
-
-    def slopes(residuals, before, after):  # dz = dh · a'(z), and a backward of ones is a'
-        residuals = after[0] if residuals is None else residuals
-        return activation.backward((), residuals, jnp.ones_like(after[0]))[1], ()
-
-    def back(transposed, slopes, others, dcarry):  # z = … + h W_h:  dh = dz W_hᵀ
-        dz = dcarry[0] * slopes
-        return (product(dz, transposed),), dz
-
-    return _Cell("rnn", 1, step, slopes, back)
-
-
-def _lstm() -> _Cell:
-    def step(recurrent, z, carry):
-        h, c = carry
-        z = z + product(h, recurrent["w"])
-        # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut. And in float32 at
-        # least, the gates that are kept too: in 16 bits 1 − σ would be 0 where one is nearly open
-        i, f, g, o = jnp.split(z, 4, -1)
-        i, f, g, o = logistic(i), logistic(f), tanh_of(g), logistic(o)
-        gates = jnp.concatenate([i, f, g, o], -1)
-        c = (f * widened(c) + i * g).astype(z.dtype)
-        return ((o * tanh_of(c)).astype(z.dtype), c), gates
-
-    def slopes(gates, before, after):
-        # σ' = σ (1 − σ), tanh' = 1 − tanh²:  ∂c/∂z_i = g i(1−i), ∂c/∂z_f = c₋ f(1−f), ∂c/∂z_g = i(1−g²);
-        # h = o t with t = tanh(c):  ∂h/∂z_o = t o(1−o), ∂h/∂c = o(1−t²);  ∂c/∂c₋ = f
-        i, f, g, o = jnp.split(gates, 4, -1)
-        t, dtype = tanh_of(after[1]), after[1].dtype
-        by_z = [g * i * (1 - i), widened(before[1]) * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
-        return jnp.concatenate(by_z, -1).astype(dtype), ((o * (1 - t * t)).astype(dtype), f.astype(dtype))
-
-    def back(transposed, slopes, others, dcarry):
-        (dh, dc), (h_by_c, f) = dcarry, others
-        dc = dc + dh * h_by_c
-        dz = jnp.concatenate([dc, dc, dc, dh], -1) * slopes
-        return (product(dz, transposed), dc * f), dz
-
-    return _Cell("lstm", 4, step, slopes, back, parts=2)
-
-
-def _gru_after(bias: Initializer | None) -> _Cell:
-    def step(recurrent, z, carry):
-        (h,), units = carry, carry[0].shape[-1]
-        a = product(h, recurrent["w"])
-        z_r, z_u = jnp.split(z[..., : 2 * units] + a[..., : 2 * units], 2, -1)
-        q = a[..., 2 * units :]
-        if "b" in recurrent:
-            q = plus(q, recurrent["b"]).astype(q.dtype)
-        # 1 − u as σ(−z), which does not cancel where u rounds to 1; all in float32 at least, what is kept too
-        r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
-        n = tanh_of(widened(z[..., 2 * units :]) + r * widened(q))
-        return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n, q)
-
-    def slopes(kept, before, after):
-        # h = (1−u) n + u h₋, n = tanh(z_n + r q):  ∂h/∂z_n = (1−u)(1−n²) =: s, ∂h/∂q = s r, ∂h/∂z_r = s q r(1−r),
-        # ∂h/∂z_u = (h₋ − n) u(1−u), and directly ∂h/∂h₋ = u
-        (r, u, rest, n, q), dtype = kept, before[0].dtype
-        s = rest * (1 - n * n)
-        by_z = [s * widened(q) * r * (1 - r), (widened(before[0]) - n) * u * rest, s * r, s]
-        return jnp.concatenate(by_z, -1).astype(dtype), u.astype(dtype)
-
-    def back(transposed, slopes, u, dcarry):
-        (dh,), units = dcarry, u.shape[-1]
-        dz = jnp.concatenate([dh, dh, dh, dh], -1) * slopes
-        return (dh * u + product(dz[..., : 3 * units], transposed),), dz
-
-    def split(dz):  # (r, u, q, n): the candidate's two products have gradients of their own
-        r, u, q, n = jnp.split(dz, 4, -1)
-        return jnp.concatenate([r, u, n], -1), jnp.concatenate([r, u, q], -1)
-
-    def weights(kept, h, dz_h):
-        drecurrent = {"w": product(h.T, dz_h)}
-        return drecurrent if bias is None else {**drecurrent, "b": dz_h[:, 2 * h.shape[1] :].sum(0)}
-
-    return _Cell("gru", 3, step, slopes, back, split, weights, bias)
-
-
-def _gru_before() -> _Cell:
-    def step(recurrent, z, carry):
-        (h,), w, units = carry, recurrent["w"], carry[0].shape[-1]
-        z_r, z_u = jnp.split(z[..., : 2 * units] + product(h, w[:, : 2 * units]), 2, -1)
-        r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
-        p = (r * widened(h)).astype(h.dtype)
-        n = tanh_of(z[..., 2 * units :] + product(p, w[:, 2 * units :]))
-        return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n)
-
-    def slopes(kept, before, after):
-        # p = r h₋, n = tanh(z_n + p W_n):  ∂h/∂z_n = (1−u)(1−n²), ∂h/∂z_u = (h₋ − n) u(1−u), ∂p/∂z_r = h₋ r(1−r)
-        (r, u, rest, n), h, dtype = kept, widened(before[0]), before[0].dtype
-        by_z = [h * r * (1 - r), (h - n) * u * rest, rest * (1 - n * n)]
-        return jnp.concatenate(by_z, -1).astype(dtype), (r.astype(dtype), u.astype(dtype))
-
-    def back(transposed, slopes, others, dcarry):
-        (dh,), (r, u) = dcarry, others
-        units = u.shape[-1]
-        dz_n = dh * slopes[..., 2 * units :]
-        dp = product(dz_n, transposed[2 * units :])
-        dz_ru = jnp.concatenate([dp, dh], -1) * slopes[..., : 2 * units]
-        dh = dh * u + dp * r + product(dz_ru, transposed[: 2 * units])
-        return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
-
-    def weights(kept, h, dz_h):
-        p, two = (rows(kept[0]) * widened(h)).astype(h.dtype), 2 * h.shape[1]
-        return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product(p.T, dz_h[:, two:])], 1)}
-
-    return _Cell("gru", 3, step, slopes, back, weights=weights)
-
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError, PyTree
 
 # --- layers of cells -------------------------------------------------------------------------------------------------
 
 
-def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, truncate: int | None, unroll: int):
+def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, truncate: int | None, unroll: int):
     require_counts(cell.name, units=units, truncate=truncate, unroll=unroll)
     require_initializers(cell.name, "bias", weights=weights, recurrent=recurrent, bias=bias)
     cell = cell._replace(biased=bias is not None)
@@ -229,7 +74,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
         x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
         before = tuple(_shift(part, first, reverse) for part, first in zip(carries, carry, strict=True))
         slopes, others = cell.slopes(kept, before, carries)
-        dy, dlast, _ = _parts(dy, is_masked(given))
+        dy, dlast, _ = parts_of(dy, is_masked(given))
         dlast = tuple(jnp.zeros_like(part) for part in carry) if dlast is None else _unpack(dlast)
 
         def step(scanned, now):
@@ -257,7 +102,7 @@ def _sequence(cell: _Cell, units: int, weights, recurrent, bias, reverse: bool, 
     return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
 
-def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
+def _single(cell: Cell, units: int, weights, recurrent, bias) -> Layer:
     name = f"{cell.name}_cell"
     require_counts(name, units=units)
     require_initializers(name, "bias", weights=weights, recurrent=recurrent, bias=bias)
@@ -265,7 +110,7 @@ def _single(cell: _Cell, units: int, weights, recurrent, bias) -> Layer:
 
     def forward(params, given):
         if not isinstance(given, tuple) or len(given) != 2:
-            raise LayerError(f"expected (x, carry), the carry None for zeros, got {_described(given)}")
+            raise LayerError(f"expected (x, carry), the carry None for zeros, got {kinds(given)}")
         x, before, _ = _inputs(cell, params, given, "(B, I)")
         z = _biased(params, product(x, params["input"]["w"]))
         after, kept = cell.step(params["recurrent"], z, before)
@@ -326,39 +171,39 @@ def _weight_gradients(cell, params, x, kept, h, dz):
     return dparams, product(dz_x, params["input"]["w"].T)
 
 
-def _inputs(cell: _Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
+def _inputs(cell: Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:
     """``x``, the carry as a tuple and the mask (None without one), all checked."""
     if isinstance(given, tuple) and not 1 < len(given) < 4:
-        raise LayerError(f"expected x, (x, mask), (x, carry) or (x, carry, mask), got {_described(given)}")
-    x, carry, mask = _parts(given, is_masked(given))
+        raise LayerError(f"expected x, (x, mask), (x, carry) or (x, carry, mask), got {kinds(given)}")
+    x, carry, mask = parts_of(given, is_masked(given))
     _require_parameters(cell, params)
     w, units = params["input"]["w"], params["recurrent"]["w"].shape[0]
     if not hasattr(x, "shape") or x.ndim != shape.count(",") + 1 or x.shape[-1] != w.shape[0]:
-        raise LayerError(f"expected x {shape} with I = {w.shape[0]} features, got {_described(x)}")
+        raise LayerError(f"expected x {shape} with I = {w.shape[0]} features, got {kinds(x)}")
     if x.ndim == 3 and not x.shape[1]:
         raise LayerError(f"expected at least one step, got x of shape {x.shape}")
     if x.dtype != w.dtype:
         raise LayerError(f"expected {w.dtype} features like its parameters, got {x.dtype}: convert the inputs")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != jnp.bool_):
-        raise LayerError(f"expected a boolean mask (B, T) = {x.shape[:2]}, got {_described(mask)}")
+        raise LayerError(f"expected a boolean mask (B, T) = {x.shape[:2]}, got {kinds(mask)}")
     if carry is None:
         return x, (jnp.zeros((x.shape[0], units), x.dtype),) * cell.parts, mask
     form = "LSTMCarry(h, c), each" if cell.parts == 2 else "an array h"
     expected = f"a carry, {form} {x.dtype}{[x.shape[0], units]}, or None for zeros"
     if isinstance(carry, LSTMCarry) != (cell.parts == 2) or (cell.parts == 1 and isinstance(carry, tuple)):
-        raise LayerError(f"expected {expected}; got {_described(carry)}")
+        raise LayerError(f"expected {expected}; got {kinds(carry)}")
     for part in _unpack(carry):
         if getattr(part, "shape", None) != (x.shape[0], units) or part.dtype != x.dtype:
-            raise LayerError(f"expected {expected}; got {_described(carry)}")
+            raise LayerError(f"expected {expected}; got {kinds(carry)}")
     return x, _unpack(carry), mask
 
 
-def _require_parameters(cell: _Cell, params) -> None:
+def _require_parameters(cell: Cell, params) -> None:
     """Raise `LayerError` unless ``params`` has the tree and the shapes that ``init`` returns."""
     try:
         shapes = params["input"]["w"].shape, params["recurrent"]["w"].shape
     except (KeyError, TypeError, IndexError):
-        found = sorted(params) if isinstance(params, dict) else _described(params)
+        found = sorted(params) if isinstance(params, dict) else kinds(params)
         raise LayerError(
             f"expected params with input/w and recurrent/w, got {found}: pass what init returned"
         ) from None
@@ -370,7 +215,7 @@ def _require_parameters(cell: _Cell, params) -> None:
     if not fits or found != biases or inner != ({"b": (units,)} if cell.bias is not None else {}):
         raise LayerError(
             f"expected params of {cell.gates} gates, input/w (I, {cell.gates} H), recurrent/w (H, {cell.gates} H) "
-            f"and the biases that init draws, got {_described(params)}: pass what init returned"
+            f"and the biases that init draws, got {kinds(params)}: pass what init returned"
         )
 
 
@@ -390,7 +235,7 @@ def _shift(after, first, reverse):
     return jnp.concatenate([after[1:], first[None]] if reverse else [first[None], after[:-1]])
 
 
-def _parts(given, masked: bool) -> tuple[Any, Any, Any]:
+def parts_of(given, masked: bool) -> tuple[Any, Any, Any]:
     """``x, carry, mask`` of any form of the inputs, or of the outputs or their gradients; None for what is not there.
 
     ``masked`` says of a pair that its second is the mask, and not the carry.
@@ -425,7 +270,8 @@ def _unpack(carry):
     return tuple(carry) if isinstance(carry, LSTMCarry) else (carry,)
 
 
-def _described(tree):
+def kinds(tree):
+    """Dtypes and shapes in the place of arrays, as messages show them."""
     return jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else a, tree)
 
 
@@ -463,7 +309,7 @@ def rnn(
     >>> layer.forward(params, state, jnp.ones((32, 10, 4)))[0].shape
     (32, 10, 3)
     """
-    return _sequence(_rnn(activation), units, weights, recurrent, bias, reverse, truncate, unroll)
+    return _sequence(rnn_step(activation), units, weights, recurrent, bias, reverse, truncate, unroll)
 
 
 def gru(
@@ -492,7 +338,7 @@ def gru(
     >>> params["recurrent"]["w"].shape, params["recurrent"]["b"].shape
     ((3, 9), (3,))
     """
-    cell = _gru_after(bias) if reset_after else _gru_before()
+    cell = gru_step_after(bias) if reset_after else gru_step_before()
     return _sequence(cell, units, weights, recurrent, bias, reverse, truncate, unroll)
 
 
@@ -540,17 +386,17 @@ def lstm(
     >>> y.shape, carry.c.shape, bool((y[:, -1] == carry.h).all())
     ((32, 10, 3), (32, 3), True)
     """
-    return _sequence(_lstm(), units, weights, recurrent, bias, reverse, truncate, unroll)
+    return _sequence(lstm_step(), units, weights, recurrent, bias, reverse, truncate, unroll)
 
 
 def rnn_cell(units: int, activation: Layer = tanh(), *, weights=glorot_uniform(), recurrent=orthogonal(), bias=zeros()):
     """One step of `rnn` with its parameters: ``(x (B, I), carry) -> (y (B, H), carry)``."""
-    return _single(_rnn(activation), units, weights, recurrent, bias)
+    return _single(rnn_step(activation), units, weights, recurrent, bias)
 
 
 def gru_cell(units: int, *, reset_after=True, weights=glorot_uniform(), recurrent=orthogonal(), bias=zeros()) -> Layer:
     """One step of `gru` with its parameters: ``(x (B, I), carry) -> (y (B, H), carry)``."""
-    return _single(_gru_after(bias) if reset_after else _gru_before(), units, weights, recurrent, bias)
+    return _single(gru_step_after(bias) if reset_after else gru_step_before(), units, weights, recurrent, bias)
 
 
 def lstm_cell(units: int, *, weights=glorot_uniform(), recurrent=orthogonal(), bias=forget_bias()) -> Layer:
@@ -562,159 +408,10 @@ def lstm_cell(units: int, *, weights=glorot_uniform(), recurrent=orthogonal(), b
     >>> y.shape
     (32, 3)
     """
-    return _single(_lstm(), units, weights, recurrent, bias)
+    return _single(lstm_step(), units, weights, recurrent, bias)
 
 
 def zero_carry(layer: Layer, params, state, x) -> PyTree:
     """The carry of zeros for a batch like ``x`` (arrays or shapes), of any layer ``(x, carry) -> (y, carry)``."""
     _, carry = jax.eval_shape(lambda p, s, x: layer.forward(p, s, (x, None))[0], params, state, x)
     return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), carry)
-
-
-def bidirectional(layer: Layer, merge: str = "concatenate") -> Layer:
-    """A sequence layer twice, once over the sequence and once over its mirror image, each with its own parameters.
-
-    ``merge`` is ``"concatenate"`` (``y (B, T, 2 H)``, as PyTorch) or ``"sum"``. ``layer`` runs from left to right;
-    children are ``forward`` and ``backward``; carries are the pair of theirs. With a mask the mirrored sequence begins
-    with its padding, where the carry is held, so that a ragged row is read from its own end.
-    Raises ValueError for another ``merge``. Source: Schuster and Paliwal, 1997.
-
-    >>> layer = bidirectional(gru(3))
-    >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((32, 10, 4), "float32"))
-    >>> layer.forward(params, state, jnp.ones((32, 10, 4)))[0].shape
-    (32, 10, 6)
-    """
-    if merge not in ("concatenate", "sum"):
-        raise ValueError(f"bidirectional: merge = {merge!r}; expected 'concatenate' or 'sum'")
-    require_layer("bidirectional: layer", layer)
-    names = ("forward", "backward")
-    children = [(name, layer) for name in names]
-
-    def init(key, x):
-        made = {}
-        for name in names:
-            made[name] = init_child(name, layer, key, x[0] if isinstance(x, tuple) else x)
-        return {name: made[name][0] for name in names}, {name: made[name][1] for name in names}
-
-    def forward(params, state, given, *, key=None, train=False):
-        require_children("params", params, children)
-        require_children("state", state, children)
-        x, carries, mask, form = _several(given, names)
-        ys, last, new_state, residuals = [], [], {}, {}
-        for name, carry in zip(names, carries, strict=True):
-            child_x = (_mirrored(name, x), carry, _mirrored(name, mask))
-            (y, carry, _), new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], child_x, key=key, train=train
-            )
-            ys.append(_mirrored(name, y))
-            last.append(carry)
-        y = ys[0] + ys[1] if merge == "sum" else jnp.concatenate(ys, -1)
-        return _outputs(form, y, last, mask), new_state, (form, residuals)
-
-    def backward(params, residuals, dy):
-        # each direction has its part of dy, or all of it if they were added; their gradients by x add
-        form, residuals = residuals
-        dy, dlast = _gradients(form, dy, names)
-        dys = (dy, dy) if merge == "sum" else jnp.split(dy, 2, -1)
-        dparams, dxs, dcarries = {}, [], []
-        for name, dy, dcarry in zip(names, dys, dlast, strict=True):
-            given = (_mirrored(name, dy), dcarry, None)
-            dparams[name], (dx, dcarry, _) = backward_child(name, layer, params[name], residuals[name], given)
-            dxs.append(_mirrored(name, dx))
-            dcarries.append(dcarry)
-        return dparams, _inputs_gradient(form, dxs[0] + dxs[1], dcarries)
-
-    return Layer("bidirectional", init, forward, backward, tuple(children))
-
-
-def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
-    """Recurrent layers one upon another: ``x -> y``, ``(x, carries) -> (y, carries)``, and with masks as one layer.
-
-    ``carries`` is the tuple of the layers' own (each may be None for zeros); all see the same mask. Over plain arrays
-    it is `serial`, with whose names and keys it agrees. Of cells it is a cell: one step of the whole stack.
-
-    >>> layer, x = stacked(lstm(3), gru(5)), jnp.ones((32, 10, 4))
-    >>> params, state = layer.init(jax.random.key(0), x)
-    >>> y, (first, second) = layer.forward(params, state, (x, None))[0]
-    >>> y.shape, first.h.shape, second.shape
-    ((32, 10, 5), (32, 3), (32, 5))
-    """
-    children = named_children("stacked", layers)
-    names = [name for name, _ in children]
-
-    def init(key, x):
-        x = x[0] if isinstance(x, tuple) else x
-        params, state = {}, {}
-        for name, layer in children:
-            params[name], state[name] = init_child(name, layer, key, x)
-            with inside(name):
-                x, _ = output_shape(layer, params[name], state[name], (x, None))
-        return params, state
-
-    def forward(params, state, given, *, key=None, train=False):
-        require_children("params", params, children)
-        require_children("state", state, children)
-        x, carries, mask, form = _several(given, names)
-        last, new_state, residuals = [], {}, {}
-        for (name, layer), carry in zip(children, carries, strict=True):
-            child_x = (x, carry) if mask is None else (x, carry, mask)
-            (x, carry, *_), new_state[name], residuals[name] = forward_child(
-                name, layer, params[name], state[name], child_x, key=key, train=train
-            )
-            last.append(carry)
-        return _outputs(form, x, last, mask), new_state, (form, residuals)
-
-    def backward(params, residuals, dy):
-        form, residuals = residuals
-        dy, dlast = _gradients(form, dy, names)
-        dparams, dcarries = {}, []
-        for (name, layer), dcarry in zip(reversed(children), reversed(dlast), strict=True):
-            given = (dy, dcarry)
-            dparams[name], (dy, dcarry, *_) = backward_child(name, layer, params[name], residuals[name], given)
-            dcarries.append(dcarry)
-        return dparams, _inputs_gradient(form, dy, dcarries[::-1])
-
-    return Layer("stacked", init, forward, backward, tuple(children))
-
-
-def _mirrored(name, a):
-    """``a (B, T, ...)`` from its last step to its first, for the child ``backward``."""
-    return a if name == "forward" or a is None else jnp.flip(a, 1)
-
-
-def _several(given, names):
-    """``x``, a carry for each name, the mask, and the form: by name what of ``given`` there was, without arrays."""
-    if isinstance(given, tuple) and not 1 < len(given) < 4:
-        raise LayerError(f"expected x, (x, mask), (x, carries) or (x, carries, mask), got {_described(given)}")
-    x, carries, mask = _parts(given, is_masked(given))
-    form = None
-    if is_masked(given):
-        form = {"mask": ()}
-    elif isinstance(given, tuple):
-        form = {"carries": None if carries is None else (), **({"mask": ()} if len(given) == 3 else {})}
-    if carries is not None and (not isinstance(carries, tuple) or len(carries) != len(names)):
-        raise LayerError(f"expected a carry for each of {list(names)} or None for zeros, got {_described(carries)}")
-    return x, (None,) * len(names) if carries is None else carries, mask, form
-
-
-def _outputs(form, y, carries, mask):
-    """The outputs for inputs of this form."""
-    if form is None:
-        return y
-    return (y, *([tuple(carries)] if "carries" in form else []), *([mask] if "mask" in form else []))
-
-
-def _gradients(form, dy, names):
-    """The gradient by ``y``, and one by the carry of each name, of the gradients by outputs of this form."""
-    if form is None:
-        return dy, (None,) * len(names)
-    dlast = dy[1] if "carries" in form else None
-    return dy[0], (None,) * len(names) if dlast is None else dlast
-
-
-def _inputs_gradient(form, dx, dcarries):
-    """The gradient by inputs of this form."""
-    if form is None:
-        return dx
-    carries = [] if "carries" not in form else [None if form["carries"] is None else tuple(dcarries)]
-    return (dx, *carries, *([None] if "mask" in form else []))

@@ -1,14 +1,52 @@
-"""A layer in another guise: the wrapped layer keeps its name, and its parameters and state keep their paths."""
+"""The layer of three plain functions; and layers in another guise, which keep their name and their paths."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fnet.types import Layer, PyTree, cast_like, is_floating_dtype, join, require_layer, split_floating, wide
+from fnet.core.checks import described, require_array, require_layer, takes
+from fnet.core.numerics import is_floating_dtype, wide
+from fnet.core.trees import cast_like, join, split_floating
+from fnet.types import Layer, LayerError, PyTree
+
+
+def stateless(name: str, init, forward, backward, *, several: bool = False) -> Layer:
+    """The layer of ``init(key, x) -> params``, ``forward(params, x) -> y, residuals`` and ``backward``; no state.
+
+    ``x`` is one array, or with ``several`` whatever the functions take. Raises TypeError for a function that does not
+    take these arguments.
+    """
+    for what, function, expected in (
+        ("init", init, "(key, x)"),
+        ("forward", forward, "(params, x)"),
+        ("backward", backward, "(params, residuals, dy)"),
+    ):
+        if not callable(function):
+            raise TypeError(f"stateless: {name}'s {what} is {described(function)}; expected a function of {expected}")
+        if not takes(function, *expected.split(",")):
+            raise TypeError(f"stateless: {name}'s {what} takes {inspect.signature(function)}; expected {expected}")
+
+    def full_init(key, x):
+        if not several:
+            require_array(x)
+        return init(key, x), ()
+
+    def full_forward(params, state, x, *, key=None, train=False):
+        if not several:
+            require_array(x)
+        made = forward(params, x)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise LayerError(
+                f"forward returned {described(made)}; expected (y, residuals), with () for residuals that there are not"
+            )
+        return made[0], state, made[1]
+
+    return Layer(name, full_init, full_forward, backward)
 
 
 def with_hand_backward(layer: Layer) -> Layer:

@@ -22,7 +22,10 @@ a ``mask`` without a ``weight_decay``; a parameter that is not a float raises Ty
 do not fit the parameters ValueError in ``update``, by path. ``update`` takes ``value``, the loss, which only
 `reduce_on_plateau` uses; `told` hands the results of an evaluation to it.
 
-An optimizer of one's own is one screen: see `fnet.optimizers.common.elementwise`.
+An optimizer of one's own is one screen: see `fnet.optimizers.common.elementwise`. `schedules` of a rate, `transforms`
+of gradients and `compose` (chains, groups, averages) go with any of them.
+
+Imports types, core and layers; nothing of data, losses or runs.
 """
 
 from fnet.optimizers.adam import (
@@ -39,25 +42,15 @@ from fnet.optimizers.adam import (
     radam,
 )
 from fnet.optimizers.adaptive import AdadeltaState, AdagradState, RmspropState, adadelta, adagrad, rmsprop
-from fnet.optimizers.common import elementwise, set_hyper
-from fnet.optimizers.compose import (
-    averaged,
-    averages,
-    chain,
-    describe,
-    dynamic_loss_scale,
-    frozen,
-    groups,
-    lookahead,
-    master_weights,
-    nonfinite,
-    reduce_on_plateau,
-    skip_nonfinite,
-    told,
-)
+from fnet.optimizers.averaging import averaged, averages, lookahead
+from fnet.optimizers.common import elementwise
+from fnet.optimizers.compose import chain, describe, frozen, groups
 from fnet.optimizers.descent import LionState, MomentumState, SgdState, lion, momentum, sgd
+from fnet.optimizers.guards import dynamic_loss_scale, master_weights, nonfinite, skip_nonfinite
+from fnet.optimizers.hyper import set_hyper
 from fnet.optimizers.lbfgs import Minimum, minimize_lbfgs
 from fnet.optimizers.matrices import AdafactorState, LambState, MuonState, adafactor, lamb, muon, orthogonalize
+from fnet.optimizers.plateau import reduce_on_plateau, told
 from fnet.types import Optimizer, Transform
 
 __all__ = [

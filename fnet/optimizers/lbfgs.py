@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from fnet.core.checks import described, require_counts
 from fnet.optimizers.common import check_floats
 from fnet.optimizers.schedules import check_numbers
-from fnet.types import PyTree, described, require_counts
+from fnet.types import PyTree
 
 
 class Minimum(NamedTuple):

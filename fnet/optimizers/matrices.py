@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from fnet.core.checks import require_counts, require_state
+from fnet.core.numerics import wide
+from fnet.core.trees import named_leaves, on_each_copy, stacked_axes
 from fnet.layers.dense import product
 from fnet.optimizers.common import (
     about,
@@ -30,17 +33,7 @@ from fnet.optimizers.common import (
 )
 from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask, check_mask, decaying
-from fnet.types import (
-    Optimizer,
-    PyTree,
-    Schedule,
-    named_leaves,
-    on_each_copy,
-    require_counts,
-    require_state,
-    stacked_axes,
-    wide,
-)
+from fnet.types import Optimizer, PyTree, Schedule
 
 
 class LambHyper(NamedTuple):
@@ -77,7 +70,7 @@ def lamb(
 
         u = m̂ / (√v̂ + eps) + λ p            p −= rate · ‖p‖ / ‖u‖ · u
 
-    The norms are over the leaf, of stacked layers over each copy's (`fnet.types.Copies`); where one of them is 0 their
+    The norms are over the leaf, of stacked layers over each copy's (`fnet.layers.Copies`); where one of them is 0 their
     ratio is 1. λ is ``weight_decay`` at the leaves of the ``mask`` (as in `adamw`), inside the step that is scaled. The
     paper's φ(‖p‖) is ‖p‖, as in optax. Source: You et al., arXiv:1904.00962.
     """
@@ -153,7 +146,7 @@ def adafactor(
         v = r cᵀ / mean(r)                  u = g / √v        u = u / max(1, RMS(u) / clip)
         α = min(rate, 1/√t) · max(least_scale, RMS(p))                                      p −= α u
 
-    The matrices are a leaf's last two axes, of stacked layers each copy's (`fnet.types.Copies`), over which the RMS is
+    The matrices are a leaf's last two axes, of stacked layers each copy's (`fnet.layers.Copies`), over which the RMS is
     taken too; leaves with fewer axes keep all of v. ``relative=False`` takes the rate as it
     is, ``scaled=False`` leaves out the factor ``max(least_scale, RMS(p))``. ``weight_decay`` and ``mask`` as in `sgd`,
     the rate there being the learning rate before α. No first moment, as in the paper's main form. torch has the same
@@ -286,7 +279,7 @@ def muon(
             if len(jnp.shape(leaf)) - copies != 2:
                 raise TypeError(
                     f"muon: parameter {path or '()'} has shape {jnp.shape(leaf)[copies:]}; expected a matrix. Give "
-                    "other leaves to another optimizer by groups; stacks of matrices belong in a fnet.types.Copies"
+                    "other leaves to another optimizer by groups; stacks of matrices belong in a fnet.layers.Copies"
                 )
 
     def rule(p, g, v, rate, decay, eps):

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.types import wide
+from fnet.core.numerics import wide
 
 NARROW = (jnp.bfloat16, jnp.float16)
 

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from fnet.core.numerics import wide
+from fnet.core.trees import on_each_copy, stacked_axes
 from fnet.optimizers.common import as_arrays, count_on, global_norm
 from fnet.optimizers.schedules import check_numbers
 from fnet.optimizers.which import Mask, check_mask_kind, decaying
-from fnet.types import PyTree, Transform, on_each_copy, stacked_axes, wide
+from fnet.types import PyTree, Transform
 
 
 class TransformState(NamedTuple):

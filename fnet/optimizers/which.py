@@ -6,7 +6,7 @@ A mask is
 - path patterns such as ``"*/w"`` or ``("embedding/*", "*/w")``, in which ``*`` stands for anything, ``/`` too;
 - a tree of True and False like the parameters, or one whose leaves stand for whole branches of theirs (as optax'
   masks);
-- a function ``(path, leaf) -> bool``. Of stacked parameters (`fnet.types.Copies`) it is given the shape of one copy.
+- a function ``(path, leaf) -> bool``. Of stacked parameters (`fnet.layers.Copies`) it is given the shape of one copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.types import PyTree, named_leaves, stacked_axes, takes, without_copies
+from fnet.core.checks import takes
+from fnet.core.trees import named_leaves, stacked_axes, without_copies
+from fnet.types import PyTree
 
 Mask = str | Sequence[str] | Callable[[str, Any], bool] | PyTree | None
 

@@ -1,6 +1,9 @@
 """Reports for people: tables (rich), pictures (matplotlib) and pages (HTML), on the host.
 
-Libraries are imported where they are used.
+- `run`, `folder`: the page of a run, or of several, from their folders; `audit`: that of a gradient audit
+- `plots`: pictures; `tables`, `model`: tables; `population`: of many runs; `html`: what pages are made of
+
+Imports any room; libraries are imported where they are used.
 """
 
 from fnet.report.folder import save_audit, save_evaluation

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fnet.report.run import write_comparison, write_report
-from fnet.runs.folder import RunError
+from fnet.runs.run import RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

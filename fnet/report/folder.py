@@ -20,11 +20,11 @@ import numpy as np
 
 from fnet.core.files import whole_file
 from fnet.data.arrays import as_batch
-from fnet.report.audit import shorten
-from fnet.report.html import _number
-from fnet.report.plots import Series, natural
+from fnet.report.audit_words import shorten
+from fnet.report.html import as_number
+from fnet.report.panels import Series, natural
 from fnet.runs.checkpoint import saved_steps
-from fnet.runs.folder import RunError
+from fnet.runs.run import RunError
 
 if TYPE_CHECKING:
     from fnet.gradcheck.report import Report
@@ -189,7 +189,7 @@ def read_run(folder: str | Path) -> Reading:
     if odd:
         what = "left out, as no number or not of the shape of the metric's others"
         notes.append(f"metrics.jsonl: {what}: {_some(list(dict.fromkeys(odd)))}.")
-    lengths = (row["step"] / number for row in epochs if 0 < (number := _number(row.get("epoch"))) < math.inf)
+    lengths = (row["step"] / number for row in epochs if 0 < (number := as_number(row.get("epoch"))) < math.inf)
     evaluation = {}
     if (folder / "evaluation.npz").is_file():
         try:

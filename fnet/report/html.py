@@ -38,7 +38,7 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
         f"<title>{escape(title)}</title><style>{PAGE_STYLE}{STYLE}</style></head>\n"
         f'<body class="fnet-run"><header><h1>{escape(title)}</h1>{head}</header>\n'
         f'<nav aria-label="sections"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n'
-        f"<footer><p>Written {escape(_time(time.time()))} by fnet.</p></footer></body></html>\n"
+        f"<footer><p>Written {escape(date_time(time.time()))} by fnet.</p></footer></body></html>\n"
     )
     try:
         with whole_file(path) as part:
@@ -86,20 +86,22 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     shown = {}
     for name, value in values.items():
         nested = isinstance(value, dict) and value
-        shown |= flat(value, f"{prefix}{name}/") if nested else {f"{prefix}{name}": _value(value)}
+        shown |= flat(value, f"{prefix}{name}/") if nested else {f"{prefix}{name}": as_words(value)}
     return shown
 
 
-def _value(value: Any) -> str:
+def as_words(value: Any) -> str:
+    """A setting as text; a dash for none."""
     return (value or "—") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is one that a float holds, as an integer of 400 digits is not."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e308)
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
+    """A number of a file as a float, NaN for what is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -108,15 +110,18 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _scientific(value: Any) -> str:
-    return f"{_number(value):.1e}"
+def scientific(value: Any) -> str:
+    """One digit behind the point, and the power of ten."""
+    return f"{as_number(value):.1e}"
 
 
-def _share(part, whole) -> str:
+def share_of(part, whole) -> str:
+    """A part of the whole, nothing of nothing."""
     return f"{part / whole:.2f}" if whole else ""
 
 
-def _time(seconds: float) -> str:
+def date_time(seconds: float) -> str:
+    """Seconds since 1970 as date and time of UTC."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 

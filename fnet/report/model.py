@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 
 from fnet.core.interpret import STRUCTURE, is_float, walk
+from fnet.core.trees import split_floating
 from fnet.gradcheck.report import columns
 from fnet.layers.children import Call, forward_of, init_of, watch
-from fnet.types import Layer, PyTree, split_floating
+from fnet.types import Layer, PyTree
 
 MOVES = frozenset(  # primitives that move, name or generate numbers and operate on none
     """broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice concatenate stack pad rev

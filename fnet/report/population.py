@@ -10,14 +10,14 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from fnet.core.extras import need
+from fnet.core.numerics import is_key
+from fnet.core.trees import named_leaves
 from fnet.report.plots import new_figure, save_figure
 from fnet.training.population import Population, Ranking, band, per_member
-from fnet.types import named_leaves
 
 
 def ranking_table(title: str, ranking: Ranking, most: int = 20):
@@ -61,7 +61,7 @@ def to_csv(population: Population, path: str | Path) -> None:
         ("member", np.arange(len(words))),
         *population.hyper.items(),
         ("key", [word.tobytes().hex() for word in words]),
-        *((name, np.asarray(leaf)) for name, leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)),
+        *((name, np.asarray(leaf)) for name, leaf in leaves if not is_key(leaf)),
     ]
     names = [name for name, _ in columns]
     for name in names:

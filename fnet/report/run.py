@@ -12,36 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnet.report.audit import Html, code, pill
+from fnet.report.charts import line_chart, png, swatch
 from fnet.report.folder import Reading, best, direction, read_run, scalars
 from fnet.report.html import (
     STYLE,
-    _is_number,
-    _number,
-    _scientific,
-    _share,
-    _time,
-    _value,
+    as_number,
+    as_words,
+    date_time,
     flat,
     grid,
+    is_number,
     named,
     pairs,
+    scientific,
     scrolled,
+    share_of,
     write_page,
 )
-from fnet.report.plots import (
-    COLOURS,
-    DASHES,
-    ROUNDS,
-    Line,
-    Panel,
-    Series,
-    line_chart,
-    panels_of,
-    png,
-    series_of,
-    swatch,
-    whole,
-)
+from fnet.report.panels import COLOURS, DASHES, ROUNDS, Line, Panel, Series, panels_of, series_of, whole
 
 if TYPE_CHECKING:
     from fnet.runs.history import History
@@ -85,7 +73,7 @@ def status(run: Reading) -> str:
     """How far the run is, and what could not be read."""
     last, ended = run.last, run.summary.get("steps")
     ended = ended if isinstance(ended, int) else last
-    reached = "before the first row of metrics" if last is None else f"step {last:,}, written {_time(run.written)}"
+    reached = "before the first row of metrics" if last is None else f"step {last:,}, written {date_time(run.written)}"
     if not run.summary:
         words = f"Has not ended (no summary.json): still going, stopped or killed. Last seen at {reached}."
     elif ended is None:
@@ -147,7 +135,7 @@ def confusion_table(counts: np.ndarray, names: Sequence[str]) -> str:
         wrong = np.where(np.eye(rows, dtype=bool), 0, counts)
         order = np.argsort(-wrong, axis=None, kind="stable")[: min(CLASSES, np.count_nonzero(wrong))]
         places = zip(*np.unravel_index(order, counts.shape), strict=True)
-        listed = [(names[i], names[j], f"{counts[i, j]:.6g}", _share(counts[i, j], of_class[i])) for i, j in places]
+        listed = [(names[i], names[j], f"{counts[i, j]:.6g}", share_of(counts[i, j], of_class[i])) for i, j in places]
         head = ("true", "predicted", "count", "share of the true class")
         return f"{share}<p>The most frequent confusions of {rows} classes:</p>{grid(head, listed)}"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
@@ -157,10 +145,10 @@ def confusion_table(counts: np.ndarray, names: Sequence[str]) -> str:
         for j, count in enumerate(counts[i]):
             part = min(max(float(count / (of_class[i] or 1)), 0.0), 1.0)
             shade = f' class="{"hit" if i == j else "miss"}" style="--share:{part if i == j else math.sqrt(part):.3f}"'
-            title = escape(f"{name} taken for {names[j]}: {_share(count, of_class[i])}", quote=True)
+            title = escape(f"{name} taken for {names[j]}: {share_of(count, of_class[i])}", quote=True)
             cells += f'<td{shade} title="{title}">{count:.4g}</td>' if count else "<td></td>"
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}<td>{_share(counts[i, i], of_class[i])}</td></tr>'
-    precision = "".join(f"<td>{_share(counts[i, i], predicted[i])}</td>" for i in range(rows))
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}<td>{share_of(counts[i, i], of_class[i])}</td></tr>'
+    precision = "".join(f"<td>{share_of(counts[i, i], predicted[i])}</td>" for i in range(rows))
     return (
         f'{share}<p class="note">Rows are the true classes, columns the predicted ones. Shade: the share of the true '
         f"class, off the diagonal its square root.</p>{scrolled('confusion matrix')}<table class=confusion>"
@@ -204,9 +192,9 @@ def audit_section(audit: Mapping[str, Any]) -> str:
         (
             named(str(leaf.get("path"))),
             pill(str(leaf.get("verdict")), str(leaf.get("verdict"))),
-            _scientific(leaf.get("relative")),
-            _scientific(leaf.get("power")),
-            "" if leaf.get("order") is None else f"{_number(leaf['order']):.1f}",
+            scientific(leaf.get("relative")),
+            scientific(leaf.get("power")),
+            "" if leaf.get("order") is None else f"{as_number(leaf['order']):.1f}",
             str(leaf.get("cause") or ""),
         )
         for leaf in leaves
@@ -231,15 +219,15 @@ def described(summary: Mapping[str, Any]) -> dict[str, str]:
     for name, value in summary.items():
         if name == "ended":  # `status` says that
             continue
-        ending, word, written = "", "", _value
-        if _is_number(value):
+        ending, word, written = "", "", as_words
+        if is_number(value):
             ending = next(ending for ending in UNITS if name.endswith(ending))
             word, written = UNITS[ending]
         label = name.removesuffix("_of_this_call").removesuffix(ending).replace("_", " ") + word
         if value is not None:
             shown[label + " of the last call" * (name in OF_LAST_CALL)] = written(value)
     seconds, examples = summary.get("run_seconds"), summary.get("examples")
-    if _is_number(seconds) and _is_number(examples) and seconds > 0 and examples:
+    if is_number(seconds) and is_number(examples) and seconds > 0 and examples:
         rate = f"{examples / seconds:,.{0 if examples > 100 * seconds else 2}f}"
         shown["examples per second of the last call"] = rate
     return shown

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fnet.core.extras import need
-from fnet.types import PyTree, Schedule, named_leaves
+from fnet.core.trees import named_leaves
+from fnet.types import PyTree, Schedule
 
 
 def difference_table(title: str, pairs: Mapping[str, tuple[PyTree, PyTree]], order: Sequence[str]):

@@ -12,24 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.checks import is_whole, require_counts
 from fnet.core.programs import Line, digest, program_lines
+from fnet.core.trees import named_leaves
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
-from fnet.data.streams import (
-    Examples,
-    Stream,
-    as_source,
-    count_rows,
-    first_batch,
-    is_read_ahead,
-    take_rows,
-    with_length,
-)
-from fnet.optimizers.compose import told
+from fnet.data.sources import Examples, Stream, as_source, count_rows, is_read_ahead, with_length
+from fnet.data.streams import first_batch, take_rows
+from fnet.optimizers.plateau import told
 from fnet.runs.checkpoint import words_of
-from fnet.runs.folder import Run, RunError, check_options, numbers_of, shortest
-from fnet.training.steps import Step, epoch_order, evaluated, is_several, named_metrics, sets_of, steps_per_epoch
+from fnet.runs.run import Run, RunError, check_options
+from fnet.runs.settings import numbers_of, shortest
+from fnet.training.epochs import epoch_order, steps_per_epoch
+from fnet.training.evaluation import evaluated, is_several, named_metrics, sets_of
+from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, stopped
-from fnet.types import Batch, LayerError, Mean, PyTree, TrainState, is_whole, named_leaves, require_counts
+from fnet.types import Batch, LayerError, Mean, PyTree, TrainState
 
 CHUNK_STEPS = 8192  # the most that a chunk has, unless the metrics of so many steps take more than METRIC_BYTES
 METRIC_BYTES = 16_000_000

@@ -28,7 +28,9 @@ import numpy as np
 
 from fnet.core.extras import need
 from fnet.core.files import first_line
-from fnet.types import PyTree, by_path
+from fnet.core.numerics import is_key
+from fnet.core.trees import by_path
+from fnet.types import PyTree
 
 FORMAT = 2
 _NAME = re.compile(r"step_(\d+)")
@@ -222,19 +224,15 @@ def _named(tree: PyTree) -> dict[str, jax.Array]:
         raise CheckpointError(str(error)) from None
 
 
-def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def words_of(leaf: jax.Array) -> jax.Array:
     """The array that is kept: a key's words, or the leaf itself."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _as_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
     """The array as ``like`` is: a key, and on its devices."""
     leaf = jnp.array(array)
-    leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+    leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if is_key(like) else leaf
     return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
 
 

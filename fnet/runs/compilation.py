@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 
 from fnet.core.programs import Line, difference, digest, program_lines
+from fnet.core.trees import named_leaves
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer
-from fnet.types import PyTree, TrainState, named_leaves
+from fnet.types import PyTree, TrainState
 
 TRACED_UNDER = (
     "jax_enable_x64",

@@ -25,7 +25,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fnet.core.files import whole_file
 from fnet.core.jax_insides import refuse_fork, transfers_meant
 from fnet.data.arrays import check_data, count_examples
-from fnet.data.streams import Stream, is_read_ahead, take_rows, without_position
+from fnet.data.sources import Stream, is_read_ahead
+from fnet.data.streams import take_rows, without_position
 from fnet.runs.arguments import (
     Plan,
     check_kinds,
@@ -40,12 +41,14 @@ from fnet.runs.arguments import (
 )
 from fnet.runs.checkpoint import CheckpointError
 from fnet.runs.compilation import circumstances, compiled
-from fnet.runs.folder import Run, RunError, open_run
+from fnet.runs.folder import open_run
 from fnet.runs.history import Event, History, Recorder
 from fnet.runs.interrupts import Interrupted, Terminated, interruptions
 from fnet.runs.loop import Outputs, evaluating, in_memory, reading
 from fnet.runs.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
-from fnet.training.steps import Step, sets_of
+from fnet.runs.run import Run, RunError
+from fnet.training.evaluation import sets_of
+from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
 from fnet.types import PyTree, TrainState
 

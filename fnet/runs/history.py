@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnet.training.steps import named_metrics
+from fnet.training.evaluation import named_metrics
 from fnet.training.stopping import Ending
 from fnet.types import Mean, PyTree, TrainState
 

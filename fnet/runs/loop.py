@@ -17,29 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.data.arrays import DataError, check_data, count_examples
-from fnet.data.streams import (
-    Examples,
-    Read,
-    Stream,
-    ahead,
-    is_read_ahead,
-    joined,
-    kind_of,
-    one_epoch,
-    read_rows,
-    read_stream,
-)
+from fnet.data.sources import Examples, Stream, is_read_ahead
+from fnet.data.streams import Read, ahead, joined, kind_of, one_epoch, read_rows, read_stream
 from fnet.runs.arguments import Plan, dry_run, order_at
-from fnet.training.steps import (
-    Step,
-    epoch_order,
-    evaluated,
-    named_metrics,
-    results_by_name,
-    rows_of,
-    sets_of,
-    steps_per_epoch,
-)
+from fnet.training.epochs import epoch_order, rows_of, steps_per_epoch
+from fnet.training.evaluation import evaluated, named_metrics, results_by_name, sets_of
+from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, decide, stopped
 from fnet.types import Batch, PyTree, TrainState
 

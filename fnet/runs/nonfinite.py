@@ -16,7 +16,8 @@ import numpy as np
 
 from fnet.core.interpret import evaluate
 from fnet.core.jax_insides import source_line
-from fnet.types import Mean, PyTree, TrainState, named_leaves
+from fnet.core.trees import named_leaves
+from fnet.types import Mean, PyTree, TrainState
 
 
 class NonFinite(NamedTuple):

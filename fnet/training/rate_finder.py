@@ -15,8 +15,9 @@ import numpy as np
 from fnet.core.jax_insides import transfers_meant
 from fnet.data.arrays import check_data, count_examples
 from fnet.gradients.engines import Gradient
-from fnet.optimizers.common import set_hyper
-from fnet.training.steps import epoch_order, make_step
+from fnet.optimizers.hyper import set_hyper
+from fnet.training.epochs import epoch_order
+from fnet.training.steps import make_step
 from fnet.types import Optimizer, PyTree, TrainState
 
 

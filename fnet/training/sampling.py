@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.core.checks import require, require_counts, require_key, require_layer
+from fnet.core.numerics import wide
 from fnet.layers.children import apply
-from fnet.types import Layer, PyTree, require, require_counts, require_key, require_layer, wide
+from fnet.types import Layer, PyTree
 
 
 def generate(

@@ -20,9 +20,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from fnet.optimizers.compose import told
+from fnet.core.numerics import infinite
+from fnet.optimizers.plateau import told
 from fnet.optimizers.schedules import check_numbers
-from fnet.types import Mean, TrainState, infinite
+from fnet.types import Mean, TrainState
 
 
 class Reducer(NamedTuple):

@@ -1,0 +1,108 @@
+"""The convolution and its two gradients: products of matrices over patches, or XLA's own operation.
+
+Legend: B batch, S spatial axes, C channels in, I channels in per group, G groups, O features out, K positions of the
+kernel, N = B · outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fnet.core.numerics import wide
+from fnet.layers.dense import product
+from fnet.layers.windows import Windows, channels_first, channels_last, fold, padded, patches
+
+Form = Literal["patches", "xla"] | None
+
+
+def chosen(form: Form) -> str:
+    """``form``, or the faster one on this platform."""
+    return form or ("patches" if jax.default_backend() == "cpu" else "xla")
+
+
+def as_matrices(w: jax.Array, groups: int) -> jax.Array:
+    """``w (*kernel, I, O)`` as a matrix for each group, ``(G, K I, O/G)``."""
+    return jnp.swapaxes(w.reshape(math.prod(w.shape[:-1]), groups, w.shape[-1] // groups), 0, 1)
+
+
+def gathered(x: jax.Array, windows: Windows, groups: int) -> jax.Array:
+    """The patches of ``x (B, *S, C)`` as a matrix for each group, ``(G, K I, N)``."""
+    dtype, x = x.dtype, padded(channels_first(x.astype(wide(x.dtype))), windows, 0)  # autodiff adds them up again
+    x = patches(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), windows).astype(dtype)
+    places = 1 + len(windows.kernel)
+    return x.reshape(groups, math.prod(x.shape[1:-places]), math.prod(x.shape[-places:]))
+
+
+def as_rows(dy: jax.Array, groups: int) -> jax.Array:
+    """``dy (B, *m, O)`` as ``(G, O/G, N)``."""
+    return channels_first(dy).reshape(groups, dy.shape[-1] // groups, math.prod(dy.shape[:-1]))
+
+
+def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix product of each group."""
+    return product(a, b) if a.shape[0] > 1 else product(a[0], b[0])[None]
+
+
+def convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
+    """``x (B, *n, C)``, ``w (*kernel, I, O)`` to ``y (B, *m, O)``."""
+    if form == "xla":
+        return xla(x, w, windows.stride, windows.low, windows.high, (), windows.dilation, feature_group_count=groups)
+    y = by_group(jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
+    return channels_last(y.reshape(w.shape[-1], *windows.outputs, x.shape[0]))
+
+
+def weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Array:
+    """``dw (*kernel, I, O)``: at k, ``Σ_o x at (o·stride + k·dilation)ᵀ dy at o``."""
+    shape = (*windows.kernel, x.shape[-1] // groups, dy.shape[-1])
+    if form == "xla":
+        # a convolution of x with dy for a kernel: outputs are the positions k, and stride and dilation change places;
+        # the batch is summed over as channels are, and the channels of x stand for a batch, in groups
+        x, dy = jnp.swapaxes(x, 0, -1), jnp.moveaxis(dy, 0, -2)
+        dw = xla(x, dy, windows.dilation, windows.low, windows.high, (), windows.stride, batch_group_count=groups)
+        return jnp.moveaxis(dw, 0, -2)
+    dy = as_rows(dy, groups)
+    dw = by_group(gathered(x, windows, groups), jnp.swapaxes(dy, 1, 2))
+    return jnp.swapaxes(dw, 0, 1).reshape(shape)
+
+
+def input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Array:
+    """``dx (B, *n, C)``: at j, the sum of ``dy at o · w_kᵀ`` over all o, k with ``o·stride + k·dilation = j``."""
+    channels = w.shape[-2] * groups
+    if form == "xla":
+        # a convolution of dy, its entries stride apart, with the kernel turned round, its features and channels swapped
+        low = [e - 1 - before for e, before in zip(windows.extent, windows.low, strict=True)]
+        high = [e - 1 - after for e, after in zip(windows.extent, windows.high, strict=True)]
+        turned = jnp.flip(w, range(w.ndim - 2)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
+        turned = jnp.moveaxis(turned, -1, -3).swapaxes(-1, -2)
+        turned = turned.reshape(*w.shape[:-2], w.shape[-1] // groups, channels)
+        return xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
+    dy_NO = as_rows(dy, groups)
+    matrices, dtype = as_matrices(w, groups), wide(w.dtype)  # what is added up stays in float32 at least until it is
+    if groups > 1:
+        d = jnp.matmul(matrices, dy_NO, preferred_element_type=dtype)
+    else:
+        d = jnp.matmul(matrices[0], dy_NO[0], preferred_element_type=dtype)[None]
+    d = jnp.moveaxis(d.reshape(groups, *w.shape[:-1], *dy.shape[1:-1], dy.shape[0]), 0, w.ndim - 2)
+    d = d.reshape(*windows.kernel, channels, *windows.outputs, dy.shape[0])
+    return channels_last(fold(d, windows).astype(w.dtype))
+
+
+def xla(x, w, strides, low, high, x_dilation, w_dilation, **groups) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of ``x (B, *S, C)`` with ``w (*kernel, I, O)``."""
+    ones, rank = (1,) * (x.ndim - 2), x.ndim
+    images = (0, rank - 1, *range(1, rank - 1))
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        strides or ones,
+        tuple(zip(low, high, strict=True)),
+        x_dilation or ones,
+        w_dilation or ones,
+        jax.lax.ConvDimensionNumbers(images, kernel, images),
+        **groups,
+    )
