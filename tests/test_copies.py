@@ -83,7 +83,7 @@ MODELS = {
     "block": serial(dense(4), ("blocks", repeat(residual(layer_norm(), dense(6), gelu(), dense(4)), COUNT)), dense(2)),
     "nested": serial(("outer", repeat(serial(("inner", repeat(dense(4), 2)), layer_norm()), COUNT)), dense(2)),
     "copies of copies": repeat(repeat(dense(4), 2), COUNT),
-    "copies of copies, all counts alike": repeat(repeat(repeat(dense(4), 4), 4), 4),
+    "copies of copies, all counts alike": repeat(repeat(repeat(dense(2), 2), 2), 2),
 }
 
 
@@ -91,7 +91,7 @@ MODELS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_of_stacked_layers_is_that_of_the_same_layers_apart(name, model, key, x64):
     optimizer = OPTIMIZERS[name]
-    params = like(fnet.init(MODELS[model], key, jnp.ones((2, 4)))[0], 0)
+    params = like(fnet.init(MODELS[model], key, jnp.ones((2, 2 if "alike" in model else 4)))[0], 0)
     if name.startswith("groups") and model in ("block", "nested"):  # muon and patterns are for matrices
         optimizer = groups({"*/w": muon(0.1) if name == "groups" else adafactor(0.1)}, default=lamb(0.1))
     each = apart(params)
