@@ -15,7 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
+
+from fnet.core.jax_insides import quick_options
+from fnet.runs import compilation
 
 
 def flags_that_are_known(*flags: str) -> str:
@@ -31,8 +35,9 @@ def flags_that_are_known(*flags: str) -> str:
     return " ".join(filter(known, flags))
 
 
-# most of a test's time is compiling: level 1 of LLVM's optimizations needs about three quarters of the default's time
-# (level 0 would make a loop and a scan differ in their bits), and the older emitters, until jax 0.10, about half of it
+# most of a test's time is compiling: level 1 of LLVM's optimizations needs three quarters of the default's time,
+# and the older emitters, until jax 0.10, about half of it; level 0 makes a loop and a scan differ in their bits, so
+# that it is for the modules that are not `EXACT`
 if "XLA_FLAGS" not in os.environ:  # read at the first program; the workers have them from the process that starts them
     os.environ["XLA_FLAGS"] = flags_that_are_known(
         "--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false"
@@ -53,14 +58,42 @@ def pytest_collection_finish():
     compilation_cache.reset_cache()
 
 
+# modules that compare bits of two programs or processes, or run longer than they compile: optimized as processes are
+EXACT = {
+    "lbfgs",
+    "test_bad_input",
+    "test_data_forms",
+    "test_experiments_images",
+    "test_experiments_options",
+    "test_initializers",
+    "test_resumes",
+    "test_runs",
+    "test_training",
+}
+added: dict[str, object] = {}  # to the options of every program that is compiled
+options_of = compiler.get_compile_options
+
+
+def with_those_added(*args, env_options_overrides=None, **kwargs):
+    """The compiler's options of a program; jax has no setting for those of all programs of a module."""
+    return options_of(*args, env_options_overrides={**added, **(env_options_overrides or {})}, **kwargs)
+
+
+compiler.get_compile_options = with_those_added
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forgotten_programs():
-    """What a module has traced and compiled is forgotten after it.
+def own_programs(request):
+    """A module's programs are compiled quickly, unless it is `EXACT`; what it has traced and compiled is forgotten.
 
     A worker would hold gigabytes; and jax' own memory of programs is bounded, so that late tests lost theirs to others.
     """
+    added.update({} if request.node.path.stem in EXACT else quick_options())
     yield
+    added.clear()
     jax.clear_caches()
+    compilation._kept.clear()
+    compilation._asked.clear()
 
 
 @pytest.fixture
