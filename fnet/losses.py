@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.core.checks import require
+from fnet.core.checks import refuse_masked, require
 from fnet.core.numerics import wide
 from fnet.layers.masks import is_masked
 from fnet.types import Loss
@@ -215,12 +215,8 @@ def check_classes(name, logits, targets):
 
 def _array(name, what, given):
     """``given``, or an array of a list of numbers; raises for anything else, such as outputs beside their mask."""
-    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise ValueError(
-            f"{name}: {what} have {int(np.ma.getmaskarray(given).sum())} masked values; expected none, since a mask "
-            "would be dropped: fill them, or give their examples the weight 0"
-        )
     if isinstance(given, np.ma.MaskedArray):
+        refuse_masked(f"{name}: {what} have", given, "or give their examples the weight 0")
         return np.asarray(given)
     if isinstance(given, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return given

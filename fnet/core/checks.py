@@ -99,6 +99,15 @@ def require_state(who: str, opt_state, kind: type) -> None:
         )
 
 
+def refuse_masked(subject: str, array, remedy: str, error: type[ValueError] = ValueError) -> None:
+    """Raise ``error`` where values are masked: whoever made a plain array of it would drop the mask."""
+    if np.ma.is_masked(array):
+        raise error(
+            f"{subject} {int(np.ma.getmaskarray(array).sum())} masked values; expected none, since a mask would be "
+            f"dropped: fill them, {remedy}"
+        )
+
+
 def require_key(who: str, key) -> None:
     """Raise TypeError unless this is one random key."""
     dtype = getattr(key, "dtype", None)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fnet.core.checks import refuse_masked
 from fnet.core.files import first_line
 from fnet.types import Batch, PyTree
 
@@ -38,7 +39,6 @@ def as_arrays(data: PyTree, name: str = "data") -> PyTree:
     >>> as_arrays({"a": np.array([1.5, 2.0], ">f4")})["a"].dtype
     dtype('float32')
     """
-
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _as_array(path_of(name, path), leaf), data, is_leaf=is_numbers
     )
@@ -51,16 +51,26 @@ def is_numbers(node: Any) -> bool:
     )
 
 
+def is_parts(data: Any) -> bool:
+    """Whether this is a plain tuple or list of inputs, targets and perhaps weights."""
+    return type(data) in (tuple, list) and len(data) in (2, 3)  # another NamedTuple's fields may mean something else
+
+
+def is_fields(data: Any) -> bool:
+    """Whether this is a mapping of ``inputs``, ``targets`` and perhaps ``weights``."""
+    return isinstance(data, Mapping) and {"inputs", "targets"} <= set(data) <= set(Batch._fields)
+
+
 def as_batch(data: Any, name: str = "data") -> Batch:
     """The data as a `Batch` of `as_arrays`.
 
     They are a `Batch`, a plain tuple or list of two or three, or a dict of ``inputs``, ``targets`` and ``weights``.
     """
-    if type(data) in (tuple, list) and len(data) in (2, 3):  # another NamedTuple's fields may mean something else
+    if is_parts(data):
         return as_arrays(Batch(*data), name)
     if isinstance(data, Batch):
         return as_arrays(data, name)
-    if isinstance(data, Mapping) and {"inputs", "targets"} <= set(data) <= set(Batch._fields):
+    if is_fields(data):
         return as_arrays(Batch(**data), name)
     found = f"a {type(data).__name__}"
     if type(data) in (tuple, list):
@@ -68,7 +78,7 @@ def as_batch(data: Any, name: str = "data") -> Batch:
     if isinstance(data, Mapping):
         found += f" of {', '.join(map(repr, data))}"
     remedy = "" if not isinstance(data, Mapping) else ", or a dict with the names inputs, targets and perhaps weights"
-    if type(data) in (tuple, list) and all(type(item) in (tuple, list) and len(item) in (2, 3) for item in data):
+    if type(data) in (tuple, list) and all(map(is_parts, data)):
         remedy = ": a list of examples is a dataset, fnet.data.Examples(data)"
     raise DataError(f"{name} is {found}; expected Batch(inputs, targets) or Batch(inputs, targets, weights){remedy}")
 
@@ -78,11 +88,8 @@ def _as_array(path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.memmap | number):
         return leaf
     kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}".removeprefix("builtins.")
-    if isinstance(leaf, np.ma.MaskedArray) and leaf.dtype.names is None and np.ma.is_masked(leaf):
-        raise DataError(
-            f"{path} has {int(np.ma.getmaskarray(leaf).sum())} masked values; expected none, since a mask would be "
-            "dropped: fill them, a.filled(0), or leave their examples out by a weight of 0"
-        )
+    if isinstance(leaf, np.ma.MaskedArray) and leaf.dtype.names is None:
+        refuse_masked(f"{path} has", leaf, "a.filled(0), or leave their examples out by a weight of 0", DataError)
     if hasattr(leaf, "toarray") and not hasattr(leaf, "__array__"):
         raise DataError(f"{path} is a {kind}, which is sparse; expected a dense array: .toarray() makes one")
     table: Any = getattr(leaf, "to_numpy", None)

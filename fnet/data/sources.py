@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from fnet.core.files import first_line
-from fnet.data.arrays import DataError, count_examples, is_numbers
+from fnet.data.arrays import DataError, count_examples, is_numbers, is_parts
 from fnet.types import Batch
 
 
@@ -126,8 +126,7 @@ class _Inputs:
             return Batch(element[0], None)
         if isinstance(element, Mapping) and "inputs" in element:
             return Batch(element["inputs"], None)
-        pair = isinstance(element, Batch) or (type(element) in (tuple, list) and len(element) in (2, 3))
-        return Batch(element[0] if pair else element, None)
+        return Batch(element[0] if isinstance(element, Batch) or is_parts(element) else element, None)
 
 
 def inputs_alone(data: Any) -> Any:

@@ -115,11 +115,10 @@ def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) ->
     A source with a length is gone through ``again`` and again, or once.
     """
     iterator: Any = iter(stream.source)
-    if state is not None and (
-        length := stream_length(stream)
-    ):  # begun as often as where it was saved: it may count that
-        for _ in range(-(-step // length) - 1):
-            iterator = iter(stream.source)
+    length = stream_length(stream)
+    begun = -(-step // length) if length and state is not None else 1  # before it was saved: the source may count that
+    for _ in range(begun - 1):
+        iterator = iter(stream.source)
     if step and state is None:
         raise without_position(iterator, step)
     if state is not None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype as canonical
 
+from fnet.core.checks import refuse_masked
 from fnet.core.files import first_line
 from fnet.core.numerics import is_floating_dtype
 from fnet.core.trees import by_path, named_leaves
@@ -308,11 +309,7 @@ def _array(name: str, tensor) -> np.ndarray:
             f"{name} is on PyTorch's device meta, which holds no numbers; expected a tensor with numbers: load the "
             "module's weights first"
         )
-    if np.ma.is_masked(tensor):
-        raise ExportError(
-            f"{name} has {int(np.ma.getmaskarray(tensor).sum())} masked values; expected none, since a mask would be "
-            "dropped: fill them, tensor.filled(0)"
-        )
+    refuse_masked(f"{name} has", tensor, "tensor.filled(0)", ExportError)
     try:
         return np.asarray(tensor)
     except (TypeError, ValueError, RuntimeError) as error:  # of torch, for bfloat16 and where it computes gradients

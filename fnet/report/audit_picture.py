@@ -13,7 +13,7 @@ import numpy as np
 from fnet.gradcheck.report import FINE, LeafCheck, Report
 from fnet.gradcheck.witnesses import FAULT
 from fnet.report.audit_words import COLOURS, as_text, headline, overall, shape_text, shorten, shorten_path, worst
-from fnet.report.plots import new_figure
+from fnet.report.plots import new_figure, save_figure
 
 WARM = ("#c62828", "#ef6c00", "#ad1457", "#8d6e63")  # the curves of wrong leaves; all others are cool
 COOL = ("#1f77b4", "#2ca02c", "#17becf", "#7986cb", "#00695c", "#78909c")
@@ -33,7 +33,7 @@ def plot_audit(report: Report, path: str | Path) -> None:
 
     Panels without data are left out. Of more than 24 leaves the errors of the 24 worst are drawn.
     """
-    draw(report).savefig(path, dpi=120)
+    save_figure(draw(report), path)
 
 
 def draw(report: Report):

@@ -81,9 +81,9 @@ def _short(value: Any) -> str:
 
 
 def check_run(
-    step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, kept
+    step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, run
 ) -> Plan:
-    """Everything that can be known to fail before it is computed; ``kept`` says whether it is to be resumed."""
+    """Everything that can be known to fail before it is computed; in a ``run`` a stream has to be one to be resumed."""
     require_counts("fit", epochs=epochs, steps=steps, chunk_steps=chunk_steps)
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs = {epochs} and steps = {steps}; expected one of them: where the run ends")
@@ -98,7 +98,9 @@ def check_run(
         if batch_size is not None:
             raise ValueError(f"batch_size = {batch_size}; expected none: a stream gives batches")
         data = with_length(data)
-        known = sample = check_data(first_batch(data, resumed=kept), name="the stream's first batch", part=True)
+        known = sample = check_data(
+            first_batch(data, resumed=run is not None), name="the stream's first batch", part=True
+        )
         per_epoch: int = data.steps_per_epoch  # pyright: ignore[reportAssignmentType] — with_length has set it
         n, batch_size = per_epoch * count_examples(sample), count_examples(sample)
     elif batch_size is None:

@@ -107,9 +107,8 @@ def fit(
     ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
     check_start(ts, stop)
     ts = on_one_mesh(with_stopping(stop, ts))
-    every = evaluate_every
     plan = check_run(
-        step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, every, stop, chunk_steps, bool(run)
+        step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, run
     )
     if run and run.keep_best is not None:
         check_result("Run: keep_best", run.keep_best, plan)
@@ -161,10 +160,12 @@ def fit(
                 raise kind(message, ts, recorder.history(seconds["compile"], seconds["run"]))
 
         def save(wait: bool = False) -> None:
+            if not folder:
+                return
             sums = {"partial": recorder.partial(), "whole": recorder.whole}
-            if folder and folder.save(ts, {**sums, "stream": stream, "plan": about}):
+            if folder.save(ts, {**sums, "stream": stream, "plan": about}):
                 tell("checkpoint", position)
-            if folder and wait:
+            if wait:
                 folder.wait()
 
         try:

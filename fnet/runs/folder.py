@@ -157,15 +157,18 @@ class OpenRun:
                 meta |= {"partial": {}, "whole": False}
             meta["plan"] = {**meta["plan"], **{name: about[name] for name in names if name in about}}
         self.last_saved, self.resumed_at = meta["step"], meta["step"]
-        others = any(fnmatchcase(name, pattern) for name in names for pattern in EVALUATION)
-        self.evaluated_since = meta["step"] if others else meta["evaluated_since"]
-        ended = [{**rule, "until": meta["step"]} if others and not rule["until"] else rule for rule in meta["best"]]
+        self._keep_as_before(meta, names)
+        return ts, meta, rows
+
+    def _keep_as_before(self, meta: Mapping[str, Any], changed: Sequence[str]) -> None:
+        """Keep what was kept; results of an evaluation that is ``changed`` are compared with each other alone."""
+        ends = meta["step"] if any(fnmatchcase(n, pattern) for n in changed for pattern in EVALUATION) else None
+        self.evaluated_since = ends or meta["evaluated_since"]
         mine = [{**rule, "after": self.evaluated_since} for rule in self.bests]
         going = [(rule["name"], rule["greatest"]) for rule in mine]
-        before = [r for r in ended if r["until"] or (r["name"], r["greatest"]) not in going]
-        self.bests = [*before, *mine]
+        before = [{**rule, "until": rule["until"] or ends} for rule in meta["best"]]
+        self.bests = [r for r in before if r["until"] or (r["name"], r["greatest"]) not in going] + mine
         self.multiples = sorted({*meta["multiples"], *self.multiples})
-        return ts, meta, rows
 
     def _last_there_was(self) -> int | None:
         """The step of the latest checkpoint that was made, though it may be gone."""
@@ -288,9 +291,10 @@ class OpenRun:
         steps = saved_steps(self.checkpoints)
         kept = set(list(steps)[-self.run.keep_last :])
         kept |= {step for step in steps if any(step % every == 0 for every in self.multiples)}
-        kept |= {step for step, path in steps.items() if saved_results(path) is None}  # a damaged one may be mended
+        results = {step: saved_results(path) for step, path in steps.items() if self.bests or step not in kept}
+        kept |= {step for step, found in results.items() if found is None}  # a damaged one may be mended
         for rule in self.bests:
-            kept |= {*best_first(steps, rule)[: rule["count"]]}
+            kept |= {*best_first(results, rule)[: rule["count"]]}
         for step in steps.keys() - kept:
             delete_checkpoint(steps[step])
 

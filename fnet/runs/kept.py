@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,23 @@ def _meta_of(steps: Mapping[int, Path], at: int) -> dict[str, Any]:
         raise CheckpointError(f"{error}{remedy}") from error
 
 
-def best_first(steps: Mapping[int, Path], rule: Mapping[str, Any]) -> list[int]:
-    """The steps whose checkpoints hold a finite result that the rule looks at, the best first, of equal ones the first.
+def best_first(results: Mapping[int, Mapping[str, Any] | None], rule: Mapping[str, Any]) -> list[int]:
+    """The steps with a finite result that the rule looks at, the best first, of equal ones the first.
 
-    A rule is a ``name``, whether the ``greatest`` is sought, and ``after`` and ``until`` which step.
+    ``results`` are `saved_results` by step. A rule is a ``name``, whether the ``greatest`` is sought, and ``after`` and
+    ``until`` which step.
     """
     sign, known = -1 if rule["greatest"] else 1, {}
-    for step, path in looked_at(steps, rule).items():
-        value = (saved_results(path) or {}).get(rule["name"])
+    for step in looked_at(results, rule):
+        value = (results[step] or {}).get(rule["name"])
         if isinstance(value, int | float) and np.isfinite(value):
             known[step] = sign * value
     return sorted(known, key=lambda step: (known[step], step))
 
 
-def looked_at(steps: Mapping[int, Path], rule: Mapping[str, Any]) -> dict[int, Path]:
-    """The checkpoints whose results a rule compares."""
-    return {step: path for step, path in steps.items() if rule["after"] < step <= (rule["until"] or step)}
+def looked_at(steps: Iterable[int], rule: Mapping[str, Any]) -> list[int]:
+    """The steps whose results a rule compares."""
+    return [step for step in steps if rule["after"] < step <= (rule["until"] or step)]
 
 
 def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "last") -> tuple[PyTree, PyTree]:
@@ -91,10 +92,11 @@ def load_run(folder: str | Path, model: Layer, x: PyTree, which: str | int = "la
     whole = newest_whole(list(steps.values())[::-1])  # where the last is damaged the best need not be
     if whole and whole[1]["best"]:
         rule = whole[1]["best"][-1]
-        for path in looked_at(steps, rule).values():
-            if saved_results(path) is None:  # it may be the best
-                read_meta(path)
-        ranked = best_first(steps, rule)
+        results = {step: saved_results(steps[step]) for step in looked_at(steps, rule)}
+        for step, found in results.items():
+            if found is None:  # it may be the best
+                read_meta(steps[step])
+        ranked = best_first(results, rule)
         if not ranked:
             since = f" after step {rule['after']}" if rule["after"] else ""
             raise RunError(

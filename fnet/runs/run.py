@@ -68,9 +68,7 @@ def check_options(run: Run) -> None:
     if run.keep_best is None and (run.greatest or run.best != 1):
         what = f"greatest = {run.greatest} and best = {run.best}"
         raise RunError(f"Run: {what} say which results are the best; expected keep_best too, the name of a result")
-    if not any(run.resume is known for known in (False, True)) and not (
-        isinstance(run.resume, str) and run.resume in ("auto", "newest whole")
-    ):
+    if not isinstance(run.resume, bool | str) or run.resume not in (False, True, "auto", "newest whole"):
         raise RunError(f"Run: resume = {run.resume!r}; expected False, True, 'auto' or 'newest whole'")
     counts = {"save_every": run.save_every, "keep_last": run.keep_last, "keep_every": run.keep_every}
     require_counts("Run", **counts, best=run.best)

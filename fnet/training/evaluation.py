@@ -21,7 +21,16 @@ from jax.core import Tracer
 
 from fnet.core.checks import require_counts, require_layer
 from fnet.core.jax_insides import transfers_meant
-from fnet.data.arrays import as_arrays, as_batch, check_batch_size, check_data, count_examples, native, trace_batch
+from fnet.data.arrays import (
+    as_arrays,
+    as_batch,
+    check_batch_size,
+    check_data,
+    count_examples,
+    is_fields,
+    native,
+    trace_batch,
+)
 from fnet.data.sources import Examples, Stream, as_source, count_rows, inputs_alone, with_length
 from fnet.data.streams import first_batch, one_epoch
 from fnet.gradients.engines import check_engine, measure
@@ -108,7 +117,7 @@ def sets_of(validation: PyTree) -> Mapping[str, PyTree]:
 
 def is_several(validation: PyTree) -> bool:
     """Whether this is a mapping of names to sets; one of ``inputs`` and ``targets`` is a set."""
-    return isinstance(validation, Mapping) and not {"inputs", "targets"} <= set(validation) <= set(Batch._fields)
+    return isinstance(validation, Mapping) and not is_fields(validation)
 
 
 def evaluate_on(evaluate: Callable, ts: TrainState, validation: PyTree) -> PyTree:
