@@ -3,6 +3,7 @@
 Tests compile many small programs, often the same ones, so both workers share jax's compilation cache on the disk.
 """
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -37,23 +38,29 @@ def flags_that_are_known(*flags: str) -> str:
 
 # most of a test's time is compiling: level 1 of LLVM's optimizations needs three quarters of the default's time,
 # and the older emitters, until jax 0.10, about half of it; level 0 makes a loop and a scan differ in their bits, so
-# that it is for the modules that are not `EXACT`
+# that it is for the modules that are not `EXACT`. A program is one piece, since the workers take all cores
 if "XLA_FLAGS" not in os.environ:  # read at the first program; the workers have them from the process that starts them
     os.environ["XLA_FLAGS"] = flags_that_are_known(
-        "--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false"
+        "--xla_backend_optimization_level=1",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_include_full_tracebacks_in_locations", False)  # a test stands below a hundred frames
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_finish():
-    """The cache is shared from here on.
+    """The cache is shared from here on, and what stands is not looked through for garbage again and again.
 
     While they collect, both workers import the same modules at once, and one may read what the other wrote in part.
     """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
     compilation_cache.reset_cache()
 

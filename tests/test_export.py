@@ -678,8 +678,13 @@ def parts_of(case, dtype, seed=0):
     return tree, torch_names(tree, case.modules)
 
 
+@functools.cache
+def compiled(model):
+    return jax.jit(functools.partial(fnet.apply, model))
+
+
 def forward(case, tree, x):
-    return np.asarray(fnet.apply(case.model, tree["params"], tree["state"], jnp.asarray(x)))
+    return np.asarray(compiled(case.model)(tree["params"], tree["state"], jnp.asarray(x)))
 
 
 @pytest.mark.parametrize("name", CASES)
