@@ -25,6 +25,7 @@ from scipy.special import erf
 
 import fnet
 import fnet.export.inference as export_module
+from fnet.core.trees import named_leaves
 from fnet.export import (
     Conv1D,
     ExportError,
@@ -797,7 +798,7 @@ def test_a_backbone_comes_under_another_head_and_the_table_says_what_was_taken()
     head["params/head/b"] += " is float32[3], not float32[5]"
     head["params/head/w"] += " is float32[3, 8], not float32[5, 8]"
     assert taken.kept == head and taken.left == ("fc.bias", "fc.weight", "module.note")
-    assert {*taken.taken, *taken.kept} == {path for path, _ in fnet.core.trees.named_leaves(other)}
+    assert {*taken.taken, *taken.kept} == {path for path, _ in named_leaves(other)}
     lines = str(taken).splitlines()
     width = max(map(len, taken.taken))
     assert f"{'params/stem/conv_0/w':{width}}  taken" in lines
@@ -1075,10 +1076,6 @@ MODELS = {
 }
 
 
-def compiled(model, params, state, x):
-    return jax.jit(lambda params, state, x: fnet.apply(model, params, state, x))(params, state, x)
-
-
 def made(model, x):
     params, state = fnet.init(model, jax.random.key(0), x)
     return random_like(params), state
@@ -1096,9 +1093,9 @@ def test_exported_inference_gives_the_models_bits(name, any_batch, tmp_path, fla
     assert exported.platforms == loaded.platforms == ("cpu",)
     assert ("[b," in loaded.inputs) == any_batch
     assert [file.name for file in tmp_path.iterdir()] == ["model.inference"]
-    assert_same_bits(loaded(inputs(3)), compiled(model, params, state, inputs(3)))
+    assert_same_bits(loaded(inputs(3)), compiled(model)(params, state, inputs(3)))
     if any_batch:
-        expected = compiled(model, params, state, inputs(5))
+        expected = compiled(model)(params, state, inputs(5))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), loaded(inputs(5)), expected)
     else:
         with pytest.raises(ExportError, match=r"model.inference takes .*\[3,.*found .*\[5, "):
@@ -1108,12 +1105,12 @@ def test_exported_inference_gives_the_models_bits(name, any_batch, tmp_path, fla
 def test_carries_go_in_and_come_out(tmp_path, flatbuffers):
     model, inputs = MODELS["recurrent"]
     params, state = made(model, inputs(2))
-    _, carry = compiled(model, params, state, inputs(2))
+    _, carry = compiled(model)(params, state, inputs(2))
     x = inputs(2)[0], carry
     export_inference(model, params, state, x, tmp_path / "a")
     logits, after = load_inference(tmp_path / "a")(x)
     assert type(after[0]) is type(carry[0])
-    assert_same_bits((logits, after), compiled(model, params, state, x))
+    assert_same_bits((logits, after), compiled(model)(params, state, x))
 
 
 def test_inference_runs_in_a_process_that_knows_no_model(tmp_path, flatbuffers):
@@ -1127,7 +1124,7 @@ def test_inference_runs_in_a_process_that_knows_no_model(tmp_path, flatbuffers):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = compiled(model, params, state, inputs(3))
+    expected = compiled(model)(params, state, inputs(3))
     assert done.stdout == np.asarray(expected).tobytes().hex()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +80,30 @@ def test_the_root_has_at_most_sixteen_entries_and_each_is_a_room_or_the_door():
         "py.typed",
         *(r if (HOUSE / r).is_dir() else f"{r}.py" for r in ROOMS),
     }
+
+
+def test_the_door_names_each_room_and_what_programs_need_to_those_who_run_and_to_those_who_read():
+    assert list(fnet.ROOMS) == ROOMS
+    tree = ast.parse((HOUSE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    read = {(node.module, alias.name) for node in block.body for alias in node.names}  # pyright: ignore
+    assert read == {*(("fnet", r) for r in ROOMS), *((place, name) for name, place in fnet.PLACES.items())}
+    for place, name in read:
+        assert getattr(fnet, name) is getattr(importlib.import_module(place), name)
+    with pytest.raises(AttributeError, match="module 'fnet' has no attribute 'adamm'"):
+        _ = fnet.adamm  # pyright: ignore
+
+
+def test_a_program_imports_the_rooms_that_it_uses():
+    code = (
+        "import sys, fnet; assert 'jax' not in sys.modules;"
+        "fnet.train(fnet.make_step(fnet.backprop(fnet.dense(1), fnet.losses.squared_error), fnet.sgd(0.1)), "
+        "fnet.init_train_state({'w': (w := __import__('numpy').ones((1, 1), 'f')), 'b': w[0]}, fnet.sgd(0.1), "
+        "__import__('jax').random.key(0), ()), fnet.Batch(w, w), epochs=1, batch_size=1);"
+        "print(sorted({name.split('.')[1] for name in sys.modules if name.startswith('fnet.')}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == sorted({*ROOMS} - {"metrics", "gradcheck", "runs", "export", "report"})
 
 
 def test_each_room_imports_from_those_before_it_alone():
