@@ -32,21 +32,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    Share,
-    Shares,
-    engine_of,
-    load_images,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import load_images, main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, Share, Shares, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy

@@ -32,7 +32,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
 import fnet
-from experiments.common import Amount, Count, InFolder, Seeds, Widths, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Seeds, Widths
 from fnet.core.numerics import stream
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy

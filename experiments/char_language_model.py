@@ -35,23 +35,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ENGINES,
-    AmountOrNone,
-    ByEngine,
-    Count,
-    CountOrNone,
-    Positive,
-    Resumable,
-    Seeds,
-    Whole,
-    length,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, main, new_run_folder, open_console, say_written, train
+from experiments.options import ENGINES, AmountOrNone, ByEngine, Count, CountOrNone, Positive, Resumable, Seeds, Whole
 from fnet.core.files import first_line
 from fnet.core.numerics import stream
 from fnet.layers import lstm

@@ -32,18 +32,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Count,
-    InFolder,
-    Positive,
-    Seeds,
-    Widths,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Positive, Seeds, Widths
 from fnet.core.numerics import stream
 from fnet.layers import tanh
 from fnet.layers.initializers import lecun_normal

@@ -30,21 +30,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Amounts,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Seeds,
-    Share,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Amounts, ByEngine, Count, Counts, InFolder, Seeds, Share, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import dense, freeze, identity, relu, serial, sigmoid, stateless
 from fnet.layers.initializers import zeros

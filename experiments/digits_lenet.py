@@ -27,22 +27,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ENGINES,
-    Amount,
-    ByEngine,
-    Count,
-    Resumable,
-    Seeds,
-    Whole,
-    length,
-    load_images,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, load_images, main, new_run_folder, open_console, say_written, train
+from experiments.options import ENGINES, Amount, ByEngine, Count, Resumable, Seeds, Whole
 from fnet.core.numerics import stream
 from fnet.layers.models import lenet5
 from fnet.metrics import accuracy, confusion, gradient_norms

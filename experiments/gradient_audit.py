@@ -32,7 +32,8 @@ from rich.markup import escape as as_text
 from rich.table import Table
 
 import fnet
-from experiments.common import Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Count, InFolder, Seeded
 from fnet import losses
 from fnet.core.numerics import stream
 from fnet.gradcheck import Report

@@ -26,21 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    Resumable,
-    Seeded,
-    Share,
-    engine_of,
-    length,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, main, new_run_folder, open_console, say_written, train
+from experiments.options import Amount, ByEngine, Count, Resumable, Seeded, Share, engine_of
 from fnet.core.numerics import stream
 from fnet.layers.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms

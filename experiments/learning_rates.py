@@ -26,19 +26,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amounts,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    Widths,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amounts, ByEngine, Count, InFolder, Seeded, Widths, engine_of
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table

@@ -25,19 +25,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    check_left,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import check_left, main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeded, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy

@@ -35,18 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, engine_of
 from fnet.layers import sigmoid
 from fnet.layers.children import watch
 from fnet.losses import half_squared_error

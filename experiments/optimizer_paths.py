@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.common import Count, InFolder, Positive, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Count, InFolder, Positive
 from fnet import optimizers
 from fnet.core.checks import require_counts
 from fnet.optimizers import minimize_lbfgs

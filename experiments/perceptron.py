@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import ENGINES, Amount, Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import ENGINES, Amount, Count, InFolder, Seeded
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms

@@ -32,19 +32,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Count,
-    InFolder,
-    Seeds,
-    Share,
-    Whole,
-    Wholes,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Seeds, Share, Whole, Wholes
 from fnet.core.numerics import stream
 from fnet.layers import stateless
 from fnet.losses import squared_error

@@ -40,22 +40,8 @@ from rich.console import Console
 from scipy.stats import rankdata
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Seed,
-    Seeds,
-    Wholes,
-    engine_of,
-    load_images,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import load_images, main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, Counts, InFolder, Seed, Seeds, Wholes, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy

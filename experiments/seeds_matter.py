@@ -26,17 +26,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ByEngine,
-    Count,
-    InFolder,
-    check_left,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import check_left, main, new_run_folder, open_console, say_written
+from experiments.options import ByEngine, Count, InFolder, engine_of
 from fnet import optimizers
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy

@@ -37,18 +37,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import dense, gru, serial
 from fnet.layers.initializers import normal

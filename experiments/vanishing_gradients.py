@@ -39,21 +39,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Amounts,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Positive,
-    Seeds,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Amounts, ByEngine, Count, Counts, InFolder, Positive, Seeds, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import batch_norm, dense, relu, repeat, residual, rnn, serial, sigmoid, stateless, tanh
 from fnet.layers.initializers import glorot_normal, he_normal, normal, orthogonal
