@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.style import Style
@@ -202,6 +203,11 @@ def new_run_folder(config: InFolder, experiment: str) -> Path:
     return folder
 
 
+def write_results(folder: Path, numbers: dict) -> None:
+    """The numbers of an experiment as results.json in its folder."""
+    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
 def explain(console: Console) -> None:
     """From now on print each program that jax compiles, how long it took, and whether it came from the cache."""
     settings: Any = jax.config
@@ -267,6 +273,12 @@ def check_left(examples: int, **parts: int) -> None:
     if sum(parts.values()) >= examples:
         given = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in parts.items())
         raise SystemExit(f"{given}; expected fewer than {examples} in all, so that some are left to train on")
+
+
+def split_by_seed(data: fnet.Batch, sizes: Sequence[int], seeds: Sequence[int]) -> list[fnet.Batch]:
+    """Parts of these sizes, split anew for each seed; their leaves have an axis of the seeds in front."""
+    splits = [fnet.split(data, sizes, stream(jax.random.key(seed), "split")) for seed in seeds]
+    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*splits, strict=True)]
 
 
 def load_images(seed: int, test_size: int, held_out: int = 0) -> tuple[fnet.Batch, fnet.Batch]:
