@@ -27,7 +27,7 @@ from experiments.common import main
 from experiments.options import ByEngine, InFolder, Options, Resumable, Seeded
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("common", "options"))
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "\nclass Config(" in path.read_text())
 USES = {  # of each group of shared options, in the source of an experiment that has it
     Seeded: r"\bconfig\.seed\b",
     ByEngine: r"\bengine_of\(config\)|\bconfig\.engine\b",
