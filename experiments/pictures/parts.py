@@ -10,10 +10,11 @@ import numpy as np
 from fnet.report.plots import new_figure
 
 DOTTED = {"color": "gray", "linestyle": ":", "linewidth": 1}  # a line that curves are held against
+BESIDE = {"rotation": 0, "ha": "right", "va": "center"}  # the name of a row of images, upright
 
 
 def mean_and_spread(values, form: str = ".3f", ddof: int = 0) -> str:
-    """Mean ± standard deviation; the mean alone of values too few for one by N − ``ddof``."""
+    """Mean ± standard deviation, which divides by N − ``ddof``; of fewer values than it needs the mean alone."""
     spread = f" ± {np.std(values, ddof=ddof):{form}}" if len(values) > ddof else ""
     return f"{np.mean(values):{form}}{spread}"
 
@@ -84,9 +85,6 @@ def draw_rows(rows: Sequence[Row], height: float, width: float, **names):
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, **names)
     return figure, axes
-
-
-BESIDE = {"rotation": 0, "ha": "right", "va": "center"}  # a row's name, to be read without turning one's head
 
 
 def first_of_each(labels: np.ndarray) -> list[int]:
