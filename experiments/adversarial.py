@@ -21,7 +21,6 @@ Legend: B batch, H W height and width, E numbers of ε.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -32,20 +31,18 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    Share,
-    Shares,
-    engine_of,
-    load_images,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
+from experiments.common import load_images, main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, Share, Shares, engine_of
+from experiments.pictures.parts import (
+    BESIDE,
+    DOTTED,
+    Row,
+    draw_range,
+    draw_rows,
+    first_of_each,
+    grid_and_legend,
+    mean_and_spread,
+    whole_epochs,
 )
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
@@ -202,10 +199,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     by_model = {name: jax.tree.map(lambda *seeds: np.stack(seeds), *runs) for name, runs in results.items()}
     for name, r in by_model.items():
-        rows = {
-            f"ε = {e:g}": {a: f"{r[a][:, i].mean():.3f} ± {r[a][:, i].std():.3f}" for a in ATTACKS}
-            for i, e in enumerate(config.epsilons)
-        }
+        rows = {f"ε = {e:g}": {a: mean_and_spread(r[a][:, i]) for a in ATTACKS} for i, e in enumerate(config.epsilons)}
         title = f"{name}: accuracy on {config.attacked} test digits, mean ± deviation of {len(config.seeds)} seeds"
         console.print(engine_table(title, rows))
     beyond = max(float(r["beyond"].max()) for r in by_model.values())
@@ -219,7 +213,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         | {"test accuracy": curves[name]["test accuracy"][:, -1].tolist()}
         for name, r in by_model.items()
     }
-    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_results(folder, numbers)
     plain, robust = (r["PGD"][:, near].mean() for r in by_model.values())
     console.print(
         f"PGD at ε = {config.epsilons[near]:g}: plain {plain:.3f}, adversarially trained {robust:.3f} (expected below "
@@ -236,38 +230,32 @@ def draw_accuracy(by_model: dict, curves: dict, config: Config, path: Path) -> N
     figure, axes = new_figure(3, height=4.2, width=4.8)
     for ax, (name, r) in zip(axes, by_model.items(), strict=False):
         for i, a in enumerate(ATTACKS):
-            ax.fill_between(config.epsilons, r[a].min(0), r[a].max(0), color=f"C{i}", alpha=0.2)
-            ax.plot(config.epsilons, r[a].mean(0), "o-", markersize=4, color=f"C{i}", label=a)
-        ax.axvline(config.epsilon, color="gray", linestyle=":", linewidth=1)
+            draw_range(ax, config.epsilons, r[a], "o-", markersize=4, color=f"C{i}", label=a)
+        ax.axvline(config.epsilon, **DOTTED)
         ax.set(xlabel="ε, the change a pixel", ylabel="accuracy", title=name, ylim=(-0.02, 1.02))
     for i, (name, c) in enumerate(curves.items()):
         error = 1 - c["test accuracy"]
         epochs = np.arange(1, error.shape[1] + 1)
-        axes[2].fill_between(epochs, error.min(0), error.max(0), color=f"C{i}", alpha=0.2)
-        axes[2].plot(epochs, error.mean(0), color=f"C{i}", label=name)
+        draw_range(axes[2], epochs, error, color=f"C{i}", label=name)
     axes[2].set(xlabel="epoch", ylabel="error", ylim=(0, None), title="test digits as they are")
-    axes[2].xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    for ax in axes[1:]:  # the first two panels share the legend, which has room in the second
-        ax.legend(fontsize="small", loc="lower left")
+    whole_epochs(axes[2])
+    axes[0].grid(alpha=0.3)  # the first two panels share the legend, which has room in the second
+    grid_and_legend(*axes[1:], loc="lower left")
     save_figure(figure, path)
 
 
 def draw_images(pictures: dict, names: list[str], epsilon: float, path: Path) -> None:
     """The first digit of each class as it is and as the attacks leave it; below each what its network reads."""
     x, labels = pictures["digits"]
-    shown = [int(np.argmax(labels == k)) for k in range(10) if (labels == k).any()]
-    rows = [("as it is", x, labels)]
-    rows += [(f"{a}\n{name}", *pictures[name][a]) for name in names for a in ("noise", "FGSM", "PGD")]
-    figure, axes = new_figure(len(shown), height=1.25, width=1.05, rows=len(rows))
-    for row, (title, images, read) in zip(axes.reshape(len(rows), -1), rows, strict=True):
+    shown = first_of_each(labels)
+    attacked = {"as it is": (x, labels)}
+    attacked |= {f"{a}\n{name}": pictures[name][a] for name in names for a in ("noise", "FGSM", "PGD")}
+    rows = [Row(name, images[shown, :, :, 0]) for name, (images, _) in attacked.items()]
+    figure, axes = draw_rows(rows, height=1.25, width=1.05, **BESIDE, fontsize=8)
+    for row, (_, read) in zip(axes, attacked.values(), strict=True):
         for ax, i in zip(row, shown, strict=True):
-            ax.imshow(images[i, :, :, 0], cmap="gray_r", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
             wrong = read[i] != labels[i]
             ax.set_xlabel(f"{read[i]}", color="C3" if wrong else "black", labelpad=1, weight="bold" if wrong else None)
-        row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(f"changes of at most ε = {epsilon:g} a pixel; below: what is read, red where wrong")
     save_figure(figure, path)
 

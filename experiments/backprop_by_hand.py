@@ -33,7 +33,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import fnet
-from experiments.common import Amount, Count, Seeded, Whole, main, open_console
+from experiments.common import main, open_console
+from experiments.options import Amount, Count, Seeded, Whole
 from fnet import tap
 from fnet.core.numerics import stream
 from fnet.gradcheck.report import LeafCheck

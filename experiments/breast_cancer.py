@@ -32,7 +32,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
 import fnet
-from experiments.common import Amount, Count, InFolder, Seeds, Widths, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Seeds, Widths
+from experiments.pictures.parts import draw_range, grid_and_legend, mean_and_spread
 from fnet.core.numerics import stream
 from fnet.losses import binary_cross_entropy
 from fnet.metrics import binary_accuracy
@@ -180,7 +182,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     def cells(group, name):
         return {
-            v: f"{r[group][name].mean():.4f} ± {r[group][name].std():.4f}"
+            v: mean_and_spread(r[group][name], ".4f")
             + (f"  (least {r[group][name].min():.3f})" if group == "folds" and name != "Brier score" else "")
             for v, r in results.items()
         }
@@ -205,7 +207,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     plot_confusion(counts, folder / "confusion.png", ("benign", "malignant"))
     by_seed = first["seeds"]["accuracy"]
     console.print(
-        f"accuracy {mean:.4f} (expected at least 0.96), {by_seed.mean():.4f} ± {by_seed.std():.4f} over "
+        f"accuracy {mean:.4f} (expected at least 0.96), {mean_and_spread(by_seed, '.4f')} over "
         f"{len(config.seeds)} seeds",
         highlight=False,
         soft_wrap=True,
@@ -223,7 +225,7 @@ def draw(result: dict, path: Path) -> None:
         left.step(fall_out, found, where="post", color="C0", alpha=0.25, linewidth=1)
         curves.append(found[np.searchsorted(fall_out, grid, side="right") - 1])
     auc, folds = result["folds"]["AUC"], result["folds"]
-    left.step(grid, np.mean(curves, 0), where="post", color="C3", label=f"mean; AUC {auc.mean():.4f} ± {auc.std():.4f}")
+    left.step(grid, np.mean(curves, 0), where="post", color="C3", label=f"mean; AUC {mean_and_spread(auc, '.4f')}")
     at_half = 1 - folds["specificity"].mean(), folds["sensitivity"].mean()
     left.plot(
         *at_half, "o", color="black", label=f"at ½: sensitivity {at_half[1]:.3f}, specificity {1 - at_half[0]:.3f}"
@@ -246,12 +248,10 @@ def draw(result: dict, path: Path) -> None:
 
     for i, (name, losses) in enumerate(result["curves"].items()):
         epochs = np.arange(1, losses.shape[1] + 1)
-        right.fill_between(epochs, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.2)
-        right.plot(epochs, losses.mean(0), color=f"C{i}", label=f"{name}: mean, least and greatest")
+        draw_range(right, epochs, losses, color=f"C{i}", label=f"{name}: mean, least and greatest")
     right.set(xlabel="epoch", ylabel="binary cross-entropy", yscale="log", title="loss of the folds")
     for ax, place in ((left, "lower right"), (middle, "upper left"), (right, "upper right")):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", loc=place)
+        grid_and_legend(ax, loc=place)
     save_figure(figure, path)
 
 

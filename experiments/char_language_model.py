@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from pathlib import Path
@@ -35,23 +34,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ENGINES,
-    AmountOrNone,
-    ByEngine,
-    Count,
-    CountOrNone,
-    Positive,
-    Resumable,
-    Seeds,
-    Whole,
-    length,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, main, new_run_folder, open_console, say_written, train, write_results
+from experiments.options import ENGINES, AmountOrNone, ByEngine, Count, CountOrNone, Positive, Resumable, Seeds, Whole
+from experiments.pictures.parts import grid_and_legend, mean_and_spread, whole_epochs
 from fnet.core.files import first_line
 from fnet.core.numerics import stream
 from fnet.layers import lstm
@@ -225,10 +210,10 @@ def run(config: Config, console: Console | None = None) -> dict:
         engine_table(f"bits per character: {config.model} of {parameters} parameters by {config.engine}", rows)
     )
     console.print(sample, markup=False, highlight=False)
-    spread = f" ± {reached.std(ddof=1):.3f}" if len(reached) > 1 else ""
     goal = "" if config.text else f"; to reach: at most {TARGET}: {'reached' if reached.mean() <= TARGET else 'missed'}"
     seconds = time.perf_counter() - begin
-    console.print(f"{len(validation_ids) - 1} validation characters: {reached.mean():.3f}{spread} bits each{goal}")
+    mean = mean_and_spread(reached, ddof=1)
+    console.print(f"{len(validation_ids) - 1} validation characters: {mean} bits each{goal}")
     console.print(f"{seconds:.0f} s in all")
     draw(bits, runs, config, folder / "bits.png")
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
@@ -240,7 +225,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "characters_per_second": {str(seed): r["characters a second"] for seed, r in runs.items()},
         "seconds": seconds,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_results(folder, results)
     say_written(console, folder)
     return {**results, "runs": runs, "sample": sample, "prompt": prompt, "folder": folder}
 
@@ -257,9 +242,8 @@ def draw(bits: dict, runs: dict, config: Config, path: Path) -> None:
     if config.text is None:
         ax.axhline(TARGET, color="black", linestyle=":", linewidth=1, label="to reach")
     ax.set(xlabel="epoch", ylabel="bits per character", title=f"{config.model}, {config.engine}")
-    ax.get_xaxis().get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    whole_epochs(ax)
+    grid_and_legend(ax)
     save_figure(figure, path)
 
 

@@ -32,18 +32,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Count,
-    InFolder,
-    Positive,
-    Seeds,
-    Widths,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Positive, Seeds, Widths
+from experiments.pictures.parts import DOTTED, mean_and_spread
 from fnet.core.numerics import stream
 from fnet.layers import tanh
 from fnet.layers.initializers import lecun_normal
@@ -219,8 +210,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         results[name, kind] = {"cost": ratio, "median": np.median(test["ratio"], 1), "fell": test["fell"].mean(1)}
     rows = {
         f"{kind} starts: {title}": {
-            name: f"{results[name, kind][what].mean():{form}} ± {results[name, kind][what].std():{form}}"
-            for name in ("network", "LQR")
+            name: mean_and_spread(results[name, kind][what], form) for name in ("network", "LQR")
         }
         for kind in ("near", "far")
         for what, title, form in (
@@ -278,7 +268,7 @@ def draw(policies: dict, config: Config, final, losses, path: Path) -> None:
         yscale="log",
         title=f"training, {len(losses)} seeds: flights of {config.horizon * config.dt:g} s",
     )
-    panels[3].axhline(1, color="gray", linestyle=":", linewidth=1)
+    panels[3].axhline(1, **DOTTED)
     panels[0].legend(fontsize="x-small", ncols=2)
     for ax in panels:
         ax.grid(alpha=0.3)

@@ -19,7 +19,6 @@ Legend: N digits, P pixels, H entries of the code, K classes, L labelled digits 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Amounts,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Seeds,
-    Share,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Amount, Amounts, ByEngine, Count, Counts, InFolder, Seeds, Share, engine_of
+from experiments.pictures.parts import Row, draw_rows, grid_and_legend, mean_and_spread, only_ticks
 from fnet.core.numerics import stream
 from fnet.layers import dense, freeze, identity, relu, serial, sigmoid, stateless
 from fnet.layers.initializers import zeros
@@ -218,7 +205,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
     train_unlabelled = jax.jit(partial(pretrain, config))
     probes: dict[str, Callable] = {}
-    accuracies, errors, losses, pictures = {}, [], [], ()
+    accuracies, errors, losses, pictures = {}, [], [], {}
     for seed, (unlabelled, validation, test) in data.items():
         key = jax.random.key(seed)
         with console.status(f"seed {seed}: {config.epochs} epochs on {len(unlabelled.targets)} digits without labels"):
@@ -227,7 +214,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         noisy_test = masked(test.inputs, config.mask, stream(key, "test noise"))
         restored = restore(config, after, noisy_test)
         errors.append([float(jnp.square(x - test.inputs).mean()) for x in (noisy_test, restored)])
-        pictures = pictures or tuple(np.asarray(x[:10]) for x in (test.inputs, noisy_test, restored))
+        pictures = pictures or {"whole": test.inputs[:10], "masked": noisy_test[:10], "restored": restored[:10]}
         with console.status(f"seed {seed}: probes"):
             for name, (features, params) in rows_of(config, before, after, unlabelled.inputs).items():
                 fitted = fit_features(features, params, unlabelled.inputs)
@@ -239,10 +226,7 @@ def run(config: Config, console: Console | None = None) -> dict:
                     chosen = max(results, key=lambda result: float(result[0]))  # by the validation part
                     accuracies.setdefault(name, {}).setdefault(count, []).append(float(chosen[1]))
 
-    def cell(values):
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{spread}"
-
+    cell = partial(mean_and_spread, ddof=1)
     table = {name: {f"{n} a class": cell(row[n]) for n in config.labels} for name, row in accuracies.items()}
     console.print(
         engine_table(f"test accuracy of a linear probe, {len(config.seeds)} seeds, by labelled digits", table)
@@ -266,7 +250,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     )
     noise_error, error = np.mean(errors, 0)
     console.print(f"mean squared error of a test pixel: noisy {noise_error:.4f}, restored {error:.4f}")
-    draw(pictures, folder / "digits.png")
+    draw_digits(pictures, folder / "digits.png")
     draw_probes(accuracies, folder / "probes.png")
     results = {
         "accuracies": accuracies,
@@ -274,20 +258,15 @@ def run(config: Config, console: Console | None = None) -> dict:
         "noisy_error": float(noise_error),
         "restored_error": float(error),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_results(folder, results)
     say_written(console, folder)
     return {**results, "losses": np.array(losses), "folder": folder}
 
 
-def draw(pictures, path: Path) -> None:
-    """Test digits: as they are, masked, restored."""
-    figure, axes = new_figure(len(pictures[0]), rows=3, width=0.9, height=0.95)
-    axes = axes.reshape(3, -1)
-    for row, (name, images) in enumerate(zip(("whole", "masked", "restored"), pictures, strict=True)):
-        for ax, image in zip(axes[row], images, strict=True):
-            ax.imshow(image.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(name)
+def draw_digits(pictures: dict[str, jax.Array], path: Path) -> None:
+    """Test digits ``(N, P)``: as they are, masked, restored."""
+    rows = [Row(name, np.asarray(images).reshape(-1, 28, 28)) for name, images in pictures.items()]
+    figure, _ = draw_rows(rows, height=0.95, width=0.9)
     save_figure(figure, path)
 
 
@@ -301,11 +280,8 @@ def draw_probes(accuracies, path: Path) -> None:
         spans = np.abs(np.stack([values.min(1), values.max(1)]) - mean)
         ax.errorbar(counts * 1.03 ** (i - 1.5), mean, spans, fmt="o-", markersize=4, capsize=3, label=name)
     ax.set(xlabel="labelled digits of each class", ylabel="test accuracy", xscale="log")
-    ax.set_xticks(list(next(iter(accuracies.values()))))
-    ax.get_xaxis().set_major_formatter("{x:.0f}")
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    only_ticks(ax, list(next(iter(accuracies.values()))))
+    grid_and_legend(ax)
     save_figure(figure, path)
 
 

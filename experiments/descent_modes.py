@@ -24,19 +24,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    Widths,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeded, Widths, engine_of
+from experiments.pictures.parts import DOTTED
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -132,7 +122,7 @@ def draw(results: dict, config: Config, path: Path) -> None:
         axes[2].plot(last, curves["seen"][last], ".", color=color, markersize=3, alpha=0.6)
         axes[2].plot(last, curves["cost"][:-1][last], **style)
     for ax, xlabel in zip(axes[:2], ("updates", "examples seen"), strict=True):
-        ax.axhline(config.target, color="gray", linestyle=":", linewidth=1)
+        ax.axhline(config.target, **DOTTED)
         ax.set(xlabel=xlabel, ylabel="cost of the whole training set", xscale="log", yscale="log")
         ax.legend(fontsize="small", loc="lower left")
     axes[2].set(xlabel="updates before the end", ylabel="cost", yscale="log", ylim=(1e-4, None))

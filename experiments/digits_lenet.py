@@ -16,7 +16,6 @@ Legend: B batch, H W height and width, C channels, E epochs.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,13 +27,6 @@ from rich.console import Console
 
 import fnet
 from experiments.common import (
-    ENGINES,
-    Amount,
-    ByEngine,
-    Count,
-    Resumable,
-    Seeds,
-    Whole,
     length,
     load_images,
     main,
@@ -42,7 +34,10 @@ from experiments.common import (
     open_console,
     say_written,
     train,
+    write_results,
 )
+from experiments.options import ENGINES, Amount, ByEngine, Count, Resumable, Seeds, Whole
+from experiments.pictures.parts import DOTTED, draw_range, mean_and_spread, whole_epochs
 from fnet.core.numerics import stream
 from fnet.layers.models import lenet5
 from fnet.metrics import accuracy, confusion, gradient_norms
@@ -140,7 +135,7 @@ def measure(experiment: str, model: fnet.Layer, config, console: Console | None 
     seconds = {what: float(results.pop(f"{what} seconds").sum()) for what in ("compile", "run")}
     final = {name: curve[:, -1] for name, curve in results.items() if name != "confusion"}
     columns = {f"seed {seed}": {n: f"{v[i]:.4f}" for n, v in final.items()} for i, seed in enumerate(config.seeds)}
-    columns["mean ± deviation"] = {name: f"{v.mean():.4f} ± {v.std():.4f}" for name, v in final.items()}
+    columns["mean ± deviation"] = {name: mean_and_spread(v, ".4f") for name, v in final.items()}
     rows = {name: {c: column[name] for c, column in columns.items()} for name in final}
     console.print(engine_table(f"after {config.epochs} epochs, by {config.engine}", rows))
     draw_curves(results, folder / "curves.png")
@@ -148,10 +143,10 @@ def measure(experiment: str, model: fnet.Layer, config, console: Console | None 
     reached = {"mean": float(final["test accuracy"].mean()), "deviation": float(final["test accuracy"].std())}
     by_seed = dict(zip(map(str, config.seeds), final["test accuracy"].tolist(), strict=True))
     numbers = {"test_accuracy": by_seed, **reached, "parameters": table.total.parameters, "seconds": seconds}
-    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_results(folder, numbers)
     console.print(
         f"{len(config.seeds)} seeds: compiled in {seconds['compile']:.1f} s, trained and tested in "
-        f"{seconds['run']:.1f} s\ntest accuracy {reached['mean']:.4f} ± {reached['deviation']:.4f} "
+        f"{seconds['run']:.1f} s\ntest accuracy {mean_and_spread(final['test accuracy'], '.4f')} "
         "(expected at least 0.97)",
         highlight=False,
         soft_wrap=True,
@@ -168,13 +163,12 @@ def draw_curves(results: dict, path: Path) -> None:
         for i, (part, name) in enumerate({"training": "training, moved images", "test": "test, as they are"}.items()):
             values = np.maximum(curve(results, part), 1e-4)  # an error of 0 has no place on a logarithmic axis
             epochs = np.arange(1, values.shape[1] + 1)
-            ax.fill_between(epochs, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
-            ax.plot(epochs, values.mean(0), color=f"C{i}", label=name)
+            draw_range(ax, epochs, values, color=f"C{i}", label=name)
         ax.set(xlabel="epoch", ylabel=title, yscale="log")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_epochs(ax)
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize="small")
-    axes[1].axhline(0.03, color="gray", linestyle=":", linewidth=1)
+    axes[1].axhline(0.03, **DOTTED)
     save_figure(figure, path)
 
 

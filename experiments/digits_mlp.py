@@ -21,22 +21,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ENGINES,
-    Amount,
-    ByEngine,
-    Count,
-    Resumable,
-    Seeded,
-    Whole,
-    Widths,
-    length,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, main, new_run_folder, open_console, say_written, train
+from experiments.options import ENGINES, Amount, ByEngine, Count, Resumable, Seeded, Whole, Widths
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy, confusion, gradient_norms
 from fnet.report import (

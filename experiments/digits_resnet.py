@@ -18,8 +18,9 @@ from typing import Literal
 from rich.console import Console
 
 import fnet
-from experiments.common import Amount, ByEngine, Count, Counts, Resumable, Seeds, Whole, main
+from experiments.common import main
 from experiments.digits_lenet import measure
+from experiments.options import Amount, ByEngine, Count, Counts, Resumable, Seeds, Whole
 from fnet.layers import batch_norm, conv, relu
 from fnet.layers.models import resnet
 

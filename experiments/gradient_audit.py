@@ -19,31 +19,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from html import escape
 from types import SimpleNamespace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape as as_text
-from rich.table import Table
 
 import fnet
-from experiments.common import Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Count, InFolder, Seeded
+from experiments.pictures.gradient_audit import verdict_table, write_pages
 from fnet import losses
 from fnet.core.numerics import stream
 from fnet.gradcheck import Report
 from fnet.layers.cells import LSTMCarry
-from fnet.report.audit import PAGE_STYLE, Html, cell, pill
-from fnet.report.audit import table as html_table
-from fnet.report.audit_words import COLOURS
 from fnet.types import PyTree
 
 B, T, F, K = 4, 3, 6, 5
-WORST_FIRST = ("wrong", "unverified", "imprecise", "kink", "ok")
 FAULTS = {  # activation: what its backward does wrong, and that backward
     "relu": ("the gradient passes where x < 0, too", lambda y, dy: dy),
     "sigmoid": ("y for y (1 − y)", lambda y, dy: dy * y),
@@ -280,39 +275,6 @@ def audits(config: Config) -> dict[str, Callable[[], Report]]:
     return found
 
 
-def verdict_and_cause(report: Report) -> tuple[str, str]:
-    """The worst verdict of a report's leaves, and the cause of the first fault, or else of the first such leaf."""
-    verdict = min((leaf.verdict for leaf in report.leaves), key=WORST_FIRST.index)
-    alike = [leaf for leaf in report.leaves if leaf.verdict == verdict]
-    leaf = next((leaf for leaf in alike if leaf.path == report.first_wrong), alike[0])
-    return verdict, f"{leaf.path}: {leaf.cause}" if leaf.cause or verdict == "wrong" else ""
-
-
-def index_page(reports: dict[str, Report], pages: dict[str, str]) -> str:
-    """One self-contained page: the table, and beneath it each report, folded. ``pages`` are files of single reports."""
-    rows, folded = [], []
-    for k, (name, report) in enumerate(reports.items()):
-        verdict, cause = verdict_and_cause(report)
-        error = max(leaf.relative for leaf in report.leaves)
-        link = Html(f'<a href="#audit-{k}">{escape(name)}</a>')
-        rows.append((link, len(report.leaves), f"{error:.1e}", pill(verdict, verdict), cause))
-        more = f' (<a href="{escape(pages[name])}">with pictures</a>)' if name in pages else ""
-        folded.append(
-            f'<details id="audit-{k}"{"" if report.ok else " open"}><summary>{cell(name)}: {verdict}{more}</summary>'
-            f"{report._repr_html_()}</details>\n"
-        )
-    overall = "ok" if all(report.ok for report in reports.values()) else "wrong"
-    head = ("audit", "leaves", "worst error", "verdict", "cause")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Gradient audit of fnet: {overall}</title><style>{PAGE_STYLE}</style></head>\n"
-        f"<body><main><h1>Gradient audit of fnet {pill(overall, overall)}</h1>\n"
-        f'<div class="fnet-audit">{html_table("Layers, losses, models", head, rows)}</div>\n'
-        f"<h2>Leaf by leaf</h2>\n{''.join(folded)}</main></body></html>\n"
-    )
-
-
 def run(config: Config, console: Console | None = None) -> dict:
     """Run the audits, print the table, write the run folder; returns the reports and the names of those that failed."""
     console = open_console(config, console)
@@ -327,23 +289,13 @@ def run(config: Config, console: Console | None = None) -> dict:
             status.update(f"{k} of {len(chosen)}: {name}")
             reports[name] = audit()
 
-    table = Table("audit", "leaves", "worst error", "verdict", "cause", box=SIMPLE)
-    for name, report in reports.items():
-        verdict, cause = verdict_and_cause(report)
-        error = max(leaf.relative for leaf in report.leaves)
-        shown = f"[bold {COLOURS[verdict]}]{verdict}" if verdict != "ok" else verdict
-        table.add_row(as_text(name), str(len(report.leaves)), f"{error:.1e}", shown, as_text(cause))
-    console.print(table)
+    console.print(verdict_table(reports))
     if config.fault:
         console.print(f"the fault in {config.fault}: {FAULTS[config.fault][0]}", highlight=False)
 
-    pages = {}
-    for name in (name for name in reports if name.startswith("mlp")):
-        pages[name] = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) + ".html"
-        reports[name].to_html(folder / pages[name])
-        if "digits" in name:
-            console.print(f"{name}\n{as_text(str(reports[name]))}", highlight=False, soft_wrap=True)
-    (folder / "index.html").write_text(index_page(reports, pages), encoding="utf-8")
+    for name in (name for name in reports if name.startswith("mlp") and "digits" in name):
+        console.print(f"{name}\n{as_text(str(reports[name]))}", highlight=False, soft_wrap=True)
+    write_pages(reports, folder, own=[name for name in reports if name.startswith("mlp")])
     failed = [name for name, report in reports.items() if not report.ok]
     leaves = sum(len(report.leaves) for report in reports.values())
     console.print(

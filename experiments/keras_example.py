@@ -26,21 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    Resumable,
-    Seeded,
-    Share,
-    engine_of,
-    length,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-    train,
-)
+from experiments.common import length, main, new_run_folder, open_console, say_written, train
+from experiments.options import Amount, ByEngine, Count, Resumable, Seeded, Share, engine_of
+from experiments.pictures.parts import grid_and_legend
 from fnet.core.numerics import stream
 from fnet.layers.initializers import glorot_uniform
 from fnet.metrics import accuracy, gradient_norms
@@ -136,13 +124,11 @@ def draw(curves, held_out: int, path: Path) -> None:
         claimed = [claim[i] for claim in CLAIMED.values()]
         ax.plot(list(CLAIMED), claimed, "D", color="C3", label="training, the text claims")
         ax.set(xlabel="epoch", ylabel=name)
-        ax.grid(alpha=0.3)
     left.axhline(np.log(CLASSES), color="0.5", label="guessing: ln 10")
     left.set_yscale("log")
     right.axhspan(0.1 - spread, 0.1 + spread, color="0.5", alpha=0.3, label="guessing: 10% ± 2 standard deviations")
     right.yaxis.set_major_formatter("{x:.0%}")
-    for ax in (left, right):
-        ax.legend(fontsize="small")
+    grid_and_legend(left, right)
     save_figure(figure, path)
 
 

@@ -26,19 +26,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amounts,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    Widths,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amounts, ByEngine, Count, InFolder, Seeded, Widths, engine_of
+from experiments.pictures.parts import DOTTED, grid_and_legend
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -140,10 +130,9 @@ def draw(results: dict, config: Config, path: Path) -> None:
     left.set(xlabel="epoch", ylabel="cost (dashed: test)", yscale="log")
     right.set(xlabel="learning rate", ylabel=f"cost after {config.epochs} epochs", xscale="log", yscale="log")
     for ax in (left, right):
-        ax.axhline(math.log(10), color="gray", linestyle=":", linewidth=1)
+        ax.axhline(math.log(10), **DOTTED)
         ax.set_ylim(bottom=ax.get_ylim()[0] / 4)  # room for the legend
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", loc="lower left")
+        grid_and_legend(ax, loc="lower left")
     save_figure(figure, path)
 
 

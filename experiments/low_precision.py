@@ -17,7 +17,6 @@ The first five must reach the accuracy of float32 within 0.5 %, on the average o
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +24,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    check_left,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import check_left, main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeded, engine_of
 from fnet.core.numerics import stream
 from fnet.layers import Policy, mixed_precision
 from fnet.metrics import accuracy
@@ -110,7 +98,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         }
     console.print(engine_table(f"{config.seeds} seeds, {config.epochs} epochs, rate {config.rate:g}", rows))
     plain = {way: {name: a.tolist() for name, a in r.items()} for way, r in results.items()}
-    (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
+    write_results(folder, plain)
     say_written(console, folder)
     return {"results": results, "folder": folder}
 

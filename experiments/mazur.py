@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Count, Options, main, open_console
+from experiments.common import main, open_console
+from experiments.options import Count, Options
 from fnet.core.numerics import weighted_mean
 from fnet.layers import sigmoid
 from fnet.losses import half_squared_error

@@ -35,18 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, engine_of
+from experiments.pictures.parts import mean_and_spread
 from fnet.layers import sigmoid
 from fnet.layers.children import watch
 from fnet.losses import half_squared_error
@@ -192,8 +183,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     worst = max(furthest(columns) for _, columns in numbers.values())
     before, after = np.array(losses).T
     console.print(
-        f"{len(config.seeds)} seeds: loss {before.mean():.4f} ± {before.std():.4f}, after {config.updates} updates "
-        f"{after.mean():.1e} ± {after.std():.1e}"
+        f"{len(config.seeds)} seeds: loss {mean_and_spread(before, '.4f')}, after {config.updates} updates "
+        f"{mean_and_spread(after, '.1e')}"
     )
     console.print(
         f"the three computations differ by {worst:.1e} at most (expected below 1e-14)",

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import Amount, InFolder, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, InFolder
 from fnet.layers import softmax
 from fnet.report.plots import new_figure, save_figure
 

@@ -25,21 +25,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Amounts,
-    ByEngine,
-    Count,
-    InFolder,
-    Positive,
-    Seeded,
-    Widths,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Amounts, ByEngine, Count, InFolder, Positive, Seeded, Widths, engine_of
+from experiments.pictures.parts import DOTTED, grid_and_legend, whole_epochs
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -217,10 +205,9 @@ def draw_digits(config: Config, arrays: dict, path: Path) -> None:
         right.plot(np.array(config.grid)[order], np.median(final, 1)[order], "o-", markersize=4, color=f"C{i}")
     left.set(xlabel="epoch", ylabel="training cost", yscale="log")
     right.set(xlabel="learning rate", ylabel=f"training cost after {config.epochs} epochs", xscale="log", yscale="log")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize="small")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
+    whole_epochs(left)
+    grid_and_legend(left)
+    right.grid(alpha=0.3)
     save_figure(figure, path)
 
 
@@ -237,10 +224,9 @@ def draw_valley(config: Config, arrays: dict, path: Path) -> None:
         how = f"not in {config.steps:,} steps" if end is None else f"{end} steps"
         ax.set(xlim=(-9, 11), ylim=(-1.4, 1.4), title=f"{name}, rate {getattr(config.valley, name):g}: {how}")
         last.plot(np.arange(1, len(a["f"])), a["f"][1:], color=f"C{i}", label=name)
-    last.axhline(1e-6, color="gray", linestyle=":", linewidth=1)
+    last.axhline(1e-6, **DOTTED)
     last.set(xlabel="steps", ylabel="f", xscale="log", yscale="log", ylim=(1e-7, 1e3), title="f by steps")
-    last.grid(alpha=0.3)
-    last.legend(fontsize="small", loc="lower left")
+    grid_and_legend(last, loc="lower left")
     save_figure(figure, path)
 
 

@@ -19,7 +19,6 @@ can do when it is tuned for the function, not how it does untuned. L-BFGS has it
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.common import Count, InFolder, Positive, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Count, InFolder, Positive
+from experiments.pictures.parts import legend_below
 from fnet import optimizers
 from fnet.core.checks import require_counts
 from fnet.optimizers import minimize_lbfgs
@@ -167,7 +168,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     rates = {name: {t: f"{r[name]['rate']:.2g}" for t, r in results.items()} for name in config.optimizers}
     console.print(engine_table(f"at the best of {config.rates} rates", rates))
     plain = {t: {n: {k: v for k, v in r.items() if k != "path"} for n, r in rs.items()} for t, rs in results.items()}
-    (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
+    write_results(folder, plain)
     draw(results, drawn, folder / "paths.png")
     say_written(console, folder)
     return {"results": results, "folder": folder}
@@ -195,8 +196,7 @@ def draw(results: dict, drawn: tuple[str, ...], file: Path) -> None:
         ax.plot(*np.asarray(problem.minima).T, "k*", markersize=9, linestyle="none", label="minimum")
         ax.plot(*problem.start, "ko", markersize=5, label="start")
         ax.set(title=title, xlim=(x0, x1), ylim=(y0, y1))
-    handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize="small")
+    legend_below(figure, np.ravel(axes)[0], columns=7, fontsize="small")
     save_figure(figure, file)
 
 

@@ -25,8 +25,6 @@ Legend: S training sets, G points of the grid, N examples, E epochs.
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,27 +32,12 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Amounts,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Seeds,
-    Share,
-    Shares,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written, split_by_seed, write_results
+from experiments.options import Amount, Amounts, ByEngine, Count, Counts, InFolder, Seeds, Share, Shares, engine_of
+from experiments.pictures.overfitting import draw_digits, draw_function, print_digits, print_function, print_reached
 from fnet.core.numerics import stream
 from fnet.layers import dense, dropout, relu, serial, tanh
 from fnet.metrics import accuracy
-from fnet.report import engine_table
-from fnet.report.plots import new_figure, save_figure
 from fnet.types import Layer, Optimizer
 
 
@@ -208,9 +191,7 @@ def load(config: Config, train_size: int, validation_size: int = 0) -> dict[str,
         )
     sizes = {"train": train_size, "validation": validation_size}
     sizes = {name: size for name, size in {**sizes, "test": len(digits.targets) - sum(sizes.values())}.items() if size}
-    splits = [fnet.split(digits, list(sizes.values()), stream(jax.random.key(seed), "split")) for seed in config.seeds]
-    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in zip(*splits, strict=True)]
-    return dict(zip(sizes, stacked, strict=True))
+    return dict(zip(sizes, split_by_seed(digits, list(sizes.values()), config.seeds), strict=True))
 
 
 def capacity_errors(config: Config, width: int) -> dict[str, np.ndarray]:
@@ -295,9 +276,12 @@ def run(config: Config, console: Console | None = None) -> dict:
     with console.status("cures on few digits"):
         pairs, curves = cure_curves(config)
     cures = choose(pairs, curves)
-    report(config, by_units, by_cure, by_width, cures, console)
-    draw_function(config, by_units, by_cure, folder / "bias_variance.png")
-    draw_digits(config, by_width, cures, curves, folder / "digits.png")
+    few = f"{config.few} digits, {config.label_noise:.0%}"
+    print_function(by_units, by_cure, config.points, console)
+    print_digits(by_width, cures, config.sizes, few, console)
+    print_reached(by_units, by_cure, cures, console)
+    draw_function(by_units, by_cure, folder / "bias_variance.png")
+    draw_digits(by_width, cures, curves, config.sizes, few, folder / "digits.png")
     decomposed = {
         kind: {name: {k: float(v) for k, v in d.items() if k != "learned"} for name, d in found.items()}
         for kind, found in (("units", by_units), ("cures on the function", by_cure))
@@ -306,7 +290,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "capacity": {w: {k: v.tolist() for k, v in found.items()} for w, found in by_width.items()},
         "cures": {name: {k: np.asarray(v).tolist() for k, v in found.items()} for name, found in cures.items()},
     }
-    (folder / "results.json").write_text(json.dumps({**decomposed, **digits}, indent=2) + "\n")
+    write_results(folder, {**decomposed, **digits})
     say_written(console, folder)
     results = {"by_units": by_units, "by_cure": by_cure, "by_width": by_width, "cures": cures}
     return {**results, "curves": curves, "pairs": pairs, "folder": folder}
@@ -322,124 +306,6 @@ def check(config: Config) -> None:
         raise SystemExit(f"sets = {config.sets}: expected at least 2, since a variance needs two")
     if not (config.rates and config.decays):
         raise SystemExit("no rates or no decays to choose from: give at least one of each")
-
-
-def report(config: Config, by_units, by_cure, by_width, cures, console: Console) -> None:
-    """The tables, each with the number to reach beside the one reached."""
-    named = {f"{units} units": found for units, found in by_units.items()}
-    widest = f"{max(config.units)} units, "
-    named |= {widest + name: found for name, found in by_cure.items() if name != "none"}
-    rows = {
-        name: {
-            **{part: f"{d[part]:.4f}" for part in ("bias²", "variance", "noise", "sum")},
-            "measured": f"{d['measured']:.4f} ± {d['spread']:.4f}",
-        }
-        for name, d in named.items()
-    }
-    console.print(engine_table(f"sin(πx), {config.sets} sets of {config.points} noisy points", rows))
-
-    def cell(values, form=".3f"):
-        return f"{values.mean():{form}} ± {values.std():{form}}"
-
-    rows = {
-        f"{width} hidden units": {
-            f"{size}": f"{1 - found['train accuracy'][i].mean():.1%} / {1 - found['test accuracy'][i].mean():.1%}"
-            for i, size in enumerate(config.sizes)
-        }
-        for width, found in by_width.items()
-    }
-    console.print(engine_table("8x8 digits: training error / test error, by number of training digits", rows))
-    rows = {
-        name: {
-            "dropout, decay": "{:g}, {:g}".format(*found["pair"]),
-            "epoch": ", ".join(str(e) for e in found["epoch"]),
-            "training loss": cell(found["train loss"]),
-            "test loss": cell(found["test loss"]),
-            "gap": cell(found["test loss"] - found["train loss"]),
-            "training accuracy": cell(found["train accuracy"]),
-            "test accuracy": cell(found["test accuracy"]),
-        }
-        for name, found in cures.items()
-    }
-    title = f"{config.few} digits, {config.label_noise:.0%} of the labels drawn at random, {max(config.widths)} units"
-    console.print(engine_table(f"{title}: mean ± spread of {len(config.seeds)} seeds", rows))
-    off = max(abs(d["measured"] - d["sum"]) / d["spread"] for d in named.values())
-    accuracies = {name: found["test accuracy"].mean() for name, found in cures.items()}
-    cured = ", ".join(f"{name} {accuracies[name]:.3f}" for name in accuracies if name != "none")
-    console.print(
-        f"bias² + variance + noise and the measured error: at most {off:.1f} standard errors apart (must be below 4)\n"
-        f"test accuracy without a cure {accuracies['none']:.3f}; with one (must be above): {cured}",
-        highlight=False,
-    )
-
-
-def draw_function(config: Config, by_units, by_cure, path: Path) -> None:
-    """Above: functions learned from twenty sets and their mean. Below: the parts of the error by units and by cure."""
-    shown = {f"{units} unit" + "s" * (units > 1): by_units[units] for units in (min(by_units), max(by_units))}
-    shown |= {f"{max(config.units)} units, {name}": by_cure[name] for name in ("early stopping", "weight decay")}
-    figure, _ = new_figure(len(shown), rows=2, height=3.4, width=3.4)
-    figure.clear()
-    grid = figure.add_gridspec(2, 2 * len(shown))
-    x = np.linspace(-1, 1, next(iter(shown.values()))["learned"].shape[1])
-    for i, (name, found) in enumerate(shown.items()):
-        ax = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
-        ax.plot(x, found["learned"][:20].T, color="C0", linewidth=0.6, alpha=0.5)
-        ax.plot(x, found["learned"].mean(0), color="C3", linewidth=2, label="mean of all sets")
-        ax.plot(x, np.sin(np.pi * x), "--", color="black", linewidth=1.2, label="f")
-        ax.set(title=name, ylim=(-2.5, 2.5), xlabel="x")
-        ax.grid(alpha=0.3)
-        if i == 0:
-            ax.legend(fontsize="small", loc="lower right")
-    for half, found, what in ((slice(0, len(shown)), by_units, "hidden units"), (slice(len(shown), None), by_cure, "")):
-        ax = figure.add_subplot(grid[1, half])
-        places, floor = np.arange(len(found)), np.zeros(len(found))
-        for part in ("noise", "bias²", "variance"):
-            heights = np.array([d[part] for d in found.values()])
-            ax.bar(places, heights, bottom=floor, width=0.6, label=part)
-            floor = floor + heights
-        ax.plot(places, [d["measured"] for d in found.values()], "kD", markersize=5, label="measured error")
-        ax.set_xticks(places, [str(name) for name in found])
-        ax.set(xlabel=what, ylabel="squared error", title="" if what else f"cures of {max(config.units)} units")
-        ax.set_ylim(0, 1.3 * floor.max())  # room for the legend
-        ax.grid(alpha=0.3, axis="y")
-        ax.legend(fontsize="small", ncols=4, loc="upper left")
-    save_figure(figure, path)
-
-
-def draw_digits(config: Config, by_width, cures, curves, path: Path) -> None:
-    """Errors by number of training digits and width; losses by epoch of each cure; the gap of each."""
-    figure, (left, middle, right) = new_figure(3, height=4.4)
-    for i, (width, found) in enumerate(by_width.items()):
-        for part, style in (("test", "o-"), ("train", "o:")):
-            errors = 1 - found[f"{part} accuracy"].mean(1)
-            left.plot(
-                config.sizes, errors, style, color=f"C{i}", markersize=4, label=f"{width} units" * (part == "test")
-            )
-    for i, (name, found) in enumerate(cures.items()):
-        for part, style in (("test", "-"), ("train", ":")):
-            curve = curves[f"{part} loss"][found["index"]].mean(0)
-            if name != "early stopping":  # the same run as without a cure
-                label = name if part == "test" else None
-                middle.plot(np.arange(1, len(curve) + 1), curve, style, color=f"C{i}", label=label)
-        if name in ("early stopping", "all three"):
-            stopped = found["epoch"].mean(), found["test loss"].mean()
-            middle.plot(*stopped, "D", color=f"C{i}", label=f"{name}: stopped (mean)")
-    places = np.arange(len(cures))
-    for offset, part in ((-0.2, "train"), (0.2, "test")):
-        values = np.array([found[f"{part} accuracy"] for found in cures.values()])
-        right.bar(places + offset, values.mean(1), 0.38, yerr=values.std(1), label=part.replace("train", "training"))
-    left.set(xlabel="training digits", ylabel="error (dotted: training)", xscale="log", title="capacity against data")
-    left.set_xticks(config.sizes, [str(size) for size in config.sizes])
-    left.minorticks_off()
-    title = f"{config.few} digits, {config.label_noise:.0%} labels at random"
-    middle.set(xlabel="epoch", ylabel="loss (dotted: training)", yscale="log", title=title)
-    middle.set_ylim(bottom=max(middle.get_ylim()[0], 1e-3))
-    right.set_xticks(places, [name.replace(" ", "\n") for name in cures])
-    right.set(ylabel="accuracy (training labels are partly wrong)", title="with each cure", ylim=(0.5, 1.1))
-    for ax in (left, middle, right):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", ncols=2 if ax is right else 1)
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

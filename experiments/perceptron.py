@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fnet
-from experiments.common import ENGINES, Amount, Count, InFolder, Seeded, main, new_run_folder, open_console, say_written
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import ENGINES, Amount, Count, InFolder, Seeded
+from experiments.pictures.parts import legend_below
 from fnet.layers import step, tanh
 from fnet.losses import binary_cross_entropy, half_squared_error
 from fnet.metrics import binary_accuracy, gradient_norms
@@ -170,7 +172,7 @@ def draw(rule: dict, model: fnet.Layer, ts: fnet.TrainState, path: Path) -> None
             ax.scatter(*points.T, s=90, color=colour, edgecolor="black", zorder=3, label=f"target {label}")
         ax.set(title=title, xlabel="x1", ylabel="x2", xticks=[0, 1], yticks=[0, 1], box_aspect=1)
     title = "dots: what is asked; shade: what is answered (on its line the perceptron answers 1)"
-    figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=2)
+    legend_below(figure, axes[0], columns=2, title=title)
     save_figure(figure, path)
 
 

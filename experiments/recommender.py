@@ -32,19 +32,9 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    Count,
-    InFolder,
-    Seeds,
-    Share,
-    Whole,
-    Wholes,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import Amount, Count, InFolder, Seeds, Share, Whole, Wholes
+from experiments.pictures.parts import grid_and_legend, mean_and_spread
 from fnet.core.numerics import stream
 from fnet.layers import stateless
 from fnet.losses import squared_error
@@ -230,9 +220,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "the true matrix: the noise": error_of(lambda d, user, item: d.truth[user, item]),
     }
 
-    def cell(values):
-        return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
-
+    cell = partial(mean_and_spread, form=".4f")
     rows = {name: {"held out": cell(values)} for name, values in baselines.items()}
     for name, parts in curves.items():
         rows[name] = {part: cell(errors[:, -1]) for part, errors in parts.items()}
@@ -274,8 +262,7 @@ def draw(errors, baselines, config: Config, limit: float, path: Path) -> None:
     right.set(xlabel="epoch", ylabel="held-out RMSE", title="mean of the seeds by epoch (dotted: the noise)")
     for ax in (left, right):
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", loc="upper right", ncols=2)
+        grid_and_legend(ax, loc="upper right", ncols=2)
     save_figure(figure, path)
 
 

@@ -28,10 +28,8 @@ Legend: B images, H W height and width, P = H W pixels, M numbers of wiped-out p
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,28 +38,14 @@ from rich.console import Console
 from scipy.stats import rankdata
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    Counts,
-    InFolder,
-    Seed,
-    Seeds,
-    Wholes,
-    engine_of,
-    load_images,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import load_images, main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Amount, ByEngine, Count, Counts, InFolder, Seed, Seeds, Wholes, engine_of
+from experiments.pictures.parts import first_of_each, mean_and_spread
+from experiments.pictures.saliency import Checks, draw_checks, draw_maps, print_checks
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
 from fnet.metrics import accuracy
 from fnet.optimizers.schedules import cosine
-from fnet.report import engine_table
-from fnet.report.plots import new_figure, save_figure
 
 LOSS = fnet.softmax_cross_entropy
 BY_SIZE = ("gradient", "SmoothGrad")  # ranked by |map|; the others by the map
@@ -201,6 +185,24 @@ def by_autodiff(params, state, x, labels) -> jax.Array:
     return jax.grad(lambda x: logits_of(network(), params, state, x, labels).sum())(x)
 
 
+def misread(config: Config, trained, key, test_data: fnet.Batch, maps) -> tuple | None:
+    """Up to eight digits that the network misreads, the maps of the class read and of the true one, and which they are.
+
+    None where it misreads none.
+    """
+    params, state, _ = trained
+    read = np.asarray(fnet.apply(network(), params, state, test_data.inputs)).argmax(1)
+    wrong = np.flatnonzero(read != np.asarray(test_data.targets))[:8]
+    if not len(wrong):
+        return None
+    rows = np.resize(wrong, config.images)  # as many as the maps are compiled for
+    x, both = test_data.inputs[rows], {}
+    for name, labels in (("for the class read", read[rows]), ("for the true class", test_data.targets[rows])):
+        of = maps(params, state, x, jnp.asarray(labels), stream(key, "noise"))
+        both[name] = np.asarray(of["integrated gradients"])[: len(wrong)]
+    return np.asarray(x)[: len(wrong)], both, [f"read {read[i]}, is {int(test_data.targets[i])}" for i in wrong]
+
+
 # --- the experiment --------------------------------------------------------------------------------------------------
 
 
@@ -219,9 +221,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     with console.status(f"{len(keys)} networks, {config.epochs} epochs each"):
         networks = [train(key, train_data, test_data) for key in keys]
         tests = np.array([float(network[2]) for network in networks])
-    console.print(
-        f"accuracy on {config.test_size} test digits: {tests.mean():.4f} ± {tests.std():.4f}", highlight=False
-    )
+    console.print(f"accuracy on {config.test_size} test digits: {mean_and_spread(tests, '.4f')}", highlight=False)
 
     x, labels = (a[: config.images] for a in test_data[:2])
     ink = np.asarray(x)[..., 0] > 0
@@ -256,11 +256,27 @@ def run(config: Config, console: Console | None = None) -> dict:
             likeness.append(against)
 
     stacked = jax.tree.map(lambda *seeds: np.stack(seeds), *results)
-    print_checks(stacked, likeness, config, console)
-    draw_maps(np.asarray(x), np.asarray(labels), first["maps"], folder / "saliency.png")
-    draw_mistakes(config, networks[0], keys[0], test_data, maps, folder / "mistakes.png")
-    draw_randomised(np.asarray(x), first, folder / "randomised.png")
-    draw_checks(stacked, likeness, config, folder / "checks.png")
+    checks = Checks(
+        maps=METHODS,
+        counts=config.wiped_out,
+        deletion={name: stacked["deletion"][name] for name in (*METHODS, *CONTROLS)},
+        steps=config.path_steps,
+        completeness=stacked["completeness"],
+        randomisation=likeness,
+        engines=stacked["engines"],
+    )
+    print_checks(checks, console)
+    draw_checks(checks, config.tolerance, folder / "checks.png")
+    digits, shown = np.asarray(x), first_of_each(np.asarray(labels))
+    of_class = {m: first["maps"][m][shown] for m in METHODS}
+    title = "what raises (red) and lowers (blue) the logit of the digit's class"
+    draw_maps(digits[shown], of_class, title, folder / "saliency.png")
+    with_fresh = {"as trained": first["maps"]["integrated gradients"][:8], **first["levels"]}
+    draw_maps(digits[:8], with_fresh, "integrated gradients with fresh weights", folder / "randomised.png")
+    if mistakes := misread(config, networks[0], keys[0], test_data, maps):
+        wrong, both, below = mistakes
+        title = "misread digits: integrated gradients of two logits (red raises)"
+        draw_maps(wrong, both, title, folder / "mistakes.png", below)
 
     at = list(config.wiped_out)
     curves = stacked["deletion"]
@@ -275,7 +291,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         "engines": stacked["engines"].tolist(),
         "rank correlation": likeness,
     }
-    (folder / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_results(folder, numbers)
     fresh = max(max(of_map.values()) for seed in likeness for level, of_map in seed.items() if "from" in level)
     console.print(
         f"completeness {error:.1e} of the difference (expected at most {config.tolerance:g}); integrated gradients "
@@ -286,117 +302,6 @@ def run(config: Config, console: Console | None = None) -> dict:
     )
     say_written(console, folder)
     return {**numbers, **stacked, "likeness": likeness, "folder": folder}
-
-
-def spread(values) -> str:
-    """Mean ± deviation over the seeds."""
-    return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
-
-
-def print_checks(stacked: dict, likeness: list, config: Config, console: Console) -> None:
-    """The four checks as tables."""
-    z, counts = stacked["deletion"], config.wiped_out
-    shown = [i for i, count in enumerate(counts) if count in (10, 20, 80)]
-    rows = {
-        name: {f"{counts[i]} px": spread(z[name][:, i]) for i in shown} | {"mean of curve": spread(z[name].mean(1))}
-        for name in (*METHODS, *CONTROLS)
-    }
-    start = spread(z[METHODS[0]][:, 0])
-    console.print(engine_table(f"logit of the class, {start} before, after wiping out pixels", rows))
-    rows = {level: {m: spread([seed[level][m] for seed in likeness]) for m in METHODS} for level in likeness[0]}
-    console.print(engine_table("rank correlation on the ink with the map as trained", rows))
-    errors = dict(zip(config.path_steps, stacked["completeness"].T, strict=True))
-    rows = {"error of the sum": {f"{k} steps": f"{e.mean():.1e}" for k, e in errors.items()}}
-    console.print(engine_table("completeness of integrated gradients", rows))
-    console.print(f"∂z/∂x by hand and by autodiff: greatest difference {stacked['engines'].max():.1e} of the greatest")
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def show(ax, image: np.ndarray, signed: bool) -> None:
-    """A digit in gray, or a map in red where it raises the logit and in blue where it lowers it."""
-    most = np.quantile(np.abs(image), 0.995) or 1.0
-    colours = {"cmap": "RdBu_r", "vmin": -most, "vmax": most} if signed else {"cmap": "gray_r", "vmin": 0, "vmax": 1}
-    ax.imshow(image, **colours)
-    ax.set(xticks=[], yticks=[])
-
-
-def draw_grid(rows: list, title: str, path: Path, below: list[str] | None = None) -> None:
-    """Rows of ``(title, images (B, H, W), signed)`` beside one another."""
-    figure, axes = new_figure(len(rows[0][1]), height=1.15, width=1.15, rows=len(rows))
-    axes = np.reshape(axes, (len(rows), -1))
-    for row, (name, images, signed) in zip(axes, rows, strict=True):
-        for ax, image in zip(row, images, strict=True):
-            show(ax, image, signed)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, text in zip(axes[-1], below or [], strict=False):
-        ax.set_xlabel(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
-
-
-def draw_maps(x: np.ndarray, labels: np.ndarray, maps: dict, path: Path) -> None:
-    """The first digit of each class and its maps."""
-    shown = [int(np.argmax(labels == k)) for k in range(10) if (labels == k).any()]
-    rows = [("digit", x[shown, ..., 0], False), *((m, maps[m][shown, ..., 0], True) for m in METHODS)]
-    draw_grid(rows, "what raises (red) and lowers (blue) the logit of the digit's class", path)
-
-
-def draw_mistakes(config: Config, network_, key, test_data: fnet.Batch, maps, path: Path) -> None:
-    """Digits that the network misreads: what speaks for the class read, and what for the true one."""
-    params, state, _ = network_
-    read = np.asarray(fnet.apply(network(), params, state, test_data.inputs)).argmax(1)
-    wrong = np.flatnonzero(read != np.asarray(test_data.targets))[:8]
-    if not len(wrong):
-        return
-    rows_of = np.resize(wrong, config.images)  # as many as the maps are compiled for
-    x, true = test_data.inputs[rows_of], test_data.targets[rows_of]
-    by_class = [maps(params, state, x, jnp.asarray(c), stream(key, "noise")) for c in (read[rows_of], true)]
-    both = [np.asarray(m["integrated gradients"])[: len(wrong), ..., 0] for m in by_class]
-    rows = [("digit", np.asarray(x)[: len(wrong), ..., 0], False), ("for the class read", both[0], True)]
-    rows.append(("for the true class", both[1], True))
-    below = [f"read {read[i]}, is {int(test_data.targets[i])}" for i in wrong]
-    draw_grid(rows, "misread digits: integrated gradients of two logits (red raises)", path, below)
-
-
-def draw_randomised(x: np.ndarray, first: dict, path: Path) -> None:
-    """Integrated gradients as layers are given fresh weights, from the top. Only the ink is left to recognise."""
-    rows = [("digit", x[:8, ..., 0], False), ("as trained", first["maps"]["integrated gradients"][:8, ..., 0], True)]
-    rows += [(level, its[..., 0], True) for level, its in first["levels"].items()]
-    draw_grid(rows, "integrated gradients with fresh weights", path)
-
-
-def draw_checks(stacked: dict, likeness: list, config: Config, path: Path) -> None:
-    """Deletion curves, the error of completeness by steps, and the correlations of randomisation."""
-    figure, (left, middle, right) = new_figure(3, height=4.4, width=4.8)
-    for i, name in enumerate((*METHODS, *CONTROLS)):
-        z, style = stacked["deletion"][name], "-" if name in METHODS else "--"
-        left.plot(config.wiped_out, z.mean(0), style, color=f"C{i}", label=name)
-        left.fill_between(config.wiped_out, z.min(0), z.max(0), color=f"C{i}", alpha=0.15)
-    left.set(xlabel="pixels wiped out", ylabel="logit of the class", title="deletion")
-    errors = stacked["completeness"]
-    middle.plot(config.path_steps, errors.mean(0), "o-", label="integrated gradients")
-    middle.fill_between(config.path_steps, errors.min(0), errors.max(0), alpha=0.2)
-    middle.axhline(config.tolerance, color="gray", linestyle=":", label="tolerance")
-    middle.set(xlabel="steps along the path", ylabel="error of the sum, of the difference", xscale="log", yscale="log")
-    middle.set(title="completeness")
-    middle.set_xticks(config.path_steps, map(str, config.path_steps))
-    middle.set_xticks([], minor=True)
-    levels = list(likeness[0])
-    for i, m in enumerate(METHODS):
-        values = np.array([[seed[level][m] for level in levels] for seed in likeness])
-        places = np.arange(len(levels)) + 0.2 * (i - 1.5)
-        right.bar(places, values.mean(0), 0.2, yerr=values.std(0), label=m)
-    right.set_xticks(range(len(levels)), [level.replace(" ", "\n") for level in levels])
-    right.tick_params(axis="x", labelsize=8)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set(ylabel="rank correlation on the ink", title="randomisation", ylim=(None, 1))
-    left.set_ylim(top=1.45 * left.get_ylim()[1])  # room for the legend
-    for ax, columns in ((left, 2), (middle, 1), (right, 1)):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", ncols=columns, loc="upper right")
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import jax
@@ -26,17 +25,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    ByEngine,
-    Count,
-    InFolder,
-    check_left,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import check_left, main, new_run_folder, open_console, say_written, write_results
+from experiments.options import ByEngine, Count, InFolder, engine_of
 from fnet import optimizers
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
@@ -147,7 +137,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     }
     console.print(engine_table("seed by seed, 95 % intervals", verdicts))
     plain = {"rates": rates, "accuracies": {n: a.tolist() for n, a in accuracies.items()}, "differences": compared}
-    (folder / "results.json").write_text(json.dumps(plain, indent=2) + "\n")
+    write_results(folder, plain)
     draw({name: accuracies[name] for name in order}, rates, folder / "spread.png")
     real = sum(r["real"] for r in compared)
     console.print(f"{real} of {len(compared)} differences are real", highlight=False, soft_wrap=True)

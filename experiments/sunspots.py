@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -37,24 +36,14 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    Amount,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeds,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written, write_results
+from experiments.options import Amount, ByEngine, Count, InFolder, Seeds, engine_of
+from experiments.pictures.sunspots import draw_forecasts, draw_free_run
 from fnet.core.numerics import stream
 from fnet.layers import dense, gru, serial
 from fnet.layers.initializers import normal
 from fnet.losses import squared_error
 from fnet.report import engine_table
-from fnet.report.plots import new_figure, save_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,40 +278,9 @@ def run(config: Config, console: Console | None = None) -> dict:
             f"AR({order})": rmse(linear_run[:11], observed[:11]),
         },
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_results(folder, results)
     say_written(console, folder)
     return {**results, "validation_curve": curve, "forecasts": forecasts, "free_run": gru_run, "folder": folder}
-
-
-def draw_forecasts(years, observed, forecasts, linear, order, path: Path) -> None:
-    """The test part with both forecasts above, what they miss below."""
-    figure, (above, below) = new_figure(rows=2, height=3.2, width=9)
-    above.plot(years, observed, "k.-", linewidth=1, markersize=4, label="observed")
-    for ax, reference in ((above, 0), (below, observed)):
-        ax.plot(years, linear - reference, color="C1", linewidth=1.2, label=f"AR({order})")
-        ax.plot(years, forecasts.mean(0) - reference, color="C0", linewidth=1.6, label="GRU, mean of the seeds")
-        ax.grid(alpha=0.3)
-    below.axhline(0, color="black", linewidth=0.8)
-    above.set(ylabel="sunspot number", title="next year's number, forecast from all years before")
-    below.set(xlabel="year", ylabel="forecast − observed")
-    above.legend(fontsize="small", ncols=3, loc="upper right")
-    above.set_ylim(-5, 1.2 * max(observed.max(), forecasts.max()))
-    save_figure(figure, path)
-
-
-def draw_free_run(years, x, test, run, linear, order, path: Path) -> None:
-    """Forecasts fed back from the beginning of the test part on."""
-    figure, ax = new_figure(height=3.6, width=9)
-    shown = slice(test - 40, None)
-    ax.plot(years[shown], x[shown], "k.-", linewidth=1, markersize=4, label="observed")
-    ax.plot(years[test:], linear, color="C1", linewidth=1.2, label=f"AR({order}), free run")
-    ax.plot(years[test:], run, color="C0", linewidth=1.6, label="GRU, free run")
-    ax.axvline(years[test] - 0.5, color="gray", linestyle=":", linewidth=1)
-    ax.set(xlabel="year", ylabel="sunspot number", title=f"nothing observed after {years[test - 1]}")
-    ax.set_ylim(-5, 1.2 * x[shown].max())
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small", ncols=3, loc="upper left")
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,8 @@ import numpy as np
 from rich.console import Console
 
 import fnet
-from experiments.common import (
-    AmountOrNone,
-    Amounts,
-    ByEngine,
-    Count,
-    InFolder,
-    Seeded,
-    Shares,
-    Widths,
-    engine_of,
-    main,
-    new_run_folder,
-    open_console,
-    say_written,
-)
+from experiments.common import main, new_run_folder, open_console, say_written
+from experiments.options import AmountOrNone, Amounts, ByEngine, Count, InFolder, Seeded, Shares, Widths, engine_of
 from fnet.core.checks import require_counts
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy

@@ -30,7 +30,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import fnet
-from experiments.common import Count, Counts, Seeded, main, open_console
+from experiments.common import main, open_console
+from experiments.options import Count, Counts, Seeded
 
 
 @dataclasses.dataclass(frozen=True)

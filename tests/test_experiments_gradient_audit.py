@@ -16,6 +16,7 @@ from rich.console import Console
 
 import fnet
 from experiments import gradient_audit as audit
+from experiments.pictures.gradient_audit import verdict_and_cause
 from fnet.core.trees import split_floating
 from fnet.gradcheck.report import VERDICTS
 from fnet.types import Layer, Loss
@@ -132,7 +133,7 @@ def right(tmp_path_factory):
 
 def test_right_gradients_pass_kinks_are_named_and_the_step_is_explained(right):
     result, text = right
-    rows = {name: audit.verdict_and_cause(report) for name, report in result["reports"].items()}
+    rows = {name: verdict_and_cause(report) for name, report in result["reports"].items()}
     assert result["failed"] == [] and "6 audits" in text and "0 audits failed" in text
     kink = rows.pop("relu, one input is 0")
     assert kink[0] == "kink" and "x = 0" in kink[1] and "[1, 2]" in kink[1]

@@ -23,10 +23,11 @@ from rich.console import Console
 
 import fnet
 from experiments import common, digits_mlp, keras_example, mazur, next_token
-from experiments.common import ByEngine, InFolder, Options, Resumable, Seeded, main
+from experiments.common import main
+from experiments.options import ByEngine, InFolder, Options, Resumable, Seeded
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "common")
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "\nclass Config(" in path.read_text())
 USES = {  # of each group of shared options, in the source of an experiment that has it
     Seeded: r"\bconfig\.seed\b",
     ByEngine: r"\bengine_of\(config\)|\bconfig\.engine\b",

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import fnet
-from experiments import overfitting, vanishing_gradients
+from experiments import adding_problem, overfitting, vanishing_gradients
 from fnet.layers import relu
 
 
@@ -76,12 +76,11 @@ def test_the_best_rate_is_never_one_that_diverged():
 
 
 def test_the_gradient_through_time_is_that_of_numpy():
-    config = vanishing_gradients.Config(gains=(0.5, 1.5), recurrent_units=4, length=6)
     key = jax.random.key(3)
-    batch = vanishing_gradients.adding_problem(key, 5, config.length)
+    batch = adding_problem.adding_problem(key, 5, 6)
     x, sums = np.asarray(batch.inputs, np.float64), np.asarray(batch.targets, np.float64)
-    for gain, found in vanishing_gradients.time_norms(config, batch, key).items():
-        params, _ = vanishing_gradients.make_recurrent(config, gain).init(key, batch.inputs)
+    for gain, found in adding_problem.time_norms(4, (0.5, 1.5), batch, key).items():
+        params, _ = adding_problem.make_recurrent(4, gain).init(key, batch.inputs)
         w_x, head = (np.asarray(w, np.float64) for w in (params["rnn_0"]["input"]["w"], params["dense_0"]["w"]))
         np.testing.assert_allclose(params["rnn_0"]["recurrent"]["w"], gain * np.eye(4), rtol=1e-6)
         h = [np.zeros((5, 4))]
@@ -96,7 +95,7 @@ def test_the_gradient_through_time_is_that_of_numpy():
 
 
 def test_the_adding_problem_marks_one_number_in_each_half():
-    x, y = (np.asarray(a) for a in vanishing_gradients.adding_problem(jax.random.key(0), 4000, 10)[:2])
+    x, y = (np.asarray(a) for a in adding_problem.adding_problem(jax.random.key(0), 4000, 10)[:2])
     marks = x[..., 1]
     np.testing.assert_array_equal(marks[:, :5].sum(1), 1)
     np.testing.assert_array_equal(marks[:, 5:].sum(1), 1)
@@ -117,7 +116,6 @@ def test_a_single_layer_is_refused_before_a_folder_is_made(tmp_path):
 def test_what_vanishes_and_explodes_is_printed_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(vanishing_gradients, "ACTIVATIONS", {"relu": relu()})
     monkeypatch.setattr(vanishing_gradients, "CURES", {"plain": ("small", "large")})
-    monkeypatch.setattr(vanishing_gradients, "METHODS", ("naive, small", "naive, large"))
     settings = {"depths": (8,), "train_depth": 3, "units": 16, "epochs": 1, "test_size": 1697, "length": 4}
     settings |= {"sequences": 64, "recurrent_units": 4, "recurrent_epochs": 1, "recurrent_rates": (0.01,)}
     results, text = run_quietly(vanishing_gradients, tmp_path, rates=(0.1,), seeds=(0, 1), **settings)

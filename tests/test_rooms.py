@@ -150,6 +150,7 @@ def test_every_name_of_fnet_that_is_written_anywhere_is_there():
         *ROOT.glob("docs/*"),
         *HOUSE.rglob("*.py"),
         *ROOT.glob("experiments/*"),
+        *ROOT.glob("experiments/pictures/*.py"),
         *ROOT.glob("benchmarks/*.py"),
     ]
     missing = {}
@@ -167,14 +168,29 @@ def test_every_name_of_fnet_that_is_written_anywhere_is_there():
     assert missing == {}
 
 
-PATHS = re.compile(r"(?<![\w./-])fnet/[\w/]+\.py")
+def test_pictures_import_no_experiment():
+    pictures = sorted(ROOT.glob("experiments/pictures/*.py"))
+    assert len(pictures) > 2
+    found = set()
+    for node in (node for path in pictures for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.ImportFrom):
+            found.add(f"{node.module}.")
+        if isinstance(node, ast.Import):
+            found |= {f"{alias.name}." for alias in node.names}
+    assert "experiments.pictures.parts." in found
+    assert [m for m in found if m.startswith("experiments.") and not m.startswith("experiments.pictures.")] == []
 
 
-def test_every_file_of_fnet_that_is_written_anywhere_is_there():
+PATHS = re.compile(r"(?<![\w./-])(?:fnet|experiments)/[\w/]+\.py")
+
+
+def test_every_file_that_is_written_anywhere_is_there():
     pages = [
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/*"),
         *HOUSE.rglob("*.py"),
+        *ROOT.glob("experiments/*"),
+        *ROOT.glob("experiments/pictures/*.py"),
         *ROOT.glob("tests/*.py"),
         ROOT / "Makefile",
         ROOT / "pyproject.toml",
