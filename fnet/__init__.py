@@ -41,6 +41,7 @@ NAMES = {
         *("checkpoint", "fit", "load_run", "observers"),
     ),
 }
+importlib.import_module("fnet.core.forks")  # which sees forks from here on
 PLACES = {name: f"fnet.{place}" for place, names in NAMES.items() for name in names}
 
 if TYPE_CHECKING:  # the same names, for those who read and do not run; a test compares the two

@@ -48,7 +48,6 @@ if "XLA_FLAGS" not in os.environ:  # read at the first program; the workers have
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_include_full_tracebacks_in_locations", False)  # a test stands below a hundred frames
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -7,7 +7,6 @@ error says so, and this is the file to mend. Tried with jax 0.10.2, 0.11.2 and 0
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +22,11 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Var",
+    "backends_are_initialized",
     "bind",
     "constant",
     "jaxprs_in_params",
     "quick_jit",
-    "refuse_fork",
     "scan_parts",
     "source_line",
     "transfers_meant",
@@ -44,22 +43,6 @@ def transfers_meant(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return meant
-
-
-_forked: list[int] = []  # this process, if it was forked after jax had begun
-
-
-def refuse_fork(who: str) -> None:
-    """RuntimeError in a process that was forked after jax had begun, where what is compiled next may wait for ever."""
-    if os.getpid() in _forked:
-        raise RuntimeError(
-            f"{who}: this process was forked after jax had begun, and lacks its threads; expected one that begins "
-            'anew: multiprocessing.get_context("spawn"), or fork before anything of jax is called'
-        )
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=lambda: _forked.extend([os.getpid()] * backends_are_initialized()))
 
 
 def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:

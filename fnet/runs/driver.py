@@ -23,7 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fnet.core.files import whole_file
-from fnet.core.jax_insides import refuse_fork, transfers_meant
+from fnet.core.forks import refuse_fork
+from fnet.core.jax_insides import transfers_meant
 from fnet.data.arrays import check_data, count_examples
 from fnet.data.sources import Stream, is_read_ahead
 from fnet.data.streams import take_rows, without_position
