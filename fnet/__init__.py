@@ -32,9 +32,11 @@ NAMES = {
     ),
     "gradients": ("accumulate", "autodiff", "backprop", "from_loss", "intermediate_gradients", "tap"),
     "gradcheck": ("check_gradients", "check_layer", "check_model"),
+    "training.sharding": ("mesh", "placement"),
     "training": (
         *("RateCurve", "augmented", "best_weights", "early_stopping", "find_learning_rate", "generate"),
-        *("init_train_state", "make_evaluate", "make_step", "population", "predict", "train", "train_population"),
+        *("init_train_state", "make_evaluate", "make_step", "population", "predict", "sharding", "train"),
+        "train_population",
     ),
     "runs": (
         *("CheckpointError", "Event", "History", "Interrupted", "NonFiniteError", "Run", "RunError", "Terminated"),
@@ -106,9 +108,11 @@ if TYPE_CHECKING:  # the same names, for those who read and do not run; a test c
         make_step,
         population,
         predict,
+        sharding,
         train,
         train_population,
     )
+    from fnet.training.sharding import mesh, placement
     from fnet.types import Batch, Layer, LayerError, Loss, Mean, Optimizer, Schedule, TrainState, Transform
 
 

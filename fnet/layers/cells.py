@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fnet.core.checks import require_layer
 from fnet.core.numerics import wide
 from fnet.layers.activation import logistic, tanh_of
-from fnet.layers.dense import plus, product, rows
+from fnet.layers.dense import plus, product
 from fnet.layers.initializers import Initializer
 from fnet.types import Layer
 
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
     - ``back(transposed, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products;
       ``transposed`` is ``W_hᵀ (G H, H)``, laid out once and not at every step.
     - ``split(dz) -> dz_x, dz_h``: the parts of ``dz`` that belong to ``x W_x`` and to ``h W_h``.
-    - ``weights(kept, h, dz_h) -> drecurrent``, all steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
+    - ``weights(kept, h, dz_h) -> drecurrent``, steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
     """
 
     name: str
@@ -174,7 +174,7 @@ def gru_step_before() -> Cell:
         return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
 
     def weights(kept, h, dz_h):
-        p, two = (rows(kept[0]) * widened(h)).astype(h.dtype), 2 * h.shape[1]
+        p, two = (kept[0] * widened(h)).astype(h.dtype), 2 * h.shape[1]
         return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product(p.T, dz_h[:, two:])], 1)}
 
     return Cell("gru", 3, step, slopes, back, weights=weights)

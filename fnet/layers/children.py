@@ -17,19 +17,25 @@ import jax
 
 from fnet.core.checks import described, require_key, require_layer, takes
 from fnet.core.numerics import stream
+from fnet.core.placement import Placement
+from fnet.core.splitting import by_examples
 from fnet.core.trees import named_leaves, split_floating
 from fnet.types import Layer, LayerError, PyTree
 
 
-def init(model: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = None) -> tuple[PyTree, PyTree]:
     """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program.
 
+    With a `fnet.placement` each device draws its part of the same numbers, so that none need hold them all.
     Raises TypeError for what is no layer and no key, `LayerError` for inputs that do not fit.
     """
     require_layer("init: model", model)
     require_key("init", key)
     shapes = jax.eval_shape(lambda x: x, x)
-    return jax.jit(lambda key: init_of(model, key, shapes))(key)
+    draw = lambda key: dict(zip(("params", "state"), init_of(model, key, shapes), strict=True))  # noqa: E731
+    where = placement and placement.of(jax.eval_shape(draw, key))
+    made = jax.jit(draw, out_shardings=where)(key)
+    return made["params"], made["state"]
 
 
 def apply(model: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
@@ -120,7 +126,7 @@ def forward_of(layer: Layer, params, state, x, *, key, train) -> tuple[PyTree, P
     shapes = _shapes.get()
     if shapes is not None:
         shapes[_path.get()] = jax.eval_shape(lambda x: x, split_floating(x)[0])
-    return made
+    return by_examples(made[0]), made[1], made[2]
 
 
 def backward_of(layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
@@ -136,7 +142,7 @@ def backward_of(layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
         _require_alike("dparams", made[0], "the parameters", params)
         if _path.get() in shapes:
             _require_alike("dx", made[1], "the inputs", shapes[_path.get()])
-    return made
+    return made[0], by_examples(made[1])
 
 
 def _call(what: str, function: Callable, expected: str, *args, **kwargs):

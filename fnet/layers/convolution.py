@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fnet.core.checks import require_counts, require_params
 from fnet.core.numerics import stream
-from fnet.layers.convolving import Form, chosen, convolution, input_gradient, weight_gradient
+from fnet.layers.convolving import Form, convolution, input_gradient, weight_gradient
 from fnet.layers.dense import plus, product
 from fnet.layers.initializers import he_normal, require_initializers, zeros
 from fnet.layers.windows import Padding, Windows, channels_first, over_inputs, over_outputs, windows_of
@@ -84,14 +84,14 @@ def conv(
         over = over_inputs(windows, x)
         require_params(params, **shapes)
         check_inputs(x, params["w"], channels=params["w"].shape[-2] * groups)
-        return with_bias(convolution(x, params["w"], over, groups, chosen(form)), params), x
+        return with_bias(convolution(x, params["w"], over, groups, form), params), x
 
     def backward(params, x, dy):
         # y_o = Σ_k x_(os+kd) w_k + b:  dw_k = Σ_o x_(os+kd)ᵀ dy_o, one product of the patches and dy;
         # dx_j = Σ_(o, k: os+kd = j) dy_o w_kᵀ, the transposed product, folded back to where the patches came from
         over, w = over_inputs(windows, x), params["w"]
-        dparams = {"w": weight_gradient(x, dy, over, groups, chosen(form))}
-        return with_bias_gradient(dparams, params, dy), input_gradient(w, dy, over, groups, chosen(form))
+        dparams = {"w": weight_gradient(x, dy, over, groups, form)}
+        return with_bias_gradient(dparams, params, dy), input_gradient(w, dy, over, groups, form)
 
     return stateless("conv", init, forward, backward)
 
@@ -138,14 +138,14 @@ def conv_transpose(
         over = over_outputs(windows, x)
         require_params(params, **shapes)
         check_inputs(x, params["w"], channels=params["w"].shape[-2])
-        return with_bias(input_gradient(swapped(params["w"]), x, over, 1, chosen(form)), params), x
+        return with_bias(input_gradient(swapped(params["w"]), x, over, 1, form), params), x
 
     def backward(params, x, dy):
         # y = Aᵀ x + b with A the convolution by w with its two last axes swapped, linear in w too:
         # dx = A dy, and dw is that of A with dy for its inputs and x for the gradient of its outputs
         over, w = over_outputs(windows, x), params["w"]
-        dparams = {"w": swapped(weight_gradient(dy, x, over, 1, chosen(form)))}
-        return with_bias_gradient(dparams, params, dy), convolution(dy, swapped(w), over, 1, chosen(form))
+        dparams = {"w": swapped(weight_gradient(dy, x, over, 1, form))}
+        return with_bias_gradient(dparams, params, dy), convolution(dy, swapped(w), over, 1, form)
 
     return stateless("conv_transpose", init, forward, backward)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.core.numerics import wide
+from fnet.core.splitting import on_own_examples
 from fnet.layers.dense import product
 from fnet.layers.windows import Windows, channels_first, channels_last, fold, padded, patches
 
@@ -47,16 +48,29 @@ def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
     return product(a, b) if a.shape[0] > 1 else product(a[0], b[0])[None]
 
 
-def convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
+def convolution(x, w, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``x (B, *n, C)``, ``w (*kernel, I, O)`` to ``y (B, *m, O)``."""
+    return on_own_examples(lambda x, w: _convolution(x, w, windows, groups, chosen(form)), x, whole=(w,))
+
+
+def weight_gradient(x, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
+    """``dw (*kernel, I, O)``: at k, ``Σ_o x at (o·stride + k·dilation)ᵀ dy at o``."""
+    return on_own_examples(lambda x, dy: _weight_gradient(x, dy, windows, groups, chosen(form)), x, dy, total=True)
+
+
+def input_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
+    """``dx (B, *n, C)``: at j, the sum of ``dy at o · w_kᵀ`` over all o, k with ``o·stride + k·dilation = j``."""
+    return on_own_examples(lambda dy, w: _input_gradient(w, dy, windows, groups, chosen(form)), dy, whole=(w,))
+
+
+def _convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
     if form == "xla":
         return xla(x, w, windows.stride, windows.low, windows.high, (), windows.dilation, feature_group_count=groups)
     y = by_group(jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
     return channels_last(y.reshape(w.shape[-1], *windows.outputs, x.shape[0]))
 
 
-def weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Array:
-    """``dw (*kernel, I, O)``: at k, ``Σ_o x at (o·stride + k·dilation)ᵀ dy at o``."""
+def _weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Array:
     shape = (*windows.kernel, x.shape[-1] // groups, dy.shape[-1])
     if form == "xla":
         # a convolution of x with dy for a kernel: outputs are the positions k, and stride and dilation change places;
@@ -69,8 +83,7 @@ def weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Arra
     return jnp.swapaxes(dw, 0, 1).reshape(shape)
 
 
-def input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Array:
-    """``dx (B, *n, C)``: at j, the sum of ``dy at o · w_kᵀ`` over all o, k with ``o·stride + k·dilation = j``."""
+def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Array:
     channels = w.shape[-2] * groups
     if form == "xla":
         # a convolution of dy, its entries stride apart, with the kernel turned round, its features and channels swapped

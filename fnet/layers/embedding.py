@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from fnet.core.checks import require, require_array, require_counts, require_layer, require_params
 from fnet.core.numerics import stream, wide
+from fnet.core.splitting import by_examples
 from fnet.layers.children import backward_child, forward_child, init_child
 from fnet.layers.dense import plus, product, rows, wide_product
 from fnet.layers.initializers import normal, require_initializers
@@ -86,8 +87,9 @@ def tied_embedding(
         if not isinstance(params, dict) or getattr(params.get("table"), "shape", None) != (vocabulary, features):
             raise LayerError(f"expected params with a table {(vocabulary, features)}: pass what init returned")
         table = params["table"]
+        vectors = beside(by_examples(lookup(table, ids)), rest)
         out, body_state, residuals = forward_child(
-            "body", body, params["body"], state["body"], beside(lookup(table, ids), rest), key=key, train=train
+            "body", body, params["body"], state["body"], vectors, key=key, train=train
         )
         h, others = head_of(out)
         if h.shape != (*ids.shape, features) or h.dtype != table.dtype:
@@ -106,7 +108,7 @@ def tied_embedding(
         dlogits, dothers = head_of(dy)
         d = rows(dlogits)
         # logits = h tableᵀ + b:  dh = dlogits table,  db = Σ_rows dlogits,  and through the output dtable = dlogitsᵀ h
-        dh = product(d, table).reshape(h.shape)
+        dh = by_examples(product(d, table).reshape(h.shape))
         from_output = jnp.matmul(d.T, rows(h), preferred_element_type=wide(h.dtype))
         dbody, dx = backward_child("body", body, params["body"], residuals["body"], beside(dh, dothers))
         dvectors, drest = head_of(dx)

@@ -26,6 +26,7 @@ from jax import lax
 
 from fnet.core.checks import require_counts
 from fnet.core.numerics import stream, wide
+from fnet.core.splitting import is_split
 from fnet.layers.activation import tanh
 from fnet.layers.cells import Cell, LSTMCarry, gru_step_after, gru_step_before, lstm_step, rnn_step
 from fnet.layers.dense import plus, product, rows
@@ -44,8 +45,8 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
 
     def forward(params, given):
         x, carry, mask = _inputs(cell, params, given, "(B, T, I)")  # x (B, T, I), carry of (B, H), mask (B, T)
-        x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
-        z = product(x_rows, params["input"]["w"]).reshape(*x.shape[1::-1], cell.gates * units)  # (T, B, G H)
+        x_rows, masks, cuts = _seen(x, mask, truncate, reverse)
+        z = _steps(product(x_rows, params["input"]["w"]), x.shape)  # (T, B, G H)
         # wide outside of the scan: autodiff adds up their gradients over the steps in the dtype that enters it
         shared = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), {**params, "input": {}})
 
@@ -71,7 +72,7 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
         given, carries, kept = residuals
         transposed = params["recurrent"]["w"].T
         x, carry, mask = _inputs(cell, params, given, "(B, T, I)")
-        x_rows, masks, cuts = _time_major(x, mask, truncate, reverse)
+        x_rows, masks, cuts = _seen(x, mask, truncate, reverse)
         before = tuple(_shift(part, first, reverse) for part, first in zip(carries, carry, strict=True))
         slopes, others = cell.slopes(kept, before, carries)
         dy, dlast, _ = parts_of(dy, is_masked(given))
@@ -95,9 +96,9 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
         dy = dy.swapaxes(0, 1) if mask is None else jnp.where(mask[:, :, None], dy, 0).swapaxes(0, 1)
         steps = (jnp.arange(x.shape[1]), dy, others, masks, cuts)
         (dcarry, dz), _ = lax.scan(step, (dlast, slopes), steps, reverse=not reverse, unroll=unroll)
-        dparams, dx = _weight_gradients(cell, params, x_rows, kept, before[0], dz)
-        dx = dx.reshape(*x.shape[1::-1], x.shape[2]).swapaxes(0, 1)
-        return dparams, _gradient_like(given, dx, dcarry)
+        kept, h, dz = jax.tree.map(_rows, (kept, before[0], dz))
+        dparams, dx = _weight_gradients(cell, params, x_rows, kept, h, dz)
+        return dparams, _gradient_like(given, _steps(dx, x.shape).swapaxes(0, 1), dcarry)
 
     return stateless(cell.name, _init(cell, units, weights, recurrent, bias), forward, backward, several=True)
 
@@ -160,7 +161,7 @@ def _biased(params, z):  # (B, G H); within the scan, where XLA fuses it with th
 
 def _weight_gradients(cell, params, x, kept, h, dz):
     # z = x W_x + b + h W_h with all steps as rows:  dW_x = xᵀ dz,  dW_h = hᵀ dz,  db = Σ dz,  dx = dz W_xᵀ
-    h, (dz_x, dz_h), features = rows(h), cell.split(rows(dz)), x.shape[1]
+    (dz_x, dz_h), features = cell.split(dz), x.shape[1]
     if cell.weights is None:  # [dW_x; dW_h] = [x h]ᵀ dz, one product
         dw = product(jnp.concatenate([x, h], 1).T, dz_x)
         dparams = {"input": {"w": dw[:features]}, "recurrent": {"w": dw[features:]}}
@@ -219,15 +220,30 @@ def _require_parameters(cell: Cell, params) -> None:
         )
 
 
-def _time_major(x, mask, truncate, reverse):
-    """``x`` as rows ``(T B, I)``, masked entries 0; the mask ``(T, B, 1)``; and where no gradient crosses, ``(T,)``."""
+def _rows(a):
+    """Steps ``(T, B, F)`` as rows: by time, or by example where these are split over devices, as no inner axis can be.
+
+    By example it is a copy of a wide array, by time of the narrow inputs alone.
+    """
+    return rows(a.swapaxes(0, 1) if is_split() else a)
+
+
+def _steps(a, shape):
+    """Rows as steps ``(T, B, F)``, for ``shape (B, T, I)``."""
+    if is_split():
+        return a.reshape(*shape[:2], a.shape[-1]).swapaxes(0, 1)
+    return a.reshape(*shape[1::-1], a.shape[-1])
+
+
+def _seen(x, mask, truncate, reverse):
+    """``x`` as rows, masked entries 0; the mask ``(T, B, 1)``; and where no gradient crosses, ``(T,)``."""
     if mask is not None:
         x, mask = jnp.where(mask[:, :, None], x, 0), mask.T[:, :, None]
     cuts = None
     if truncate is not None:
         position = np.arange(x.shape[1])[:: -1 if reverse else 1]
         cuts = jnp.asarray((position % truncate == 0) & (position > 0))
-    return rows(x.swapaxes(0, 1)), mask, cuts
+    return _rows(x.swapaxes(0, 1)), mask, cuts
 
 
 def _shift(after, first, reverse):

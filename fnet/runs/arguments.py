@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.checks import is_whole, require_counts
+from fnet.core.placement import Placement
 from fnet.core.programs import Line, digest, program_lines
 from fnet.core.trees import named_leaves
 from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     metrics: dict[str, Any]  # a step's, and an evaluation's results, as shapes
     results: dict[str, Any]
     capacity: int  # C
+    placement: Placement | None = None  # of several devices
 
 
 def check_kinds(step, ts, evaluate, stop, observers, run) -> None:

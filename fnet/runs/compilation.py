@@ -14,6 +14,7 @@ import jax
 
 from fnet.core.programs import Line, difference, digest, program_lines
 from fnet.core.trees import named_leaves
+from fnet.training.collectives import sent_by_step
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer
 from fnet.types import PyTree, TrainState
@@ -160,10 +161,13 @@ def explanation(name: str, program, reason: str, took: float, cached: Mapping[st
     )
     again = "not compiled again: it computes the same on the same shapes, dtypes and devices"
     hits = f" (compilation cache: {cached['hits']} hits, {cached['misses']} misses)" if sum(cached.values()) else ""
+    sent = sent_by_step(program.as_text())
+    each = ", ".join(f"{kind} {some.count} times, {some.bytes / 1e6:.3f} MB" for kind, some in sent.items())
     return said(
         f"{name} {f'compiled in {took:.2f} s{hits}: {reason}' if reason else again}",
         f"{name}: {arguments:.3f} MB of arguments, of which {donated:.3f} MB, the state, are donated and changed in "
         f"place; {scratch:.3f} MB of scratch memory",
+        *([f"{name}: each device sends in a step: {each}"] if sent else []),
     )
 
 

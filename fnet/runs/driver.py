@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fnet.core.files import whole_file
 from fnet.core.forks import refuse_fork
 from fnet.core.jax_insides import transfers_meant
+from fnet.core.placement import Placement, put
 from fnet.data.arrays import check_data, count_examples
 from fnet.data.sources import Stream, is_read_ahead
 from fnet.data.streams import take_rows, without_position
@@ -49,6 +50,7 @@ from fnet.runs.loop import Outputs, evaluating, in_memory, reading
 from fnet.runs.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.runs.run import Run, RunError
 from fnet.training.evaluation import sets_of
+from fnet.training.sharding import sharded, sharded_evaluate
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
 from fnet.types import PyTree, TrainState
@@ -76,6 +78,7 @@ def fit(
     keep: bool = True,
     check_finite: bool = True,
     explain: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[TrainState, History]:
     """Run until ``epochs`` epochs, or ``steps`` steps, are made, counted from step 0, in compiled chunks.
 
@@ -98,6 +101,9 @@ def fit(
     step, layer, stage, leaf and examples, as does nonfinite.json in the run's folder. ``explain`` prints what is
     compiled and why, what is donated, kept and cached.
 
+    With a ``placement`` (`fnet.placement`) the state and the batches are split over the devices of its mesh. The
+    numbers are those of one device to rounding, and a run's folder may be resumed on any mesh.
+
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the
     step is traced: `DataError` names what is wrong with the data or the labels, `LayerError` where the model and the
     data do not fit, `RunError` and `CheckpointError` a folder that cannot be used, `TypeError` and
@@ -105,9 +111,15 @@ def fit(
     """
     refuse_fork("fit")
     check_kinds(step, ts, evaluate, stop, observers, run)
-    ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
-    check_start(ts, stop)
-    ts = on_one_mesh(with_stopping(stop, ts))
+    if placement is None:
+        ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
+        check_start(ts, stop)
+        ts = on_one_mesh(with_stopping(stop, ts))
+    else:
+        check_start(ts, stop)
+        ts = with_stopping(stop, ts)
+        placement.require_use(ts)
+        ts = put(ts, placement.of(ts))
     plan = check_run(
         step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, run
     )
@@ -115,6 +127,8 @@ def fit(
         check_result("Run: keep_best", run.keep_best, plan)
     programs = programs_of(plan, ts) if run else {}
     about = described(plan, ts, programs) if run else {}
+    if placement is not None:  # what a run computes is described before: it is the same on every mesh
+        plan = on_mesh(plan, placement)
     begin: dict[str, Callable] = {"stopping": lambda ts: stop.init(ts) if stop else ()}
     if hasattr(step, "optimizer"):
         begin["opt_state"] = lambda ts: jax.jit(step.optimizer.init)(ts.params)
@@ -284,6 +298,24 @@ class Chunk(NamedTuple):
         return bool(self.outputs.finite) and all(
             np.isfinite(loss[:made]).all() for loss in losses_of(self.outputs.metrics)
         )
+
+
+def on_mesh(plan: Plan, placement: Placement) -> Plan:
+    """The plan whose step and evaluation are split; arrays in memory are whole on each device, which takes its rows."""
+
+    def whole(tree: PyTree) -> PyTree:
+        arrays = not (isinstance(tree, Stream) or is_read_ahead(tree))
+        return jax.device_put(tree, placement.whole) if arrays else tree
+
+    sets = sets_of(plan.validation)
+    held = {name: whole(given) for name, given in sets.items()}
+    return plan._replace(
+        step=sharded(plan.step, placement),
+        evaluate=plan.evaluate and sharded_evaluate(plan.evaluate, placement),
+        data=whole(plan.data),
+        validation=plan.validation if not sets else held if sets is plan.validation else held["validation"],
+        placement=placement,
+    )
 
 
 def on_one_mesh(ts: TrainState) -> TrainState:

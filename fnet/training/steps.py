@@ -14,21 +14,34 @@ import jax.numpy as jnp
 
 from fnet.core.checks import described, require_key, require_optimizer
 from fnet.core.numerics import stream
+from fnet.core.placement import Placement, put
 from fnet.gradients.engines import Gradient, refuse_names
 from fnet.types import Batch, Layer, Mean, Optimizer, PyTree, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
-def init_train_state(params: PyTree, optimizer: Optimizer, key: jax.Array, state: PyTree = ()) -> TrainState:
+def init_train_state(
+    params: PyTree, optimizer: Optimizer, key: jax.Array, state: PyTree = (), placement: Placement | None = None
+) -> TrainState:
     """The start of a run: step 0, the optimizer's first state, and the key that all its randomness comes from.
 
-    ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none.
+    ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none. With a
+    `fnet.placement` all of it lies as that says: no device need hold all moments.
     """
     require_optimizer("init_train_state: optimizer", optimizer)
     require_key("init_train_state", key)
     # compiled, since array by array each shape of the moments would be a program of its own
-    return TrainState(jnp.asarray(0, jnp.int32), params, state, jax.jit(optimizer.init)(params), key)
+    step = jnp.asarray(0, jnp.int32)
+    if placement is None:
+        return TrainState(step, params, state, jax.jit(optimizer.init)(params), key)
+    abstract = TrainState(step, params, state, jax.eval_shape(optimizer.init, params), key)
+    placement.require_use(abstract)
+    where = placement.of(abstract)
+    params, state = jax.device_put((params, state), (where.params, where.state))
+    # XLA would make whole moments of parameters that are split: they are told where to lie
+    opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
+    return TrainState(put(step, where.step), params, state, opt_state, put(key, where.key))
 
 
 def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, Callable] | None = None) -> Step:

@@ -1,0 +1,113 @@
+"""Where the leaves of a state lie on the devices of a mesh: by rules of their paths, and else by their shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fnet.core.numerics import is_key
+from fnet.core.trees import named_leaves
+from fnet.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+# Megatron's split of a transformer: heads and the wide layer over `tensor`, so that each branch is summed once; and a
+# table along its features, since along the vocabulary each device would need the gradients of all its rows.
+# A rule speaks of a leaf's last axes, so it holds for those that `repeat` stacks, and for the moments, too.
+TRANSFORMER: dict[str, PartitionSpec] = {
+    **{f"*attention*/{name}/w": PartitionSpec(None, "tensor") for name in ("query", "key", "value")},
+    **{f"*attention*/{name}/b": PartitionSpec("tensor") for name in ("query", "key", "value")},
+    "*attention*/out/w": PartitionSpec("tensor", None),
+    "*mlp/wide/w": PartitionSpec(None, "tensor"),
+    "*mlp/wide/b": PartitionSpec("tensor"),
+    "*mlp/narrow/w": PartitionSpec("tensor", None),
+}
+
+
+class Placement(NamedTuple):
+    """A mesh, and how each leaf lies on it: by the rule whose pattern its path matches, and else over fsdp."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, PartitionSpec], ...]
+    least: int
+
+    @property
+    def whole(self) -> NamedSharding:
+        """All of an array on each device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes over which examples are split."""
+        return tuple(name for name in ("data", "fsdp") if name in self.mesh.shape)
+
+    def of(self, tree: PyTree) -> PyTree:
+        """The sharding of each leaf of a state, or of its parameters, by path and shape.
+
+        Raises ValueError for a rule that splits an axis unevenly, and for two that disagree about a leaf.
+        """
+        specs = [NamedSharding(self.mesh, self.spec(path, leaf)) for path, leaf in named_leaves(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), specs)
+
+    def require_use(self, ts: PyTree) -> None:
+        """Raise ValueError for a rule that matches no leaf of a whole state, or of `TRANSFORMER` for all of them."""
+        paths = [path for path, _ in named_leaves(ts)]
+        unused = [rule for rule in self.rules if not any(fnmatchcase(path, rule[0]) for path in paths)]
+        own = [rule for rule in unused if rule not in TRANSFORMER.items()]
+        if own or (self.rules and len(unused) == len(self.rules)):
+            raise ValueError(
+                f"placement: the rule {[*own, *unused][0][0]!r} matches no leaf; expected a pattern of paths such as "
+                f"{', '.join(paths[:8])}: fnet.sharding.describe shows them all"
+            )
+
+    def spec(self, path: str, leaf) -> PartitionSpec:
+        """How one leaf is split."""
+        shape = tuple(leaf.shape)
+        if is_key(leaf):
+            return PartitionSpec()
+        axes: list[Any] = [None] * len(shape)
+        matching = {pattern: spec for pattern, spec in self.rules if fnmatchcase(path, pattern)}
+        if len({*matching.values()}) > 1:
+            said = " and ".join(f"{pattern!r}: {spec}" for pattern, spec in [*matching.items()][:2])
+            raise ValueError(f"placement: {path} matches {said}; expected rules that agree: make one pattern narrower")
+        rule = next(iter(matching.values()), PartitionSpec())
+        if len(rule) <= len(shape):  # else a moment of another shape, such as adafactor's rows
+            for i, name in enumerate(rule, len(shape) - len(rule)):
+                parts = self.mesh.shape.get(name, 1)
+                if shape[i] % parts:
+                    raise ValueError(
+                        f"placement: {path} has shape {shape}, and the rule {next(iter(matching))!r}: {rule} splits "
+                        f"axis {i}, {shape[i]} long, over {name} = {parts}; expected a multiple: another rule or mesh"
+                    )
+                axes[i] = name if name in self.mesh.shape else None
+        parts = self.mesh.shape.get("fsdp", 1)
+        free = [i for i in range(max(0, len(shape) - 2), len(shape)) if axes[i] is None and shape[i] % parts == 0]
+        if parts > 1 and "fsdp" not in axes and free and math.prod(shape) >= self.least:
+            axes[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+        while axes and axes[-1] is None:
+            axes.pop()
+        return PartitionSpec(*axes)
+
+    def of_batch(self, shape: Sequence[int], axis: int = 0) -> NamedSharding:
+        """Examples along ``axis`` split over data and fsdp; whole where they cannot be split evenly."""
+        parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
+        if not shape or shape[axis] % parts:
+            return self.whole
+        return NamedSharding(self.mesh, PartitionSpec(*([None] * axis), self.batch_axes or None))
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The leaves where the shardings say, in buffers of their own."""
+
+    def one(leaf, sharding):
+        if is_key(leaf):  # device_put takes no keys to devices of other processes
+            return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
+        return jax.device_put(leaf, sharding, may_alias=False)
+
+    return jax.tree.map(one, tree, shardings)
