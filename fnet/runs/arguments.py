@@ -55,12 +55,13 @@ class Plan(NamedTuple):
     placement: Placement | None = None  # of several devices
 
 
-def check_kinds(step, ts, evaluate, stop, observers, run) -> None:
+def check_kinds(step, ts, evaluate, stop, observers, run, placement) -> None:
     """Require that the arguments are what they are called; TypeError names the one that is not."""
     wanted = {
         "ts": (ts, TrainState, "a TrainState, as fnet.init_train_state makes one"),
         "stop": (stop, Reducer | None, "a Reducer, as fnet.early_stopping makes one"),
         "run": (run, Run | None, "fnet.Run(folder)"),
+        "placement": (placement, Placement | None, "a Placement, as fnet.placement makes one"),
     }
     for name, (given, kind, expected) in wanted.items():
         if not isinstance(given, kind):

@@ -110,7 +110,7 @@ def fit(
     `ValueError` any other argument.
     """
     refuse_fork("fit")
-    check_kinds(step, ts, evaluate, stop, observers, run)
+    check_kinds(step, ts, evaluate, stop, observers, run, placement)
     if placement is None:
         ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
         check_start(ts, stop)

@@ -128,10 +128,10 @@ def describe(placement: Placement, tree: PyTree) -> str:
 
     >>> import jax.numpy as jnp
     >>> print(describe(placement(mesh(data=1)), {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}))
-    leaf  shape   split            bytes per device
-    b     (3,)    PartitionSpec()                12
-    w     (4, 3)  PartitionSpec()                48
-    sum                                          60
+    leaf  shape   split  bytes per device
+    b     (3,)    whole                12
+    w     (4, 3)  whole                48
+    sum                                60
     """
     rows, total = [("leaf", "shape", "split", "bytes per device")], 0
     for (path, leaf), sharding in zip(named_leaves(tree), jax.tree.leaves(placement.of(tree)), strict=True):
@@ -139,7 +139,8 @@ def describe(placement: Placement, tree: PyTree) -> str:
         size = math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(words.dtype).itemsize
         size *= math.prod(words.shape[len(leaf.shape) :])
         total += size
-        rows.append((path, str(tuple(leaf.shape)), str(sharding.spec), f"{size:,}"))
+        over = [f"axis {i} over {name}" for i, name in enumerate(sharding.spec) if name is not None]
+        rows.append((path, str(tuple(leaf.shape)), ", ".join(over) or "whole", f"{size:,}"))
     rows.append(("sum", "", "", f"{total:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
