@@ -36,6 +36,8 @@ def sent_by_step(text: str) -> dict[str, Sent]:
     ... }''')
     {'all-reduce': Sent(count=1, bytes=48)}
     """
+    found = re.search(r"num_partitions=(\d+)", text)
+    devices = int(found[1]) if found else 1
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -51,7 +53,7 @@ def sent_by_step(text: str) -> dict[str, Sent]:
         for line in bodies[name]:
             inner, times = {}, 1
             if found := _COLLECTIVE.search(line):
-                inner = {found[2]: [1, _sent(found[2], bool(found[3]), found[1], line)]}
+                inner = {found[2]: [1, _sent(found[2], bool(found[3]), found[1], line, devices)]}
             elif found := _WHILE.search(line):
                 inner, known = total(found[1]), _TRIPS.search(line)
                 if known is None:
@@ -70,7 +72,7 @@ def sent_by_step(text: str) -> dict[str, Sent]:
     return {kind: Sent(*most[kind]) for kind in sorted(most)}
 
 
-def _sent(kind: str, begins: bool, result: str, line: str) -> int:
+def _sent(kind: str, begins: bool, result: str, line: str, devices: int) -> int:
     """The bytes that each device sends by one collective."""
     sizes = [
         (1 if name == "pred" else int(bits or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
@@ -78,20 +80,20 @@ def _sent(kind: str, begins: bool, result: str, line: str) -> int:
     ]
     if begins and kind in ("all-gather", "collective-permute"):  # of which the first half is what is sent
         sizes = sizes[len(sizes) // 2 :]
-    n, size = _devices(line), sum(sizes)
+    n, size = _devices(line, devices), sum(sizes)
     if kind == "collective-permute":
         return size
     factor = {"all-reduce": 2 * (n - 1), "reduce-scatter": n * (n - 1)}.get(kind, n - 1)
     return factor * size // n
 
 
-def _devices(line: str) -> int:
+def _devices(line: str, all_devices: int) -> int:
     """How many devices take part in a collective, by any of the forms in which a program writes their groups."""
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*? \{('.*?)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(found[1].split(","))
-    return 1
+    return all_devices  # no groups are told where all take part
