@@ -2,7 +2,7 @@
 
 - `checks` of arguments and what messages show of them, `trees` of arrays, `numerics`: dtypes, means, keys by name
 - `jax_insides`: all that is taken of jax beyond its stable interface; `interpret` and `programs` read traced programs
-- `placement` of a state on several devices, `splitting` of activations along their examples
+- `placement` of a state on several devices, `splitting` of activations by examples, `platforms` that are traced for
 - `files` that are written whole, `extras` that are imported when they are needed, `forks` after which jax hangs
 
 Imports `fnet.types` alone.

@@ -55,8 +55,8 @@ def conv(
     convolution (features a multiple of C; those of one channel stand together).
 
     ``form`` names how it is computed: ``"patches"`` as matrix products with gathered patches, ``"xla"`` by XLA's
-    convolution, forward and both gradients. None takes patches where `jax.default_backend` is the CPU, else XLA.
-    ``bias=None`` leaves the bias out. Parameters take the dtype of ``x``. Raises ValueError for arguments that do not
+    convolution, forward and both gradients; None takes patches on CPU, else XLA's. ``bias=None`` leaves the bias out.
+    Parameters take the dtype of ``x``. Raises ValueError for arguments that do not
     fit together, `LayerError` for inputs of another rank, dtype or number of channels or too small for one output.
 
     Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998; the arithmetic of sizes in

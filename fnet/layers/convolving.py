@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.core.numerics import wide
+from fnet.core.platforms import platform
 from fnet.core.splitting import on_own_examples
 from fnet.layers.dense import product
 from fnet.layers.windows import Windows, channels_first, channels_last, fold, padded, patches
@@ -21,8 +22,8 @@ Form = Literal["patches", "xla"] | None
 
 
 def chosen(form: Form) -> str:
-    """``form``, or the faster one on this platform."""
-    return form or ("patches" if jax.default_backend() == "cpu" else "xla")
+    """``form``, or the faster one on the platform that is traced for."""
+    return form or ("patches" if platform() == "cpu" else "xla")
 
 
 def as_matrices(w: jax.Array, groups: int) -> jax.Array:
