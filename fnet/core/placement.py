@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fnet.core.numerics import is_key
+from fnet.core.splitting import Split
 from fnet.core.trees import named_leaves
 from fnet.types import PyTree
 
@@ -43,9 +44,9 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def batch_axes(self) -> tuple[str, ...]:
-        """The axes over which examples are split."""
-        return tuple(name for name in ("data", "fsdp") if name in self.mesh.shape)
+    def split(self) -> Split:
+        """How examples are split: over data and fsdp."""
+        return Split(self.mesh, tuple(name for name in ("data", "fsdp") if name in self.mesh.shape))
 
     def of(self, tree: PyTree) -> PyTree:
         """The sharding of each leaf of a state, or of its parameters, by path and shape.
@@ -77,6 +78,11 @@ class Placement(NamedTuple):
             said = " and ".join(f"{pattern!r}: {spec}" for pattern, spec in [*matching.items()][:2])
             raise ValueError(f"placement: {path} matches {said}; expected rules that agree: make one pattern narrower")
         rule = next(iter(matching.values()), PartitionSpec())
+        if len(rule) > len(shape) and path.startswith("params/"):
+            raise ValueError(
+                f"placement: {path} has shape {shape}, and the rule {next(iter(matching))!r}: {rule} is of "
+                f"{len(rule)} axes; expected a rule of {len(shape)} at most: make the pattern narrower"
+            )
         if len(rule) <= len(shape):  # else a moment of another shape, such as adafactor's rows
             for i, name in enumerate(rule, len(shape) - len(rule)):
                 parts = self.mesh.shape.get(name, 1)
@@ -96,10 +102,9 @@ class Placement(NamedTuple):
 
     def of_batch(self, shape: Sequence[int], axis: int = 0) -> NamedSharding:
         """Examples along ``axis`` split over data and fsdp; whole where they cannot be split evenly."""
-        parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
-        if not shape or shape[axis] % parts:
+        if not shape or shape[axis] % self.split.parts:
             return self.whole
-        return NamedSharding(self.mesh, PartitionSpec(*([None] * axis), self.batch_axes or None))
+        return NamedSharding(self.mesh, PartitionSpec(*([None] * axis), self.split.axes or None))
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -47,14 +47,15 @@ def is_split() -> bool:
 def by_examples(x: PyTree) -> PyTree:
     """Activations or their gradients ``(B, ...)``, split over devices along B where examples are.
 
-    XLA would split the features as well where parameters are split: then every layer sends activations.
+    XLA would split the features as well where parameters are split: then every layer sends activations. Examples that
+    do not divide, as those of an epoch's last batch may, are left to it.
     """
     split = _split.get()
     if split is None:
         return x
 
     def one(array):
-        if not array.ndim or array.dtype == jax.dtypes.float0:
+        if not array.ndim or array.dtype == jax.dtypes.float0 or array.shape[0] % split.parts:
             return array
         # what lies behind the examples is left to XLA: heads and wide layers are over `tensor`
         free = [PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)
@@ -68,7 +69,7 @@ def on_own_examples(function: Callable, *arrays: Any, whole: Any = (), total: bo
     """``function(*arrays, *whole)``, of which each device computes what belongs to its examples ``(B, ...)``.
 
     For functions that lay the examples along an inner axis, which XLA cannot split. Their result is split like the
-    arrays, or with ``total`` the sum over all examples. Examples that do not divide are computed by all devices.
+    arrays, or with ``total`` the sum over all examples. Examples that do not divide are computed by all.
     """
     split = _split.get()
     if split is None or split.parts == 1 or any(a.shape[0] % split.parts for a in arrays):

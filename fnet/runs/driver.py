@@ -301,7 +301,15 @@ class Chunk(NamedTuple):
 
 
 def on_mesh(plan: Plan, placement: Placement) -> Plan:
-    """The plan whose step and evaluation are split; arrays in memory are whole on each device, which takes its rows."""
+    """The plan whose step and evaluation are split; arrays in memory are whole on each device, which takes its rows.
+
+    Raises ValueError for a batch that the devices do not divide.
+    """
+    if plan.batch_size % (parts := placement.split.parts):
+        axes = " × ".join(f"{axis} {placement.mesh.shape[axis]}" for axis in placement.split.axes)
+        raise ValueError(
+            f"batch_size = {plan.batch_size} is split over {parts} devices ({axes}); expected a multiple of {parts}"
+        )
 
     def whole(tree: PyTree) -> PyTree:
         arrays = not (isinstance(tree, Stream) or is_read_ahead(tree))

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from fnet.core.checks import is_whole
 from fnet.core.numerics import is_key
 from fnet.core.placement import AXES, TRANSFORMER, Placement
-from fnet.core.splitting import Split, by_examples, splitting
+from fnet.core.splitting import by_examples, splitting
 from fnet.core.trees import named_leaves
 from fnet.training.steps import Step
 from fnet.types import PyTree, TrainState
@@ -39,7 +39,7 @@ def mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     Raises ValueError for an axis of another name, and for sizes whose product is not the number of ``devices``, by
     default all of `jax.devices`.
 
-    >>> dict(mesh(data=1).shape)
+    >>> dict(mesh(data=-1, devices=jax.devices()[:1]).shape)
     {'data': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -93,6 +93,9 @@ def placement(mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None, *, l
             raise ValueError(
                 f"placement: the rule {pattern!r}: {spec} names the axis {odd[0]!r}; expected one of {', '.join(AXES)}"
             )
+        named = [name for name in spec if name is not None]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"placement: the rule {pattern!r}: {spec} names {twice[0]!r} twice; expected it once")
     if not is_whole(least):
         raise ValueError(f"placement: least = {least!r}; expected a whole number of at least 1")
     return Placement(mesh, tuple((rules or {}).items()), int(least))
@@ -101,10 +104,9 @@ def placement(mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None, *, l
 @functools.lru_cache(maxsize=16)  # a run's programs are kept by their step
 def sharded(step: Step, placement: Placement) -> Step:
     """The step whose batch and activations are split by examples, and whose state stays where the placement has it."""
-    split = Split(placement.mesh, placement.batch_axes)
 
     def sharded_step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
-        with splitting(split):
+        with splitting(placement.split):
             ts, metrics = step(ts, by_examples(batch))
         return jax.lax.with_sharding_constraint(ts, placement.of(ts)), metrics
 
@@ -114,10 +116,9 @@ def sharded(step: Step, placement: Placement) -> Step:
 @functools.lru_cache(maxsize=16)
 def sharded_evaluate(evaluate: Callable, placement: Placement) -> Callable:
     """The evaluation whose examples and activations are split."""
-    split = Split(placement.mesh, placement.batch_axes)
 
     def evaluate_split(params, state, batch):
-        with splitting(split):
+        with splitting(placement.split):
             return evaluate(params, state, by_examples(batch))
 
     return functools.update_wrapper(evaluate_split, evaluate, assigned=())
@@ -127,7 +128,8 @@ def describe(placement: Placement, tree: PyTree) -> str:
     """A line for each leaf: its path, its shape, how it is split, and its bytes on each device; and their sum.
 
     >>> import jax.numpy as jnp
-    >>> print(describe(placement(mesh(data=1)), {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}))
+    >>> one = placement(mesh(data=1, devices=jax.devices()[:1]))
+    >>> print(describe(one, {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}))
     leaf  shape   split  bytes per device
     b     (3,)    whole                12
     w     (4, 3)  whole                48
@@ -142,10 +144,5 @@ def describe(placement: Placement, tree: PyTree) -> str:
         over = [f"axis {i} over {name}" for i, name in enumerate(sharding.spec) if name is not None]
         rows.append((path, str(tuple(leaf.shape)), ", ".join(over) or "whole", f"{size:,}"))
     rows.append(("sum", "", "", f"{total:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [*(f"{cell:{width}}" for cell, width in zip(row[:3], widths[:3], strict=True)), f"{row[3]:>{widths[3]}}"]
-        )
-        for row in rows
-    )
+    a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{path:{a}}  {shape:{b}}  {split:{c}}  {size:>{d}}" for path, shape, split, size in rows)

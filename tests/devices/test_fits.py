@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fnet
 from fnet import layers, optimizers
 from fnet.core.trees import named_leaves
 from fnet.optimizers import transforms
-from tests.devices.parts import CASES, Ran, apart, assert_same_run, on, run
+from tests.devices.parts import CASES, Ran, apart, assert_same_run, on, run, start
 from tests.test_training import assert_same_bits
 
 
@@ -55,7 +56,11 @@ def test_every_optimizer_makes_the_steps_that_it_makes_on_one_device(name):
 
 def test_examples_that_the_devices_do_not_divide_are_all_seen():
     x, y = arrays(n=43)
-    assert_same_run(*both(data=fnet.Batch(jnp.asarray(x), jnp.asarray(y)), batch_size=12))
+    assert_same_run(*both(data=fnet.Batch(jnp.asarray(x), jnp.asarray(y)), batch_size=16))
+    with pytest.raises(
+        ValueError, match=r"batch_size = 12 is split over 8 devices \(fsdp 8\); expected a multiple of 8"
+    ):
+        run("mlp", "fsdp8", batch_size=12)
 
 
 def test_weights_count_as_on_one_device():
@@ -75,6 +80,28 @@ def test_a_streams_batches_are_split():
     x, y = arrays()
     batches = [(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)]
     assert_same_run(*both(data=fnet.data.Stream(batches, 3), batch_size=None))
+
+
+def test_datasets_and_validation_sets_that_are_read_batch_by_batch():
+    x, y = arrays()
+    examples = fnet.data.Examples([(x[i], y[i]) for i in range(43)])
+    held = {
+        "some": fnet.data.Examples([(x[i], y[i]) for i in range(20)]),
+        "all": fnet.Batch(jnp.asarray(x), jnp.asarray(y)),
+    }
+    assert_same_run(*both("dp2 fsdp4", data=examples, validation=held, batch_size=8))
+
+
+def test_one_axis_of_matrices_alone():
+    rules = {"*dense_0/w": P(None, "tensor"), "*dense_1/w": P("tensor", None)}
+    one = run("mlp")
+    model, ts = start(CASES["mlp"], fnet.adam(0.01))
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), fnet.adam(0.01))
+    x, y = map(jnp.asarray, arrays())
+    placement = fnet.placement(fnet.mesh(tensor=8), rules)
+    ts, _ = fnet.fit(step, ts, fnet.Batch(x, y), epochs=2, batch_size=16, placement=placement)
+    assert apart(one.ts, ts) < 1e-12
+    assert ts.params["dense_0"]["w"].sharding.spec == P(None, "tensor")
 
 
 def test_parts_of_a_batch_are_accumulated():

@@ -77,6 +77,11 @@ def test_a_rule_holds_for_moments_and_for_copies_that_are_stacked(x64):
             r"params/dense_1/w has shape \(8, 3\), and the rule '\*w': .*splits axis 1, 3 long, over tensor = 4",
         ),
         ({"*w": P(None, "model")}, r"names the axis 'model'; expected one of data, fsdp, tensor"),
+        ({"*w": P("fsdp", "fsdp")}, r"the rule '\*w': .* names 'fsdp' twice; expected it once"),
+        (
+            {"*0*": P(None, "tensor")},
+            r"params/dense_0/b has shape \(8,\), and the rule '\*0\*': .* is of 2 axes; expected a rule of 1 at most",
+        ),
         (
             {"*v": P("tensor")},
             r"the rule '\*v' matches no leaf; expected a pattern of paths such as step, params/dense_0/b",
