@@ -56,7 +56,7 @@ def mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     rest = len(devices) // known
     sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        several = " (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 of a CPU)"
+        several = " (jax.config.update('jax_num_cpu_devices', 8) at the start makes 8 of a CPU)"
         raise ValueError(
             f"mesh: {sizes} for {len(devices)} {devices[0].platform} devices; expected sizes whose product is "
             f"{len(devices)}, or other devices{several if devices[0].platform == 'cpu' else ''}"

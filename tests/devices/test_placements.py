@@ -29,7 +29,7 @@ def test_a_mesh_has_the_axes_in_one_order_and_takes_what_remains():
         ({}, r"mesh: the axes are none; expected some of data, fsdp, tensor"),
         ({"model": 8}, r"mesh: the axes are model; expected some of data, fsdp, tensor"),
         ({"data": 3}, r"mesh: {'data': 3} for 8 cpu devices; expected sizes whose product is 8, or other devices"),
-        ({"data": 16}, r"XLA_FLAGS=--xla_force_host_platform_device_count=8"),
+        ({"data": 16}, r"jax.config.update\('jax_num_cpu_devices', 8\) at the start makes 8 of a CPU"),
         ({"data": 3, "fsdp": -1}, r"mesh: {'data': 3, 'fsdp': 2} for 8 cpu devices"),
         ({"data": -1, "fsdp": -1}, r"expected -1, which stands for what remains, once at most"),
         ({"data": 0}, r"mesh: data = 0; expected a whole number of at least 1, or -1 for what remains"),
