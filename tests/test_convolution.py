@@ -188,6 +188,15 @@ def test_lower_precisions_keep_their_dtype_and_differ_by_rounding(name, form, dt
     assert_leaves_close(actual, exact, tolerance)
 
 
+def test_autodiff_adds_up_the_inputs_gradient_in_float32():
+    """Of what nine outputs give to an input, one part is 1 and eight are 2^-9: in bfloat16 these would be lost."""
+    layer, x = conv(1, (9,), padding="VALID", form="patches"), jnp.ones((1, 48, 1), jnp.bfloat16)
+    params = {"w": jnp.ones((9, 1, 1), jnp.bfloat16), "b": jnp.zeros(1, jnp.bfloat16)}
+    dy = jnp.full((1, 40, 1), 2.0**-9, jnp.bfloat16).at[0, 20].set(1)
+    for _, _, dx in by_both(layer, params, x, dy):
+        assert (dx[0, 20:29] == 1 + 2.0**-6).all()
+
+
 def test_the_default_form_is_patches_on_cpu():
     x = jnp.ones((1, 4, 4, 2))
     texts = {}

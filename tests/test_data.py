@@ -277,6 +277,11 @@ def test_a_stratified_split_has_its_share_of_every_class(sizes, counts, key):
     assert parts[0].inputs.tolist() != other[0].inputs.tolist()
 
 
+def test_the_classes_of_a_stratified_part_are_mixed(key):
+    for part in split(labelled((50, 30, 20)), (60, 40), key, stratify=True):
+        assert (np.diff(part.targets) < 0).any()
+
+
 @pytest.mark.parametrize("stratify", [False, True])
 def test_each_example_is_held_out_in_one_fold(stratify, key):
     data = labelled((13, 7, 3))

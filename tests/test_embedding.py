@@ -170,6 +170,13 @@ def test_concrete_ids_out_of_range_are_refused_with_path_position_value_and_rang
         tied_embedding(5, 4, dense(4)).init(jax.random.key(0), jnp.array([9]))
 
 
+@pytest.mark.parametrize("name", ["embedding", "tied_embedding"])
+def test_concrete_ids_of_no_examples_give_outputs_of_none(name, key):
+    layer = {"embedding": embedding(5, 2), "tied_embedding": tied_embedding(5, 2, dense(2))}[name]
+    params, state = init(layer, key, jnp.zeros((2, 3), int))
+    assert layer.forward(params, state, jnp.zeros((0, 3), int))[0].shape == (0, 3, 2 if name == "embedding" else 5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
 @pytest.mark.parametrize("vocabulary", [5, 300])
 def test_traced_ids_out_of_range_are_nan_and_have_no_gradient_and_nothing_is_wrapped(dtype, vocabulary):

@@ -927,6 +927,7 @@ def test_a_leaf_that_is_kept_is_as_it_was():
     ("tensors", "options", "message"),
     [
         ({"a": np.full(3, 1e300)}, {"dtype": "float32"}, "a holds 1e+300, which float32 does not; expected a wider"),
+        ({"a": np.array([1, 1e300, 1])}, {"dtype": "float32"}, "a holds 1e+300, which float32 does not; expected"),
         ({"a": np.ones(3)}, {"dtype": "floaty"}, "dtype = 'floaty'; expected a floating dtype"),
         ({"a": np.ones(3)}, {"dtype": "int32"}, "dtype = 'int32'; expected a floating dtype"),
         ({0: np.ones(3)}, {}, "tensors has the name 0; expected names that are text"),

@@ -73,6 +73,7 @@ FAULTS = {
     "half": ("q", lambda g: g / 2, "factor 0.5"),
     "1.001": ("b", lambda g: 1.001 * g, "factor 1.001"),
     "missing 1/B": ("w", lambda g: 6 * g, "missing 1/B (factor 6)"),
+    "missing 1/B and a sign": ("w", lambda g: -6 * g, "missing 1/B (factor -6)"),
     "one entry": ("w", lambda g: put(g, (2, 1), g[2, 1] + 2e-6 * np.abs(g).max()), "entry [2, 1]"),
     "one row": ("w", lambda g: put(g, 3, 0.0), "row 3 zero"),
     "one column": ("w", lambda g: put(g, (slice(None), 1), 0.0), "column 1 zero"),

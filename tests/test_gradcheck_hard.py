@@ -298,6 +298,12 @@ def test_a_small_entry_that_is_all_rounding_or_underflow_is_no_fault():
     ).ok
 
 
+def test_a_small_entry_that_autodiff_gives_as_rounding_is_no_fault():
+    f = lambda w: w[0] ** 2 + 0.1 * w[1] + 0.2 * w[1] - 0.3 * w[1]  # noqa: E731
+    (leaf,) = check(f, np.array([3.0, 0.5]), lambda w: jnp.array([2 * w[0], 0])).leaves
+    assert leaf.verdict == "ok" and leaf.claimed == 0 and 0 < abs(leaf.expected) < 1e-15, leaf
+
+
 def test_a_small_fault_in_a_model_is_placed_in_its_layer():
     forgetful = fnet.Layer(
         "scale",

@@ -65,6 +65,12 @@ def test_a_run_stops_where_keras_would_and_keeps_the_best_weights(patience, leas
         assert float(fnet.best_weights(end).params) == best + 1 and float(end.params) == ended
 
 
+def test_a_value_that_equals_the_best_is_no_better():
+    step, start, options = scripted([2.0, 1.0, 1.0, 1.0, 0.5])
+    end, _ = fnet.fit(step, start, stop=early_stopping("validation_loss", 2), **options)
+    assert int(end.step) == 4 and int(end.stopping.step) == 2
+
+
 def test_train_stops_at_the_same_step_and_stays_there(x64):
     step, start, options = scripted(CURVE)
     stop = early_stopping("validation_loss", 2)

@@ -100,6 +100,13 @@ def test_every_epoch_sees_each_example_once_in_batches_of_their_true_size(exampl
     np.testing.assert_array_equal(seen.sum(2), [expected, expected])
 
 
+def test_the_order_of_an_epoch_is_that_of_its_number_where_the_last_batch_is_smaller():
+    seen, _ = seen_by(11, 8)
+    for epoch in range(2):
+        first = epoch_order(jax.random.key(5), epoch, 11)[:8]
+        np.testing.assert_array_equal(np.flatnonzero(seen[epoch, 0]), np.sort(first))
+
+
 def test_epochs_differ_in_their_order_and_shuffle_false_keeps_it():
     seen, _ = seen_by(53, 8)
     assert (seen[0] != seen[1]).any()
@@ -238,6 +245,16 @@ def test_a_plain_loss_function_trains_through_the_same_fit():
 
 
 # --- metrics, events -------------------------------------------------------------------------------------------------
+
+
+def test_the_bits_of_an_epochs_means_do_not_depend_on_the_chunks(x64):
+    def step(ts, batch):
+        return ts._replace(step=ts.step + 1), {"x": jax.random.normal(jax.random.fold_in(ts.key, ts.step), dtype=float)}
+
+    start = TrainState(jnp.asarray(0, jnp.int32), (), (), (), jax.random.key(0))
+    options = {"data": fnet.Batch(jnp.zeros(60), jnp.zeros(60)), "epochs": 3, "batch_size": 1}
+    means = [fnet.fit(step, start, **options, chunk_steps=n)[1].epochs["x"].tolist() for n in (1, 7, 180)]
+    assert means[0] == means[1] == means[2]
 
 
 def test_history_holds_sums_over_counts_also_over_the_smaller_last_batch():
@@ -466,6 +483,14 @@ def test_the_host_reads_a_chunk_while_the_next_one_runs(monkeypatch):
     order.clear()
     fnet.fit(step, ts, data, steps=8, batch_size=8, chunk_steps=2, observers=looks, keep=False)
     assert order == ["sent", "read"] * 4
+
+
+def test_the_noise_of_a_step_is_a_function_of_the_runs_key_and_the_step():
+    step = fnet.make_step(fnet.from_loss(lambda params, batch, key: params + jax.random.normal(key)), fnet.sgd(0.0))
+    ts = fnet.init_train_state(jnp.asarray(0.0), fnet.sgd(0.0), jax.random.key(3))
+    _, history = fnet.fit(step, ts, fnet.Batch(jnp.zeros(6), jnp.zeros(6)), epochs=2, batch_size=2)
+    expected = [jax.random.normal(jax.random.fold_in(stream(ts.key, "noise"), i)) for i in range(6)]
+    np.testing.assert_allclose(history.steps["loss"], expected, rtol=1e-6)
 
 
 def test_augmentation_is_a_function_of_the_runs_key_and_the_step():

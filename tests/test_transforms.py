@@ -959,6 +959,25 @@ def test_make_step_hands_the_loss_to_the_plateau():
     assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.25]  # the first window is the best
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        averaged,
+        lookahead,
+        skip_nonfinite,
+        master_weights,
+        dynamic_loss_scale,
+        lambda inner: chain(clip_by_value(1.0), inner),
+        lambda inner: groups({"*": inner}),
+    ],
+)
+def test_every_wrapper_hands_the_loss_on(wrap):
+    params = {"w": jnp.zeros(1)}
+    optimizer = wrap(reduce_on_plateau(sgd(1.0), 0.5, window=1, patience=1))
+    run = updates(optimizer, params, [params] * 4, jnp.ones(4))  # a loss that stands still
+    assert [float(jax.tree.leaves(opt_state.rate)[0]) for _, opt_state in run] == [1, 1, 0.5, 0.25]
+
+
 def test_what_the_plateau_needs_is_said():
     optimizer = reduce_on_plateau(sgd(0.1), window=1)
     with pytest.raises(ValueError, match=re.escape("reduce_on_plateau: value is None; expected the loss")):

@@ -146,6 +146,11 @@ def test_each_dtype_of_the_policy_is_where_it_is_named(key):
     assert policy.accumulation == np.float32 and Policy(compute=jnp.float64).accumulation == np.float64
 
 
+def test_parameters_are_drawn_in_their_own_dtype_whatever_the_inputs_have(key):
+    params, _ = mixed_precision(dense(3)).init(key, jnp.ones((2, 4), jnp.bfloat16))
+    assert_leaves_close(params, dense(3).init(key, jnp.ones((2, 4)))[0], 0)
+
+
 @pytest.mark.parametrize("engine", [fnet.autodiff, fnet.backprop])
 def test_bfloat16_gradients_are_float32s_to_bfloat16s_rounding(engine, key):
     params, state = fnet.init(MODEL, key, X)
