@@ -9,17 +9,17 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.pages import blocks_of, run_blocks
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize("page", ["training", "extending"])
 def test_the_pages_code_runs(page, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    blocks = blocks_of(DOCS / f"{page}.md")
     assert len(blocks) >= 4
-    names: dict = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(compile(block, f"{page}.md", "exec"), names)
+        run_blocks(blocks, f"{page}.md")
     printed = capsys.readouterr().out
     if page == "training":
         assert "epoch 5/5" in printed and "forward of dense_0: dot_general gives" in printed
@@ -32,8 +32,6 @@ def test_the_tutorials_cells_run_in_order():
     cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) >= 7 and all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
-    names: dict = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for i, cell in enumerate(code):
-            exec(compile(cell, f"tutorial.ipynb cell {i}", "exec"), names)
+        names = run_blocks(code, "tutorial.ipynb")
     assert all(jax.tree.leaves(names["same"])) and names["report"].ok

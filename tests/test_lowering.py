@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import fnet
-from fnet import layers, models, optimizers
+from fnet import layers, models
 from fnet.export import lower
+from tests import resumable
 
 IDS, IMAGES, ROWS = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 16, 16, 1)), jnp.zeros((2, 6))
 SEQUENCES, LABELS = jnp.zeros((2, 5, 3)), jnp.zeros(2, jnp.int32)
@@ -34,14 +35,7 @@ MODELS = {
         *(ROWS, LABELS),
     ),
 }
-OPTIMIZERS = {
-    name: getattr(optimizers, name)(0.1)
-    for name in (
-        *("sgd", "momentum", "rmsprop", "adagrad", "adadelta", "adam", "adamw", "amsgrad", "adamax", "nadam", "radam"),
-        *("lion", "lamb", "adafactor"),
-    )
-}
-OPTIMIZERS["muon"] = optimizers.groups({"*/w": optimizers.muon(0.1)}, optimizers.adam(0.1))
+OPTIMIZERS = resumable.optimizers()
 
 
 def lowered(model, x, y, engine, optimizer, platforms):

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 import fnet
 from fnet.core.extras import DISTRIBUTION, EXTRAS
+from tests.pages import blocks_of
 
 ROOT = Path(__file__).parents[1]
 GENERATED = re.compile(r"\.git|\.venv.*|__pycache__|\..*_cache|\.hypothesis|.*\.egg-info")  # as .gitignore
@@ -374,7 +375,7 @@ def test_a_wheel_of_a_clean_clone_runs_the_readmes_first_snippet_with_nothing_bu
         for top in {file.parts[0] for file in package.files or () if not file.parts[0].startswith(("..", "__pyc"))}:
             if not (site / top).exists():
                 os.symlink(package.locate_file(top), site / top)
-    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    snippet = blocks_of(ROOT / "README.md")[0]
     work.mkdir()
     # -I -S: neither this folder nor what else is installed here
     code = f"import sys; sys.path.append({str(site)!r})\n{snippet}\nassert fnet.__file__.startswith({str(site)!r})"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import pathlib
-import re
 
 import jax
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+from tests.pages import blocks_of, run_blocks
+
+PAGE = pathlib.Path(__file__).parents[1] / "README.md"
+README = PAGE.read_text()
 
 
 def test_the_readmes_code_runs_and_prints_what_it_says(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = blocks_of(PAGE)
     assert len(blocks) >= 2
     assert 15 <= len([line for line in blocks[0].splitlines() if line.strip()]) <= 25
-    names: dict = {}
     with jax.numpy_dtype_promotion("standard"):
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
+        names = run_blocks(blocks, PAGE.name)
     printed = capsys.readouterr().out
     assert names["history"].epochs["loss"].shape == (5,)
     rows = [line.split() for line in printed.splitlines()]

@@ -794,19 +794,18 @@ def test_master_weights_keep_updates_smaller_than_the_parameters_rounding():
     assert opt_state.master["w"].dtype == jnp.float32 and opt_state.step == 64
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        averaged,
-        lookahead,
-        skip_nonfinite,
-        master_weights,
-        dynamic_loss_scale,
-        functools.partial(reduce_on_plateau, window=1),
-        lambda inner: chain(clip_by_value(1.0), inner),
-        lambda inner: groups({"*": inner}),
-    ],
-)
+WRAPPERS = [
+    averaged,
+    lookahead,
+    skip_nonfinite,
+    master_weights,
+    dynamic_loss_scale,
+    lambda inner: chain(clip_by_value(1.0), inner),
+    lambda inner: groups({"*": inner}),
+]
+
+
+@pytest.mark.parametrize("wrap", [*WRAPPERS, functools.partial(reduce_on_plateau, window=1)])
 def test_a_loss_scale_that_no_engine_would_read_is_refused(wrap):
     with pytest.raises(ValueError, match="dynamic_loss_scale is within, where no gradient engine reads its scale; put"):
         wrap(dynamic_loss_scale(sgd(0.1))).init({"w": jnp.ones(1)})
@@ -959,18 +958,7 @@ def test_make_step_hands_the_loss_to_the_plateau():
     assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.25]  # the first window is the best
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        averaged,
-        lookahead,
-        skip_nonfinite,
-        master_weights,
-        dynamic_loss_scale,
-        lambda inner: chain(clip_by_value(1.0), inner),
-        lambda inner: groups({"*": inner}),
-    ],
-)
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_every_wrapper_hands_the_loss_on(wrap):
     params = {"w": jnp.zeros(1)}
     optimizer = wrap(reduce_on_plateau(sgd(1.0), 0.5, window=1, patience=1))

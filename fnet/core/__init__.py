@@ -1,9 +1,10 @@
 """What every room stands on, and nothing that a user calls first.
 
 - `checks` of arguments and what messages show of them, `trees` of arrays, `numerics`: dtypes, means, keys by name
+- `contexts`: what holds while something is traced; `extras` that are imported when they are needed
 - `jax_insides`: all that is taken of jax beyond its stable interface; `interpret` and `programs` read traced programs
 - `placement` of a state on several devices, `splitting` of activations by examples, `platforms` that are traced for
-- `files` that are written whole, `extras` that are imported when they are needed, `forks` after which jax hangs
+- `files` that are written whole, `forks` after which jax hangs
 
 Imports `fnet.types` alone.
 """

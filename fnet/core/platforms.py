@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import jax
 
+from fnet.core.contexts import holding
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
@@ -15,11 +18,6 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
-@contextmanager
-def traced_for(name: str):
+def traced_for(name: str) -> AbstractContextManager[None]:
     """What is traced within takes the forms of that platform."""
-    token = _platform.set(name)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return holding(_platform, name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fnet.core.contexts import holding
 from fnet.types import PyTree
 
 
@@ -29,14 +30,9 @@ class Split(NamedTuple):
 _split: ContextVar[Split | None] = ContextVar("split", default=None)
 
 
-@contextmanager
-def splitting(split: Split):
+def splitting(split: Split) -> AbstractContextManager[None]:
     """While a step is traced within, its examples are split; nothing of it is left in a program without."""
-    token = _split.set(split)
-    try:
-        yield
-    finally:
-        _split.reset(token)
+    return holding(_split, split)
 
 
 def is_split() -> bool:

@@ -18,6 +18,7 @@ from jax.dtypes import canonicalize_dtype as canonical
 
 from fnet.core.extras import need
 from fnet.core.files import first_line
+from fnet.core.platforms import PLATFORMS
 from fnet.export.files import ExportError, digest, kind, read_tensors, require_new, serialized, whole_export
 from fnet.export.weights import as_jax, to_tensors
 from fnet.layers.cells import LSTMCarry
@@ -25,7 +26,6 @@ from fnet.layers.children import apply
 from fnet.types import Layer, PyTree
 
 FORMAT = "1"  # of the files
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of jax; a plugin may have one more, which is the one at hand then
 
 jax.export.register_namedtuple_serialization(LSTMCarry, serialized_name="fnet.layers.recurrent.LSTMCarry")
 

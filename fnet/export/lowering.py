@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 
-from fnet.core.platforms import traced_for
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+from fnet.core.platforms import PLATFORMS, traced_for
 
 
 def lower(function: Callable, *arguments: Any, platforms: Sequence[str] = ("cpu", "cuda", "tpu")) -> dict[str, Any]:

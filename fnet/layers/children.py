@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 
 from fnet.core.checks import described, require_key, require_layer, takes
+from fnet.core.contexts import holding
 from fnet.core.numerics import stream
 from fnet.core.placement import Placement
 from fnet.core.splitting import by_examples
@@ -67,14 +68,11 @@ _path: ContextVar[tuple[str, ...]] = ContextVar("path", default=())
 @contextmanager
 def inside(name: str):
     """Everything that happens within belongs to the child ``name``: errors and compiled operations carry its path."""
-    token = _path.set((*_path.get(), name))
     try:
-        with jax.named_scope(name):
+        with holding(_path, (*_path.get(), name)), jax.named_scope(name):
             yield
     except LayerError as error:
         raise LayerError(error.message, (name, *error.path)) from None
-    finally:
-        _path.reset(token)
 
 
 def init_child(name: str, layer: Layer, key: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
@@ -171,17 +169,12 @@ def _require_alike(what: str, given: PyTree, name: str, wanted: PyTree) -> None:
 _shapes: ContextVar[dict[tuple[str, ...], PyTree] | None] = ContextVar("shapes", default=None)
 
 
-@contextmanager
-def shapes_known():
+def shapes_known() -> AbstractContextManager[None]:
     """Within, gradients must have the trees, shapes and dtypes of what they are of: each forward's inputs are kept.
 
     One of a wrong shape may else be broadcast, and train on. (The audit reports them instead.)
     """
-    token = _shapes.set({})
-    try:
-        yield
-    finally:
-        _shapes.reset(token)
+    return holding(_shapes, {})
 
 
 # --- watching --------------------------------------------------------------------------------------------------------
@@ -209,12 +202,8 @@ def watch(watcher: Watcher):
 
     This is how the audit reaches the layers of a model; nothing of it is left in a program that nobody watches.
     """
-    tokens = _watcher.set(watcher), _path.set(())
-    try:
+    with holding(_watcher, watcher), holding(_path, ()):
         yield
-    finally:
-        _watcher.reset(tokens[0])
-        _path.reset(tokens[1])
 
 
 def watched() -> bool:

@@ -161,7 +161,7 @@ def explanation(name: str, program, reason: str, took: float, cached: Mapping[st
     )
     again = "not compiled again: it computes the same on the same shapes, dtypes and devices"
     hits = f" (compilation cache: {cached['hits']} hits, {cached['misses']} misses)" if sum(cached.values()) else ""
-    sent = sent_by_step(program.as_text())
+    sent = sent_by_step(program.as_text()) if jax.device_count() > 1 else {}
     each = ", ".join(f"{kind} {some.count} times, {some.bytes / 1e6:.3f} MB" for kind, some in sent.items())
     return said(
         f"{name} {f'compiled in {took:.2f} s{hits}: {reason}' if reason else again}",

@@ -49,7 +49,7 @@ from fnet.runs.interrupts import Interrupted, Terminated, interruptions
 from fnet.runs.loop import Outputs, evaluating, in_memory, reading
 from fnet.runs.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
 from fnet.runs.run import Run, RunError
-from fnet.training.evaluation import sets_of
+from fnet.training.evaluation import is_several, sets_of
 from fnet.training.sharding import sharded, sharded_evaluate
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
@@ -312,16 +312,14 @@ def on_mesh(plan: Plan, placement: Placement) -> Plan:
         )
 
     def whole(tree: PyTree) -> PyTree:
-        arrays = not (isinstance(tree, Stream) or is_read_ahead(tree))
-        return jax.device_put(tree, placement.whole) if arrays else tree
+        return tree if is_read_ahead(tree) else jax.device_put(tree, placement.whole)
 
-    sets = sets_of(plan.validation)
-    held = {name: whole(given) for name, given in sets.items()}
+    sets = plan.validation
     return plan._replace(
         step=sharded(plan.step, placement),
         evaluate=plan.evaluate and sharded_evaluate(plan.evaluate, placement),
         data=whole(plan.data),
-        validation=plan.validation if not sets else held if sets is plan.validation else held["validation"],
+        validation={name: whole(held) for name, held in sets.items()} if is_several(sets) else whole(sets),
         placement=placement,
     )
 

@@ -278,16 +278,22 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             programs[shapes] = compile(run_batches, {"step": plan.step}, arguments)
         return programs[shapes]
 
-    def where(shape):  # batches are in a row, and each is split
-        return None if plan.placement is None else plan.placement.of_batch(shape, 1)
+    def placed(batches: PyTree) -> PyTree:
+        """In a row, each split over the devices of a placement; or their shapes."""
+        if (placement := plan.placement) is None:
+            return batches
 
-    def laid(like, shape):
-        return jax.ShapeDtypeStruct(shape, like.dtype, sharding=where(shape))
+        def one(a):
+            where = placement.of_batch(a.shape, 1)
+            abstract = isinstance(a, jax.ShapeDtypeStruct)
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) if abstract else jax.device_put(a, where)
+
+        return jax.tree.map(one, batches)
 
     few = min(size, 2)  # an index into an axis of one is no index, and the loop another program
     for many in {few, size}:
-        some = jax.tree.map(lambda a, many=many: laid(a, (many, *a.shape)), plan.sample)
-        program(ts, some, jnp.asarray(0, jnp.int32))
+        some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
+        program(ts, placed(some), jnp.asarray(0, jnp.int32))
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
@@ -307,8 +313,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             taken = take(min(size, end - position))
             n, room_for = len(taken), size if len(taken) > 1 else few
             whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
-            parts = jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole)
-            parts = jax.tree.map(lambda a: jax.device_put(a, where(a.shape)), parts)
+            parts = placed(jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole))
             ts, now = program(ts, parts, number)(ts, parts, number)
             metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step

@@ -111,7 +111,6 @@ def run(
     engine=fnet.backprop,
     optimizer: fnet.Optimizer | None = None,
     data: Any = None,
-    step: Callable = lambda step: step,
     **options,
 ) -> Ran:
     """Two epochs of the case, evaluated on its own data."""
@@ -120,8 +119,8 @@ def run(
     own = fnet.Batch(jnp.asarray(case.inputs), jnp.asarray(case.targets))
     evaluate = fnet.make_evaluate(model, loss_of(name))
     options = {"epochs": 2, "batch_size": B, "evaluate": evaluate, "validation": own, **options}
-    made = step(fnet.make_step(engine(model, loss_of(name)), optimizer))
-    ts, history = fnet.fit(made, ts, own if data is None else data, placement=placement, **options)
+    step = fnet.make_step(engine(model, loss_of(name)), optimizer)
+    ts, history = fnet.fit(step, ts, own if data is None else data, placement=placement, **options)
     program = [*compilation._kept.values()][-1].program
     return Ran(ts, history, program.cost_analysis().get("flops", 0.0), program.as_text())
 

@@ -14,6 +14,7 @@ import fnet
 from fnet import layers, optimizers
 from fnet.core.trees import named_leaves
 from fnet.optimizers import transforms
+from tests import resumable
 from tests.devices.parts import CASES, Ran, apart, assert_same_run, on, run, start
 from tests.test_training import assert_same_bits
 
@@ -33,14 +34,8 @@ def both(mesh="fsdp8", name="mlp", **options) -> tuple[Ran, Ran]:
 
 
 OPTIMIZERS = {
-    **{
-        name: getattr(optimizers, name)(0.01) for name in ("sgd", "momentum", "rmsprop", "adagrad", "adadelta", "adamw")
-    },
-    **{name: getattr(optimizers, name)(0.01) for name in ("amsgrad", "adamax", "nadam", "radam", "lion", "lamb")},
-    "adafactor": optimizers.adafactor(0.01),
-    "muon": optimizers.groups({"*/w": optimizers.muon(0.01)}, optimizers.adam(0.01)),
+    **resumable.optimizers(),
     "clipped": fnet.chain(transforms.clip_by_global_norm(0.1), fnet.adam(0.01)),
-    "averaged": optimizers.averaged(optimizers.lookahead(optimizers.adam(0.01), every=2)),
     "guarded": optimizers.skip_nonfinite(optimizers.reduce_on_plateau(optimizers.sgd(0.05), window=2, patience=1)),
 }
 
