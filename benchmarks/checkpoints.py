@@ -21,7 +21,7 @@ from benchmarks.s1 import interleaved, show
 def main() -> None:
     import jax.numpy as jnp
 
-    from fnet.runs.checkpoint import host_leaves, save_checkpoint
+    from fnet.runs.checkpoint import kept_leaves, save_checkpoint
 
     parser = argparse.ArgumentParser(description="reading back what was saved")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1.0, 100.0])
@@ -30,7 +30,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for megabytes in options.megabytes:
         size = int(megabytes * 1e6 / 4 / 8)
-        leaves = host_leaves({f"w{i}": jnp.asarray(rng.standard_normal(size, np.float32)) for i in range(8)})
+        leaves = kept_leaves({f"w{i}": jnp.asarray(rng.standard_normal(size, np.float32)) for i in range(8)})
 
         def save(verify, leaves=leaves):
             folder = tempfile.mkdtemp()

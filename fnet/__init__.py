@@ -21,6 +21,7 @@ ROOMS = (
 )
 NAMES = {
     "types": ("Batch", "Layer", "LayerError", "Loss", "Mean", "Optimizer", "Schedule", "TrainState", "Transform"),
+    "core": ("processes",),
     "layers": ("dense", "flatten", "initializers", "models", "serial"),
     "layers.children": ("apply", "init", "parameter_paths"),
     "layers.models": ("mlp",),
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # the same names, for those who read and do not run; a test c
         training,
         types,
     )
+    from fnet.core import processes
     from fnet.data import DataError, check_data, split
     from fnet.gradcheck import check_gradients, check_layer, check_model
     from fnet.gradients import accumulate, autodiff, backprop, from_loss, intermediate_gradients, tap

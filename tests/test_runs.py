@@ -22,7 +22,7 @@ import pytest
 import fnet
 from fnet.core.trees import named_leaves
 from fnet.runs.checkpoint import (
-    host_leaves,
+    kept_leaves,
     load_checkpoint,
     read_meta,
     save_checkpoint,
@@ -86,7 +86,7 @@ def test_mapped_data_give_the_run_of_data_in_memory_and_are_resumed(tmp_path):
 def test_a_stream_is_continued_where_it_stood(tmp_path):
     resumed_is_straight(tmp_path, source="stream")
     saved = json.loads((latest(tmp_path / "cut") / "meta" / "metadata").read_text())
-    assert saved["stream"] == {"at": 42}
+    assert saved["streams"] == [{"at": 42}]
 
 
 @pytest.mark.slow
@@ -104,14 +104,14 @@ def test_a_checkpoint_holds_every_leaf_with_its_dtype_and_bits(tmp_path):
         "flag": jnp.asarray(True),
         "nan": jnp.asarray(jnp.nan),
     }
-    path = save_checkpoint(tmp_path, 3, host_leaves(tree), {"note": 0.1})
+    path = save_checkpoint(tmp_path, 3, kept_leaves(tree), {"note": 0.1})
     is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
     meta = read_meta(path)
     back = load_checkpoint(path, jax.tree.map(lambda a: a[::-1] if is_key(a) else jnp.zeros_like(a), tree), meta)
     assert_same_bits(back, tree)
     assert meta["note"] == 0.1 and meta["step"] == 3
     with pytest.raises(fnet.CheckpointError, match="exists already and is left as it is"):
-        save_checkpoint(tmp_path, 3, host_leaves(tree))
+        save_checkpoint(tmp_path, 3, kept_leaves(tree))
 
 
 def test_checkpoints_are_kept_by_policy(tmp_path):
@@ -437,7 +437,7 @@ def test_a_configuration_with_nan_is_the_same_when_it_is_resumed(tmp_path):
 
 def test_two_leaves_of_one_path_are_refused_before_they_are_saved():
     with pytest.raises(fnet.CheckpointError, match="two leaves have the path 'a/b'; expected one"):
-        host_leaves({"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)})
+        kept_leaves({"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)})
 
 
 # --- what a third pair of eyes broke ---------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def test_a_refused_resume_leaves_configuration_and_environment(tmp_path):
 
 def test_a_checkpoint_of_64_bits_names_the_setting(tmp_path, x64):
     ts = TrainState(jnp.asarray(3, jnp.int32), jnp.ones(2), (), (), jax.random.key(0))
-    path = save_checkpoint(tmp_path, 3, host_leaves(ts))
+    path = save_checkpoint(tmp_path, 3, kept_leaves(ts))
     with jax.enable_x64(False), pytest.raises(fnet.CheckpointError, match="is of another jax_enable_x64: params"):
         load_checkpoint(path, ts._replace(params=jnp.ones(2, jnp.float32)), read_meta(path))
 

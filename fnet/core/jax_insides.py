@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax._src.xla_bridge import backends_are_initialized
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
@@ -25,6 +26,7 @@ __all__ = [
     "backends_are_initialized",
     "bind",
     "constant",
+    "coordination",
     "jaxprs_in_params",
     "quick_jit",
     "scan_parts",
@@ -88,6 +90,11 @@ def bind(eqn: JaxprEqn, inputs) -> list:
 def source_line(eqn: JaxprEqn) -> str:
     """The line of the user's code that an equation comes from, ``file.py:12:4 (function)``."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def coordination() -> Any:
+    """The client of the service by which processes find each other; None where there is one process alone."""
+    return distributed.global_state.client
 
 
 # --- compiling quickly ------------------------------------------------------------------------------------------------

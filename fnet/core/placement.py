@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -9,8 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fnet.core import processes
+from fnet.core.checksums import words_sum
 from fnet.core.numerics import is_key
 from fnet.core.splitting import Split
 from fnet.core.trees import named_leaves
@@ -106,13 +110,68 @@ class Placement(NamedTuple):
             return self.whole
         return NamedSharding(self.mesh, PartitionSpec(*([None] * axis), self.split.axes or None))
 
+    def part_of(self, examples: int) -> slice:
+        """Which of a batch's examples the devices of this process hold; all of a batch that cannot be split evenly."""
+        held = self.of_batch((examples,)).addressable_devices_indices_map((examples,)).values()
+        ends = [index[0].indices(examples)[:2] for index in held if index is not None]
+        return slice(min(begin for begin, _ in ends), max(end for _, end in ends))
+
+    def put_batch(self, batch: PyTree, examples: int, axis: int = 0) -> PyTree:
+        """So many examples along ``axis``, split; of several processes each gives those that its devices hold."""
+        part = self.part_of(examples)
+
+        def one(a):
+            shape = (*a.shape[:axis], examples, *a.shape[axis + 1 :])
+            where = self.of_batch(shape, axis)
+            if isinstance(a, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(shape, a.dtype, sharding=where)
+            if not processes.several():
+                return jax.device_put(a, where)
+            held = np.asarray(a)
+
+            def of_device(index):
+                begin, end, _ = index[axis].indices(examples)
+                return held[(*index[:axis], slice(begin - part.start, end - part.start), *index[axis + 1 :])]
+
+            return jax.make_array_from_callback(shape, where, of_device)
+
+        return jax.tree.map(one, batch)
+
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The leaves where the shardings say, in buffers of their own."""
+    """The leaves where the shardings say, in buffers of their own; what every process has made must be the same."""
 
     def one(leaf, sharding):
+        if is_local(leaf):
+            return _of_all(leaf, sharding)
         if is_key(leaf):  # device_put takes no keys to devices of other processes
             return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
         return jax.device_put(leaf, sharding, may_alias=False)
 
     return jax.tree.map(one, tree, shardings)
+
+
+def _of_all(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of all; without sending it, as `jax.device_put` would."""
+    words = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    where = NamedSharding(sharding.mesh, PartitionSpec()) if is_key(leaf) else sharding
+    made = jax.make_array_from_callback(words.shape, where, lambda part: words[part])
+    if not is_key(leaf):
+        return made
+    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(leaf))
+    return jax.jit(wrap, out_shardings=sharding)(made)
+
+
+def is_local(leaf: Any) -> bool:
+    """Whether it is an array of this process alone, of which there are several."""
+    return processes.several() and not (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
+
+
+def require_same_leaves(tree: PyTree) -> None:
+    """Require of what every process has made by itself that it is the same: parameters are drawn by one key."""
+    own = {
+        f"the sum of the words of {path}": words_sum(np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf))
+        for path, leaf in named_leaves(tree)
+        if is_local(leaf)
+    }
+    processes.require_same("the state", own, "make it from the same key and data")

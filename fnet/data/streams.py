@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fnet.core import processes
 from fnet.core.checks import described, is_whole
 from fnet.core.files import first_line
-from fnet.data.arrays import DataError, as_batch, native
+from fnet.data.arrays import DataError, as_batch, count_examples, native
 from fnet.data.sources import Examples, Stream, begun_anew, count_rows, stream_length, type_of, with_length
 from fnet.types import Batch, PyTree
 
@@ -25,24 +26,30 @@ LEAVE_SECONDS = 10.0  # that the end of a run waits for a loader which is at a b
 
 
 class Read(NamedTuple):
-    """A batch on the host: its rows in the data, if it has any, and where a stream stands after it."""
+    """A batch on the host, or this process' part of it: its rows in the data, and where a stream stands after it."""
 
     batch: Batch
-    rows: list[int] | None
+    rows: list[int] | None  # None of a stream
     state: Any
+    examples: int  # of the whole batch
 
 
 def read_rows(
-    data: Batch | Examples, order_of: Callable[[int], np.ndarray], batch_size: int, step: int
+    data: Batch | Examples,
+    order_of: Callable[[int], np.ndarray],
+    batch_size: int,
+    step: int,
+    part_of: Callable[[int], slice] = lambda examples: slice(0, examples),
 ) -> Iterator[Read]:
-    """The batches of mapped arrays or of a dataset from a step on, epoch after epoch."""
+    """The batches of mapped arrays or of a dataset from a step on, epoch after epoch; of each the part that is said."""
     n = count_rows(data)
     per_epoch = -(-n // batch_size)
     while True:
         order = order_of(step // per_epoch)
         for within in range(step % per_epoch, per_epoch):
-            rows = order[within * batch_size : (within + 1) * batch_size].tolist()
-            yield Read(take_rows(data, rows), rows, None)
+            batch = order[within * batch_size : (within + 1) * batch_size]
+            rows = batch[part_of(len(batch))].tolist()
+            yield Read(take_rows(data, rows), rows, None, len(batch))
             step += 1
 
 
@@ -67,8 +74,12 @@ def _example(source: Any, row: int) -> Batch:
     return _own(element, f"example {row}")
 
 
-def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) -> Iterator[Read]:
-    """The batches of one epoch from the beginning, in order; a stream's are its own."""
+def one_epoch(
+    data: Stream | Batch | Examples,
+    batch_size: int | None = None,
+    part_of: Callable[[int], slice] = lambda examples: slice(0, examples),
+) -> Iterator[Read]:
+    """The batches of one epoch from the beginning, in order, or the parts of them; a stream's are its own."""
     if isinstance(data, Stream):
         stream = with_length(data)
         length = stream_length(stream)
@@ -82,7 +93,7 @@ def one_epoch(data: Stream | Batch | Examples, batch_size: int | None = None) ->
         return itertools.islice(read_stream(stream, None, 0), stream.steps_per_epoch)
     n = count_rows(data)
     size = batch_size or n
-    return itertools.islice(read_rows(data, lambda _: np.arange(n), size, 0), -(-n // size))
+    return itertools.islice(read_rows(data, lambda _: np.arange(n), size, 0, part_of), -(-n // size))
 
 
 def _own(element: Any, name: str) -> Batch:
@@ -127,7 +138,8 @@ def read_stream(stream: Stream, state: Any, step: int, *, again: bool = True) ->
         _set_state(iterator, state)
     for element in _passes(stream, iterator, state is None, again):
         element, iterator = element
-        yield Read(_own(element, "a batch of the stream"), None, _state_of(iterator))
+        batch = _own(element, "a batch of the stream")
+        yield Read(batch, None, _state_of(iterator), processes.count() * count_examples(batch))
         step += 1
     if not again:
         return

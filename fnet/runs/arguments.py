@@ -256,7 +256,7 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
             "an example": [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in jax.tree.leaves(plan.sample)],
             "batch_size": plan.batch_size,
             "shuffle": plan.shuffle,
-            "rows": _rows_digest(plan.data),
+            "rows": rows_digest(plan.data),
         }
     for name, held in sets_of(plan.validation).items() if plan.evaluate else ():
         if isinstance(held, Stream):
@@ -265,7 +265,7 @@ def described(plan: Plan, ts: TrainState, programs: Mapping[str, list[Line]]) ->
             data |= {f"batches of {name}": held.steps_per_epoch}
             data |= {f"first batch of {name}": first if first == again else "another each time it is read"}
         else:
-            data[f"rows of {name}"] = _rows_digest(held)
+            data[f"rows of {name}"] = rows_digest(held)
     return {
         **data,
         **{name: f"SHA-256 {digest(lines)[:12]}…" for name, lines in programs.items()},
@@ -285,7 +285,7 @@ def _kind_of_state(opt_state: PyTree) -> str:
     return f"{type(opt_state).__name__}, SHA-256 {digest(lines)[:12]}…"
 
 
-def _rows_digest(data: Batch | Examples) -> str:
+def rows_digest(data: Batch | Examples) -> str:
     """A hash of 64 of the data's examples, evenly spread; of a dataset that draws its examples anew, a word."""
     rows = np.unique(np.linspace(0, count_rows(data) - 1, 64).astype(int))
 

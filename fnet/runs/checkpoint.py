@@ -1,15 +1,17 @@
-"""Checkpoints: a `TrainState` in a folder of its own, whole or not at all, every leaf with its hash (needs orbax).
+"""Checkpoints: a `TrainState` in a folder of its own, whole or not at all, every leaf with its sum (needs orbax).
 
     folder/step_000000250/state          the arrays, as orbax keeps them
-    folder/step_000000250/meta           JSON: the step; path, dtype, shape and SHA-256 of every leaf; what the run adds
+    folder/step_000000250/meta           JSON: the step; path, dtype, shape and sum of every leaf; what the run adds
     folder/step_000000250/manifest.json  the SHA-256 of every file, and the results of the evaluation made here
 
 Nothing is pickled, and nothing that is read can run code. A checkpoint is written under another name and renamed when
-it is complete; one that is deleted is renamed first.
+it is complete; one that is deleted is renamed first. Of several processes all call these functions: each writes and
+reads its part of every leaf, and a leaf's sum (`fnet.core.checksums`) is the same however it is split.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -26,13 +28,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core import processes
+from fnet.core.checksums import words_sum, words_sums
 from fnet.core.extras import need
 from fnet.core.files import first_line
 from fnet.core.numerics import is_key
 from fnet.core.trees import by_path
 from fnet.types import PyTree
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -40,45 +44,55 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or does not fit; the message names the place, what was expected and the remedy."""
 
 
-class HostLeaf(NamedTuple):
-    """A leaf on the host; of a key its words, while ``kind`` is the leaf's own dtype and shape."""
+class KeptLeaf(NamedTuple):
+    """A leaf as it is written; of a key its words, while ``kind`` is the leaf's own dtype and shape."""
 
     path: str
     kind: str
-    array: np.ndarray
+    array: np.ndarray | jax.Array  # on the host; where each process has a part of it, there
+    sum: int
 
 
-def host_leaves(tree: PyTree) -> list[HostLeaf]:
-    """The leaves of a tree on the host, by path and in order."""
+def kept_leaves(tree: PyTree) -> list[KeptLeaf]:
+    """The leaves of a tree by path and in order, on the host unless several processes have them."""
     named = _named(tree)
-    arrays = jax.device_get([words_of(leaf) for leaf in named.values()])
-    return [HostLeaf(path, _kind(leaf), np.asarray(a)) for (path, leaf), a in zip(named.items(), arrays, strict=True)]
+    arrays = {path: words_of(leaf) for path, leaf in named.items()}
+    if not _is_of_several(arrays):
+        arrays = {path: np.asarray(a) for path, a in zip(arrays, jax.device_get([*arrays.values()]), strict=True)}
+    sums = _sums(arrays)
+    return [KeptLeaf(path, _kind(leaf), arrays[path], sums[path]) for path, leaf in named.items()]
+
+
+def _is_of_several(arrays: Mapping[str, Any]) -> bool:
+    """Whether processes have parts of them."""
+    return any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays.values())
+
+
+def _sums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Of each array the sum of its words."""
+    if _is_of_several(arrays):
+        return dict(zip(arrays, map(int, jax.device_get(words_sums([*arrays.values()]))), strict=True))
+    return {path: words_sum(np.asarray(a)) for path, a in arrays.items()}
 
 
 def save_checkpoint(
     folder: str | Path,
     step: int,
-    leaves: list[HostLeaf],
+    leaves: list[KeptLeaf],
     meta: Mapping[str, Any] | None = None,
     *,
     verify: bool = True,
 ) -> Path:
-    """Write ``leaves`` (`host_leaves`) and ``meta``, which JSON must hold, to ``folder/step_…``; returns that folder.
+    """Write ``leaves`` (`kept_leaves`) and ``meta``, which JSON must hold, to ``folder/step_…``; returns that folder.
 
     With ``verify`` it is read back, and every leaf compared, before it has that name. Raises CheckpointError if it
     exists, if the disk has no room for it, if it cannot be written, and if it does not come back as it was.
     """
     path = Path(folder).absolute() / f"step_{step:09d}"
-    if path.exists():
-        raise CheckpointError(f"{path} exists already and is left as it is; expected a step that is not saved yet")
-    size = sum(leaf.array.nbytes for leaf in leaves)
-    free = shutil.disk_usage(path.parent).free
-    if free < 1.1 * size + 100_000:
-        raise CheckpointError(
-            f"{path} needs {size / 1e6:.3f} MB and {free / 1e6:.3f} MB are free; expected room for it: "
-            "free some, or choose another folder; the checkpoints before it are whole"
-        )
-    described = [{"path": leaf.path, "kind": leaf.kind, "sha256": _digest(leaf.array)} for leaf in leaves]
+    with processes.together(CheckpointError) as first:
+        if first:
+            _require_room(path, sum(leaf.array.nbytes for leaf in leaves))
+    described = [{"path": leaf.path, "kind": leaf.kind, "sum": leaf.sum} for leaf in leaves]
     arrays = {f"{i:05d}": leaf.array for i, leaf in enumerate(leaves) if leaf.array.size}  # orbax takes no empty ones
     meta = {**(meta or {}), "format": FORMAT, "step": step, "leaves": described}
     part = path.with_name(f".writing_{path.name}")
@@ -89,13 +103,26 @@ def save_checkpoint(
         write_manifest(part, meta.get("results", {}))
         if verify:
             _read_leaves(part, meta, {leaf.path: leaf.array for leaf in leaves})
-        os.rename(part, path)
+        with processes.together(CheckpointError) as first:
+            if first:
+                os.rename(part, path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} could not be written ({first_line(error)}); expected a folder with room that can be written to; "
             "the checkpoints before it are whole"
         ) from error
     return path
+
+
+def _require_room(path: Path, size: int) -> None:
+    if path.exists():
+        raise CheckpointError(f"{path} exists already and is left as it is; expected a step that is not saved yet")
+    free = shutil.disk_usage(path.parent).free
+    if free < 1.1 * size + 100_000:
+        raise CheckpointError(
+            f"{path} needs {size / 1e6:.3f} MB and {free / 1e6:.3f} MB are free; expected room for it: "
+            "free some, or choose another folder; the checkpoints before it are whole"
+        )
 
 
 def load_checkpoint(
@@ -119,25 +146,29 @@ def load_checkpoint(
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _read_leaves(path: Path, meta: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Some of a checkpoint's leaves by path, each with the hash that it was saved with."""
-    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
-    saved = {leaf["path"]: (f"{i:05d}", leaf["sha256"]) for i, leaf in enumerate(meta["leaves"])}
-    wanted = {saved[name][0]: array for name, array in arrays.items() if array.size}
+def _read_leaves(path: Path, meta: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of a checkpoint's leaves by path, each with the sum that it was saved with.
+
+    They are on the host, or where processes have parts of ``like``, on its devices, for which each reads its part.
+    """
+    saved = {leaf["path"]: (f"{i:05d}", leaf["sum"]) for i, leaf in enumerate(meta["leaves"])}
+    split = _is_of_several(like)
+    empty = dict(like) if split else {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    wanted = {saved[name][0]: array for name, array in empty.items() if array.size}
     try:
         with _orbax() as (ocp, checkpointer):
-            as_arrays = ocp.checkpoint_utils.construct_restore_args(wanted)
-            restore = ocp.args.PyTreeRestore(wanted, restore_args=as_arrays, partial_restore=True)
+            arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+            restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
             stored = checkpointer.restore(path, ocp.args.Composite(state=restore)).state if wanted else {}
     except Exception as error:  # orbax and tensorstore raise errors of many types
         raise _damaged(path, error) from error
-    for name in arrays:
-        place, expected = saved[name]
-        arrays[name] = np.asarray(stored.get(place, arrays[name]))
-        if (digest := _digest(arrays[name])) != expected:
+    arrays = {name: stored.get(saved[name][0], array) for name, array in empty.items()}
+    arrays = arrays if split else {name: np.asarray(array) for name, array in arrays.items()}
+    for name, found in _sums(arrays).items():
+        if found != (expected := saved[name][1]):
             raise CheckpointError(
-                f"{path}: {name} is not what was saved: expected SHA-256 {expected[:12]}…, found {digest[:12]}…; it "
-                "was altered: delete this folder to continue from the checkpoint before it"
+                f"{path}: {name} is not what was saved: expected the sum {expected:08x}, found {found:08x}; it was "
+                "altered: delete this folder to continue from the checkpoint before it"
             )
     return arrays
 
@@ -193,7 +224,10 @@ def _remove(path: Path) -> None:
 
 def write_manifest(path: Path, results: Mapping[str, Any]) -> None:
     """Write manifest.json of the files that are in the folder."""
-    (path / "manifest.json").write_text(json.dumps({"results": results, "files": _hashes(path)}, indent=1))
+    files = _hashes(path)
+    with processes.together(OSError) as first:
+        if first:
+            (path / "manifest.json").write_text(json.dumps({"results": results, "files": files}, indent=1))
 
 
 def saved_results(path: Path) -> dict[str, Any] | None:
@@ -212,8 +246,11 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
     """Orbax, and a checkpointer for one call."""
     ocp: Any = need("a checkpoint", "orbax.checkpoint")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it logs as an error, pages of it, it raises too
-    parts = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    with _one_at_a_time, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts)) as checkpointer:
+    every = {}
+    if processes.several():  # whose barriers are then of jax's service, not programs among those of the run
+        every = {"multiprocessing_options": ocp.options.MultiprocessingOptions(0, {*range(jax.process_count())})}
+    parts = {"state": ocp.PyTreeCheckpointHandler(**every), "meta": ocp.JsonCheckpointHandler(**every)}
+    with _one_at_a_time, ocp.Checkpointer(ocp.CompositeCheckpointHandler(**parts), **every) as checkpointer:
         yield ocp, checkpointer
 
 
@@ -229,8 +266,11 @@ def words_of(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
-def _as_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
+def _as_leaf(array: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
     """The array as ``like`` is: a key, and on its devices."""
+    if isinstance(array, jax.Array):  # on them already
+        wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(like)) if is_key(like) else None
+        return jax.jit(wrap, out_shardings=like.sharding)(array) if wrap else array
     leaf = jnp.array(array)
     leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if is_key(like) else leaf
     return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
@@ -240,21 +280,23 @@ def _kind(leaf: jax.Array) -> str:
     return f"{leaf.dtype}{leaf.shape}"
 
 
-def _digest(array: np.ndarray) -> str:
-    header = f"{array.dtype.name}{array.shape}".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
 def _hashes(path: Path) -> dict[str, str]:
-    """The SHA-256 of every file within, but for the manifest's."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """The SHA-256 of every file within, but for the manifest's; each process reads its share of them."""
+    with processes.together(OSError) as first:
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
+        names = [file.relative_to(path).as_posix() for file in files if first]
+    names = processes.told(names)
+    with processes.together(OSError):
+        mine = names[processes.index() :: processes.count()]
+        hashes = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in mine}
+    return processes.agreed(hashes, lambda every: dict(sorted(pair for some in every for pair in some.items())))
 
 
 def _verify_files(path: Path) -> None:
     """Require the files that were written: what orbax and tensorstore say of damaged ones is long and helps nobody."""
     try:
-        expected = dict(json.loads((path / "manifest.json").read_text())["files"])
+        with processes.together(OSError):
+            expected = dict(json.loads((path / "manifest.json").read_text())["files"])
         found = _hashes(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fnet.core.programs import Line, difference, digest, program_lines
 from fnet.core.trees import named_leaves
@@ -104,8 +105,10 @@ def jitted(function: Callable, ts: TrainState):
     spread = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
     if not spread:
         return jax.jit(function, donate_argnums=0)
-    # else XLA is free to choose others, and the program would not take its own state
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+    # else XLA is free to choose others: the program would not take its own state, nor each process read the metrics
+    mesh = next(s.mesh for s in jax.tree.leaves(shardings) if isinstance(s, NamedSharding))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, whole))
 
 
 def leaves_of(tree: PyTree) -> tuple:

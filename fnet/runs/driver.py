@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fnet.core import processes
 from fnet.core.files import whole_file
 from fnet.core.forks import refuse_fork
 from fnet.core.jax_insides import transfers_meant
-from fnet.core.placement import Placement, put
+from fnet.core.placement import Placement, put, require_same_leaves
+from fnet.core.trees import named_leaves
 from fnet.data.arrays import check_data, count_examples
 from fnet.data.sources import Stream, is_read_ahead
 from fnet.data.streams import take_rows, without_position
@@ -40,6 +43,7 @@ from fnet.runs.arguments import (
     examples_between,
     order_at,
     programs_of,
+    rows_digest,
 )
 from fnet.runs.checkpoint import CheckpointError
 from fnet.runs.compilation import circumstances, compiled
@@ -53,7 +57,7 @@ from fnet.training.evaluation import is_several, sets_of
 from fnet.training.sharding import sharded, sharded_evaluate
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
-from fnet.types import PyTree, TrainState
+from fnet.types import Batch, PyTree, TrainState
 
 CHUNK_SECONDS = 0.5  # what a chunk is calibrated to
 
@@ -102,7 +106,9 @@ def fit(
     compiled and why, what is donated, kept and cached.
 
     With a ``placement`` (`fnet.placement`) the state and the batches are split over the devices of its mesh. The
-    numbers are those of one device to rounding, and a run's folder may be resumed on any mesh.
+    numbers are those of one device to rounding, and a run's folder may be resumed on any mesh. Of several processes
+    (`fnet.processes`) all call this with the same arguments: each reads its part of the data, observers are called in
+    all, and the first writes; a signal, a "stop" and an error of one are all's.
 
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the
     step is traced: `DataError` names what is wrong with the data or the labels, `LayerError` where the model and the
@@ -110,25 +116,31 @@ def fit(
     `ValueError` any other argument.
     """
     refuse_fork("fit")
-    check_kinds(step, ts, evaluate, stop, observers, run, placement)
-    if placement is None:
-        ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
-        check_start(ts, stop)
-        ts = on_one_mesh(with_stopping(stop, ts))
-    else:
+    with processes.together():
+        check_kinds(step, ts, evaluate, stop, observers, run, placement)
+        if placement is None:
+            ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
+        else:
+            placement.require_use(ts)
         check_start(ts, stop)
         ts = with_stopping(stop, ts)
-        placement.require_use(ts)
-        ts = put(ts, placement.of(ts))
-    plan = check_run(
-        step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop, chunk_steps, run
-    )
-    if run and run.keep_best is not None:
-        check_result("Run: keep_best", run.keep_best, plan)
-    programs = programs_of(plan, ts) if run else {}
-    about = described(plan, ts, programs) if run else {}
-    if placement is not None:  # what a run computes is described before: it is the same on every mesh
-        plan = on_mesh(plan, placement)
+        plan = check_run(
+            *(step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop),
+            *(chunk_steps, run),
+        )
+        if run and run.keep_best is not None:
+            check_result("Run: keep_best", run.keep_best, plan)
+        programs = programs_of(plan, ts) if run else {}
+        about = described(plan, ts, programs) if run else {}
+        # what a run computes is described before it is split: it is the same on every mesh
+        plan = plan if placement is None else split_plan(plan, placement)
+    if placement is None:
+        require_one_process()
+        ts = on_one_mesh(ts)
+    else:
+        require_same_run(plan, ts, run, chunk_steps, keep, check_finite, observers)
+        about = processes.told(about)  # a stream's first batch is another in each process
+        ts, plan = put(ts, placement.of(ts)), on_mesh(plan, placement)
     begin: dict[str, Callable] = {"stopping": lambda ts: stop.init(ts) if stop else ()}
     if hasattr(step, "optimizer"):
         begin["opt_state"] = lambda ts: jax.jit(step.optimizer.init)(ts.params)
@@ -141,7 +153,7 @@ def fit(
             ts, meta, rows = resumed
             whole = meta["whole"] or int(ts.step) % plan.per_epoch == 0
             recorder = Recorder(plan.per_epoch, meta["partial"], rows, whole)
-            stream, about = meta["stream"], meta["plan"]
+            stream, about = stream_of(meta, folder.folder), meta["plan"]
             if int(ts.step) == plan.end or bool(stopped(ts)):
                 return ts, recorder.history(0.0, 0.0, ending(stop, ts))  # it had ended
             if isinstance(plan.data, Stream) and stream is None:
@@ -158,34 +170,37 @@ def fit(
             made, epochs = at // plan.per_epoch, -(-plan.end // plan.per_epoch)
             ended = ending(stop, ts) if kind == "end" and not ts.step.is_deleted() else None
             event = Event(kind, at, plan.end, made, epochs, metrics or {}, took, examples, ts, ended)
-            halted |= ask(observers, event)
+            with processes.together():
+                halted |= ask(observers, event)
 
         def compile(function: Callable, options, arguments) -> Callable:
-            made, took = compiled(function, step, options, arguments, explain)
+            made, took = compiled(function, step, options, arguments, explain and processes.is_first())
             seconds["compile"] += took
             return made
 
-        def leave_if_asked() -> None:
-            if (number := caught()) is not None:
+        def leave_if(number: int) -> None:
+            if number:
                 save(wait=True)
                 saved = f"is saved at step {position} in {folder.folder}" if folder else f"ended at step {position}"
                 message = f"{signal.Signals(number).name}: the run {saved}"
-                print(message, file=sys.stderr)
+                if processes.is_first():
+                    print(message, file=sys.stderr)
                 kind = Interrupted if number == signal.SIGINT else Terminated
-                raise kind(message, ts, recorder.history(seconds["compile"], seconds["run"]))
+                raise processes.of_all(kind(message, ts, recorder.history(seconds["compile"], seconds["run"])))
 
         def save(wait: bool = False) -> None:
             if not folder:
                 return
             sums = {"partial": recorder.partial(), "whole": recorder.whole}
-            if folder.save(ts, {**sums, "stream": stream, "plan": about}):
+            streams = processes.agreed(stream, list)  # where each process' stands
+            if folder.save(ts, {**sums, "streams": streams, "plan": about}):
                 tell("checkpoint", position)
             if wait:
                 folder.wait()
 
         try:
             tell("start", position)
-            if explain:
+            if explain and processes.is_first():
                 print(circumstances(ts, keep), flush=True)
             if not halted:
                 ahead = is_read_ahead(plan.data)
@@ -206,7 +221,7 @@ def fit(
             ):
                 if check_finite and not chunk.finite:
                     ts = ts if chunk.before is None else chunk.before
-                    raise not_finite(plan, chunk, folder.folder if folder else None)
+                    raise processes.of_all(not_finite(plan, chunk, folder.folder if folder else None))
                 told = recorder.add(chunk.first, chunk.outputs)
                 ts, position = chunk.after, int(chunk.outputs.step)
                 stream = chunk.outputs.reads[-1].state if chunk.outputs.reads else None
@@ -215,15 +230,18 @@ def fit(
                         folder.record(kind, at, at // plan.per_epoch, metrics)
                 if position > chunk.first:
                     batches = [read.batch for read in chunk.outputs.reads]  # a stream's may be of any size
-                    examples = sum(map(count_examples, batches)) or examples_between(plan, chunk.first, position)
+                    examples = processes.count() * sum(map(count_examples, batches))
+                    examples = examples or examples_between(plan, chunk.first, position)
                     seen += examples
                     tell("chunk", position, recorder.last_means, chunk.seconds, examples)
                 for kind, at, metrics in told:
                     tell(kind, at, metrics)
-                if folder and folder.due(position):
+                due = bool(folder) and folder.due(position)
+                due, number, halt = processes.greatest(int(due), caught() or 0, int(halted))  # what one wants, all do
+                if due:
                     save()
-                leave_if_asked()
-                if halted or chunk.outputs.stopped:
+                leave_if(number)
+                if halt or chunk.outputs.stopped:
                     break
             seconds["run"] = time.perf_counter() - began - (seconds["compile"] - before)
             save(wait=True)
@@ -234,6 +252,9 @@ def fit(
                 error.state, error.history = ts, recorder.history(seconds["compile"], seconds["run"])
             lost = ts.step.is_deleted()  # where no copies are kept it was donated
             saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
+            if not processes.is_of_all(error):  # the others would not save with this one
+                processes.await_word(error)
+                raise
             for last in (*saves, lambda: tell("end", position)):
                 try:
                     last()
@@ -241,7 +262,7 @@ def fit(
                     error.add_note(f"and then {type(second).__name__}: {second}")
             raise
         tell("end", position)
-        leave_if_asked()
+        leave_if(*processes.greatest(caught() or 0))
     return ts, recorder.history(seconds["compile"], seconds["run"], ending(stop, ts))
 
 
@@ -300,28 +321,85 @@ class Chunk(NamedTuple):
         )
 
 
-def on_mesh(plan: Plan, placement: Placement) -> Plan:
-    """The plan whose step and evaluation are split; arrays in memory are whole on each device, which takes its rows.
+def split_plan(plan: Plan, placement: Placement) -> Plan:
+    """The plan whose step and evaluation are split over devices, and whose batches are those of all processes.
 
-    Raises ValueError for a batch that the devices do not divide.
+    Raises ValueError for a batch that the devices do not divide, and for a mesh without the devices of all processes.
     """
+    holders = {device.process_index for device in placement.mesh.devices.flat}
+    if len(holders) != processes.count():
+        raise ValueError(
+            f"placement: its mesh has devices of {len(holders)} of {processes.count()} processes; expected those of "
+            "all: fnet.mesh(data=-1) takes them"
+        )
+    if isinstance(plan.data, Stream) and (count := processes.count()) > 1:  # each process' stream gives its part
+        longer = lambda a: jax.ShapeDtypeStruct((count * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
+        sizes = {"examples": count * plan.examples, "batch_size": count * plan.batch_size}
+        plan = plan._replace(sample=jax.tree.map(longer, plan.sample), **sizes)
     if plan.batch_size % (parts := placement.split.parts):
         axes = " × ".join(f"{axis} {placement.mesh.shape[axis]}" for axis in placement.split.axes)
         raise ValueError(
             f"batch_size = {plan.batch_size} is split over {parts} devices ({axes}); expected a multiple of {parts}"
         )
 
-    def whole(tree: PyTree) -> PyTree:
-        return tree if is_read_ahead(tree) else jax.device_put(tree, placement.whole)
-
-    sets = plan.validation
     return plan._replace(
         step=sharded(plan.step, placement),
         evaluate=plan.evaluate and sharded_evaluate(plan.evaluate, placement),
-        data=whole(plan.data),
-        validation={name: whole(held) for name, held in sets.items()} if is_several(sets) else whole(sets),
         placement=placement,
     )
+
+
+def on_mesh(plan: Plan, placement: Placement) -> Plan:
+    """The plan whose arrays in memory are whole on each device, which takes its rows of them."""
+
+    def whole(tree: PyTree) -> PyTree:
+        return tree if is_read_ahead(tree) else put(tree, jax.tree.map(lambda _: placement.whole, tree))
+
+    sets = plan.validation
+    sets = {name: whole(held) for name, held in sets.items()} if is_several(sets) else whole(sets)
+    return plan._replace(data=whole(plan.data), validation=sets)
+
+
+def require_one_process() -> None:
+    """Without a placement each process would make the same run again."""
+    if processes.several():
+        raise ValueError(
+            f"placement is not given, and there are {processes.count()} processes; expected the devices of all: "
+            "placement=fnet.placement(fnet.mesh(data=-1))"
+        )
+
+
+def require_same_run(plan: Plan, ts: TrainState, run: Run | None, *options: Any) -> None:
+    """Require of several processes that they make one run, of the same state, data and options."""
+    if not processes.several():
+        return
+    said = {
+        "its folder": str(run and run.folder),
+        "the number of examples": plan.examples,
+        "the batch size": plan.batch_size,
+        "the last step": plan.end,
+        "the number of steps of an epoch": plan.per_epoch,
+        "the number of steps between evaluations": plan.every,
+        "the first state's leaves": [f"{path} {leaf.dtype}{leaf.shape}" for path, leaf in named_leaves(ts)],
+        "the number of observers": len(options[-1]),
+        "chunk_steps, keep, check_finite": [*options[:-1]],
+    }
+    processes.require_same("the run", said, "call fit with the same arguments in all")
+    require_same_leaves(ts)
+    if not isinstance(plan.data, Stream):
+        rows = {"a sample of the rows": rows_digest(plan.data)}
+        processes.require_same("data", rows, "give all processes the whole data, of which each reads its part")
+
+
+def stream_of(meta: Mapping[str, Any], folder: Path) -> Any:
+    """Where this process' stream stood."""
+    streams, count = meta["streams"], processes.count()
+    if len(streams) != count and any(state is not None for state in streams):
+        raise RunError(
+            f"{folder} was run by {len(streams)} processes, each with a stream of its own, and there are {count} now; "
+            f"expected {len(streams)}: or give arrays, whose rows are known"
+        )
+    return streams[processes.index()] if len(streams) == count else None
 
 
 def on_one_mesh(ts: TrainState) -> TrainState:
@@ -373,6 +451,7 @@ def chunks(
         looked = time.perf_counter()
         outputs = jax.device_get(outputs._replace(reads=()))._replace(reads=outputs.reads)
         busy, seconds, begin = busy + time.perf_counter() - looked, time.perf_counter() - begin, time.perf_counter()
+        busy, seconds = processes.told([busy, seconds]) if given is None else (busy, seconds)  # one length in all
         if int(outputs.step) != first + count and not outputs.stopped:
             raise ValueError(
                 f"{count} steps led from step {first} to step {int(outputs.step)}; expected a step function that "
@@ -402,14 +481,17 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
             None,
         )
 
+    def whole(batch: Batch, examples: int) -> Batch:
+        return plan.placement.put_batch(batch, examples) if plan.placement is not None else batch
+
     def batches():
         for read in chunk.outputs.reads:
-            yield None, check_data(read.batch, name="a batch of the stream", part=True)
+            yield None, whole(check_data(read.batch, name="a batch of the stream", part=True), read.examples)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
             rows = order[begin : begin + plan.batch_size].tolist()
-            yield rows, check_data(take_rows(plan.data, rows), part=True, rows=rows)
+            yield rows, whole(check_data(take_rows(plan.data, rows), part=True, rows=rows), len(rows))
 
     if leaf := bad_leaf(before):
         message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"
@@ -420,7 +502,9 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
     else:
         message = f"not finite: {found}"
     if folder is not None and found is not None:
-        with whole_file(folder / "nonfinite.json") as part:
-            part.write_text(json.dumps(found._asdict(), indent=2) + "\n")
+        with processes.together(RunError) as is_first:
+            if is_first:
+                with whole_file(folder / "nonfinite.json") as part:
+                    part.write_text(json.dumps(found._asdict(), indent=2) + "\n")
         message += f". Written to {folder / 'nonfinite.json'}"
     return NonFiniteError(f"{message}. The state at step {chunk.first} is the last good one", found, before)

@@ -30,13 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core import processes
 from fnet.core.files import first_line, whole_file
 from fnet.core.programs import Line, difference
 from fnet.runs import locks
 from fnet.runs.checkpoint import (
     CheckpointError,
     delete_checkpoint,
-    host_leaves,
+    kept_leaves,
     load_checkpoint,
     read_meta,
     save_checkpoint,
@@ -76,7 +77,7 @@ class OpenRun:
     """A run's folder while it is held; checkpoints are written by a thread of its own, one at a time."""
 
     def __init__(self, run: Run, folder: Path, config: dict[str, Any]):
-        self.run, self.folder, self.config, self.environment = run, folder, config, environment()
+        self.run, self.folder, self.config, self.environment = run, folder, config, processes.told(environment())
         self.checkpoints, self.saved = folder / "checkpoints", folder / ".saved"
         self.saved_at = time.monotonic()
         self.last_saved: int | None = None
@@ -222,6 +223,12 @@ class OpenRun:
 
     def begin(self, rows: list[dict[str, Any]], programs: Mapping[str, Sequence[Line]] = MappingProxyType({})) -> None:
         """Write what a run has from its beginning on, and the metrics as far as it continues."""
+        processes.meet()  # all have read what is written anew
+        with processes.together(RunError) as first:
+            if first:
+                self._begin(rows, programs)
+
+    def _begin(self, rows: list[dict[str, Any]], programs: Mapping[str, Sequence[Line]]) -> None:
         with written(self.folder):
             write_json(self.folder / "config.json", self.config)
             write_json(self.folder / "environment.json", self.environment)
@@ -246,8 +253,9 @@ class OpenRun:
         numbers = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         if kind == "evaluation":
             self._results[step] = numbers
-        with written(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
+        if processes.is_first():
+            with written(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due here."""
@@ -267,14 +275,17 @@ class OpenRun:
         own = {"config": self.config, "environment": self.environment, "results": results}
         kept = {"best": self.bests, "multiples": self.multiples, "evaluated_since": self.evaluated_since}
         meta = {**meta, **own, **kept}
-        self._writing = self._worker.submit(self._save, step, host_leaves(ts), meta)
+        self._writing = self._worker.submit(self._save, step, kept_leaves(ts), meta)
+        if processes.several():  # whose parts are read where they are, before the next chunk takes their place
+            self.wait()
         self.last_saved, self.saved_at = step, time.monotonic()
         return True
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Write what the call did and took."""
-        with written(self.folder):
-            write_json(self.folder / "summary.json", summary)
+        with processes.together(RunError) as first, written(self.folder):
+            if first:
+                write_json(self.folder / "summary.json", summary)
 
     def wait(self) -> None:
         """Until what is being written is complete."""
@@ -287,7 +298,13 @@ class OpenRun:
 
     def _save(self, step: int, leaves, meta) -> None:
         save_checkpoint(self.checkpoints, step, leaves, meta, verify=self.run.verify)
-        self._mark(step)
+        with processes.together(RunError) as first:
+            if first:
+                self._mark(step)
+                self._delete_others()
+
+    def _delete_others(self) -> None:
+        """Delete the checkpoints that no rule keeps."""
         steps = saved_steps(self.checkpoints)
         kept = set(list(steps)[-self.run.keep_last :])
         kept |= {step for step in steps if any(step % every == 0 for every in self.multiples)}
@@ -353,8 +370,31 @@ def _row(line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def open_run(run: Run) -> Iterator[OpenRun]:
-    """Hold the run's folder, which no other process can meanwhile; RunError where it cannot be used."""
+    """Hold the run's folder, which no other run can meanwhile; RunError where it cannot be used.
+
+    Of several processes the first holds it, and all of them have it open.
+    """
     folder, config = Path(run.folder).expanduser().absolute(), as_json(run.config)
+    with ExitStack() as stack:
+        with processes.together(RunError) as first:
+            if first:
+                stack.enter_context(_held(run, folder, config))
+        with processes.together(RunError):
+            if not (folder / ".lock").exists():
+                raise RunError(
+                    f"{folder} is not the folder that the first process holds, as it has no .lock; expected one on a "
+                    "file system that all processes see: name another"
+                )
+        opened = OpenRun(run, folder, config)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@contextmanager
+def _held(run: Run, folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """A folder that can be used, held, and swept of what a killed process left."""
     check_path(folder)
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # what a process leaves that is killed before it writes config.json
@@ -386,16 +426,12 @@ def open_run(run: Run) -> Iterator[OpenRun]:
                 "another"
             ) from None
         if ended:
-            warnings.warn(f"{folder} was held by {ended}, which has ended", RunWarning, stacklevel=4)
+            warnings.warn(f"{folder} was held by {ended}, which has ended", RunWarning, stacklevel=7)
         if (folder / "config.json").exists():
             compare_config(run, folder, read_config(folder / "config.json"), config)
         with written(folder):
             sweep(folder / "checkpoints")
-        opened = OpenRun(run, folder, config)
-        try:
-            yield opened
-        finally:
-            opened.close()
+        yield
 
 
 def _check_shapes(folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT during a run: the first asks it to save and leave, a second SIGINT leaves at once."""
+"""SIGTERM and SIGINT during a run: the first asks it to save and leave, a second SIGINT leaves at once.
+
+Of several processes a second SIGTERM does too: one that waits for another which is gone can do nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from fnet.core.processes import several
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 0.2  # within which a SIGINT is the one before: it may come to the process and to its group
@@ -55,16 +60,17 @@ def interruptions() -> Iterator[Callable[[], int | None]]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
-    first = 0.0  # when the first SIGINT came
+    first = 0.0  # when the first of those came that leave at once if they come again
+    last = CAUGHT if several() else (signal.SIGINT,)
 
     def watch():
         nonlocal first
         while (number := reader.recv(1)) not in (b"", b"\0"):
-            if number[0] == signal.SIGINT and signal.SIGINT not in seen:
+            if number[0] in last and number[0] not in seen:
                 first = time.monotonic()
-            elif number[0] == signal.SIGINT and not interactive and again():
+            elif number[0] in last and not interactive and again():
                 os.write(2, b"\nleft at once; the last complete checkpoint stands\n")
-                os._exit(128 + signal.SIGINT)
+                os._exit(128 + number[0])
             seen.append(number[0])
 
     def handle(number, _):

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core import processes
+from fnet.core.numerics import is_key
 from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.sources import Examples, Stream, is_read_ahead
 from fnet.data.streams import Read, ahead, joined, kind_of, one_epoch, read_rows, read_stream
@@ -127,6 +129,7 @@ def put(buffers: PyTree, row, values: PyTree) -> PyTree:
     return jax.tree.map(write, buffers, values)
 
 
+@jax.jit  # one program where a chunk ends outside of one
 def all_finite(ts: TrainState) -> jax.Array:
     """Whether every number of the parameters and the model's state is finite."""
     floats = [a for a in jax.tree.leaves((ts.params, ts.state)) if jnp.issubdtype(a.dtype, jnp.floating)]
@@ -187,7 +190,9 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
         return lambda ts: program(ts, plan.validation)
     programs: dict[Any, Callable] = {}  # by the shapes of what they evaluate; and what decides
 
-    def on_batch(ts, batch):
+    def on_batch(ts, batch, examples=None):
+        if plan.placement is not None and examples is not None:
+            batch = plan.placement.put_batch(batch, examples)
         kind = kind_of(batch)
         if kind not in programs:
             programs[kind] = compile(evaluated_batch, {"evaluate": plan.evaluate}, {"state": ts, "batch": batch})
@@ -200,14 +205,16 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
                 ts, found[name] = on_batch(ts, held)
                 continue
             total = None
-            for batch in batches_of(name, held, plan, ts):
-                ts, some = on_batch(ts, batch)
+            for batch, examples in batches_of(name, held, plan, ts):
+                ts, some = on_batch(ts, batch, examples)
                 some = jax.tree.map(lambda a: np.asarray(a, np.float64), some)  # sums of many batches
                 total = some if total is None else jax.tree.map(np.add, total, some)
             if not any(np.any(mean.count) for _, mean in named_metrics(total)):
-                raise DataError(
-                    f"{name}.weights sum to 0 over the whole set; expected one above 0 at least: weights=None counts "
-                    "every example once"
+                raise processes.of_all(
+                    DataError(
+                        f"{name}.weights sum to 0 over the whole set; expected one above 0 at least: weights=None "
+                        "counts every example once"
+                    )
                 )
             found[name] = total
         results = results_by_name(found, found)
@@ -219,14 +226,21 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
     return at_boundary
 
 
-def batches_of(name: str, held: Stream | Examples, plan: Plan, ts: TrainState) -> Iterator[Batch]:
-    """The checked batches of a validation set, which a thread reads ahead."""
+def batches_of(name: str, held: Stream | Examples, plan: Plan, ts: TrainState) -> Iterator[tuple[Batch, int]]:
+    """The checked batches of a validation set, which a thread reads ahead, or this process' parts; and their sizes."""
     evaluate: Any = plan.evaluate
-    reads = ahead(one_epoch(held, plan.batch_size), 2)
+    part = {} if plan.placement is None else {"part_of": plan.placement.part_of}
+    reads = ahead(one_epoch(held, plan.batch_size, **part), 2)
     one = lambda ts, batch: evaluate(ts.params, ts.state, batch)  # noqa: E731
     with closing(labels_checked(name, one, ts, reads)) as checked:
-        for read in checked:
-            yield check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
+        while True:
+            with processes.together(DataError):
+                if (read := next(checked, None)) is not None:
+                    batch = check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
+            if read is None:
+                return
+            check_parts(name, plan, [read])
+            yield batch, read.examples
 
 
 def evaluated_batch(ts: TrainState, batch: Batch, *, evaluate: Callable) -> tuple[TrainState, PyTree]:
@@ -249,7 +263,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     It evaluates nothing: `evaluating` does. Full batches are sent to the device up to READ_BYTES at a time and run in
     one loop there; one that is alone, such as an epoch's last of another size, runs in a loop of its own.
     """
-    position, key = int(ts.step), jax.tree.map(jnp.copy, ts.key)
+    position, key = int(ts.step), _own_key(ts.key)
     settings: Any = jax.config
     wide, partitionable = settings.jax_enable_x64, settings.jax_threefry_partitionable
 
@@ -261,12 +275,13 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     if isinstance(plan.data, Stream):
         reads = read_stream(plan.data, state, position)
     else:
-        reads = read_rows(plan.data, order_of, plan.batch_size, position)
+        part = {} if plan.placement is None else {"part_of": plan.placement.part_of}
+        reads = read_rows(plan.data, order_of, plan.batch_size, position, **part)
     most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
     size = max(1, min(most, READ_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(plan.sample)))))
     name = "the stream" if isinstance(plan.data, Stream) else "data"
     reads = labels_checked(name, plan.step, ts, ahead(itertools.islice(reads, plan.end - position), 2 * size))
-    reads = weights_checked(name, reads, plan.per_epoch, position)
+    counted = position % plan.per_epoch > 0  # of an epoch that had begun nothing is known
     waiting: deque[Read] = deque()
     programs: dict[Any, Callable] = {}  # by their shapes
 
@@ -278,42 +293,55 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             programs[shapes] = compile(run_batches, {"step": plan.step}, arguments)
         return programs[shapes]
 
-    def placed(batches: PyTree) -> PyTree:
+    def placed(batches: PyTree, examples: int) -> PyTree:
         """In a row, each split over the devices of a placement; or their shapes."""
-        if (placement := plan.placement) is None:
-            return batches
-
-        def one(a):
-            where = placement.of_batch(a.shape, 1)
-            abstract = isinstance(a, jax.ShapeDtypeStruct)
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) if abstract else jax.device_put(a, where)
-
-        return jax.tree.map(one, batches)
+        return batches if plan.placement is None else plan.placement.put_batch(batches, examples, 1)
 
     few = min(size, 2)  # an index into an axis of one is no index, and the loop another program
     for many in {few, size}:
         some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
-        program(ts, placed(some), jnp.asarray(0, jnp.int32))
+        program(ts, placed(some, plan.batch_size), jnp.asarray(0, jnp.int32))
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
         taken: list[Read] = []
         while len(taken) < most:
             read = waiting.popleft() if waiting else next(reads)
-            if taken and kind_of(read.batch) != kind_of(taken[0].batch):
+            if taken and (read.examples, kind_of(read.batch)) != (taken[0].examples, kind_of(taken[0].batch)):
                 waiting.appendleft(read)
                 break
             taken.append(read)
         return taken
 
+    def check_weights(taken: list[Read]) -> None:
+        """DataError at the end of an epoch in which no example of any process had a weight above 0."""
+        nonlocal counted
+        weights = [read.batch.weights for read in taken]
+        weighed = [each is None or bool(np.any(np.asarray(each))) for each in weights]
+        for at, some in enumerate(processes.greatest(*weighed), position + 1):
+            counted |= bool(some)
+            if at % plan.per_epoch == 0:
+                if not counted:
+                    raise processes.of_all(
+                        DataError(
+                            f"the weights of {name} sum to 0 over the epoch that ends at step {at}; expected one above "
+                            "0 at least: weights=None counts every example once"
+                        )
+                    )
+                counted = False
+
     def call(ts, count, *_):
         nonlocal position
         end, metrics, used = position + int(count), [], []
         while position < end:
-            taken = take(min(size, end - position))
-            n, room_for = len(taken), size if len(taken) > 1 else few
-            whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
-            parts = placed(jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole))
+            with processes.together(DataError):
+                taken = take(min(size, end - position))
+                n, room_for = len(taken), size if len(taken) > 1 else few
+                whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
+            check_parts(name, plan, taken)
+            check_weights(taken)
+            rows = jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole)
+            parts = placed(rows, taken[0].examples)
             ts, now = program(ts, parts, number)(ts, parts, number)
             metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step
@@ -326,6 +354,33 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         yield call
     finally:
         reads.close()
+
+
+def _own_key(key: jax.Array) -> jax.Array:
+    """A copy of the key for a thread of this process: one of several would wait for the others' threads."""
+    words = jax.random.key_data(key) if is_key(key) else key
+    own = jnp.array(np.asarray(words))
+    return jax.random.wrap_key_data(own, impl=jax.random.key_impl(key)) if is_key(key) else own
+
+
+def check_parts(name: str, plan: Plan, reads: list[Read]) -> None:
+    """Require of what processes give of batches that each gives what its devices hold, and all as much."""
+    if plan.placement is None or not processes.several():
+        return
+    sizes = [count_examples(read.batch) for read in reads]
+    processes.require_same(
+        name, {"examples of a batch": sizes}, "an equal part of each batch from each process' stream"
+    )
+    for size, read in zip(sizes, reads, strict=True):
+        part = plan.placement.part_of(read.examples)
+        if size != part.stop - part.start:
+            raise processes.of_all(
+                DataError(
+                    f"a batch of {name} has {size} examples in each of {processes.count()} processes, whose devices "
+                    f"hold {part.stop - part.start} of {read.examples} each; expected as many: a mesh whose data and "
+                    "fsdp divide them and are spread over all processes"
+                )
+            )
 
 
 def on_device(reads: list[Read], size: int, name: str) -> Batch:
@@ -363,25 +418,6 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
         return ts, put(metrics, i, now)
 
     return jax.lax.fori_loop(0, count, body, (ts, metrics))
-
-
-def weights_checked(name: str, reads: Generator[Read], per_epoch: int, position: int) -> Generator[Read]:
-    """The same batches; DataError at the end of an epoch in which none had a weight above 0."""
-    counted = position % per_epoch > 0  # of an epoch that had begun nothing is known
-    try:
-        for at, read in enumerate(reads, position + 1):
-            weights = read.batch.weights
-            counted |= weights is None or bool(np.any(np.asarray(weights)))
-            if at % per_epoch == 0:
-                if not counted:
-                    raise DataError(
-                        f"the weights of {name} sum to 0 over the epoch that ends at step {at}; expected one above 0 "
-                        "at least: weights=None counts every example once"
-                    )
-                counted = False
-            yield read
-    finally:
-        reads.close()
 
 
 def labels_checked(name: str, function: Callable, ts: TrainState, reads: Generator[Read]) -> Generator[Read]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fnet.core.interpret import evaluate
 from fnet.core.jax_insides import source_line
+from fnet.core.processes import on_host
 from fnet.core.trees import named_leaves
 from fnet.types import Mean, PyTree, TrainState
 
@@ -90,7 +91,8 @@ def locate(step: Callable, ts: TrainState, batch: PyTree) -> tuple[str, str, str
             return
         stack = "/".join(str(part.source_info.name_stack) for part in (*calls, eqn))
         bad = next(out for out in outputs if _not_finite([out]))
-        value = np.asarray(bad, np.float64)[~np.isfinite(np.asarray(bad, np.float64))].ravel()[0]
+        numbers = on_host(bad).astype(np.float64)
+        value = numbers[~np.isfinite(numbers)].ravel()[0]
         stage, layer = _place(stack)
         found.append((stage, layer, f"{eqn.primitive.name} gives {value}", source_line(eqn)))
 

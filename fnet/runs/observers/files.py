@@ -16,6 +16,7 @@ import numpy as np
 from fnet.core.checks import require
 from fnet.core.extras import need
 from fnet.core.files import whole_file
+from fnet.core.processes import in_first, is_first, on_host
 from fnet.core.trees import named_leaves
 from fnet.metrics import DECADES, magnitude_edges
 from fnet.runs.history import Event
@@ -67,7 +68,7 @@ def csv(path: str | Path, *, names: Sequence[str] | None = None, resume: bool = 
         with path.open("a", newline="") as file:
             writer(file, lineterminator="\n").writerows([*lines, [row.get(name, "") for name in header]])
 
-    return observe
+    return in_first(observe)
 
 
 def tensorboard(
@@ -91,12 +92,15 @@ def tensorboard(
 
     def observe(event: Event) -> None:
         nonlocal events
+        found = histograms_of(event, bins) if due(event, "chunk") and histograms else {}
+        if not is_first():
+            return
         if event.kind == "start":
             events = SummaryWriter(str(folder), purge_step=event.step + 1 if resume else None, flush_secs=10)
         for name, value in scalars(event).items():
             events.add_scalar(name, value, event.step)
-        if due(event, "chunk") and histograms:
-            for name, (counts, edges) in histograms_of(event, bins).items():
+        if found:
+            for name, (counts, edges) in found.items():
                 edges = np.nan_to_num(edges, neginf=edges[1] - 1, posinf=edges[-2] + 1)
                 middles = (edges[1:] + edges[:-1]) / 2
                 events.add_histogram_raw(
@@ -171,10 +175,10 @@ def samples(
             place(event, "")
             last = -1
         if due(event, "evaluation", "epoch") and (step := int(event.state.step)) != last:
-            last, made = step, jax.device_get(function(event.state))
+            last, made = step, function(event.state)
+            made = made if isinstance(made, str) else jax.tree.map(on_host, made)
             if isinstance(made, str):
-                with _whole(place(event, ".txt")) as part:
-                    part.write_text(made)
+                save_text(place(event, ".txt"), made)
             else:
                 save_arrays(place(event, ".npz"), {name or "sample": leaf for name, leaf in named_leaves(made)})
 
@@ -217,7 +221,7 @@ def numbered(kind: str, folder: str | Path, resume: bool) -> Callable[[Event, st
     refuse_existing(kind, bool(found()) and not resume, folder)
 
     def place(event: Event, suffix: str) -> Path:
-        if event.kind == "start":
+        if event.kind == "start" and is_first():
             for path, step in found().items():
                 if step > event.step:
                     path.unlink()
@@ -234,6 +238,14 @@ def _whole(path: Path):
         yield part
 
 
+@in_first
+def save_text(path: Path, text: str) -> None:
+    """A file of text."""
+    with _whole(path) as part:
+        part.write_text(text)
+
+
+@in_first
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """An .npz; by hand, since np.savez takes no array called "file" and pickles objects."""
     with _whole(path) as part, ZipFile(part, "w") as archive:
@@ -261,8 +273,8 @@ def histograms_of(event: Event, bins: int) -> dict[str, tuple[np.ndarray, np.nda
     """Counts and edges by name: of each leaf of the parameters, and of the gradients if they were counted."""
     found = {}
     for name, leaf in named_leaves(event.state.params):
-        if np.issubdtype(plain_array(leaf).dtype, np.floating):
-            values = plain_array(leaf).astype(np.float64)
+        if np.issubdtype((values := plain_array(on_host(leaf))).dtype, np.floating):
+            values = values.astype(np.float64)
             found[f"weights/{name}"] = np.histogram(values[np.isfinite(values)], bins)
     low, high = DECADES
     for name, counts in event.metrics.items():

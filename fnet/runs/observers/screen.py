@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fnet.core.extras import need
+from fnet.core.processes import in_first
 from fnet.runs.history import Event
 from fnet.runs.observers.shared import Observer
 
@@ -67,7 +68,7 @@ def progress(title: str = "training", console=None) -> Observer:
         if event.ended:
             say(f"stopped at step {event.ended.step}/{event.steps}: {event.ended.reason}")
 
-    return observe
+    return in_first(observe)
 
 
 def _line(metrics: Mapping[str, Any], names: Sequence[str]) -> str:

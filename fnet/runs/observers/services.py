@@ -15,6 +15,7 @@ import numpy as np
 
 from fnet.core.checks import require
 from fnet.core.extras import need
+from fnet.core.processes import in_first
 from fnet.runs.history import Event
 from fnet.runs.observers.shared import Observer, rows_of_events
 
@@ -53,7 +54,7 @@ def wandb(*, config: Any = None, run: Any = None, **options) -> Observer:
             ended, active = active, None
             ended.finish(exit_code=code)
 
-    return observe
+    return in_first(observe)
 
 
 def mlflow(
@@ -138,7 +139,7 @@ def mlflow(
             ended, active = active, ""
             client.set_terminated(ended, status)
 
-    return observe
+    return in_first(observe)
 
 
 def settings_of(who: str, config: Any) -> dict[str, Any]:
