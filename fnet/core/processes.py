@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fnet.core.checks import is_whole
+from fnet.core.files import first_line
 from fnet.core.jax_insides import backends_are_initialized, coordination
 
 __all__ = ["ProcessError", "is_first", "start"]
 
 WAIT = 24 * 3600  # seconds; jax ends the processes of one that is gone long before
+WORD = 60  # seconds that are waited for jax to say which is gone
 EXAMPLE = "start('10.0.0.1:1234', num_processes=2, process_id=0), and process_id=1 in the second"
 
 
@@ -135,14 +138,37 @@ def agreed(mine: Any, combine: Callable[[list[Any]], Any]) -> Any:
         return combine([mine])
     number, client, milliseconds = next(_agreements), coordination(), 1000 * WAIT
     place = f"fnet/{number}"
-    client.key_value_set(f"{place}/said/{jax.process_index():09d}", json.dumps(mine))
-    client.wait_at_barrier(place, milliseconds)
-    if is_first():
-        every = [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{place}/said"))]
-        client.key_value_set(f"{place}/made", json.dumps(combine(every)))
-        client.key_value_delete(f"{place}/said")
-        client.key_value_delete(f"fnet/{number - 1}/made")  # all have read it, or they were not here
-    return json.loads(client.blocking_key_value_get(f"{place}/made", milliseconds))
+    try:
+        client.key_value_set(f"{place}/said/{index():09d}", json.dumps(mine))
+        client.wait_at_barrier(place, milliseconds)
+        if is_first():
+            every = [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{place}/said"))]
+            client.key_value_set(f"{place}/made", json.dumps(combine(every)))
+            client.key_value_delete(f"{place}/said")
+            client.key_value_delete(f"fnet/{number - 1}/made")  # all have read it, or they were not here
+        return json.loads(client.blocking_key_value_get(f"{place}/made", milliseconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessError(_gone(error)) from error
+
+
+def _gone(error: Exception) -> str:
+    """What jax's service says of a process that is gone, in words."""
+    found = re.search(r"Task:? (\d+)", str(error))
+    which = f"process {found[1]} of {count()}" if found else "another process, the first perhaps,"
+    return (
+        f"{which} is gone ({first_line(error):.160}…); expected all to the end: see what it wrote last, and begin all "
+        "anew: a run in a folder goes on from its last whole checkpoint"
+    )
+
+
+def await_word(error: BaseException) -> None:
+    """After a program of several processes has failed: wait until jax says which one is gone, if one is; note it."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return
+    try:
+        coordination().wait_at_barrier("fnet/failed", 1000 * WORD)
+    except jax.errors.JaxRuntimeError as word:
+        error.add_note(_gone(word))
 
 
 def told(mine: Any) -> Any:
@@ -215,10 +241,6 @@ def of_all(error: BaseException) -> BaseException:
 def is_of_all(error: BaseException) -> bool:
     """Whether every process raises an error too."""
     return not several() or "of_all" in error.__dict__
-
-
-def await_word(error: BaseException) -> None:
-    """After an error of this process alone: wait until jax says which process is gone, if one is, and note it."""
 
 
 def in_first(function: Callable) -> Callable:
