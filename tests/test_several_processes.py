@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pages import blocks_of
+
 ROOT = Path(__file__).parents[1]
 NUMBERS = ["dataset", "stream_in_folder", "observed", "clocks"]
 SLOW = ["mlp", "gpt", "mapped"]
@@ -35,9 +37,7 @@ REFUSED = {
 def begin(folder: Path, *cases: str, several: bool, **environment: str) -> list[subprocess.Popen]:
     """The processes of these cases, with one device or with two times four."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4" * several
     count = 2 if several else 1
     own = {**os.environ, "XLA_FLAGS": flags, "COUNT": str(count), "PORT": port, "CI": "true", **environment}
@@ -50,6 +50,12 @@ def begin(folder: Path, *cases: str, several: bool, **environment: str) -> list[
     return begun
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def ended(begun: list[subprocess.Popen], seconds: float = 300) -> list[int]:
     """Their exit codes."""
     try:
@@ -60,10 +66,10 @@ def ended(begun: list[subprocess.Popen], seconds: float = 300) -> list[int]:
 
 
 def run(folder: Path, *cases: str, several: bool, **environment: str) -> None:
-    assert set(ended(begin(folder, *cases, several=several, **environment))) == {0}, output(folder)
+    assert set(ended(begin(folder, *cases, several=several, **environment))) == {0}, output_of(folder)
 
 
-def output(folder: Path) -> str:
+def output_of(folder: Path) -> str:
     return "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("output.*")))
 
 
@@ -79,7 +85,7 @@ def test_the_numbers_are_those_of_one_device_and_what_one_refuses_all_do(tmp_pat
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     begun = begin(alone, *NUMBERS, several=False)
     run(pair, *NUMBERS, *REFUSED, "an_observer_stops", several=True)
-    assert ended(begun) == [0], output(alone)
+    assert ended(begun) == [0], output_of(alone)
     for name in NUMBERS:
         assert not [*pair.glob(f"{name}.*.txt")], (pair / f"{name}.0.txt").read_text()
         assert_same_numbers(alone / f"{name}.npz", pair / f"{name}.npz")
@@ -106,6 +112,24 @@ def test_the_numbers_are_those_of_one_device_and_what_one_refuses_all_do(tmp_pat
     (last,) = [*(pair / "stream" / "checkpoints").glob("step_000000006")]
     meta = json.loads((last / "meta" / "metadata").read_text())
     assert [state["process"] for state in meta["streams"]] == [0, 1]
+
+
+def test_the_pages_program_runs_as_a_scheduler_begins_it(tmp_path):
+    (program,) = blocks_of(ROOT / "docs" / "several-devices.md", "py")
+    (tmp_path / "train.py").write_text(program)
+    job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    job |= {"JAX_COORDINATOR_PORT": str(free_port())}  # else it is made of the job's number
+    begun = []
+    for i in range(2):
+        own = {**os.environ, "CI": "true", **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        with (tmp_path / f"output.{i}").open("w") as output:
+            to = {"stdout": output, "stderr": subprocess.STDOUT}
+            begun.append(subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path, env=own, **to))
+    assert ended(begun) == [0, 0], output_of(tmp_path)
+    said = (tmp_path / "output.0").read_text()
+    assert "digits: epoch 3/3" in said
+    assert re.fullmatch(r"loss 0\.\d{4} with 2 devices of 2 processes", said.splitlines()[-1])
+    assert "epoch" not in (tmp_path / "output.1").read_text()
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -143,7 +167,7 @@ def test_a_folder_goes_on_with_any_number_of_processes_and_sigterm_of_one_saves_
     assert [row["step"] for row in rows if row["kind"] == "epoch"] == [3, 6, 9, 12]
 
     assert signalled(tmp_path / "long", signal.SIGTERM, 1, RUN=str(folder)) == [143, 143]
-    said = output(tmp_path / "long")
+    said = output_of(tmp_path / "long")
     step = int(re.search(r"SIGTERM: the run is saved at step (\d+) in", said)[1])
     assert said.count("SIGTERM: the run is saved") == 1 and saved(folder)[-1] == step > 12
     epochs = step // 3 + 1
@@ -162,7 +186,7 @@ def test_where_one_is_killed_the_other_ends_and_the_last_whole_checkpoint_resume
     if victim:  # of the first, whose service it is, jax itself speaks
         assert "ProcessError: process 1 of 2 is gone" in (tmp_path / "long" / "long.0.txt").read_text()
     else:
-        assert re.search(r"leader|coordination service|Connection closed", output(tmp_path / "long"))
+        assert re.search(r"leader|coordination service|Connection closed", output_of(tmp_path / "long"))
     step = saved(folder)[-1]
     for several in (True, False):
         step = 3 * (step // 3 + 1)

@@ -11,6 +11,8 @@ import functools
 import itertools
 import json
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +79,9 @@ def start(
         )
     # its handler of SIGTERM would swallow it; `fit` has one of its own, by which all processes save and leave
     jax.config.update("jax_enable_preemption_service", False)
+    waits = threading.Timer(min(10, initialization_timeout / 2), _still_waits, [initialization_timeout])
+    waits.daemon = True
+    waits.start()
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -97,6 +102,17 @@ def start(
             f"processes.start: {', '.join(missing)} not given, and found neither by SLURM, Open MPI, Kubernetes nor "
             f"Cloud TPU ({error}); expected to run under one of them, or all three: {EXAMPLE}"
         ) from error
+    finally:
+        waits.cancel()
+
+
+def _still_waits(seconds: float) -> None:
+    print(
+        "processes.start: this process still waits for the others; jax ends it "
+        f"{seconds:g} seconds after its beginning: have all begun, with one address, and can they reach it?",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def several() -> bool:
