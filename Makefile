@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-slow test-newest lint bench clean
+.PHONY: help train test test-slow test-newest test-compile lint bench clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -21,6 +21,7 @@ help:
 	@echo "make test    run all tests but the slow ones"
 	@echo "make test-slow   run the slow ones"
 	@echo "make test-newest   run all tests but the slow ones on the newest releases of everything"
+	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make clean   remove the environments and caches"
@@ -41,6 +42,11 @@ test-newest: .venv-newest/.created
 	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test,loggers]"
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -m pytest -n 2 $(ARGS)
+
+# Nothing of the chips is needed, only NVIDIA's and Google's compilers.
+test-compile: .venv-compile/.created
+	.venv-compile/bin/python -m pip install --editable ".[test,compile-cuda,compile-tpu]"
+	.venv-compile/bin/python -m pytest -m "slow or not slow" tests/test_compile.py $(ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
@@ -70,7 +76,7 @@ CANDIDATES = python3 python3.13 python3.12 python3.11 python3.14
 .venv-newest/.created: CANDIDATES = python3.14 python3.13 python3.12 python3.11 python3
 
 # A shim may stand in for a version that is not installed, so each candidate is run, not only found.
-ENVIRONMENTS = $(sort $(VENV) .venv-bench .venv-newest)
+ENVIRONMENTS = $(sort $(VENV) .venv-bench .venv-compile .venv-newest)
 $(ENVIRONMENTS:=/.created):
 	@seen=; \
 	for python in $(if $(PYTHON),"$(PYTHON)",$(CANDIDATES)); do \

@@ -1,8 +1,9 @@
-"""What is installed and in force: `python -m fnet`."""
+"""What is installed and in force: `python -m fnet`; what a model would take on many chips: `python -m fnet plan`."""
 
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -103,5 +104,19 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def main(arguments: Sequence[str]) -> str:
+    """What the command prints; an exit with a message where it is none."""
+    match arguments:
+        case []:
+            return report()
+        case ["plan", *rest]:
+            from fnet.report.planned import main as plan
+
+            return plan(rest)
+    raise SystemExit(
+        f"python -m fnet {' '.join(arguments)}: expected no argument, or plan (python -m fnet plan --help)"
+    )
+
+
 if __name__ == "__main__":
-    print(report())
+    print(main(sys.argv[1:]))

@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_name(what, folder):
     if what == "arrays":
         altered(arrays, flip)
     elif what == "meta":
-        altered(path / "meta" / "metadata", lambda data: data.replace(b'"sha256": "', b'"sha256": "0', 1))
+        altered(path / "meta" / "metadata", lambda data: data.replace(b'"sum": ', b'"sum": 1', 1))
     elif what == "truncated":
         altered(arrays, lambda data: data[: len(data) // 2])
     else:

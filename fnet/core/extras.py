@@ -12,8 +12,11 @@ DISTRIBUTION = "fnet-jax"
 EXTRAS = {  # as in pyproject.toml: which extra brings which package
     "flatbuffers": "runs",
     "grain": "streams",
+    "jax_cuda12_plugin": "compile-cuda",
+    "libtpu": "compile-tpu",
     "matplotlib": "plots",
     "mlflow": "loggers",
+    "nvidia.cuda_nvcc": "compile-cuda",
     "orbax.checkpoint": "runs",
     "rich": "runs",
     "safetensors": "runs",

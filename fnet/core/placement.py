@@ -71,20 +71,24 @@ class Placement(NamedTuple):
                 f"{', '.join(paths[:8])}: fnet.sharding.describe shows them all"
             )
 
+    def rule(self, path: str) -> tuple[str, PartitionSpec]:
+        """The pattern that a path matches, and the axes that it says; of a path that matches none no axes."""
+        matching = {pattern: spec for pattern, spec in self.rules if fnmatchcase(path, pattern)}
+        if len({*matching.values()}) > 1:
+            said = " and ".join(f"{pattern!r}: {spec}" for pattern, spec in [*matching.items()][:2])
+            raise ValueError(f"placement: {path} matches {said}; expected rules that agree: make one pattern narrower")
+        return next(iter(matching.items()), ("", PartitionSpec()))
+
     def spec(self, path: str, leaf) -> PartitionSpec:
         """How one leaf is split."""
         shape = tuple(leaf.shape)
         if is_key(leaf):
             return PartitionSpec()
         axes: list[Any] = [None] * len(shape)
-        matching = {pattern: spec for pattern, spec in self.rules if fnmatchcase(path, pattern)}
-        if len({*matching.values()}) > 1:
-            said = " and ".join(f"{pattern!r}: {spec}" for pattern, spec in [*matching.items()][:2])
-            raise ValueError(f"placement: {path} matches {said}; expected rules that agree: make one pattern narrower")
-        rule = next(iter(matching.values()), PartitionSpec())
+        pattern, rule = self.rule(path)
         if len(rule) > len(shape) and path.startswith("params/"):
             raise ValueError(
-                f"placement: {path} has shape {shape}, and the rule {next(iter(matching))!r}: {rule} is of "
+                f"placement: {path} has shape {shape}, and the rule {pattern!r}: {rule} is of "
                 f"{len(rule)} axes; expected a rule of {len(shape)} at most: make the pattern narrower"
             )
         if len(rule) <= len(shape):  # else a moment of another shape, such as adafactor's rows
@@ -92,8 +96,8 @@ class Placement(NamedTuple):
                 parts = self.mesh.shape.get(name, 1)
                 if shape[i] % parts:
                     raise ValueError(
-                        f"placement: {path} has shape {shape}, and the rule {next(iter(matching))!r}: {rule} splits "
-                        f"axis {i}, {shape[i]} long, over {name} = {parts}; expected a multiple: another rule or mesh"
+                        f"placement: {path} has shape {shape}, and the rule {pattern!r}: {rule} splits axis {i}, "
+                        f"{shape[i]} long, over {name} = {parts}; expected a multiple: another rule or mesh"
                     )
                 axes[i] = name if name in self.mesh.shape else None
         parts = self.mesh.shape.get("fsdp", 1)

@@ -10,17 +10,12 @@ from typing import NamedTuple
 
 import jax
 
-from fnet.core.interpret import STRUCTURE, is_float, walk
+from fnet.core.interpret import walk
+from fnet.core.operations import operations_of
 from fnet.core.trees import split_floating
 from fnet.gradcheck.report import columns
 from fnet.layers.children import Call, forward_of, init_of, watch
 from fnet.types import Layer, PyTree
-
-MOVES = frozenset(  # primitives that move, name or generate numbers and operate on none
-    """broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice concatenate stack pad rev
-    gather iota copy convert_element_type bitcast_convert_type stop_gradient name split optimization_barrier scatter
-    random_bits random_fold_in random_wrap random_unwrap random_split threefry2x32""".split()  # noqa: SIM905
-)
 
 
 class Row(NamedTuple):
@@ -145,27 +140,6 @@ def count(function, args, counts: dict) -> tuple[int, float]:
         operations = sum(operations_of(place.eqn) * math.prod(place.lengths) for place in walk(program.jaxpr))
         counts[name] = operations, analysis.get("flops", 0.0)
     return counts[name]
-
-
-def operations_of(eqn) -> int:
-    """Floating-point operations of one operation of a program."""
-    name, sizes = eqn.primitive.name, [math.prod(v.aval.shape) for v in eqn.outvars if is_float(v.aval)]
-    if name in STRUCTURE or name in MOVES or not sizes:
-        return 0
-    given = [v.aval for v in eqn.invars]
-    if name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * sizes[0] * math.prod(given[0].shape[i] for i in contracted)
-    if name == "conv_general_dilated":
-        features = given[1].shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * sizes[0] * math.prod(given[1].shape) // features
-    if name.startswith("reduce_window"):
-        return sizes[0] * math.prod(eqn.params["window_dimensions"])
-    if name.startswith(("reduce_", "cum", "arg", "sort", "top_k")):
-        return math.prod(given[0].shape)
-    if name.startswith("scatter"):
-        return math.prod(given[2].shape)
-    return sizes[0]
 
 
 def abstract(tree: PyTree) -> PyTree:

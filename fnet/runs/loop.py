@@ -263,7 +263,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     It evaluates nothing: `evaluating` does. Full batches are sent to the device up to READ_BYTES at a time and run in
     one loop there; one that is alone, such as an epoch's last of another size, runs in a loop of its own.
     """
-    position, key = int(ts.step), _own_key(ts.key)
+    position, key = int(ts.step), jax.tree.map(_own_key, ts.key)
     settings: Any = jax.config
     wide, partitionable = settings.jax_enable_x64, settings.jax_threefry_partitionable
 

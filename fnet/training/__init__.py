@@ -3,7 +3,8 @@
 - `steps`: a `TrainState` and one update of it; `epochs`: `train`, all epochs in one program
 - `evaluation`: `make_evaluate` and `predict`; `sampling`: `generate`; `stopping`: rules that end a run
 - `population`: many runs in one program; `rate_finder`: a learning rate from one short run
-- `sharding`: a run on several devices; `collectives`: what a step of it sends
+- `sharding`: a run on several devices; `collectives`: what a step of it sends; `plans`: what it would take, on paper;
+  `chips`: and by the compilers of chips that are not here
 
 Imports types, core, layers, data, optimizers and gradients; nothing of a run's host, folder or page.
 """

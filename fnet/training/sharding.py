@@ -24,10 +24,23 @@ from fnet.core.numerics import is_key
 from fnet.core.placement import AXES, TRANSFORMER, Placement
 from fnet.core.splitting import by_examples, splitting
 from fnet.core.trees import named_leaves
+from fnet.training.plans import CHIPS, Chip, Plan, plan
 from fnet.training.steps import Step
 from fnet.types import PyTree, TrainState
 
-__all__ = ["TRANSFORMER", "Placement", "describe", "mesh", "placement", "sharded", "sharded_evaluate"]
+__all__ = [
+    "CHIPS",
+    "TRANSFORMER",
+    "Chip",
+    "Placement",
+    "Plan",
+    "describe",
+    "mesh",
+    "placement",
+    "plan",
+    "sharded",
+    "sharded_evaluate",
+]
 
 
 def mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:

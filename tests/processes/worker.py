@@ -92,6 +92,7 @@ def case_observed(folder):
     mine = folder / "observed"
     return made(
         epochs=9,
+        chunk_steps=3,
         stop=fnet.early_stopping("validation_loss", patience=1, least_change=1.0),
         observers=[
             observers.progress("digits"),
