@@ -15,12 +15,13 @@ WIDE = ["--layers=80", "--features=8192", "--heads=64", "--vocabulary=32768", "-
 PROGRAM = """
 import json, sys
 import jax
-from fnet.training.chips import compile_step
+from fnet.training.chips import compile_step, look_for_compilers
 from fnet.report.planned import model_of, parser, sizes_of
 from fnet.core.placement import TRANSFORMER
 from fnet.optimizers import adamw
 from fnet.training.plans import abstract_step, plan
 
+look_for_compilers()
 options = parser().parse_args(sys.argv[1:])
 (model, x), sizes = model_of(options), sizes_of(options)
 batch = options.batch or 8 * sizes.get("data", 1) * sizes.get("fsdp", 1)
@@ -55,10 +56,11 @@ def compiled(chip: str, *arguments: str) -> dict:
 
 @pytest.mark.parametrize("chip", PACKAGE)
 def test_resnet18_is_compiled_with_convolutions(chip):
-    found = compiled(chip, "--model", "resnet18", "--mesh", "data=8", "--batch", "256")
+    found = compiled(chip, "--model", "resnet18", "--mesh", "data=8", "--batch", "32", "--precision", "float32")
     assert found["convolutions"] > 0
-    images = 256 // 8 * (224 * 224 * 3 + 1) * 4
-    assert found["arguments"] == pytest.approx(found["planned"] + images, rel=0.01)
+    images = 32 // 8 * (224 * 224 * 3 + 1) * 4
+    # a TPU keeps filters in tiles, which 64 features do not fill
+    assert found["arguments"] == pytest.approx(found["planned"] + images, rel=0.02 if chip == "v5p" else 0.01)
     # the gradients, once; and the sums of batch norm, which are small
     assert found["sent"]["all-reduce"] == pytest.approx(found["moved"]["all-reduce"], rel=0.05)
 

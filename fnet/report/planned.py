@@ -13,7 +13,7 @@ from fnet import layers
 from fnet.core.placement import AXES, TRANSFORMER
 from fnet.layers import models
 from fnet.optimizers import adamw
-from fnet.training.chips import CUDA, TPU, Compiled, compile_step
+from fnet.training.chips import CUDA, TPU, Compiled, compile_step, look_for_compilers
 from fnet.training.plans import CHIPS, Plan, abstract_step, plan
 from fnet.types import Layer
 
@@ -93,6 +93,8 @@ def main(arguments: Sequence[str]) -> str:
     if options.compile and options.chip not in (CUDA if options.compile == "cuda" else TPU):
         known = ", ".join(CUDA if options.compile == "cuda" else TPU)
         command.error(f"--compile {options.compile} --chip {options.chip}: expected one of {known}")
+    if options.compile:
+        look_for_compilers()
     try:
         sizes = sizes_of(options)
         (model, x), optimizer = model_of(options), adamw(1e-3)

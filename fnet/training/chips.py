@@ -98,8 +98,8 @@ def _tools() -> dict[str, Any]:
     return {"xla_gpu_cuda_data_dir": str(folder)}
 
 
-def _register() -> None:
-    """Let jax find the compilers, and look for no chip of theirs."""
+def look_for_compilers() -> None:
+    """Let jax find the compilers, and look for no chip of theirs: before anything else of it looks for devices."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which looks for CUDA's libraries, and a driver
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which asks Google's cloud what machine this is
     if not backends_are_initialized():
@@ -109,19 +109,24 @@ def _register() -> None:
 
 def devices_of(chip: str, count: int) -> list[Any]:
     """Descriptions of so many chips, for the compiler alone."""
+    look_for_compilers()
     if chip not in {*CUDA, *TPU}:
         raise ValueError(f"compile_step: chip = {chip!r}; expected one of {', '.join([*CUDA, *TPU])}")
     if chip in CUDA:
         if count > 8 and count % 8:
             raise ValueError(f"compile_step: {count} devices; expected at most 8, or a multiple of 8, those of a host")
         need("compile_step", "jax_cuda12_plugin")
-        _register()
         topology = f"1x{max(1, count // 8)}x{min(count, 8)}"
         config = H100.replace("MEMORY", str(CUDA[chip]))
-        return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=config).devices
+        try:
+            return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=config).devices
+        except NotImplementedError as error:
+            raise RuntimeError(
+                "compile_step: jax has looked for its devices before, and found no driver of NVIDIA's; expected "
+                "JAX_PLATFORMS=cpu in the environment, or look_for_compilers() before anything of jax is computed"
+            ) from error
     if count not in TPU[chip]:
         made = ", ".join(map(str, TPU[chip]))
         raise ValueError(f"compile_step: {count} chips of {chip}; expected one of {made}, as they are put together")
     need("compile_step", "libtpu")
-    _register()
     return topologies.get_topology_desc(f"{chip}:{TPU[chip][count]}", platform="tpu").devices
