@@ -538,45 +538,26 @@ def test_what_was_not_finite_is_forgotten_when_the_run_goes_on(tmp_path):
     assert not (tmp_path / "run" / "nonfinite.json").exists()
 
 
-def test_a_state_on_several_devices_stays_there_also_when_it_is_resumed(tmp_path):
-    out = on_two_devices(f"""
+def test_a_state_on_several_devices_needs_a_placement_and_one_on_another_device_stays_there():
+    out = on_two_devices("""
 import jax, numpy as np, fnet
 from jax.sharding import NamedSharding, PartitionSpec as P
-mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
 data = fnet.Batch(x, (x[:, 0] > 0).astype(np.int32))
 model, optimizer = fnet.mlp(6, 2), fnet.adamw(0.01, weight_decay=0.1)
 params, state = fnet.init(model, jax.random.key(0), x[:1])
 step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
 start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
-plain, _ = fnet.fit(step, start, data, epochs=3, batch_size=8, chunk_steps=2)
-split = lambda leaf: NamedSharding(mesh, P("d") if leaf.ndim and leaf.shape[0] == 6 else P())
-spread = jax.device_put(start, jax.tree.map(split, start))
-options = dict(batch_size=8, chunk_steps=2)
-end, _ = fnet.fit(step, spread, data, epochs=3, **options)
-run = fnet.Run({str(tmp_path / "run")!r})
-fnet.fit(step, spread, data, epochs=1, run=run, **options)
-again, _ = fnet.fit(step, spread, data, epochs=3, run=run._replace(resume=True), **options)
-for ts in (end, again):
-    assert ts.params["dense_1"]["w"].sharding.spec == P("d"), ts.params["dense_1"]["w"].sharding
-    for a, b in zip(jax.tree.leaves(ts.params), jax.tree.leaves(plain.params)):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-on_mesh = jax.tree.map(lambda a: jax.device_put(a, split(a)), params)
-partly = fnet.init_train_state(on_mesh, optimizer, jax.random.key(1), state)
-evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy)
-rule = dict(evaluate=evaluate, validation=data, stop=fnet.early_stopping("validation_loss", 9))
-for keep in (True, False):
-    ruled, _ = fnet.fit(step, partly, data, epochs=3, keep=keep, **rule, **options)
-    np.testing.assert_allclose(ruled.params["dense_1"]["w"], plain.params["dense_1"]["w"], rtol=1e-5, atol=1e-6)
-turned = jax.make_mesh((2,), ("d",), devices=jax.devices()[::-1], axis_types=(jax.sharding.AxisType.Auto,))
-fnet.fit(step, jax.device_put(start, NamedSharding(turned, P())), data, epochs=1, **options)
-fnet.fit(step, jax.device_put(start, NamedSharding(mesh, P())), data, epochs=1, **options)
+try:
+    spread = jax.device_put(start, NamedSharding(fnet.mesh(data=2), P()))
+    fnet.fit(step, spread, data, epochs=1, batch_size=8)
+except ValueError as error:
+    print(error)
 second = jax.device_put(start, jax.devices()[1])
-moved, _ = fnet.fit(step, second, jax.device_put(data, jax.devices()[1]), epochs=1, **options)
-assert moved.params["dense_1"]["w"].devices() == {{jax.devices()[1]}}
-print("fine")
+moved, _ = fnet.fit(step, second, jax.device_put(data, jax.devices()[1]), epochs=1, batch_size=8)
+assert moved.params["dense_1"]["w"].devices() == {jax.devices()[1]}
 """)
-    assert out.split()[-1] == "fine"
+    assert out.startswith("placement is not given, and ts.step lies on 2 devices; expected fit(..., placement=fnet.")
 
 
 class Row:

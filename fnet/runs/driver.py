@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fnet.core import processes
 from fnet.core.files import whole_file
@@ -119,6 +118,7 @@ def fit(
     with processes.together():
         check_kinds(step, ts, evaluate, stop, observers, run, placement)
         if placement is None:
+            require_one_device(ts)
             ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
         else:
             placement.require_use(ts)
@@ -134,10 +134,7 @@ def fit(
         about = described(plan, ts, programs) if run else {}
         # what a run computes is described before it is split: it is the same on every mesh
         plan = plan if placement is None else split_plan(plan, placement)
-    if placement is None:
-        require_one_process()
-        ts = on_one_mesh(ts)
-    else:
+    if placement is not None:
         require_same_run(plan, ts, run, chunk_steps, keep, check_finite, observers)
         about = processes.told(about)  # a stream's first batch is another in each process
         ts, plan = put(ts, placement.of(ts)), on_mesh(plan, placement)
@@ -360,13 +357,20 @@ def on_mesh(plan: Plan, placement: Placement) -> Plan:
     return plan._replace(data=whole(plan.data), validation=sets)
 
 
-def require_one_process() -> None:
-    """Without a placement each process would make the same run again."""
+def require_one_device(ts: TrainState) -> None:
+    """Require of a run without a placement that it is one device's: each process would make the same run again."""
     if processes.several():
         raise ValueError(
             f"placement is not given, and there are {processes.count()} processes; expected the devices of all: "
             "placement=fnet.placement(fnet.mesh(data=-1))"
         )
+    for path, leaf in named_leaves(ts):
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+            raise ValueError(
+                f"placement is not given, and ts.{path.replace('/', '.')} lies on {len(leaf.sharding.device_set)} "
+                "devices; expected fit(..., placement=fnet.placement(mesh)), or the state on one of them: "
+                "jax.device_put(ts, jax.devices()[0])"
+            )
 
 
 def require_same_run(plan: Plan, ts: TrainState, run: Run | None, *options: Any) -> None:
@@ -400,16 +404,6 @@ def stream_of(meta: Mapping[str, Any], folder: Path) -> Any:
             f"expected {len(streams)}: or give arrays, whose rows are known"
         )
     return streams[processes.index()] if len(streams) == count else None
-
-
-def on_one_mesh(ts: TrainState) -> TrainState:
-    """Where a leaf is spread over several devices, all: those that are on one device are copied to each of them."""
-    meshes = [s.mesh for leaf in jax.tree.leaves(ts) if isinstance(s := leaf.sharding, NamedSharding)]
-    if not meshes:
-        return ts
-    everywhere = NamedSharding(meshes[0], PartitionSpec())
-    put = lambda leaf: jax.device_put(leaf, everywhere) if len(leaf.sharding.device_set) == 1 else leaf  # noqa: E731
-    return jax.tree.map(put, ts)
 
 
 @jax.jit
