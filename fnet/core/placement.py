@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fnet.core import processes
-from fnet.core.checksums import words_sum
+from fnet.core.checksums import words_sum, words_sums
 from fnet.core.numerics import is_key
 from fnet.core.splitting import Split
 from fnet.core.trees import named_leaves
@@ -172,10 +172,13 @@ def is_local(leaf: Any) -> bool:
 
 
 def require_same_leaves(tree: PyTree) -> None:
-    """Require of what every process has made by itself that it is the same: parameters are drawn by one key."""
-    own = {
-        f"the sum of the words of {path}": words_sum(np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf))
-        for path, leaf in named_leaves(tree)
-        if is_local(leaf)
-    }
-    processes.require_same("the state", own, "make it from the same key and data")
+    """Require of what every process has all of that it is the same: parameters are drawn by one key.
+
+    Of what is split each has a part of its own, which nobody else knows: `fnet.init` compares the keys.
+    """
+    words = {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named_leaves(tree)}
+    own = {path: words_sum(np.asarray(leaf)) for path, leaf in words.items() if is_local(leaf)}
+    held = {path: leaf for path, leaf in words.items() if path not in own and leaf.is_fully_replicated}
+    sums = own | dict(zip(held, map(int, words_sums([*held.values()])), strict=True))
+    said = {f"the sum of the words of {path}": sums[path] for path in words if path in sums}
+    processes.require_same("the state", said, "make it from the same key and data")

@@ -7,6 +7,7 @@ service, which is apart from what runs on the devices: nothing waits for a progr
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -14,7 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from fnet.core.jax_insides import backends_are_initialized, coordination
 __all__ = ["ProcessError", "is_first", "start"]
 
 WAIT = 24 * 3600  # seconds; jax ends the processes of one that is gone long before
-WORD = 60  # seconds that are waited for jax to say which is gone
+WORD = 30  # seconds that one which has failed waits for the others to hear of it, or for jax to say which is gone
 EXAMPLE = "start('10.0.0.1:1234', num_processes=2, process_id=0), and process_id=1 in the second"
 
 
@@ -104,6 +105,7 @@ def start(
         ) from error
     finally:
         waits.cancel()
+    atexit.register(_tell_the_end)  # before jax's own
 
 
 def _still_waits(seconds: float) -> None:
@@ -152,24 +154,46 @@ def agreed(mine: Any, combine: Callable[[list[Any]], Any]) -> Any:
     """
     if not several():
         return combine([mine])
-    number, client, milliseconds = next(_agreements), coordination(), 1000 * WAIT
+    made = _exchanged({"said": mine}, combine, WAIT)
+    if "failed" in made:
+        error = ProcessError(made["failed"])
+        error.__dict__["heard"] = True
+        raise error
+    return made["made"]
+
+
+def _exchanged(mine: dict[str, Any], combine: Callable[[list[Any]], Any], seconds: float) -> dict[str, Any]:
+    """What all have ``said`` and the first has ``made`` of it; or why one of them, which says so here, has failed."""
+    number, client, milliseconds = next(_agreements), coordination(), int(1000 * seconds)
     place = f"fnet/{number}"
     try:
         client.key_value_set(f"{place}/said/{index():09d}", json.dumps(mine))
         client.wait_at_barrier(place, milliseconds)
         if is_first():
             every = [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{place}/said"))]
-            client.key_value_set(f"{place}/made", json.dumps(combine(every)))
+            client.key_value_set(f"{place}/made", json.dumps(_made(every, combine)))
             client.key_value_delete(f"{place}/said")
             client.key_value_delete(f"fnet/{number - 1}/made")  # all have read it, or they were not here
         return json.loads(client.blocking_key_value_get(f"{place}/made", milliseconds))
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(_gone(error)) from error
+        raise ProcessError(_gone(error, seconds)) from error
 
 
-def _gone(error: Exception) -> str:
-    """What jax's service says of a process that is gone, in words."""
-    found = re.search(r"Task:? (\d+)", str(error))
+def _made(every: list[dict[str, Any]], combine: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    if failed := [one["failed"] for one in every if "failed" in one]:
+        return {"failed": failed[0], "ended": all("ended" in one for one in every)}
+    try:
+        return {"made": combine([one["said"] for one in every])}
+    except Exception as error:
+        return {"failed": f"{said()}: {type(error).__name__}: {error}"}
+
+
+def _gone(error: Exception, seconds: float) -> str:
+    """What jax's service says of processes that did not come, in words."""
+    text = str(error)
+    if "DEADLINE_EXCEEDED" in text and "heartbeat" not in text:
+        return f"the other processes did not come to where this one is within {seconds:g} seconds"
+    found = re.search(r"Task:? (\d+)", text)
     which = f"process {found[1]} of {count()}" if found else "another process, the first perhaps,"
     return (
         f"{which} is gone ({first_line(error):.160}…); expected all to the end: see what it wrote last, and begin all "
@@ -177,14 +201,28 @@ def _gone(error: Exception) -> str:
     )
 
 
-def await_word(error: BaseException) -> None:
-    """After a program of several processes has failed: wait until jax says which one is gone, if one is; note it."""
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        return
+@contextmanager
+def heard_by_all() -> Iterator[None]:
+    """An error that this process alone raises within is what the others raise at their next agreement."""
     try:
-        coordination().wait_at_barrier("fnet/failed", 1000 * WORD)
-    except jax.errors.JaxRuntimeError as word:
-        error.add_note(_gone(word))
+        yield
+    except BaseException as error:
+        if not is_of_all(error) and "heard" not in error.__dict__:
+            try:
+                _exchanged({"failed": f"{said()}: {type(error).__name__}: {error}"}, lambda every: None, WORD)
+            except ProcessError as word:  # which one is gone, or that they did not come
+                error.add_note(str(word))
+        raise
+
+
+def _tell_the_end() -> None:
+    """Wait for the others, who may go on alone: jax would end them; at an agreement they are told of this end."""
+    error = getattr(sys, "last_value", None)  # what Python has printed, if it ends with an error
+    text = f"{said()} has ended its program" if error is None else f"{said()}: {type(error).__name__}: {error}"
+    mine = {"failed": text, "ended": True}
+    with suppress(Exception):
+        while several() and not _exchanged(mine, lambda every: None, WAIT if error is None else WORD)["ended"]:
+            pass
 
 
 def told(mine: Any) -> Any:

@@ -14,10 +14,12 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from fnet.core import processes
 from fnet.core.checks import described, require_key, require_layer, takes
 from fnet.core.contexts import holding
-from fnet.core.numerics import stream
+from fnet.core.numerics import is_key, stream
 from fnet.core.placement import Placement
 from fnet.core.splitting import by_examples
 from fnet.core.trees import named_leaves, split_floating
@@ -32,6 +34,9 @@ def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = 
     """
     require_layer("init: model", model)
     require_key("init", key)
+    if placement is not None:
+        words = np.asarray(jax.random.key_data(key) if is_key(key) else key).tolist()
+        processes.require_same("init", {"the key": words}, "give all processes the same")
     shapes = jax.eval_shape(lambda x: x, x)
     draw = lambda key: dict(zip(("params", "state"), init_of(model, key, shapes), strict=True))  # noqa: E731
     where = placement and placement.of(jax.eval_shape(draw, key))

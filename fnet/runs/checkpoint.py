@@ -107,10 +107,11 @@ def save_checkpoint(
             if first:
                 os.rename(part, path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        failed = CheckpointError(
             f"{path} could not be written ({first_line(error)}); expected a folder with room that can be written to; "
             "the checkpoints before it are whole"
-        ) from error
+        )
+        raise (processes.of_all(failed) if processes.is_of_all(error) else failed) from error
     return path
 
 
@@ -164,12 +165,14 @@ def _read_leaves(path: Path, meta: Mapping[str, Any], like: Mapping[str, Any]) -
         raise _damaged(path, error) from error
     arrays = {name: stored.get(saved[name][0], array) for name, array in empty.items()}
     arrays = arrays if split else {name: np.asarray(array) for name, array in arrays.items()}
-    for name, found in _sums(arrays).items():
-        if found != (expected := saved[name][1]):
-            raise CheckpointError(
-                f"{path}: {name} is not what was saved: expected the sum {expected:08x}, found {found:08x}; it was "
-                "altered: delete this folder to continue from the checkpoint before it"
-            )
+    sums = _sums(arrays)
+    with processes.together(CheckpointError):
+        for name, found in sums.items():
+            if found != (expected := saved[name][1]):
+                raise CheckpointError(
+                    f"{path}: {name} is not what was saved: expected the sum {expected:08x}, found {found:08x}; it was "
+                    "altered: delete this folder to continue from the checkpoint before it"
+                )
     return arrays
 
 

@@ -13,9 +13,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +25,7 @@ from fnet.core import processes
 from fnet.core.files import whole_file
 from fnet.core.forks import refuse_fork
 from fnet.core.jax_insides import transfers_meant
-from fnet.core.placement import Placement, put, require_same_leaves
-from fnet.core.trees import named_leaves
+from fnet.core.placement import Placement, put
 from fnet.data.arrays import check_data, count_examples
 from fnet.data.sources import Stream, is_read_ahead
 from fnet.data.streams import take_rows, without_position
@@ -42,7 +40,6 @@ from fnet.runs.arguments import (
     examples_between,
     order_at,
     programs_of,
-    rows_digest,
 )
 from fnet.runs.checkpoint import CheckpointError
 from fnet.runs.compilation import circumstances, compiled
@@ -51,9 +48,9 @@ from fnet.runs.history import Event, History, Recorder
 from fnet.runs.interrupts import Interrupted, Terminated, interruptions
 from fnet.runs.loop import Outputs, evaluating, in_memory, reading
 from fnet.runs.nonfinite import NonFiniteError, bad_leaf, losses_of, replay
+from fnet.runs.placing import on_mesh, require_one_device, require_same_run, split_plan, stream_of
 from fnet.runs.run import Run, RunError
-from fnet.training.evaluation import is_several, sets_of
-from fnet.training.sharding import sharded, sharded_evaluate
+from fnet.training.evaluation import sets_of
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
 from fnet.types import Batch, PyTree, TrainState
@@ -62,6 +59,7 @@ CHUNK_SECONDS = 0.5  # what a chunk is calibrated to
 
 
 @transfers_meant
+@processes.heard_by_all()
 def fit(
     step: Step,
     ts: TrainState,
@@ -250,7 +248,6 @@ def fit(
             lost = ts.step.is_deleted()  # where no copies are kept it was donated
             saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
             if not processes.is_of_all(error):  # the others would not save with this one
-                processes.await_word(error)
                 raise
             for last in (*saves, lambda: tell("end", position)):
                 try:
@@ -292,7 +289,8 @@ def ask(observers: Sequence[Callable[[Event], str | None]], event: Event) -> boo
             errors.append((name, error))
             continue
         if not (answer is None or (isinstance(answer, str) and answer in ("continue", "stop"))):
-            raise ValueError(f"observer {name} returned {answer!r}; expected 'continue', 'stop' or None")
+            wrong = f"observer {name} returned {answer!r}; expected 'continue', 'stop' or None"
+            errors.append((name, ValueError(wrong)))
         stop |= answer == "stop"
     for name, error in errors[:1]:
         error.add_note(f"raised by the observer {name} at step {event.step}, at the event {event.kind!r}")
@@ -316,94 +314,6 @@ class Chunk(NamedTuple):
         return bool(self.outputs.finite) and all(
             np.isfinite(loss[:made]).all() for loss in losses_of(self.outputs.metrics)
         )
-
-
-def split_plan(plan: Plan, placement: Placement) -> Plan:
-    """The plan whose step and evaluation are split over devices, and whose batches are those of all processes.
-
-    Raises ValueError for a batch that the devices do not divide, and for a mesh without the devices of all processes.
-    """
-    holders = {device.process_index for device in placement.mesh.devices.flat}
-    if len(holders) != processes.count():
-        raise ValueError(
-            f"placement: its mesh has devices of {len(holders)} of {processes.count()} processes; expected those of "
-            "all: fnet.mesh(data=-1) takes them"
-        )
-    if isinstance(plan.data, Stream) and (count := processes.count()) > 1:  # each process' stream gives its part
-        longer = lambda a: jax.ShapeDtypeStruct((count * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
-        sizes = {"examples": count * plan.examples, "batch_size": count * plan.batch_size}
-        plan = plan._replace(sample=jax.tree.map(longer, plan.sample), **sizes)
-    if plan.batch_size % (parts := placement.split.parts):
-        axes = " × ".join(f"{axis} {placement.mesh.shape[axis]}" for axis in placement.split.axes)
-        raise ValueError(
-            f"batch_size = {plan.batch_size} is split over {parts} devices ({axes}); expected a multiple of {parts}"
-        )
-
-    return plan._replace(
-        step=sharded(plan.step, placement),
-        evaluate=plan.evaluate and sharded_evaluate(plan.evaluate, placement),
-        placement=placement,
-    )
-
-
-def on_mesh(plan: Plan, placement: Placement) -> Plan:
-    """The plan whose arrays in memory are whole on each device, which takes its rows of them."""
-
-    def whole(tree: PyTree) -> PyTree:
-        return tree if is_read_ahead(tree) else put(tree, jax.tree.map(lambda _: placement.whole, tree))
-
-    sets = plan.validation
-    sets = {name: whole(held) for name, held in sets.items()} if is_several(sets) else whole(sets)
-    return plan._replace(data=whole(plan.data), validation=sets)
-
-
-def require_one_device(ts: TrainState) -> None:
-    """Require of a run without a placement that it is one device's: each process would make the same run again."""
-    if processes.several():
-        raise ValueError(
-            f"placement is not given, and there are {processes.count()} processes; expected the devices of all: "
-            "placement=fnet.placement(fnet.mesh(data=-1))"
-        )
-    for path, leaf in named_leaves(ts):
-        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-            raise ValueError(
-                f"placement is not given, and ts.{path.replace('/', '.')} lies on {len(leaf.sharding.device_set)} "
-                "devices; expected fit(..., placement=fnet.placement(mesh)), or the state on one of them: "
-                "jax.device_put(ts, jax.devices()[0])"
-            )
-
-
-def require_same_run(plan: Plan, ts: TrainState, run: Run | None, *options: Any) -> None:
-    """Require of several processes that they make one run, of the same state, data and options."""
-    if not processes.several():
-        return
-    said = {
-        "its folder": str(run and run.folder),
-        "the number of examples": plan.examples,
-        "the batch size": plan.batch_size,
-        "the last step": plan.end,
-        "the number of steps of an epoch": plan.per_epoch,
-        "the number of steps between evaluations": plan.every,
-        "the first state's leaves": [f"{path} {leaf.dtype}{leaf.shape}" for path, leaf in named_leaves(ts)],
-        "the number of observers": len(options[-1]),
-        "chunk_steps, keep, check_finite": [*options[:-1]],
-    }
-    processes.require_same("the run", said, "call fit with the same arguments in all")
-    require_same_leaves(ts)
-    if not isinstance(plan.data, Stream):
-        rows = {"a sample of the rows": rows_digest(plan.data)}
-        processes.require_same("data", rows, "give all processes the whole data, of which each reads its part")
-
-
-def stream_of(meta: Mapping[str, Any], folder: Path) -> Any:
-    """Where this process' stream stood."""
-    streams, count = meta["streams"], processes.count()
-    if len(streams) != count and any(state is not None for state in streams):
-        raise RunError(
-            f"{folder} was run by {len(streams)} processes, each with a stream of its own, and there are {count} now; "
-            f"expected {len(streams)}: or give arrays, whose rows are known"
-        )
-    return streams[processes.index()] if len(streams) == count else None
 
 
 @jax.jit
@@ -475,6 +385,8 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
             None,
         )
 
+    part_of = slice if plan.placement is None else plan.placement.part_of
+
     def whole(batch: Batch, examples: int) -> Batch:
         return plan.placement.put_batch(batch, examples) if plan.placement is not None else batch
 
@@ -485,7 +397,8 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
             rows = order[begin : begin + plan.batch_size].tolist()
-            yield rows, whole(check_data(take_rows(plan.data, rows), part=True, rows=rows), len(rows))
+            own = rows[part_of(len(rows))]  # those of this process
+            yield rows, whole(check_data(take_rows(plan.data, own), part=True, rows=own), len(rows))
 
     if leaf := bad_leaf(before):
         message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"

@@ -379,11 +379,13 @@ def open_run(run: Run) -> Iterator[OpenRun]:
         with processes.together(RunError) as first:
             if first:
                 stack.enter_context(_held(run, folder, config))
+        lock = folder / ".lock"
+        held = processes.told(lock.read_text() if first else None)
         with processes.together(RunError):
-            if not (folder / ".lock").exists():
+            if not lock.exists() or lock.read_text() != held:
                 raise RunError(
-                    f"{folder} is not the folder that the first process holds, as it has no .lock; expected one on a "
-                    "file system that all processes see: name another"
+                    f"{folder} of {processes.said()} is not the folder that the first holds; expected one on a file "
+                    "system that all processes see: name it by its whole path, or another"
                 )
         opened = OpenRun(run, folder, config)
         try:

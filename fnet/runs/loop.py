@@ -237,9 +237,9 @@ def batches_of(name: str, held: Stream | Examples, plan: Plan, ts: TrainState) -
             with processes.together(DataError):
                 if (read := next(checked, None)) is not None:
                     batch = check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
+            check_parts(name, plan, [] if read is None else [read])  # all end with the same
             if read is None:
                 return
-            check_parts(name, plan, [read])
             yield batch, read.examples
 
 

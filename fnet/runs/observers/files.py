@@ -16,7 +16,7 @@ import numpy as np
 from fnet.core.checks import require
 from fnet.core.extras import need
 from fnet.core.files import whole_file
-from fnet.core.processes import in_first, is_first, on_host
+from fnet.core.processes import in_first, index, is_first, on_host
 from fnet.core.trees import named_leaves
 from fnet.metrics import DECADES, magnitude_edges
 from fnet.runs.history import Event
@@ -190,7 +190,8 @@ def profile(folder: str | Path, first: int, last: int) -> Observer:
 
     It begins and ends where a chunk does: at the first end of one from each step on, and it lasts one chunk at least.
     Give `fit` a ``chunk_steps`` that divides both to have it exact; a chunk that runs already when the trace begins is
-    on it from there on. Raises ValueError unless ``0 <= first < last``.
+    on it from there on. Of several processes all but the first write to ``folder/process_1`` and so on. Raises
+    ValueError unless ``0 <= first < last``.
     """
     require(0 <= first < last, f"profile: first = {first} and last = {last}; expected 0 <= first < last")
     at = "before"
@@ -201,7 +202,8 @@ def profile(folder: str | Path, first: int, last: int) -> Observer:
         if at == "before" and at_boundary and event.step >= first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # else every Python call of the host is on it
-            jax.profiler.start_trace(str(folder), profiler_options=options)
+            own = Path(folder) if is_first() else Path(folder) / f"process_{index()}"
+            jax.profiler.start_trace(str(own), profiler_options=options)
             at = "within"
         elif at == "within" and (event.kind == "end" or (at_boundary and event.step >= last)):
             at = "after"
