@@ -194,12 +194,12 @@ PEERS = {
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def interleaved(runs: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, all in turn, ``repeats`` times."""
+def interleaved(runs: dict, repeats: int, rest: float = 0.3) -> dict[str, list[float]]:
+    """Seconds of every run, all in turn, ``repeats`` times, with a ``rest`` before each."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            time.sleep(0.3)  # torch's threads spin on for a while, which the next run would pay for
+            time.sleep(rest)  # torch's threads spin on for a while, which the next run would pay for
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)

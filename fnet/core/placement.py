@@ -103,7 +103,9 @@ class Placement(NamedTuple):
         parts = self.mesh.shape.get("fsdp", 1)
         free = [i for i in range(max(0, len(shape) - 2), len(shape)) if axes[i] is None and shape[i] % parts == 0]
         if parts > 1 and "fsdp" not in axes and free and math.prod(shape) >= self.least:
-            axes[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+            axes[free[0]] = (
+                "fsdp"  # parts of rows lie one after another when they are gathered, those of columns do not
+            )
         while axes and axes[-1] is None:
             axes.pop()
         return PartitionSpec(*axes)

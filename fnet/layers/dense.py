@@ -75,7 +75,7 @@ def affine_backward(params, x, dy):
     dparams = {"w": product(rows(x).T, dy_rows)}
     if "b" in params:
         dparams["b"] = dy_rows.sum(0)
-    return dparams, product(dy_rows, w.T).reshape(x.shape)
+    return dparams, product_with_rows(dy_rows, w).reshape(x.shape)
 
 
 def rows(x: jax.Array) -> jax.Array:
@@ -86,6 +86,12 @@ def rows(x: jax.Array) -> jax.Array:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a @ b`` in their dtype, summed in float32 at least: every product of the layers is taken by this rule."""
     return wide_product(a, b).astype(a.dtype)
+
+
+def product_with_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a @ b.T`` by `product`'s rule; not with ``b.T``, which XLA would gather beside ``b`` where it is split."""
+    over_columns = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, over_columns, preferred_element_type=wide(a.dtype)).astype(a.dtype)
 
 
 def wide_product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from fnet.core.numerics import stream, wide
 from fnet.core.splitting import is_split
 from fnet.layers.activation import tanh
 from fnet.layers.cells import Cell, LSTMCarry, gru_step_after, gru_step_before, lstm_step, rnn_step
-from fnet.layers.dense import plus, product, rows
+from fnet.layers.dense import plus, product, product_with_rows, rows
 from fnet.layers.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
 from fnet.layers.masks import is_masked
 from fnet.layers.wrappers import stateless
@@ -169,7 +169,7 @@ def _weight_gradients(cell, params, x, kept, h, dz):
         dparams = {"input": {"w": product(x.T, dz_x)}, "recurrent": cell.weights(kept, h, dz_h)}
     if "b" in params:
         dparams["b"] = dz_x.sum(0)
-    return dparams, product(dz_x, params["input"]["w"].T)
+    return dparams, product_with_rows(dz_x, params["input"]["w"])
 
 
 def _inputs(cell: Cell, params, given, shape: str) -> tuple[Any, tuple, Any]:

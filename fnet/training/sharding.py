@@ -82,7 +82,7 @@ def placement(mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None, *, l
 
     ``rules`` are patterns of paths, in which ``*`` stands for anything, each with the axes of the mesh that a leaf's
     last axes are split over: ``{"*/table": PartitionSpec(None, "tensor")}``. They hold for moments and averages as for
-    the parameters. What they leave free is split over ``fsdp`` along the longer of a leaf's last two axes that it
+    the parameters. What they leave free is split over ``fsdp`` along the first of a leaf's last two axes that it
     divides, if the leaf has ``least`` numbers.
 
     Raises TypeError for what is no mesh and no rule, and ValueError for an axis that the mesh cannot have and for a

@@ -184,6 +184,59 @@ def case_other_seed(folder):
     return fnet.fit(step, ts, batch(), epochs=1, batch_size=16, placement=parts.on("fsdp8"))
 
 
+def case_other_key(folder):
+    return fnet.init(fnet.mlp(8), jax.random.key(1 + INDEX), jnp.asarray(X[:2]), parts.on("fsdp8"))
+
+
+def case_other_rate(folder):
+    return made(optimizer=fnet.adam(0.01 * (1 + INDEX)))
+
+
+def case_other_sets(folder):
+    return made(validation=batch(48 - 8 * INDEX))
+
+
+def case_shorter_sets(folder):
+    """The first batches are alike, and one process has another one more."""
+    held = fnet.data.Stream(Uneven(), steps_per_epoch=2)
+    return made(validation=held)
+
+
+class Uneven:
+    def __iter__(self):
+        return iter([(X[:8], Y[:8])] * (2 if INDEX == 0 else 1))
+
+
+def case_a_wrong_answer(folder):
+    """The observer that comes after it computes with all processes."""
+    from fnet.runs import observers
+
+    wrong = lambda event: "halt" if INDEX and event.kind == "chunk" else None  # noqa: E731
+    return made(mesh="fsdp8", observers=[wrong, observers.histograms(folder / "wrong", every=(1, "steps"))])
+
+
+def case_no_more_metrics(folder):
+    opened = Path.open
+
+    def full(path, mode="r", *args, **options):
+        if path.name == "metrics.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, *args, **options)
+
+    Path.open = full if INDEX == 0 else opened
+    try:
+        return made(run=fnet.Run(folder / "full"))
+    finally:
+        Path.open = opened
+
+
+def case_between_fits(folder):
+    """The program of one ends with an error of its own, and the other's is told at its next agreement."""
+    if INDEX:
+        raise KeyError("mine")
+    return made()
+
+
 def case_no_placement(folder):
     return parts.run("mlp")
 
@@ -253,6 +306,8 @@ def main() -> None:
             found = globals()[f"case_{name}"](folder)
         except Exception as error:
             (folder / f"{name}.{INDEX}.txt").write_text(f"{type(error).__name__}: {error}")
+            if isinstance(error, KeyError):
+                raise
         else:
             ts, history = found[:2]
             arrays = {path: processes.on_host(leaf) for path, leaf in named_leaves(ts._replace(opt_state=(), key=()))}
