@@ -30,12 +30,15 @@ REFUSED = {
     * 2,
     "other_rate": [r"ValueError: the state: the sum of the words of opt_state/hyper/learning_rate\S* is \d+ in"] * 2,
     "other_sets": [r"ValueError: the run: the validation sets is .*48 examples.* and .*40 examples.* in process 1"] * 2,
-    "shorter_sets": [r"DataError: process 1 of 2: DataError: the stream ended after 1 b", "DataError: the stream ended"],
+    "shorter_sets": [
+        r"DataError: process 1 of 2: DataError: the stream ended after 1 b",
+        "DataError: the stream ended",
+    ],
     "a_wrong_answer": [
         "ProcessError: process 1 of 2: ValueError: observer .* returned 'halt'",
         "ValueError: observer ",
     ],
-    "no_more_metrics": ["RunError: .*expected a folder that can", "ProcessError: process 0 of 2: RunError: .*metrics"],
+    "no_more_metrics": ["RunError: .*expected a folder that can", "ProcessError: process 0 of 2: RunError: .*full"],
     "no_placement": ["ValueError: placement is not given, and there are 2 processes"] * 2,
     "own_devices": ["ValueError: placement: its mesh has devices of 1 of 2 processes"] * 2,
     "an_observer_fails": ["ProcessError: process 1 of 2: OSError: no room left for this", "OSError: no room left"],

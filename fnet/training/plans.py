@@ -116,11 +116,11 @@ def plan(
     gradients; those of layers that are split over tensor are counted whole. Gathered: what fsdp brings together of the
     largest layer.
     **Sent.** By rings: an all-gather of P bytes over n sends P (n−1)/n, a reduce-scatter the same, an all-reduce twice
-    that. A leaf split over fsdp is gathered for the forward and for the backward, and a third time where the forward
-    is computed again, in the products' dtype; its gradient is reduce-scattered in float32 (XLA sends those of
-    convolutions in 16 bits where it computes in them), then all-reduced over data.
-    Of a leaf whose rows are split over tensor the outputs are all-reduced (and half of them once more where they are
-    computed again), of one whose columns are the gradient by its inputs.
+    that. A leaf split over fsdp is gathered for the forward and for the backward (which an unrolled model may do
+    without), and a third time where the forward is computed again, in the products' dtype. Its gradient is
+    reduce-scattered in float32 (XLA sends those of convolutions in 16 bits where it computes in them), then all-reduced
+    over data. Of a leaf whose rows are split over tensor the outputs are all-reduced (and half of them once more where
+    they are computed again), of one whose columns are the gradient by its inputs.
     **Time.** Operations as they are written over `REACHED` of the chip's best; bytes over the rate within a group of
     devices, or between groups where an axis goes beyond one (the mesh's last axis has the nearest neighbours). Nothing
     overlaps.

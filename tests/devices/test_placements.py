@@ -41,24 +41,24 @@ def test_a_mesh_that_cannot_be_is_refused(sizes, message):
         fnet.mesh(**sizes)
 
 
-def test_leaves_are_split_by_rules_and_else_along_their_longer_axis():
+def test_leaves_are_split_by_rules_and_else_along_the_first_axis_that_divides():
     tree = {
         "wide": {"w": jnp.zeros((64, 256)), "b": jnp.zeros(256)},
         "odd": jnp.zeros((63, 65)),
+        "rows": jnp.zeros((3, 10, 64)),
         "key": jax.random.key(0),
     }
     placed = fnet.placement(
         fnet.mesh(fsdp=2, tensor=4), {"wide/w": P(None, "tensor"), "wide/b": P("tensor")}, least=300
     )
     specs = jax.tree.map(lambda s: s.spec, placed.of(tree))
-    assert specs == {"wide": {"w": P("fsdp", "tensor"), "b": P("tensor")}, "odd": P(), "key": P()}
-    assert jax.tree.map(lambda s: s.spec, fnet.placement(fnet.mesh(fsdp=8)).of(tree))["wide"] == {
-        "w": P(None, "fsdp"),
-        "b": P(),
-    }
+    wide = {"w": P("fsdp", "tensor"), "b": P("tensor")}
+    assert specs == {"wide": wide, "odd": P(), "key": P(), "rows": P(None, "fsdp")}
+    specs = jax.tree.map(lambda s: s.spec, fnet.placement(fnet.mesh(fsdp=8), least=300).of(tree))
+    assert specs == {"wide": {"w": P("fsdp"), "b": P()}, "odd": P(), "key": P(), "rows": P(None, None, "fsdp")}
     lines = fnet.sharding.describe(placed, tree).splitlines()
-    assert lines[3].split("  ")[0] == "wide/b" and lines[3].endswith(str(256 * 4 // 4))
-    assert "axis 0 over fsdp, axis 1 over tensor" in lines[4] and lines[4].endswith(f"{64 * 256 * 4 // 8:,}")
+    assert lines[4].split("  ")[0] == "wide/b" and lines[4].endswith(str(256 * 4 // 4))
+    assert "axis 0 over fsdp, axis 1 over tensor" in lines[5] and lines[4].endswith(f"{64 * 256 * 4 // 8:,}")
     assert lines[-1].split() == ["sum", f"{8 + 63 * 65 * 4 + 256 + 64 * 256 // 2:,}"]
 
 
@@ -137,10 +137,11 @@ def test_a_data_parallel_step_sends_its_gradients_once(name, x64):
     assert sent["all-reduce"].bytes == pytest.approx(2 * 7 / 8 * (parameters(ran) + table(ran)), rel=0.01)
 
 
-def test_a_step_of_split_parameters_gathers_them_twice_and_sums_their_gradients_once(x64):
+def test_a_step_of_split_parameters_gathers_them_once_and_sums_their_gradients_once(x64):
     ran = run("gpt", "fsdp8")
     sent = sent_by_step(ran.text)
-    assert sent["all-gather"].bytes == pytest.approx(2 * 7 / 8 * parameters(ran), rel=0.15)
+    # an unrolled model's are kept for the backward, but for a table's
+    assert sent["all-gather"].bytes == pytest.approx(7 / 8 * parameters(ran), rel=0.15)
     # XLA has no reduce-scatter on CPU: an all-reduce, of which each device takes its part
     assert sent["all-reduce"].bytes == pytest.approx(2 * 7 / 8 * (parameters(ran) + table(ran)), rel=0.01)
-    assert sum(each.bytes for each in sent.values()) < 4.4 * 7 / 8 * parameters(ran)  # no activations
+    assert sum(each.bytes for each in sent.values()) < 3.4 * 7 / 8 * parameters(ran)  # no activations
