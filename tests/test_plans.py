@@ -73,7 +73,7 @@ def gpt(remat: bool, depth=4):
     return layers.mixed_precision(models.tied_embedding(256, 64, body))
 
 
-def test_a_transformer_over_tensor_sums_each_branch_and_remat_gathers_a_third_time():
+def test_a_transformer_over_tensor_sums_each_branch_and_remat_gathers_more():
     ids = jax.ShapeDtypeStruct((1, 16), "int32")
     kept, again = (
         plan(gpt(remat), ids, fnet.adamw(1e-3), {"fsdp": 2, "tensor": 4}, 8, chip=CHIP) for remat in (False, True)
@@ -81,10 +81,10 @@ def test_a_transformer_over_tensor_sums_each_branch_and_remat_gathers_a_third_ti
     each = 2 * 3 / 4 * 4 * 4 * 16 * 64  # an all-reduce of float32: 4 sequences of 16 ids of 64 features, over 4
     columns = [moved(made)["all-reduce", "gradients by the inputs of columns", ("tensor",)] for made in (kept, again)]
     rows = [moved(made)["all-reduce", "outputs of rows", ("tensor",)] for made in (kept, again)]
-    np.testing.assert_allclose([made.bytes for made in columns], 4 * 4 * each)  # query, key, value, wide; 4 blocks
+    np.testing.assert_allclose([made.bytes for made in columns], 4 * 2 * each)  # query, key and value as one, wide
     np.testing.assert_allclose([made.bytes for made in rows], [4 * 2 * each, 4 * 3 * each])  # out, narrow; out again
     gathered = [moved(made)["all-gather", "parameters", ("fsdp",)].bytes for made in (kept, again)]
-    np.testing.assert_allclose(gathered[1], 1.5 * gathered[0])
+    np.testing.assert_allclose(gathered[1], 1.25 * gathered[0])
     assert again.bytes["activations for the backward"] < 0.3 * kept.bytes["activations for the backward"]
     assert 1.2 < again.operations / kept.operations < 4 / 3
 

@@ -40,6 +40,12 @@ def is_split() -> bool:
     return _split.get() is not None
 
 
+def are_features_split() -> bool:
+    """Whether single matrices are split over devices too."""
+    split = _split.get()
+    return split is not None and split.mesh.shape.get("tensor", 1) > 1
+
+
 def by_examples(x: PyTree) -> PyTree:
     """Activations or their gradients ``(B, ...)``, split over devices along B where examples are.
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from fnet.core.checks import require_array, require_counts
-from fnet.core.numerics import stream
+from fnet.core.numerics import stream, wide
+from fnet.core.splitting import are_features_split
 from fnet.layers.children import inside
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward, require_mask
@@ -110,9 +111,12 @@ def attention(
 
     def forward(params, x):
         query, memory, mask = clean(x)
-        q = project(params, "query", query, heads)  # (B, T, H, D)
-        k = project(params, "key", memory, kv_heads)  # (B, S, K, D)
-        v = project(params, "value", memory, kv_heads)
+        if is_joined(params, x):
+            q, k, v = project_all(params, query, heads)
+        else:
+            q = project(params, "query", query, heads)  # (B, T, H, D)
+            k = project(params, "key", memory, kv_heads)  # (B, S, K, D)
+            v = project(params, "value", memory, kv_heads)
         if rotary is not None:
             q, k = rotate(q, positions(q), rotary), rotate(k, positions(k), rotary)
         o, kept = dot_product_attention(q, k, v, mask, **options)
@@ -129,6 +133,9 @@ def attention(
         dq, dk, dv = dot_product_attention_backward(kept, do, mask, **options)
         if rotary is not None:  # a rotation's transpose is the rotation back
             dq, dk = rotate(dq, -positions(dq), rotary), rotate(dk, -positions(dk), rotary)
+        if is_joined(params, x):
+            own, dx = project_all_backward(params, query, dq, dk, dv)
+            return {**dparams, **own}, clean_backward(x, dx, None)
         dparams["query"], dquery = project_backward(params["query"], query, dq)
         dparams["key"], by_key = project_backward(params["key"], memory, dk)
         dparams["value"], by_value = project_backward(params["value"], memory, dv)
@@ -201,12 +208,13 @@ def clean(x):
 
 
 def clean_backward(x, dquery, dmemory):
-    """The gradients in the form of the inputs."""
+    """The gradients in the form of the inputs; in self-attention ``dquery`` may be all of it, and ``dmemory`` None."""
     mask = inputs(x)[2]
     if mask is not None:
-        dmemory, asks = jnp.where(seen(mask), dmemory, 0), asking(x, mask)
+        asks = asking(x, mask)
+        dmemory = dmemory if dmemory is None else jnp.where(seen(mask), dmemory, 0)
         dquery = dquery if asks is None else jnp.where(asks, dquery, 0)
-    dx = (dquery + dmemory,) if is_self(x) else (dquery, dmemory)
+    dx = (dquery if dmemory is None else dquery + dmemory,) if is_self(x) else (dquery, dmemory)
     return (*dx, *([None] if has_mask(x) else [])) if isinstance(x, tuple) else dx[0]
 
 
@@ -226,6 +234,56 @@ def project(params, name: str, x: jax.Array, heads: int | None = None) -> jax.Ar
         if y.shape[-1] % heads:
             raise LayerError(f"{heads} heads do not divide the {y.shape[-1]} columns of w: pass what init returned")
     return y.reshape(*x.shape[:-1], heads, y.shape[-1] // heads)
+
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def is_joined(params, x) -> bool:
+    """Whether the projections are one product: where the heads are split over devices, of one array to equal heads.
+
+    Then its gradient is summed over these devices once, not thrice. Elsewhere there is nothing to gain.
+    """
+    if not are_features_split() or not is_self(x) or not params.keys() >= {*PROJECTIONS}:
+        return False
+    query, _, mask = inputs(x)
+    if mask is not None and mask.ndim == 3:  # by pairs, queries and memory are cleaned apart
+        return False
+    kinds = {tuple((name, leaf.shape, leaf.dtype) for name, leaf in params[part].items()) for part in PROJECTIONS}
+    w = params["query"]["w"]
+    return len(kinds) == 1 and (query.shape[-1], query.dtype) == (w.shape[0], w.dtype)
+
+
+def project_all(params, x: jax.Array, heads: int) -> list[jax.Array]:
+    """`project` by query, key and value as one product."""
+    y = tensordot(x, side_by_side(params), (2,), (0,))  # (B, T, 3, H D)
+    if "b" in params["query"]:
+        y = y + jnp.stack([params[name]["b"] for name in PROJECTIONS]).astype(y.dtype)[None, None]
+    y = y.astype(x.dtype)
+    return [y[:, :, i].reshape(*x.shape[:-1], heads, y.shape[-1] // heads) for i in range(3)]
+
+
+def side_by_side(params) -> jax.Array:
+    """The three matrices as ``(I, 3, H D)``, which both products take as it is."""
+    return jnp.stack([params[name]["w"] for name in PROJECTIONS], 1)
+
+
+def tensordot(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
+    """The sum over these axes, in float32 at least."""
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=wide(a.dtype))
+
+
+def project_all_backward(params, x: jax.Array, *dys: jax.Array):
+    """The three backwards as one product each way."""
+    w = side_by_side(params)
+    dy = jnp.stack([d.reshape(*x.shape[:-1], w.shape[2]) for d in dys], 2)  # (B, T, 3, H D)
+    dw = tensordot(x, dy, (0, 1), (0, 1)).astype(w.dtype)
+    dx = tensordot(dy, w, (2, 3), (1, 2)).astype(x.dtype)
+    dparams = {name: {"w": dw[:, i]} for i, name in enumerate(PROJECTIONS)}
+    if "b" in params["query"]:
+        db = dy.sum((0, 1))
+        dparams = {name: {**dparams[name], "b": db[i]} for i, name in enumerate(PROJECTIONS)}
+    return dparams, dx
 
 
 def project_backward(params, x: jax.Array, dy: jax.Array):

@@ -117,7 +117,7 @@ def plan(
     largest layer.
     **Sent.** By rings: an all-gather of P bytes over n sends P (n−1)/n, a reduce-scatter the same, an all-reduce twice
     that. A leaf split over fsdp is gathered for the forward and for the backward (which an unrolled model may do
-    without), and a third time where the forward is computed again, in the products' dtype. Its gradient is
+    without), and half of it a third time where the forward is computed again, in the products' dtype. Its gradient is
     reduce-scattered in float32 (XLA sends those of convolutions in 16 bits where it computes in them), then all-reduced
     over data. Of a leaf whose rows are split over tensor the outputs are all-reduced (and half of them once more where
     they are computed again), of one whose columns are the gradient by its inputs.
@@ -256,6 +256,7 @@ def _moved(
     d, f, t = (sizes.get(name, 1) for name in AXES)
     sums: dict[tuple[str, str, tuple[str, ...]], float] = defaultdict(float)
     rows = math.prod(jax.tree.leaves(data.targets)[0].shape)  # examples, or ids of sequences, of one device
+    shapes = {f"params/{path}": leaf.shape for path, leaf in named_leaves(ts.params)}
     wide = 4  # products are summed, and gradients sent, in float32
     for path, leaf in [(f"params/{path}", leaf) for path, leaf in named_leaves(ts.params)]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -263,13 +264,17 @@ def _moved(
         spec, size = tuple(placement.spec(path, leaf)), math.prod(leaf.shape)
         own = size / (t if "tensor" in spec else 1)
         if "fsdp" in spec:
-            times = 3 if again else 2
+            times = 2.5 if again else 2
             sums["all-gather", "parameters", ("fsdp",)] += times * own * dtype.itemsize * (f - 1) / f
             sums["reduce-scatter", "gradients", ("fsdp",)] += own * wide * (f - 1) / f
             sums["all-reduce", "gradients", ("data",)] += 2 * own / f * wide * (d - 1) / d
         else:
             sums["all-reduce", "gradients", ("data", "fsdp")] += 2 * own * wide * (d * f - 1) / (d * f)
-        if "tensor" in spec and len(placement.rule(path)[1]) > 1:  # that of a bias has one axis, of stacked ones too
+        joined = (
+            path.endswith(("/key/w", "/value/w")) and shapes.get(_query(path)) == leaf.shape
+        )  # one product of three
+        # the rule of a bias has one axis, of stacked ones too
+        if "tensor" in spec and len(placement.rule(path)[1]) > 1 and not joined:
             axis = spec.index("tensor") - len(leaf.shape)
             layers = math.prod(leaf.shape[:-2])
             features = leaf.shape[-1] if axis == -2 else leaf.shape[-2]
@@ -282,6 +287,11 @@ def _moved(
         if size and axes:
             made.append(Moved(kind, what, axes, size, size / _rate(chip, sizes, axes)))
     return tuple(sorted(made, key=lambda each: -each.seconds))
+
+
+def _query(path: str) -> str:
+    """The path of the query's weights beside those of a key or a value."""
+    return "/".join([*path.split("/")[:-2], "query", "w"])
 
 
 def _rate(chip: Chip, sizes: Mapping[str, int], axes: tuple[str, ...]) -> float:

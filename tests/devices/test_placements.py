@@ -58,8 +58,8 @@ def test_leaves_are_split_by_rules_and_else_along_the_first_axis_that_divides():
     assert specs == {"wide": {"w": P("fsdp"), "b": P()}, "odd": P(), "key": P(), "rows": P(None, None, "fsdp")}
     lines = fnet.sharding.describe(placed, tree).splitlines()
     assert lines[4].split("  ")[0] == "wide/b" and lines[4].endswith(str(256 * 4 // 4))
-    assert "axis 0 over fsdp, axis 1 over tensor" in lines[5] and lines[4].endswith(f"{64 * 256 * 4 // 8:,}")
-    assert lines[-1].split() == ["sum", f"{8 + 63 * 65 * 4 + 256 + 64 * 256 // 2:,}"]
+    assert "axis 0 over fsdp, axis 1 over tensor" in lines[5] and lines[5].endswith(f"{64 * 256 * 4 // 8:,}")
+    assert lines[-1].split() == ["sum", f"{8 + 63 * 65 * 4 + 3 * 10 * 64 * 4 // 2 + 256 + 64 * 256 // 2:,}"]
 
 
 def test_a_rule_holds_for_moments_and_for_copies_that_are_stacked(x64):
