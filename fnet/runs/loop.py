@@ -278,10 +278,8 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
         part = {} if plan.placement is None else {"part_of": plan.placement.part_of}
         reads = read_rows(plan.data, order_of, plan.batch_size, position, **part)
     most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
-    size = max(
-        1,
-        min(most, READ_BYTES // max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.sample)))),
-    )
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.sample))  # bytes of a batch
+    size = max(1, min(most, READ_BYTES // max(1, each)))
     name = "the stream" if isinstance(plan.data, Stream) else "data"
     reads = labels_checked(name, plan.step, ts, ahead(itertools.islice(reads, plan.end - position), 2 * size))
     counted = position % plan.per_epoch > 0  # of an epoch that had begun nothing is known
