@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 
@@ -219,15 +220,12 @@ def case_no_more_metrics(folder):
     opened = Path.open
 
     def full(path, mode="r", *args, **options):
-        if path.name == "metrics.jsonl" and mode == "a":
+        if INDEX == 0 and path.name == "metrics.jsonl" and mode == "a":
             raise OSError(28, "No space left on device")
         return opened(path, mode, *args, **options)
 
-    Path.open = full if INDEX == 0 else opened
-    try:
+    with mock.patch.object(Path, "open", full):
         return made(run=fnet.Run(folder / "full"))
-    finally:
-        Path.open = opened
 
 
 def case_between_fits(folder):
