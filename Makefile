@@ -12,13 +12,14 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-slow test-newest test-compile lint bench clean
+.PHONY: help train test test-long test-slow test-newest test-compile lint bench clean
 .NOTPARALLEL:
 .SECONDARY:
 
 help:
 	@echo "make train   train the digit classifier"
-	@echo "make test    run all tests but the slow ones"
+	@echo "make test    run all tests but the long and the slow ones"
+	@echo "make test-long   run the long ones: experiments, pages, resumed runs, many devices and processes"
 	@echo "make test-slow   run the slow ones"
 	@echo "make test-newest   run all tests but the slow ones on the newest releases of everything"
 	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
@@ -32,6 +33,9 @@ train: $(VENV)/.installed-experiments
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
+test-long: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n 2 -m "long and not slow" $(ARGS)
+
 test-slow: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 -m slow $(ARGS)
 
@@ -41,12 +45,12 @@ test-newest: export PIP_BUILD_CONSTRAINT =
 test-newest: .venv-newest/.created
 	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test,loggers]"
 	.venv-newest/bin/python -m pip freeze --exclude-editable
-	.venv-newest/bin/python -m pytest -n 2 $(ARGS)
+	.venv-newest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 # Nothing of the chips is needed, only NVIDIA's and Google's compilers.
 test-compile: .venv-compile/.created
 	.venv-compile/bin/python -m pip install --editable ".[test,compile-cuda,compile-tpu]"
-	.venv-compile/bin/python -m pytest -m "slow or not slow" tests/test_compile.py $(ARGS)
+	.venv-compile/bin/python -m pytest -m "long or not long" tests/test_compile.py $(ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .

@@ -11,6 +11,8 @@ import pytest
 
 from tests.pages import blocks_of, run_blocks
 
+pytestmark = pytest.mark.long
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

@@ -16,6 +16,8 @@ from rich.console import Console
 from experiments import backprop_by_hand as hand
 from experiments import textbook_backprop as textbook
 
+pytestmark = pytest.mark.long
+
 
 def printed(experiment, **options):
     """What the experiment returns, and what it prints."""

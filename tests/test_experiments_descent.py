@@ -17,6 +17,8 @@ from experiments import descent_modes, learning_rates, optimizer_comparison
 from fnet.core.numerics import stream
 from tests.conftest import compiled_programs
 
+pytestmark = pytest.mark.long
+
 
 def run_quietly(experiment, tmp_path_factory, **settings):
     """The experiment's results, what it printed, and its settings."""

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from experiments import digits_mlp
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():

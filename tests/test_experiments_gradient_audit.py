@@ -21,6 +21,8 @@ from fnet.core.trees import split_floating
 from fnet.gradcheck.report import VERDICTS
 from fnet.types import Layer, Loss
 
+pytestmark = pytest.mark.long
+
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "gradient-audit.md").read_text(encoding="utf-8")
 
 

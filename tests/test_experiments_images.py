@@ -19,6 +19,8 @@ from experiments.common import load_images
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
 
+pytestmark = pytest.mark.long
+
 
 def run_quietly(experiment, tmp_path_factory, **settings):
     """The experiment's results, what it printed, and its settings."""

@@ -9,6 +9,8 @@ import pytest
 
 from experiments import optimizer_paths, seeds_matter
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):

@@ -26,6 +26,8 @@ from experiments import common, digits_mlp, keras_example, mazur, next_token
 from experiments.common import main
 from experiments.options import ByEngine, InFolder, Options, Resumable, Seeded
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "\nclass Config(" in path.read_text())
 USES = {  # of each group of shared options, in the source of an experiment that has it

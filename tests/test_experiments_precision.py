@@ -6,6 +6,8 @@ import pytest
 
 from experiments import low_precision
 
+pytestmark = pytest.mark.long
+
 
 def test_sixteen_bits_reach_float32_within_half_a_percent_but_for_those_without_master_weights(tmp_path):
     found = low_precision.run(low_precision.Config(seeds=3, run_dir=tmp_path))["results"]

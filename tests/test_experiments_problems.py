@@ -16,6 +16,8 @@ import fnet
 from experiments import adding_problem, overfitting, vanishing_gradients
 from fnet.layers import relu
 
+pytestmark = pytest.mark.long
+
 
 def run_quietly(experiment, folder, **settings):
     """The experiment's results and what it printed."""

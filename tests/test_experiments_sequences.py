@@ -18,6 +18,8 @@ from experiments import char_language_model, denoising_autoencoder, sunspots
 from fnet.core.numerics import stream
 from fnet.layers import identity
 
+pytestmark = pytest.mark.long
+
 
 def run_quietly(experiment, tmp_path_factory, **settings):
     """The experiment's results, what it printed, and its settings."""

@@ -15,6 +15,8 @@ import fnet
 from experiments import sweep_digits
 from tests.conftest import compiled_programs
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):

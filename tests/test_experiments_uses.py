@@ -16,6 +16,8 @@ from experiments import breast_cancer, control, network_graph, recommender
 from fnet.losses import squared_error
 from tests.oracles import assert_leaves_close, numerical_gradient
 
+pytestmark = pytest.mark.long
+
 
 def run_quietly(experiment, tmp_path_factory, **settings):
     """The experiment's results, what it printed, and its settings."""

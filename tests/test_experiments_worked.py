@@ -12,6 +12,8 @@ from rich.console import Console
 
 from experiments import keras_example, mazur, next_token, perceptron
 
+pytestmark = pytest.mark.long
+
 
 def printed(experiment, **options):
     """What the experiment returns, and what it prints."""

@@ -251,7 +251,7 @@ def test_the_newest_releases_are_installed_anew_each_time_without_constraints(ch
     expected = [
         "-m pip install --upgrade --upgrade-strategy eager --editable .[test,loggers]",
         "-m pip freeze --exclude-editable",
-        "-m pytest -n 2 -k adam",
+        "-m pytest -n 2 -m not slow -k adam",
     ]
     calls, run = make(checkout, "test-newest", "ARGS=-k adam")
     assert calls == expected and "creating .venv-newest with Python 3.13.0 (python3.13)\n" in run.stdout
@@ -308,20 +308,22 @@ def ci(checkout):
 def test_ci_says_so_when_there_is_no_second_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.14", version="3.10", unfit=1)
     calls, printed = ci()
-    assert calls == ["lint", "test"]
+    assert calls == ["lint", "test", "test-long"]
     assert printed.startswith("NOT TESTED on a second Python: this machine has none from 3.11 on but 3.11;")
 
 
 def test_ci_runs_what_touches_jaxs_insides_on_the_newest_other_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.12", version="3.12")
     calls, printed = ci()
-    assert calls[:2] == ["lint", "test"] and len(calls) == 3 and "NOT TESTED" not in printed
-    assert calls[2].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
-    files = calls[2].split("ARGS=")[1].split()
+    assert calls[:3] == ["lint", "test", "test-long"] and len(calls) == 4 and "NOT TESTED" not in printed
+    assert calls[3].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
+    files, options = calls[3].split("ARGS=")[1].split(" -m ")
+    assert options == "'not slow'"  # so the long ones too
+    files = files.split()
     assert len(files) > 5 and all((ROOT / file).exists() for file in files)
     (checkout / "pyenv" / "versions" / "3.13.0").mkdir(parents=True)
     fake_python(checkout / "pyenv" / "versions" / "3.13.0" / "bin" / "python3", version="3.13")
-    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][2]
+    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][3]
 
 
 # --- the wheel -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from fnet.training.steps import augmented
 from fnet.training.stopping import Reducer
 from tests.test_training import assert_same_bits
 
+pytestmark = pytest.mark.long
+
 X = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 32)
 DATA, HELD = fnet.Batch(X[:24], Y[:24]), fnet.Batch(X[24:], Y[24:])

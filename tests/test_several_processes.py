@@ -17,6 +17,8 @@ import pytest
 
 from tests.pages import blocks_of
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 NUMBERS = ["dataset", "stream_in_folder", "observed", "clocks"]
 SLOW = ["mlp", "gpt", "mapped"]

@@ -27,6 +27,7 @@ __all__ = [
     "bind",
     "constant",
     "coordination",
+    "cuda_tools",
     "jaxprs_in_params",
     "quick_jit",
     "scan_parts",
@@ -95,6 +96,11 @@ def source_line(eqn: JaxprEqn) -> str:
 def coordination() -> Any:
     """The client of the service by which processes find each other; None where there is one process alone."""
     return distributed.global_state.client
+
+
+def cuda_tools(folder: str) -> dict[str, Any]:
+    """The compiler's option that says where NVIDIA's assembler and library of functions are."""
+    return {"xla_gpu_cuda_data_dir": folder}
 
 
 # --- compiling quickly ------------------------------------------------------------------------------------------------

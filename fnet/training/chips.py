@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from fnet.core.extras import need
-from fnet.core.jax_insides import backends_are_initialized
+from fnet.core.jax_insides import backends_are_initialized, cuda_tools
 from fnet.core.placement import AXES, Placement
 from fnet.core.platforms import traced_for
 from fnet.training.collectives import Sent, sent_by_step
@@ -95,7 +95,7 @@ def _tools() -> dict[str, Any]:
     package: Any = need("compile_step", "nvidia.cuda_nvcc")
     folder = Path(next(iter(package.__path__)))
     os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {"xla_gpu_cuda_data_dir": str(folder)}
+    return cuda_tools(str(folder))
 
 
 def look_for_compilers() -> None:

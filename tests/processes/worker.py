@@ -16,15 +16,13 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-jax.config.update("jax_enable_x64", True)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-import fnet  # noqa: E402
-from fnet.core import processes  # noqa: E402
-from fnet.core.trees import named_leaves  # noqa: E402
+import fnet
+from fnet.core import processes
+from fnet.core.trees import named_leaves
+from tests.devices import parts
 
 COUNT, INDEX = int(os.environ.get("COUNT", "1")), int(os.environ.get("INDEX", "0"))
 
@@ -33,8 +31,6 @@ def start() -> None:
     if COUNT > 1:
         fnet.processes.start(f"127.0.0.1:{os.environ['PORT']}", COUNT, INDEX, heartbeat_timeout=10)
 
-
-from tests.devices import parts  # noqa: E402
 
 X, Y = parts.CASES["mlp"].inputs, parts.CASES["mlp"].targets
 
@@ -296,6 +292,7 @@ def case_long(folder):
 
 
 def main() -> None:
+    jax.config.update("jax_enable_x64", True)
     start()
     folder = Path(sys.argv[1])
     for name in sys.argv[2:]:
