@@ -127,6 +127,13 @@ def plan(
 
     Raises TypeError and ValueError for what is none of these, sizes that the batch or the rules do not divide by, and
     `LayerError` where model and inputs do not fit.
+
+    >>> from fnet.layers.models import mlp
+    >>> from fnet.optimizers import adam
+    >>> x = jax.ShapeDtypeStruct((1, 784), "float32")
+    >>> made = plan(mlp(1024, 10), x, adam(1e-3), {"data": 8}, batch=512, chip="h100")
+    >>> made.parameters, [(each.kind, each.axes, round(each.bytes)) for each in made.moved]
+    (814090, [('all-reduce', ('data',), 5698630)])
     """
     require_layer("plan: model", model)
     require_optimizer("plan: optimizer", optimizer)
