@@ -50,7 +50,6 @@ class KeptLeaf(NamedTuple):
     path: str
     kind: str
     array: np.ndarray | jax.Array  # on the host; where each process has a part of it, there
-    sum: int
 
 
 def kept_leaves(tree: PyTree) -> list[KeptLeaf]:
@@ -59,8 +58,7 @@ def kept_leaves(tree: PyTree) -> list[KeptLeaf]:
     arrays = {path: words_of(leaf) for path, leaf in named.items()}
     if not _is_of_several(arrays):
         arrays = {path: np.asarray(a) for path, a in zip(arrays, jax.device_get([*arrays.values()]), strict=True)}
-    sums = _sums(arrays)
-    return [KeptLeaf(path, _kind(leaf), arrays[path], sums[path]) for path, leaf in named.items()]
+    return [KeptLeaf(path, _kind(leaf), arrays[path]) for path, leaf in named.items()]
 
 
 def _is_of_several(arrays: Mapping[str, Any]) -> bool:
@@ -92,7 +90,8 @@ def save_checkpoint(
     with processes.together(CheckpointError) as first:
         if first:
             _require_room(path, sum(leaf.array.nbytes for leaf in leaves))
-    described = [{"path": leaf.path, "kind": leaf.kind, "sum": leaf.sum} for leaf in leaves]
+    sums = _sums({leaf.path: leaf.array for leaf in leaves})
+    described = [{"path": leaf.path, "kind": leaf.kind, "sum": sums[leaf.path]} for leaf in leaves]
     arrays = {f"{i:05d}": leaf.array for i, leaf in enumerate(leaves) if leaf.array.size}  # orbax takes no empty ones
     meta = {**(meta or {}), "format": FORMAT, "step": step, "leaves": described}
     part = path.with_name(f".writing_{path.name}")
