@@ -20,6 +20,7 @@ def parts():
     return step, start, data, {"epochs": 2, "batch_size": 8, "evaluate": evaluate, "validation": data}
 
 
+@pytest.mark.long
 def test_without_jit_the_run_is_pythons_and_its_numbers_the_same(tmp_path, capsys):
     step, start, data, options = parts()
     stop, seen = early_stopping("validation_loss", 5), []

@@ -361,6 +361,7 @@ def core_packages():
     return found.values()
 
 
+@pytest.mark.long
 def test_a_wheel_of_a_clean_clone_runs_the_readmes_first_snippet_with_nothing_but_the_core(tmp_path):
     clone, site, work = tmp_path / "clone", tmp_path / "site", tmp_path / "work"
     for path in project_files():

@@ -71,12 +71,14 @@ def resumed_is_straight(tmp_path, **options):
     return straight
 
 
+@pytest.mark.long
 def test_a_run_cut_twice_is_the_straight_run_with_dropout_batch_norm_schedule_accumulation_and_noise(tmp_path):
     end = resumed_is_straight(tmp_path)
     alone, _ = resumable.run(None, chunk_steps=None)
     assert_same_bits(end, alone)  # a folder changes nothing
 
 
+@pytest.mark.long
 def test_mapped_data_give_the_run_of_data_in_memory_and_are_resumed(tmp_path):
     mapped = resumed_is_straight(tmp_path, source="mapped", files=tmp_path)
     in_memory, _ = resumable.run(None)
@@ -149,6 +151,7 @@ def result(process):
     return out.split("end ")[1].strip()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_run_and_ends_it_with_128_and_its_number(number, tmp_path):
     process = start(tmp_path / "run", "--slow", "0.3")
@@ -187,6 +190,7 @@ def killed_at_random(folder, times, seed, source):
     return result(start(folder, *extra))
 
 
+@pytest.mark.long
 def test_a_run_killed_at_a_random_moment_ends_as_the_undisturbed_one(tmp_path):
     folder = tmp_path / "run"
     assert killed_at_random(folder, 2, 0, "memory") == digest(resumable.run(tmp_path / "straight")[0])
@@ -538,6 +542,7 @@ def test_what_was_not_finite_is_forgotten_when_the_run_goes_on(tmp_path):
     assert not (tmp_path / "run" / "nonfinite.json").exists()
 
 
+@pytest.mark.long
 def test_a_state_on_several_devices_needs_a_placement_and_one_on_another_device_stays_there():
     out = on_two_devices("""
 import jax, numpy as np, fnet
