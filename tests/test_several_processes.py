@@ -201,9 +201,10 @@ def test_where_one_is_killed_the_other_ends_and_the_last_whole_checkpoint_resume
     codes = signalled(tmp_path / "long", signal.SIGKILL, victim, RUN=str(folder))
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, None)
     assert time.monotonic() - began < 90
-    if victim:  # of the first, whose service it is, jax itself speaks
-        assert "ProcessError: process 1 of 2 is gone" in (tmp_path / "long" / "long.0.txt").read_text()
-    else:
+    if victim:  # whoever is sooner says so, fnet or jax, which ends the process
+        said = (tmp_path / "long" / "output.0").read_text()
+        assert "process 1 of 2 is gone" in said or re.search(r"tasks are unhealthy.*\n1\n", said), said[-3000:]
+    else:  # the service was the first's
         assert re.search(r"leader|coordination service|Connection closed", output_of(tmp_path / "long"))
     step = saved(folder)[-1]
     for several in (True, False):

@@ -157,7 +157,7 @@ def agreed(mine: Any, combine: Callable[[list[Any]], Any]) -> Any:
     made = _exchanged({"said": mine}, combine, WAIT)
     if "failed" in made:
         error = ProcessError(made["failed"])
-        error.__dict__["heard"] = True
+        error.__dict__["heard"] = True  # it need not be told again
         raise error
     return made["made"]
 
@@ -176,7 +176,10 @@ def _exchanged(mine: dict[str, Any], combine: Callable[[list[Any]], Any], second
             client.key_value_delete(f"fnet/{number - 1}/made")  # all have read it, or they were not here
         return json.loads(client.blocking_key_value_get(f"{place}/made", milliseconds))
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(_gone(error, seconds)) from error
+        lost = ProcessError(_gone(error, seconds))
+        lost.__dict__["heard"] = True
+        print(lost, file=sys.stderr, flush=True)  # before jax ends this process, which may be at once
+        raise lost from error
 
 
 def _made(every: list[dict[str, Any]], combine: Callable[[list[Any]], Any]) -> dict[str, Any]:

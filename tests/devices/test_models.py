@@ -49,7 +49,9 @@ def alone(name, engine):
 def test_a_run_on_eight_devices_is_the_run_on_one_and_each_does_its_part(name, mesh, engine):
     one, several = alone(name, engine), run(name, mesh, engine=ENGINES[engine])
     assert_same_run(one, several)
-    assert several.work <= 0.165 * one.work  # an eighth, and what is done by all: updates, orders of examples
+    # an eighth, and what is done by all: orders of examples, and where parameters are whole Adam's 13 operations
+    update = 13 * sum(leaf.size for leaf in jax.tree.leaves(one.ts.params)) if mesh == "dp8" else 0
+    assert several.work <= 0.165 * one.work + update
     assert len(jax.tree.leaves(several.ts.params)[0].sharding.device_set) == 8
 
 
