@@ -301,7 +301,7 @@ def main() -> None:
             found = globals()[f"case_{name}"](folder)
         except Exception as error:
             (folder / f"{name}.{INDEX}.txt").write_text(f"{type(error).__name__}: {error}")
-            if isinstance(error, KeyError):
+            if isinstance(error, KeyError) or name == "long":
                 raise
         else:
             ts, history = found[:2]
