@@ -17,17 +17,14 @@ import json, sys
 import jax
 from fnet.training.chips import compile_step, look_for_compilers
 from fnet.report.planned import model_of, parser, sizes_of
-from fnet.core.placement import TRANSFORMER
 from fnet.optimizers import adamw
-from fnet.training.plans import abstract_step, plan
+from fnet.training.plans import abstract_step, on_paper, plan
 
 look_for_compilers()
 options = parser().parse_args(sys.argv[1:])
 (model, x), sizes = model_of(options), sizes_of(options)
 batch = options.batch or 8 * sizes.get("data", 1) * sizes.get("fsdp", 1)
-rules = TRANSFORMER if "tensor" in sizes else None
-step, ts, data = abstract_step(model, x, adamw(1e-3), batch)
-made = compile_step(step, ts, data, sizes, options.chip, rules)
+made = compile_step(*abstract_step(model, x, adamw(1e-3), batch), on_paper(sizes), options.chip)
 planned = plan(model, x, adamw(1e-3), sizes, batch, chip=options.chip)
 moved = {}
 for each in planned.moved:

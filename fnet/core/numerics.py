@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.types import Mean
+from fnet.types import Mean, PyTree
 
 
 def wide(*dtypes) -> np.dtype:
@@ -21,6 +21,22 @@ def wide(*dtypes) -> np.dtype:
 def is_key(leaf: Any) -> bool:
     """Whether these are typed random keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def words_of(leaf: Any) -> Any:
+    """A key's words, or the array itself."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def with_words(like: Any, words: jax.Array) -> jax.Array:
+    """A key of ``like``'s kind that has these `words_of`, or the array itself."""
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if is_key(like) else words
+
+
+def bytes_of(tree: PyTree) -> int:
+    """Bytes of a tree's arrays, or of their shapes; of a key those of its words."""
+    words = [jax.eval_shape(words_of, leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in words)
 
 
 def is_floating_dtype(dtype) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -15,12 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fnet.core import processes
 from fnet.core.checksums import words_sum, words_sums
-from fnet.core.numerics import is_key
+from fnet.core.numerics import bytes_of, is_key, with_words, words_of
 from fnet.core.splitting import Split
 from fnet.core.trees import named_leaves
 from fnet.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
+LEAST = 4096  # numbers that a leaf has which is split without a rule
 
 # Megatron's split of a transformer: heads and the wide layer over `tensor`, so that each branch is summed once; and a
 # table along its features, since along the vocabulary each device would need the gradients of all its rows.
@@ -103,12 +103,16 @@ class Placement(NamedTuple):
         parts = self.mesh.shape.get("fsdp", 1)
         free = [i for i in range(max(0, len(shape) - 2), len(shape)) if axes[i] is None and shape[i] % parts == 0]
         if parts > 1 and "fsdp" not in axes and free and math.prod(shape) >= self.least:
-            axes[free[0]] = (
-                "fsdp"  # parts of rows lie one after another when they are gathered, those of columns do not
-            )
+            # rows, where they divide: their parts lie one after another when they are gathered
+            axes[free[0]] = "fsdp"
         while axes and axes[-1] is None:
             axes.pop()
         return PartitionSpec(*axes)
+
+    def bytes_of(self, path: str, leaf) -> int:
+        """What each device holds of a leaf."""
+        parts = math.prod(self.mesh.shape[name] for name in self.spec(path, leaf) if name is not None)
+        return bytes_of(leaf) // parts
 
     def of_batch(self, shape: Sequence[int], axis: int = 0) -> NamedSharding:
         """Examples along ``axis`` split over data and fsdp; whole where they cannot be split evenly."""
@@ -159,13 +163,10 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def _of_all(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on the devices of all; without sending it, as `jax.device_put` would."""
-    words = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    words = np.asarray(words_of(leaf))
     where = NamedSharding(sharding.mesh, PartitionSpec()) if is_key(leaf) else sharding
     made = jax.make_array_from_callback(words.shape, where, lambda part: words[part])
-    if not is_key(leaf):
-        return made
-    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(leaf))
-    return jax.jit(wrap, out_shardings=sharding)(made)
+    return jax.jit(lambda words: with_words(leaf, words), out_shardings=sharding)(made) if is_key(leaf) else made
 
 
 def is_local(leaf: Any) -> bool:
@@ -178,7 +179,7 @@ def require_same_leaves(tree: PyTree) -> None:
 
     Of what is split each has a part of its own, which nobody else knows: `fnet.init` compares the keys.
     """
-    words = {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named_leaves(tree)}
+    words = {path: words_of(leaf) for path, leaf in named_leaves(tree)}
     own = {path: words_sum(np.asarray(leaf)) for path, leaf in words.items() if is_local(leaf)}
     held = {path: leaf for path, leaf in words.items() if path not in own and leaf.is_fully_replicated}
     sums = own | dict(zip(held, map(int, words_sums([*held.values()])), strict=True))

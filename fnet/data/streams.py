@@ -39,7 +39,7 @@ def read_rows(
     order_of: Callable[[int], np.ndarray],
     batch_size: int,
     step: int,
-    part_of: Callable[[int], slice] = lambda examples: slice(0, examples),
+    part_of: Callable[[int], slice] = slice,
 ) -> Iterator[Read]:
     """The batches of mapped arrays or of a dataset from a step on, epoch after epoch; of each the part that is said."""
     n = count_rows(data)
@@ -77,7 +77,7 @@ def _example(source: Any, row: int) -> Batch:
 def one_epoch(
     data: Stream | Batch | Examples,
     batch_size: int | None = None,
-    part_of: Callable[[int], slice] = lambda examples: slice(0, examples),
+    part_of: Callable[[int], slice] = slice,
 ) -> Iterator[Read]:
     """The batches of one epoch from the beginning, in order, or the parts of them; a stream's are its own."""
     if isinstance(data, Stream):

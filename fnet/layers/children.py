@@ -19,7 +19,7 @@ import numpy as np
 from fnet.core import processes
 from fnet.core.checks import described, require_key, require_layer, takes
 from fnet.core.contexts import holding
-from fnet.core.numerics import is_key, stream
+from fnet.core.numerics import stream, words_of
 from fnet.core.placement import Placement
 from fnet.core.splitting import by_examples
 from fnet.core.trees import named_leaves, split_floating
@@ -35,7 +35,7 @@ def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = 
     require_layer("init: model", model)
     require_key("init", key)
     if placement is not None:
-        words = np.asarray(jax.random.key_data(key) if is_key(key) else key).tolist()
+        words = np.asarray(words_of(key)).tolist()
         processes.require_same("init", {"the key": words}, "give all processes the same")
     shapes = jax.eval_shape(lambda x: x, x)
     draw = lambda key: dict(zip(("params", "state"), init_of(model, key, shapes), strict=True))  # noqa: E731

@@ -2,6 +2,7 @@
 
 - `run`, `folder`: the page of a run, or of several, from their folders; `audit`: that of a gradient audit
 - `plots`: pictures; `tables`, `model`: tables; `population`: of many runs; `html`: what pages are made of
+- `planned`: what a model would take on many chips, as a command
 
 Imports any room; libraries are imported where they are used.
 """

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from fnet import layers
-from fnet.core.placement import AXES, TRANSFORMER
+from fnet.core.placement import AXES
 from fnet.layers import models
 from fnet.optimizers import adamw
 from fnet.training.chips import CUDA, TPU, Compiled, compile_step, look_for_compilers
-from fnet.training.plans import CHIPS, Plan, abstract_step, plan
+from fnet.training.plans import CHIPS, Plan, abstract_step, on_paper, plan
 from fnet.types import Layer
 
 
@@ -99,11 +99,11 @@ def main(arguments: Sequence[str]) -> str:
         sizes = sizes_of(options)
         (model, x), optimizer = model_of(options), adamw(1e-3)
         batch = options.batch or 8 * sizes.get("data", 1) * sizes.get("fsdp", 1)
-        made = plan(model, x, optimizer, sizes, batch, chip=options.chip)
+        placement = on_paper(sizes)
+        made = plan(model, x, optimizer, placement, batch, chip=options.chip)
         if not options.compile:
             return str(made)
-        rules = TRANSFORMER if sizes.get("tensor", 1) > 1 else None
-        step, ts, data = abstract_step(model, x, optimizer, batch)
-        return f"{made}\n\n{beside(made, compile_step(step, ts, data, sizes, options.chip, rules))}"
+        compiled = compile_step(*abstract_step(model, x, optimizer, batch), placement, options.chip)
+        return f"{made}\n\n{beside(made, compiled)}"
     except (ValueError, ImportError) as error:
         command.error(str(error))

@@ -1,7 +1,7 @@
 """A run driven from the host: `fit`, what it tells, and the folder in which it is kept.
 
 - `driver`: `fit` from its arguments to its end; `arguments` are checked, `loop` is the training loop as a program,
-  `compilation` makes it once
+  `compilation` makes it once, `placing` puts it on several devices of several processes
 - `folder`: `Run`, what is kept and resumed; `checkpoint`, `locks`
 - `history` of the metrics, `observers` of the events, `interrupts`, and `nonfinite`: where a number stopped being one
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.checks import is_whole, require_counts
+from fnet.core.numerics import words_of
 from fnet.core.placement import Placement
 from fnet.core.programs import Line, digest, program_lines
 from fnet.core.trees import named_leaves
@@ -20,7 +21,6 @@ from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, ch
 from fnet.data.sources import Examples, Stream, as_source, count_rows, is_read_ahead, with_length
 from fnet.data.streams import first_batch, take_rows
 from fnet.optimizers.plateau import told
-from fnet.runs.checkpoint import words_of
 from fnet.runs.run import Run, RunError, check_options
 from fnet.runs.settings import numbers_of, shortest
 from fnet.training.epochs import epoch_order, steps_per_epoch
@@ -53,6 +53,14 @@ class Plan(NamedTuple):
     results: dict[str, Any]
     capacity: int  # C
     placement: Placement | None = None  # of several devices
+
+    def part_of(self, examples: int) -> slice:
+        """Which of a batch's examples this process reads."""
+        return slice(examples) if self.placement is None else self.placement.part_of(examples)
+
+    def put(self, batch: PyTree, examples: int, axis: int = 0) -> PyTree:
+        """A batch of so many examples along ``axis``, of which this process has its part, where the run has it."""
+        return batch if self.placement is None else self.placement.put_batch(batch, examples, axis)
 
 
 def check_kinds(step, ts, evaluate, stop, observers, run, placement) -> None:

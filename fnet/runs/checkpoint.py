@@ -11,7 +11,6 @@ reads its part of every leaf, and a leaf's sum (`fnet.core.checksums`) is the sa
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -32,7 +31,7 @@ from fnet.core import processes
 from fnet.core.checksums import words_sum, words_sums
 from fnet.core.extras import need
 from fnet.core.files import first_line
-from fnet.core.numerics import is_key
+from fnet.core.numerics import is_key, with_words, words_of
 from fnet.core.trees import by_path
 from fnet.types import PyTree
 
@@ -263,18 +262,12 @@ def _named(tree: PyTree) -> dict[str, jax.Array]:
         raise CheckpointError(str(error)) from None
 
 
-def words_of(leaf: jax.Array) -> jax.Array:
-    """The array that is kept: a key's words, or the leaf itself."""
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf
-
-
 def _as_leaf(array: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
     """The array as ``like`` is: a key, and on its devices."""
     if isinstance(array, jax.Array):  # on them already
-        wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(like)) if is_key(like) else None
-        return jax.jit(wrap, out_shardings=like.sharding)(array) if wrap else array
-    leaf = jnp.array(array)
-    leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if is_key(like) else leaf
+        whole = jax.jit(lambda words: with_words(like, words), out_shardings=like.sharding)
+        return whole(array) if is_key(like) else array
+    leaf = with_words(like, jnp.array(array))
     return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
 
 
@@ -284,9 +277,11 @@ def _kind(leaf: jax.Array) -> str:
 
 def _hashes(path: Path) -> dict[str, str]:
     """The SHA-256 of every file within, but for the manifest's; each process reads its share of them."""
+    names: list[str] = []
     with processes.together(OSError) as first:
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
-        names = [file.relative_to(path).as_posix() for file in files if first]
+        if first:
+            files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "manifest.json")
+            names = [file.relative_to(path).as_posix() for file in files]
     names = processes.told(names)
     with processes.together(OSError):
         mine = names[processes.index() :: processes.count()]

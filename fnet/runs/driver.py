@@ -53,7 +53,7 @@ from fnet.runs.run import Run, RunError
 from fnet.training.evaluation import sets_of
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, ending, stopped, with_stopping
-from fnet.types import Batch, PyTree, TrainState
+from fnet.types import PyTree, TrainState
 
 CHUNK_SECONDS = 0.5  # what a chunk is calibrated to
 
@@ -245,10 +245,10 @@ def fit(
         except BaseException as error:
             if isinstance(error, Terminated):  # of a run within an observer too: the state is that of the outer
                 error.state, error.history = ts, recorder.history(seconds["compile"], seconds["run"])
-            lost = ts.step.is_deleted()  # where no copies are kept it was donated
-            saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
             if not processes.is_of_all(error):  # the others would not save with this one
                 raise
+            lost = ts.step.is_deleted()  # where no copies are kept it was donated
+            saves = [] if lost or isinstance(error, (RunError, CheckpointError)) else [lambda: save(wait=True)]
             for last in (*saves, lambda: tell("end", position)):
                 try:
                     last()
@@ -385,20 +385,15 @@ def not_finite(plan: Plan, chunk: Chunk, folder) -> NonFiniteError:
             None,
         )
 
-    part_of = slice if plan.placement is None else plan.placement.part_of
-
-    def whole(batch: Batch, examples: int) -> Batch:
-        return plan.placement.put_batch(batch, examples) if plan.placement is not None else batch
-
     def batches():
         for read in chunk.outputs.reads:
-            yield None, whole(check_data(read.batch, name="a batch of the stream", part=True), read.examples)
+            yield None, plan.put(check_data(read.batch, name="a batch of the stream", part=True), read.examples)
         for at in range(chunk.first, last if not chunk.outputs.reads else chunk.first):
             order = order_at(plan, before.key, at // plan.per_epoch)
             begin = at % plan.per_epoch * plan.batch_size
             rows = order[begin : begin + plan.batch_size].tolist()
-            own = rows[part_of(len(rows))]  # those of this process
-            yield rows, whole(check_data(take_rows(plan.data, own), part=True, rows=own), len(rows))
+            own = rows[plan.part_of(len(rows))]  # those of this process
+            yield rows, plan.put(check_data(take_rows(plan.data, own), part=True, rows=own), len(rows))
 
     if leaf := bad_leaf(before):
         message = f"the state that the run begins with at step {chunk.first} is not finite: {leaf}"

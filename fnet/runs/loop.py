@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core import processes
-from fnet.core.numerics import is_key
+from fnet.core.numerics import with_words, words_of
 from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.sources import Examples, Stream, is_read_ahead
 from fnet.data.streams import Read, ahead, joined, kind_of, one_epoch, read_rows, read_stream
@@ -191,8 +191,7 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
     programs: dict[Any, Callable] = {}  # by the shapes of what they evaluate; and what decides
 
     def on_batch(ts, batch, examples=None):
-        if plan.placement is not None and examples is not None:
-            batch = plan.placement.put_batch(batch, examples)
+        batch = batch if examples is None else plan.put(batch, examples)
         kind = kind_of(batch)
         if kind not in programs:
             programs[kind] = compile(evaluated_batch, {"evaluate": plan.evaluate}, {"state": ts, "batch": batch})
@@ -229,15 +228,15 @@ def boundary(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
 def batches_of(name: str, held: Stream | Examples, plan: Plan, ts: TrainState) -> Iterator[tuple[Batch, int]]:
     """The checked batches of a validation set, which a thread reads ahead, or this process' parts; and their sizes."""
     evaluate: Any = plan.evaluate
-    part = {} if plan.placement is None else {"part_of": plan.placement.part_of}
-    reads = ahead(one_epoch(held, plan.batch_size, **part), 2)
+    reads = ahead(one_epoch(held, plan.batch_size, plan.part_of), 2)
     one = lambda ts, batch: evaluate(ts.params, ts.state, batch)  # noqa: E731
     with closing(labels_checked(name, one, ts, reads)) as checked:
         while True:
             with processes.together(DataError):
                 if (read := next(checked, None)) is not None:
                     batch = check_data(read.batch, name=name_of(read, name), part=True, rows=read.rows)
-            check_parts(name, plan, [] if read is None else [read])  # all end with the same
+            if isinstance(held, Stream):
+                check_parts(name, plan, [] if read is None else [read])  # all end with the same
             if read is None:
                 return
             yield batch, read.examples
@@ -275,8 +274,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     if isinstance(plan.data, Stream):
         reads = read_stream(plan.data, state, position)
     else:
-        part = {} if plan.placement is None else {"part_of": plan.placement.part_of}
-        reads = read_rows(plan.data, order_of, plan.batch_size, position, **part)
+        reads = read_rows(plan.data, order_of, plan.batch_size, position, plan.part_of)
     most = min(plan.capacity, plan.every if plan.evaluate else plan.per_epoch)
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.sample))  # bytes of a batch
     size = max(1, min(most, READ_BYTES // max(1, each)))
@@ -294,14 +292,10 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             programs[shapes] = compile(run_batches, {"step": plan.step}, arguments)
         return programs[shapes]
 
-    def placed(batches: PyTree, examples: int) -> PyTree:
-        """In a row, each split over the devices of a placement; or their shapes."""
-        return batches if plan.placement is None else plan.placement.put_batch(batches, examples, 1)
-
     few = min(size, 2)  # an index into an axis of one is no index, and the loop another program
     for many in {few, size}:
         some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
-        program(ts, placed(some, plan.batch_size), jnp.asarray(0, jnp.int32))
+        program(ts, plan.put(some, plan.batch_size, 1), jnp.asarray(0, jnp.int32))
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
@@ -339,10 +333,11 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
                 taken = take(min(size, end - position))
                 n, room_for = len(taken), size if len(taken) > 1 else few
                 whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
-            check_parts(name, plan, taken)
+            if isinstance(plan.data, Stream):
+                check_parts(name, plan, taken)
             check_weights(taken)
             rows = jax.tree.map(lambda a, m=room_for: a.reshape(m, a.shape[0] // m, *a.shape[1:]), whole)
-            parts = placed(rows, taken[0].examples)
+            parts = plan.put(rows, taken[0].examples, 1)
             ts, now = program(ts, parts, number)(ts, parts, number)
             metrics.append(jax.tree.map(lambda a, n=n: np.asarray(a)[:n], now))
             used += taken if isinstance(plan.data, Stream) else []  # the rows of mapped data are known by the step
@@ -359,13 +354,11 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
 
 def _own_key(key: jax.Array) -> jax.Array:
     """A copy of the key for a thread of this process: one of several would wait for the others' threads."""
-    words = jax.random.key_data(key) if is_key(key) else key
-    own = jnp.array(np.asarray(words))
-    return jax.random.wrap_key_data(own, impl=jax.random.key_impl(key)) if is_key(key) else own
+    return with_words(key, jnp.array(np.asarray(words_of(key))))
 
 
 def check_parts(name: str, plan: Plan, reads: list[Read]) -> None:
-    """Require of what processes give of batches that each gives what its devices hold, and all as much."""
+    """Require of what processes' streams give of batches that each gives what its devices hold, and all as much."""
     if plan.placement is None or not processes.several():
         return
     sizes = [count_examples(read.batch) for read in reads]

@@ -100,16 +100,13 @@ def require_same_run(plan: Plan, ts: TrainState, run: Run | None, *options: Any)
     }
     processes.require_same("the run", said, "call fit with the same arguments in all")
     require_same_leaves(ts)
-    rows = {f"a sample of the rows of {name}": rows_digest(held) for name, held in arrays.items() if not _streams(held)}
+    arrays = {name: held for name, held in arrays.items() if not isinstance(held, Stream)}
+    rows = {f"a sample of the rows of {name}": rows_digest(held) for name, held in arrays.items()}
     processes.require_same("data", rows, "give all processes the whole of them, of which each reads its part")
 
 
-def _streams(held: Any) -> bool:
-    return isinstance(held, Stream)
-
-
 def _length(held: Any) -> str:
-    return f"{held.steps_per_epoch} batches" if _streams(held) else f"{count_rows(held)} examples"
+    return f"{held.steps_per_epoch} batches" if isinstance(held, Stream) else f"{count_rows(held)} examples"
 
 
 def stream_of(meta: Mapping[str, Any], folder: Path) -> Any:

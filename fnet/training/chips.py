@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from fnet.core.extras import need
 from fnet.core.jax_insides import backends_are_initialized, cuda_tools
-from fnet.core.placement import AXES, Placement
+from fnet.core.placement import Placement
 from fnet.core.platforms import traced_for
 from fnet.training.collectives import Sent, sent_by_step
 from fnet.training.sharding import sharded
@@ -60,25 +59,16 @@ class Compiled(NamedTuple):
     text: str  # the program
 
 
-def compile_step(
-    step: Step,
-    ts: TrainState,
-    batch: PyTree,
-    sizes: Mapping[str, int],
-    chip: str,
-    rules: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """A step compiled for the devices of a mesh of these ``sizes``, made of ``chip``: one of `CUDA` or `TPU`.
+def compile_step(step: Step, ts: TrainState, batch: PyTree, placement: Placement, chip: str) -> Compiled:
+    """A step compiled for a placement, as `plans.on_paper` makes it, on devices that are ``chip``: of `CUDA` or `TPU`.
 
-    ``ts`` and ``batch`` are arrays or `jax.ShapeDtypeStruct`s, the batch that of all devices; ``rules`` as those of
-    `fnet.placement`. Raises ValueError for a chip that is not known and a number of chips that are not made, and
-    ModuleNotFoundError, with what to install, where the compiler is not there.
+    ``ts`` and ``batch`` are arrays or `jax.ShapeDtypeStruct`s, the batch that of all devices. Raises ValueError for a
+    chip that is not known and a number of chips that are not made, and ImportError, with what to install, where the
+    compiler is not there.
     """
-    devices = devices_of(chip, math.prod(sizes.values()))
-    names = [name for name in AXES if name in sizes]
-    shape = tuple(sizes[name] for name in names)
-    mesh = Mesh(np.array(devices).reshape(shape), tuple(names), axis_types=(AxisType.Auto,) * len(names))
-    placement = Placement(mesh, tuple((rules or {}).items()), 4096)
+    names, shape = placement.mesh.axis_names, placement.mesh.axis_sizes
+    devices = np.array(devices_of(chip, math.prod(shape))).reshape(shape)
+    placement = placement._replace(mesh=Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names)))
     where = placement.of(ts)
     own = jax.tree.map(lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), ts, where)
     split = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement.of_batch(a.shape))  # noqa: E731

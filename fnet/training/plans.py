@@ -21,9 +21,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from fnet.core.checks import is_whole, require_layer, require_optimizer
 from fnet.core.interpret import walk
-from fnet.core.numerics import is_key
+from fnet.core.numerics import bytes_of
 from fnet.core.operations import operations_of
-from fnet.core.placement import AXES, TRANSFORMER, Placement
+from fnet.core.placement import AXES, LEAST, TRANSFORMER, Placement
 from fnet.core.trees import named_leaves
 from fnet.gradients.engines import backprop
 from fnet.layers.children import forward_of, init_of
@@ -138,8 +138,8 @@ def plan(
     require_layer("plan: model", model)
     require_optimizer("plan: optimizer", optimizer)
     chip = _chip(chip)
-    placement = _placement(placement)
-    sizes = {axis: size for axis, size in placement.mesh.shape.items()}
+    placement = placement if isinstance(placement, Placement) else on_paper(placement)
+    sizes = dict(placement.mesh.shape)
     parts = placement.split.parts
     if not is_whole(batch) or batch % parts:
         raise ValueError(f"plan: batch = {batch!r} over {parts} parts of data and fsdp; expected a multiple of {parts}")
@@ -166,10 +166,8 @@ def _chip(given: str | Chip) -> Chip:
     return CHIPS[given]
 
 
-def _placement(given: Placement | Mapping[str, int]) -> Placement:
-    """The placement on a mesh of so many devices, which need not be here."""
-    if isinstance(given, Placement):
-        return given
+def on_paper(given: Mapping[str, int]) -> Placement:
+    """The placement on a mesh of these sizes, whose devices need not be here; rules of `TRANSFORMER` with a tensor."""
     if not isinstance(given, Mapping) or not given or set(given) - set(AXES):
         raise TypeError(f"plan: placement = {given!r:.80}; expected a Placement, or sizes of {', '.join(AXES)}")
     for name, size in given.items():
@@ -177,7 +175,7 @@ def _placement(given: Placement | Mapping[str, int]) -> Placement:
             raise ValueError(f"plan: {name} = {size!r}; expected a whole number of at least 1")
     names = [name for name in AXES if name in given]
     mesh: Any = AbstractMesh(tuple(given[n] for n in names), tuple(names), axis_types=(AxisType.Auto,) * len(names))
-    return Placement(mesh, tuple(TRANSFORMER.items()) if given.get("tensor", 1) > 1 else (), 4096)
+    return Placement(mesh, tuple(TRANSFORMER.items()) if given.get("tensor", 1) > 1 else (), LEAST)
 
 
 def abstract_step(
@@ -224,22 +222,10 @@ def _operations(function, ts: TrainState, batch: Batch) -> tuple[float, np.dtype
     return float(total), np.dtype(dtype)
 
 
-def _size(tree: PyTree) -> int:
-    """Bytes of arrays, or of their shapes."""
-    words = [jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in words)
-
-
-def _part(placement: Placement, path: str, leaf) -> float:
-    """The bytes of a leaf on each device."""
-    split = math.prod(placement.mesh.shape[name] for name in placement.spec(path, leaf) if name is not None)
-    return _size(leaf) / split
-
-
 def _held(placement: Placement, ts: TrainState, model: Layer, data: Batch, dtype: np.dtype) -> dict[str, float]:
     outputs, kept = jax.eval_shape(lambda ts, data: _forward(model, ts, data), ts, data)
     params = [(f"params/{path}", leaf) for path, leaf in named_leaves(ts.params)]
-    state = sum(_part(placement, path, leaf) for path, leaf in named_leaves(ts))
+    state = sum(placement.bytes_of(path, leaf) for path, leaf in named_leaves(ts))
     gathered = 0.0
     for path, leaf in params:
         spec = placement.spec(path, leaf)
@@ -249,9 +235,9 @@ def _held(placement: Placement, ts: TrainState, model: Layer, data: Batch, dtype
             gathered = max(gathered, math.prod(leaf.shape) * dtype.itemsize / layers / parts)
     return {
         "parameters, moments, state": state,
-        "gradients": sum(_part(placement, path, leaf) for path, leaf in params),
-        "activations for the backward": _size(kept),
-        "outputs and their gradients": 2 * _size(outputs),
+        "gradients": sum(placement.bytes_of(path, leaf) for path, leaf in params),
+        "activations for the backward": bytes_of(kept),
+        "outputs and their gradients": 2 * bytes_of(outputs),
         "gathered of the largest layer": gathered,
     }
 
@@ -263,9 +249,9 @@ def _moved(
     d, f, t = (sizes.get(name, 1) for name in AXES)
     sums: dict[tuple[str, str, tuple[str, ...]], float] = defaultdict(float)
     rows = math.prod(jax.tree.leaves(data.targets)[0].shape)  # examples, or ids of sequences, of one device
-    shapes = {f"params/{path}": leaf.shape for path, leaf in named_leaves(ts.params)}
+    params = {f"params/{path}": leaf for path, leaf in named_leaves(ts.params)}
     wide = 4  # products are summed, and gradients sent, in float32
-    for path, leaf in [(f"params/{path}", leaf) for path, leaf in named_leaves(ts.params)]:
+    for path, leaf in params.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         spec, size = tuple(placement.spec(path, leaf)), math.prod(leaf.shape)
@@ -277,9 +263,9 @@ def _moved(
             sums["all-reduce", "gradients", ("data",)] += 2 * own / f * wide * (d - 1) / d
         else:
             sums["all-reduce", "gradients", ("data", "fsdp")] += 2 * own * wide * (d * f - 1) / (d * f)
-        joined = (
-            path.endswith(("/key/w", "/value/w")) and shapes.get(_query(path)) == leaf.shape
-        )  # one product of three
+        # a query of the same shape has its key and value in one product with it
+        query = params.get(_query(path)) if path.endswith(("/key/w", "/value/w")) else None
+        joined = query is not None and query.shape == leaf.shape
         # the rule of a bias has one axis, of stacked ones too
         if "tensor" in spec and len(placement.rule(path)[1]) > 1 and not joined:
             axis = spec.index("tensor") - len(leaf.shape)

@@ -16,12 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fnet.core.checks import is_whole
-from fnet.core.numerics import is_key
-from fnet.core.placement import AXES, TRANSFORMER, Placement
+from fnet.core.placement import AXES, LEAST, TRANSFORMER, Placement
 from fnet.core.splitting import by_examples, splitting
 from fnet.core.trees import named_leaves
 from fnet.training.plans import CHIPS, Chip, Plan, plan
@@ -77,7 +75,7 @@ def mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def placement(mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None, *, least: int = 4096) -> Placement:
+def placement(mesh: Mesh, rules: Mapping[str, PartitionSpec] | None = None, *, least: int = LEAST) -> Placement:
     """The `Placement` of a run on a mesh.
 
     ``rules`` are patterns of paths, in which ``*`` stands for anything, each with the axes of the mesh that a leaf's
@@ -149,12 +147,10 @@ def describe(placement: Placement, tree: PyTree) -> str:
     sum                                60
     """
     rows, total = [("leaf", "shape", "split", "bytes per device")], 0
-    for (path, leaf), sharding in zip(named_leaves(tree), jax.tree.leaves(placement.of(tree)), strict=True):
-        words = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-        size = math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(words.dtype).itemsize
-        size *= math.prod(words.shape[len(leaf.shape) :])
+    for path, leaf in named_leaves(tree):
+        size = placement.bytes_of(path, leaf)
         total += size
-        over = [f"axis {i} over {name}" for i, name in enumerate(sharding.spec) if name is not None]
+        over = [f"axis {i} over {name}" for i, name in enumerate(placement.spec(path, leaf)) if name is not None]
         rows.append((path, str(tuple(leaf.shape)), ", ".join(over) or "whole", f"{size:,}"))
     rows.append(("sum", "", "", f"{total:,}"))
     a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))

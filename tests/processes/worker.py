@@ -35,8 +35,8 @@ def start() -> None:
 X, Y = parts.CASES["mlp"].inputs, parts.CASES["mlp"].targets
 
 
-def batch(n=48, weights=None) -> fnet.Batch:
-    return fnet.Batch(X[:n], Y[:n], weights)
+def batch(n=48) -> fnet.Batch:
+    return fnet.Batch(X[:n], Y[:n])
 
 
 def made(name="mlp", mesh="dp2 fsdp4", **options):
