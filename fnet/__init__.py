@@ -32,7 +32,7 @@ NAMES = {
         "transforms",
     ),
     "gradients": ("accumulate", "autodiff", "backprop", "from_loss", "intermediate_gradients", "tap"),
-    "gradcheck": ("check_gradients", "check_layer", "check_model"),
+    "gradcheck": ("check_gradients", "check_layer", "check_model", "record", "record_function"),
     "training.sharding": ("mesh", "placement"),
     "training": (
         *("RateCurve", "augmented", "best_weights", "early_stopping", "find_learning_rate", "generate"),
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # the same names, for those who read and do not run; a test c
     )
     from fnet.core import processes
     from fnet.data import DataError, check_data, split
-    from fnet.gradcheck import check_gradients, check_layer, check_model
+    from fnet.gradcheck import check_gradients, check_layer, check_model, record, record_function
     from fnet.gradients import accumulate, autodiff, backprop, from_loss, intermediate_gradients, tap
     from fnet.layers import dense, flatten, initializers, models, serial
     from fnet.layers.children import apply, init, parameter_paths

@@ -32,6 +32,7 @@ from fnet.core.jax_insides import (
 Site = tuple[int, ...]
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 CALLS = (*CUSTOM, "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
+STEP = "t="  # and its number: the scope of what a step of an unrolled scan does
 STRUCTURE = (*CALLS, "scan", "while", "cond")  # what `evaluate` enters: the operations within are seen one by one
 
 
@@ -172,7 +173,8 @@ class _Run(NamedTuple):
             return [*carry, *ys], (marks * weights(length)).sum(dtype=jnp.uint32)
         rows: list = [None] * length
         for t in reversed(range(length)) if reverse else range(length):
-            carry, (rows[t], _) = step(carry, ([x[t] for x in xs], [v[t] for v in slices]))
+            with jax.named_scope(f"{STEP}{t}"):
+                carry, (rows[t], _) = step(carry, ([x[t] for x in xs], [v[t] for v in slices]))
         if length == 0:
             ys = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[n_carry:]]
         else:

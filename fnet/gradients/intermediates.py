@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fnet.core.interpret import Place, evaluate, is_array, is_float, walk
+from fnet.core.jax_insides import bind
 from fnet.types import PyTree
 
 PREFIX = "fnet.tap:"
@@ -66,6 +67,7 @@ class Tapped(NamedTuple):
     names: tuple[str, ...]
     value: Callable  # (offsets, arrays) -> scalar; the derivative by an offset is the tapped value's gradient
     zeros: list[jax.Array]
+    lengths: list[tuple[int, ...]]  # of the scans that each stands in, the first axes of its offset
     arrays: list  # those among the leaves of params and args
 
 
@@ -94,7 +96,7 @@ def perturbed(f: Callable, params: PyTree, *args, has_aux: bool = False) -> Tapp
 
     def value(offsets, arrays):
         def rule(site, eqn, inputs, extras):
-            return [inputs[0] + extras[site]] if site in extras else None
+            return bind(eqn, [inputs[0] + extras[site]]) if site in extras else None
 
         opened = lambda site, eqn: site in openings  # noqa: E731
         extras = dict(zip(sites, offsets, strict=True))
@@ -103,7 +105,7 @@ def perturbed(f: Callable, params: PyTree, *args, has_aux: bool = False) -> Tapp
     avals: list[Any] = [(place.lengths, place.eqn.outvars[0].aval) for place in taps]
     zeros = [jnp.zeros((*lengths, *aval.shape), aval.dtype) for lengths, aval in avals]
     names = tuple(place.eqn.params["name"].removeprefix(PREFIX) for place in taps)
-    return Tapped(names, value, zeros, arrays)
+    return Tapped(names, value, zeros, [place.lengths for place in taps], arrays)
 
 
 def find_taps(closed) -> list[Place]:

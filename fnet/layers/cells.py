@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fnet.core.checks import require_layer
 from fnet.core.numerics import wide
 from fnet.layers.activation import logistic, tanh_of
+from fnet.layers.children import show
 from fnet.layers.dense import plus, product
 from fnet.layers.initializers import Initializer
 from fnet.types import Layer
@@ -86,7 +87,7 @@ def lstm_step() -> Cell:
         # not σ(z) = ½ + ½ tanh(z/2), one tanh for all four: that cancels where a gate is nearly shut. And in float32 at
         # least, the gates that are kept too: in 16 bits 1 − σ would be 0 where one is nearly open
         i, f, g, o = jnp.split(z, 4, -1)
-        i, f, g, o = logistic(i), logistic(f), tanh_of(g), logistic(o)
+        i, f, g, o = show("i", logistic(i)), show("f", logistic(f)), show("g", tanh_of(g)), show("o", logistic(o))
         gates = jnp.concatenate([i, f, g, o], -1)
         c = (f * widened(c) + i * g).astype(z.dtype)
         return ((o * tanh_of(c)).astype(z.dtype), c), gates
@@ -120,7 +121,8 @@ def gru_step_after(bias: Initializer | None) -> Cell:
             q = plus(q, recurrent["b"]).astype(q.dtype)
         # 1 − u as σ(−z), which does not cancel where u rounds to 1; all in float32 at least, what is kept too
         r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
-        n = tanh_of(widened(z[..., 2 * units :]) + r * widened(q))
+        r, u = show("r", r), show("u", u)
+        n = show("n", tanh_of(widened(z[..., 2 * units :]) + r * widened(q)))
         return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n, q)
 
     def slopes(kept, before, after):
@@ -154,8 +156,9 @@ def gru_step_before() -> Cell:
         (h,), w, units = carry, recurrent["w"], carry[0].shape[-1]
         z_r, z_u = jnp.split(z[..., : 2 * units] + product(h, w[:, : 2 * units]), 2, -1)
         r, u, rest = logistic(z_r), logistic(z_u), logistic(-z_u)
+        r, u = show("r", r), show("u", u)
         p = (r * widened(h)).astype(h.dtype)
-        n = tanh_of(z[..., 2 * units :] + product(p, w[:, 2 * units :]))
+        n = show("n", tanh_of(z[..., 2 * units :] + product(p, w[:, 2 * units :])))
         return ((rest * n + u * widened(h)).astype(z.dtype),), (r, u, rest, n)
 
     def slopes(kept, before, after):

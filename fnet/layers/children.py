@@ -93,17 +93,23 @@ def forward_child(name: str, layer: Layer, params, state, x, *, key, train) -> t
     """
     key = None if key is None else stream(key, name)
     with inside(name):
+        watchers = _watchers.get()
+        if watchers is not None and watchers.inputs is not None:
+            x = watchers.inputs(_path.get(), x)
         y, new_state, residuals = forward_of(layer, params, state, x, key=key, train=train)
-        watcher = _watcher.get()
-        if watcher is not None:
-            y = watcher(Call(_path.get(), layer, params, state, x, key, train), y)
+        if watchers is not None:
+            y = watchers.forward(Call(_path.get(), layer, params, state, x, key, train), y)
     return y, new_state, residuals
 
 
 def backward_child(name: str, layer: Layer, params, residuals, dy) -> tuple[PyTree, PyTree]:
     """The backward of the child ``name``, as every combinator calls it."""
     with inside(name):
-        return backward_of(layer, params, residuals, dy)
+        dparams, dx = backward_of(layer, params, residuals, dy)
+        watchers = _watchers.get()
+        if watchers is not None and watchers.backward is not None:
+            dparams, dx = watchers.backward(Back(_path.get(), layer, params, residuals, dy), dparams, dx)
+    return dparams, dx
 
 
 # --- what the contract says ------------------------------------------------------------------------------------------
@@ -197,20 +203,57 @@ class Call(NamedTuple):
     train: bool
 
 
-Watcher = Callable[[Call, PyTree], PyTree]
-_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+class Back(NamedTuple):
+    """The backward of a child inside a combinator, as `watch` shows it."""
+
+    path: tuple[str, ...]
+    layer: Layer
+    params: PyTree
+    residuals: PyTree
+    dy: PyTree
+
+
+class Watchers(NamedTuple):
+    """Who sees what of a model that is traced; each function returns what it was shown, or something in its place."""
+
+    forward: Callable[[Call, PyTree], PyTree]
+    backward: Callable[[Back, PyTree, PyTree], tuple[PyTree, PyTree]] | None
+    inputs: Callable[[tuple[str, ...], PyTree], PyTree] | None
+    inner: Callable[[tuple[str, ...], PyTree, bool], PyTree] | None
+
+
+_watchers: ContextVar[Watchers | None] = ContextVar("watchers", default=None)
 
 
 @contextmanager
-def watch(watcher: Watcher):
-    """While a model's forward is traced within, ``watcher(call, y) -> y`` sees each child's forward and its outputs.
+def watch(forward, backward=None, *, inputs=None, inner=None):
+    """While a model is traced within, these functions see each child, and what they return takes the value's place.
 
-    This is how the audit reaches the layers of a model; nothing of it is left in a program that nobody watches.
+    - ``forward(call, y) -> y``: a `Call` with its outputs
+    - ``backward(back, dparams, dx) -> dparams, dx``: a `Back` with the gradients that it returned
+    - ``inputs(path, x) -> x``: the inputs of a child, before its forward
+    - ``inner(path, value, is_gradient) -> value``: what a layer `show`s of itself, such as the gates of an lstm
+
+    This is how the audit and `fnet.record` reach the layers of a model; nothing of it is left in a program that nobody
+    watches.
     """
-    with holding(_watcher, watcher), holding(_path, ()):
+    with holding(_watchers, Watchers(forward, backward, inputs, inner)), holding(_path, ()):
         yield
 
 
 def watched() -> bool:
     """Whether somebody watches: then no layer may run its children inside a scan or a checkpoint, which hide values."""
-    return _watcher.get() is not None
+    return _watchers.get() is not None
+
+
+def unwatched() -> AbstractContextManager[None]:
+    """Within, nobody sees the children: for a forward that a backward computes a second time."""
+    return holding(_watchers, None)
+
+
+def show(name: str, value: PyTree, *, is_gradient: bool = False) -> PyTree:
+    """``value`` itself, a value within a layer (or its gradient by hand) that those who watch see as ``name``."""
+    watchers = _watchers.get()
+    if watchers is None or watchers.inner is None:
+        return value
+    return watchers.inner((*_path.get(), name), value, is_gradient)

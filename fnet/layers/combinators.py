@@ -24,6 +24,7 @@ from fnet.layers.children import (
     init_child,
     init_of,
     inside,
+    unwatched,
     watched,
 )
 from fnet.layers.masks import by_position, is_masked, split_mask, with_mask
@@ -285,7 +286,16 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
             dparams, dx = backward_of(layer, params, residuals, dy)
             return dx, dparams
 
-        dx, dparams = jax.lax.scan(one, dy, (apart(params), residuals), length=count, reverse=True, unroll=unroll)
+        own = apart(params)
+        if watched():
+            pieces = []
+            for i, name in reversed(list(enumerate(names))):
+                own_params, own_residuals = jax.tree.map(lambda leaf, i=i: leaf[i], (own, residuals))
+                piece, dy = backward_child(name, layer, own_params, own_residuals, dy)
+                pieces.insert(0, piece)
+            dx, dparams = dy, jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
+        else:
+            dx, dparams = jax.lax.scan(one, dy, (own, residuals), length=count, reverse=True, unroll=unroll)
         return (Copies(dparams, count) if isinstance(params, Copies) else dparams), dx
 
     return Layer("repeat", init, forward, backward, ((f"{count} copies", layer),))
@@ -316,7 +326,8 @@ def remat(layer: Layer) -> Layer:
 
     def backward(params, residuals, dy):
         [(mode, (state, x, key))] = residuals.items()
-        _, _, again = layer.forward(params, state, x, key=key, train=mode == "train")
+        with unwatched():
+            _, _, again = layer.forward(params, state, x, key=key, train=mode == "train")
         return layer.backward(params, again, dy)
 
     return layer._replace(forward=forward, backward=backward)

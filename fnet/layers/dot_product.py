@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnet.core.numerics import wide
+from fnet.layers.children import show, watched
 from fnet.types import LayerError
 
 
@@ -76,7 +77,7 @@ def plain(q, k, v, mask, causal, scale):
     q, k, v = blocks(q, length, groups)[0], blocks(k, k.shape[1])[0], blocks(v, v.shape[1])[0]
     s = scores(q, k, scale, allowed(mask, causal, 0, 0, length, k.shape[2], groups))
     e = jnp.exp(s - finite(lax.stop_gradient(s.max(-1, keepdims=True))))
-    p = e / nonzero(e.sum(-1, keepdims=True))
+    p = by_heads(e / nonzero(e.sum(-1, keepdims=True)), length)
     o = einsum("bkts,bksd->bktd", p.astype(v.dtype), v).astype(v.dtype)
     return unblocked(o[None], length, heads), Plain(q, k, v, p)
 
@@ -89,12 +90,19 @@ def plain_backward(residuals, do, scale):
     (length, heads), groups = do.shape[1:3], do.shape[2] // k.shape[1]
     do = blocks(do, length, groups)[0]
     dv = einsum("bkts,bktd->bksd", p.astype(do.dtype), do).astype(v.dtype)
-    dp = einsum("bktd,bksd->bkts", do, v)
+    dp = by_heads(einsum("bktd,bksd->bkts", do, v), length, is_gradient=True)
     ds = (p * (dp - (dp * p).sum(-1, keepdims=True)) * jnp.asarray(scale, p.dtype)).astype(q.dtype)
     dq = einsum("bkts,bksd->bktd", ds, k).astype(q.dtype)
     dk = einsum("bkts,bktd->bksd", ds, q).astype(k.dtype)
     memory = k.shape[2], k.shape[1]
     return unblocked(dq[None], length, heads), unblocked(dk[None], *memory), unblocked(dv[None], *memory)
+
+
+def by_heads(p: jax.Array, length: int, *, is_gradient: bool = False) -> jax.Array:
+    """``p (B, K, G T, S)`` itself; who watches sees the probabilities as ``(B, H, T, S)``."""
+    batch, kv_heads, rows, positions = p.shape
+    each = batch, kv_heads * rows // length, length, positions
+    return show("attention", p.reshape(each), is_gradient=is_gradient).reshape(p.shape) if watched() else p
 
 
 class Blockwise(NamedTuple):

@@ -29,6 +29,7 @@ from fnet.core.numerics import stream, wide
 from fnet.core.splitting import is_split
 from fnet.layers.activation import tanh
 from fnet.layers.cells import Cell, LSTMCarry, gru_step_after, gru_step_before, lstm_step, rnn_step
+from fnet.layers.children import show
 from fnet.layers.dense import plus, product, product_with_rows, rows
 from fnet.layers.initializers import Initializer, glorot_uniform, orthogonal, require_initializers, zeros
 from fnet.layers.masks import is_masked
@@ -58,6 +59,7 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
             after, kept = cell.step(recurrent, _biased(shared, z), before)
             if mask is not None:
                 after = tuple(jnp.where(mask, new, old) for new, old in zip(after, before, strict=True))
+            after = tuple(show(name, part) for name, part in zip("hc", after, strict=False))
             return after, (after, kept)
 
         last, (carries, kept) = lax.scan(step, carry, (z, masks, cuts), reverse=reverse, unroll=unroll)
@@ -81,7 +83,7 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
         def step(scanned, now):
             # dz is written over the slopes that it came from: no second buffer is filled with zeros first
             (dcarry, buffer), (t, dy, others, mask, cut) = scanned, now
-            dcarry = (dcarry[0] + dy, *dcarry[1:])
+            dcarry = (show("h", dcarry[0] + dy, is_gradient=True), *dcarry[1:])
             held = dcarry
             if mask is not None:
                 dcarry = tuple(jnp.where(mask, part, 0) for part in dcarry)
