@@ -80,7 +80,7 @@ def flattened(who: str, run: Callable[[PyTree], PyTree], given: PyTree) -> Progr
         flat = jax.make_jaxpr(lambda *leaves: evaluate(closed, leaves, unroll=True)[0])(*(leaf for _, leaf in leaves))
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            f"{who}: a branch (lax.cond, lax.switch) or a while loop of this pass goes by values, so that it is not one "
+            f"{who}: a branch (lax.cond, lax.switch) or a while loop of this pass goes by values, so that it is no "
             "list of operations; expected scans and calls alone. Attention branches with block_size: leave it None"
         ) from error
     numbers = _Numbers()

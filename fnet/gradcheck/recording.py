@@ -87,11 +87,12 @@ class Recording(NamedTuple):
             if wrong(f"dy:{node.name}"):
                 continue  # what reaches it is wrong already
             for path in node.parameters:
-                if wrong(f"grads/{path}"):
-                    return path
+                if wrong(f"grads/{path}" if path else "grads"):
+                    return path or "params"
             if wrong(f"dx:{node.name}"):
-                return f"{node.name}/inputs"
-        return next((name.removeprefix("grads/") for name in auto.outputs if name != "loss" and wrong(name)), None)
+                return f"{node.name}/inputs" if node.name else "inputs"
+        rest = (name for name in auto.outputs if name.startswith("grads") and wrong(name))
+        return next((name.removeprefix("grads").removeprefix("/") or "params" for name in rest), None)
 
 
 def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax.Array | None = None) -> Recording:
@@ -221,7 +222,7 @@ def record_function(
 
 
 def owners(nodes: list[Node], params: PyTree, program: Program) -> tuple[Node, ...]:
-    """The layers with the parameters that are their own, without those that only hand on what the last in them gives."""
+    """The layers with their own parameters, without those that only hand on what the last layer in them gives."""
 
     def numbers(node: Node) -> list[int]:
         mark = f"forward:{node.name}"
@@ -261,7 +262,6 @@ def marked(name: str, value: PyTree) -> PyTree:
 def differentiated(who: str, objective: Callable, given: PyTree, wanted: tuple[str, ...]) -> Program:
     """Autodiff of a function with taps, and its gradient by each value that is tapped."""
     tapped = perturbed(objective, given)
-    first, rest = split_floating({name: given[name] for name in wanted})
 
     def run(given):
         floating, others = split_floating({name: given[name] for name in wanted})
