@@ -60,7 +60,7 @@ def mazur(config: Config) -> Scene:
         sigmoid(),
         10_000,
         title="Mazur’s worked example: 2-2-2 of sigmoids",
-        note="One example, E = Σ ½ (t − o)², gradient descent at the rate 0.5; biases stay as they are, as in the post.",
+        note="One example, E = Σ ½ (t − o)², gradient descent at the rate 0.5; biases stay, as in the post.",
     )
 
 
@@ -74,7 +74,7 @@ def faulty(config: Config) -> Scene:
         sigmoid()._replace(backward=backward),
         0,
         title="A wrong backward: a sigmoid that forgets 1 − y",
-        note="Mazur’s network; the backward by hand of the hidden layer’s sigmoid is wrong, and all that follows from it.",
+        note="Mazur’s network; the hidden layer’s backward by hand is wrong, and so is all that follows from it.",
     )
 
 
@@ -104,7 +104,7 @@ def worked_example(hidden, steps: int, **options) -> Scene:
 
 
 def xor(config: Config) -> Scene:
-    """Four examples at once, at the end of the training that learns them."""
+    """Four examples at once, before the training that learns them."""
     model, rate, steps = fnet.mlp(3, 1, activation=tanh()), 0.5, 2000
     with jax.enable_x64(True):
         x = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])

@@ -28,7 +28,8 @@ KINDS = ("forward:", "inputs:", "inner:", "dy:", "dx:")  # of marks; a tap witho
 MOST_EQUATIONS = 20_000
 MOST_NUMBERS = 20_000_000
 OWN = str(Path(fnet.__file__).parent)
-PASSING = (*HIDDEN, f"{OWN}/gradcheck/", f"{OWN}/layers/children.py", f"{OWN}/gradients/")  # no layer's own code
+# what the code of a layer or a loss is called by
+PASSING = (*HIDDEN, *(f"{OWN}/{place}" for place in ("gradcheck/", "gradients/", "layers/children.py", "types.py")))
 
 
 class Equation(NamedTuple):

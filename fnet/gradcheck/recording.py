@@ -149,22 +149,23 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
         y, _, residuals = forward_of(model, given["param"], given["state"], batch.inputs, key=key, train=True)
         y = marked("forward:", y)
         with jax.named_scope("loss"):
-            return batch, y, residuals, measure(loss, None, y, batch)["loss"]
+            measured = measure(loss, None, y, batch)["loss"]
+            return batch, y, residuals, measured.count, measured.value
 
     def objective(given):
         with watching():
-            return ahead(given)[-1].value
+            return ahead(given)[-1]
 
     def by_hand(given):
         done.clear()
         with watching():
-            batch, y, residuals, measured = ahead(given)
+            batch, y, residuals, count, value = ahead(given)
             with jax.named_scope("backward"):
                 with jax.named_scope("loss"):
-                    dy = marked("dy:", loss_gradient(loss, y, batch, measured.count))
+                    dy = marked("dy:", loss_gradient(loss, y, batch, count))
                 dparams, dx = backward_of(model, given["param"], residuals, dy)
         marked("dx:", dx)
-        return {"loss": measured.value, "grads": dparams, "inputs": dx}
+        return {"loss": value, "grads": dparams, "inputs": dx}
 
     with precise():
         given = as_arrays("record", given)

@@ -1,6 +1,6 @@
 """`write_explorer`: a recorded pass as one page that runs it again, explains every number and follows every change.
 
-    recording ──▶ its programs as JSON ──▶ explorer_page/: engine (evaluates, explains), state, graph, tiles, page ──▶ HTML
+    recording ──▶ programs as JSON ──▶ explorer_page/: engine (evaluates, explains), state, graph, tiles, page ──▶ HTML
 
 The page needs no other file and no network, and its policy lets nothing else run. lit-html draws it
 (explorer_page/LICENSE-lit-html).
@@ -24,7 +24,7 @@ from fnet.core.checks import require
 from fnet.core.files import whole_file
 from fnet.core.trees import named_leaves
 from fnet.gradcheck.recording import Recording
-from fnet.report.explorer_program import encode, program_json, shown_file
+from fnet.report.explorer_program import encode, program_json, shown
 from fnet.report.html import GENERATOR
 from fnet.types import PyTree
 
@@ -144,7 +144,8 @@ def snapshots(training: Iterable[tuple[int, PyTree]], main) -> dict[str, Any]:
         at is not None,
         "write_explorer: the recorded parameters are none of the training's; expected the pass of one of its steps",
     )
-    return {"steps": steps, "paths": paths, "params": encode(np.stack(rows)), "at": at}
+    others = np.stack(rows[:at] + rows[at + 1 :]) if len(rows) > 1 else np.zeros((0, len(recorded)))
+    return {"steps": steps, "paths": paths, "params": encode(others), "at": at}
 
 
 @cache
@@ -173,7 +174,7 @@ def code_of(lines: set[tuple[str, int]]) -> list[dict[str, Any]]:
     for file, (first, end, name) in sorted(found):
         text = Path(file).read_text(encoding="utf-8").splitlines()[first - 1 : end]
         indent = min((len(row) - len(row.lstrip()) for row in text if row.strip()), default=0)
-        code.append({"file": shown_file(file), "first": first, "name": name, "lines": [row[indent:] for row in text]})
+        code.append({"file": shown(file), "first": first, "name": name, "lines": [row[indent:] for row in text]})
     return code
 
 
@@ -191,7 +192,8 @@ def page_of(scene: Mapping[str, Any]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(str(scene['title']))}</title><style>{style}</style></head>\n"
         '<body><div id="app"><noscript>This page computes: it needs JavaScript.</noscript></div>\n'
-        f'<script type="application/json" id="data">{data}</script>\n<script type="module">{code}</script></body></html>\n'
+        f'<script type="application/json" id="data">{data}</script>\n'
+        f'<script type="module">{code}</script></body></html>\n'
     )
 
 

@@ -35,11 +35,12 @@ const columns = (() => {
   return found.length ? found : null;
 })();
 
-const gradientOf = name => {  // the gradient that stands beside a value
+// the gradient that stands beside a value, undefined where there is none
+function gradientOf(name) {
   if (name.startsWith("param")) return "grads" + name.slice(5);
-  if (name.startsWith("input")) return "inputs" + name.slice(5);
-  return "dy:" + name.slice(8);
-};
+  if (/^input(\/|$)/.test(name)) return "inputs" + name.slice(5);
+  return name.startsWith("forward:") ? "dy:" + name.slice(8) : undefined;
+}
 const isWrong = (mark, ix) => {
   const off = compared().offs?.[mark];
   if (!off?.wrong) return false;
@@ -48,7 +49,7 @@ const isWrong = (mark, ix) => {
 };
 
 function row(name, ix, { port = null, text = null, first = false } = {}) {
-  const back = gradientOf(name), id = idOf(main, back), bad = id !== undefined && isKnown(id) && isWrong(back, ix);
+  const back = gradientOf(name), id = back && idOf(main, back), bad = id !== undefined && isKnown(id) && isWrong(back, ix);
   return html`<tr data-port=${port ?? nothing} class=${first ? "first" : ""}><th scope="row">${text ?? label(name, ix)}</th>
     <td>${numberOf(name, ix)}</td><td class=${bad ? "wrong" : ""}>${id === undefined ? nothing : numberOf(back, ix)}${bad ? html`<span class="bad" title="not autodiff's"> ≠</span>` : nothing}</td></tr>`;
 }
@@ -65,7 +66,7 @@ function graph() {
     unit(`0,${j}`, label("input", [e, j]), row("input", [e, j]), now.phase === "start" ? "on forward" : ""))}</div></div>`;
   const layers = columns.map((column, c) => html`<div class="column"><h3>${[column.dense, ...column.then].map(title).map(nice).join(", ")}</h3><div class="units">
     ${[...Array(column.units).keys()].map(j => unit(`${c + 1},${j}`, label(`forward:${(column.then.at(-1) ?? column.dense).name}`, [e, j]), [
-      ...[...Array(column.from).keys()].map(i => row(`param/${column.weights}`, [i, j], { port: `${c},${i},${j}`, text: html`${label(`param/${column.weights}`, [i, j])} <span class="soft">· ${before(c)(i)}</span>` })),
+      ...[...Array(column.from).keys()].map(i => row(`param/${column.weights}`, [i, j], { port: `${c},${i},${j}`, text: html`${label(`param/${column.weights}`, [i, j])} <span class="soft partner">· ${before(c)(i)}</span>` })),
       ...(column.bias ? [row(`param/${column.bias}`, [j])] : []),
       ...[column.dense, ...column.then].map((node, k) => row(`forward:${node.name}`, [e, j], { first: k === 0 })),
     ], on([column.dense, ...column.then])))}</div></div>`);

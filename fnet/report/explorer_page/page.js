@@ -51,12 +51,31 @@ function goToFirstWrong() {
 
 // ---- where a number comes from
 
+// the lines of code that an operation comes from, each in its function, the innermost first
+function framesOf(line) {
+  const { stacks, lines } = programsOf(), frames = (line === undefined ? [] : stacks[line] ?? []).map(k => lines[k]);
+  return frames.map(([file, at]) => ({ file, at, code: scene.code.filter(c => c.file === file && c.first <= at && at < c.first + c.lines.length).at(-1) })).filter(f => f.code);
+}
+// not a helper's, but what the author of a layer or of a loss wrote
+const isAuthors = frame => /forward|backward|gradient|step|slopes|back|by_hand|summed/.test(frame.code.name) || !frame.file.startsWith("fnet/");
+// the operation of an entry that tells most: its last, or the one before it that an author's line stands for
+function lineOf(id, line) {
+  const program = programsOf(), todo = [id], seen = new Set();
+  if (framesOf(line).some(isAuthors)) return line;
+  for (let n = 0; todo.length && n < 60; n++) {
+    const eqn = program.eqns[program.made.get(todo.shift())];
+    if (!eqn || seen.has(eqn.n)) continue;
+    seen.add(eqn.n);
+    if (framesOf(eqn.line).some(isAuthors)) return eqn.line;
+    todo.push(...eqn.ins.filter(i => program.nameOf(i) === undefined));
+  }
+  return line;
+}
+
 function codeOf(line) {
-  const frames = (line === undefined ? [] : programsOf().stacks[line] ?? []).map(k => programsOf().lines[k]);
-  const within = frames.map(([file, at]) => ({ file, at, code: scene.code.find(c => c.file === file && c.first <= at && at < c.first + c.lines.length) })).filter(f => f.code);
+  const within = framesOf(line);
   if (!within.length) return nothing;
-  const own = within.findIndex(f => /forward|backward|gradient|^value$|step|slopes|back|by_hand/.test(f.code.name));
-  const shown = within[Math.min(state.frame ?? Math.max(0, own), within.length - 1)];
+  const shown = within[Math.min(state.frame ?? Math.max(0, within.findIndex(isAuthors)), within.length - 1)];
   return html`<div class="code"><p class="soft">${shown.file}, line ${shown.at}, in <code>${shown.code.name}</code></p>
     <pre tabindex="0" aria-label="code">${shown.code.lines.map((text, k) => html`<span class=${shown.code.first + k === shown.at ? `here ${tone(programs[chosenOrHovered().program].nameOf(chosenOrHovered().id))}` : ""}>${text + "\n"}</span>`)}</pre>
     ${within.length > 1 ? html`<p class="soft">${within.map((f, k) => html`<button class="small" aria-pressed=${f === shown} @click=${() => { state.frame = k; draw(); }}>${f.code.name}:${f.at}</button> `)}</p>` : nothing}</div>`;
@@ -88,27 +107,27 @@ function from() {
   const sel = chosenOrHovered();
   if (!sel) return html`<p class="soft">Choose a number.</p>`;
   const program = programs[sel.program], now = values(), name = program.nameOf(sel.id), x = entry(now[sel.program], sel.id, sel.ix);
-  const e = program.explain(now[sel.program], sel.id, sel.ix), isGiven = name in program.inputs, other = sel.program === "hand" ? "auto" : "hand";
+  const e = program.explain(now[sel.program], sel.id, sel.ix, { budget: 20 }), isGiven = name in program.inputs, other = sel.program === "hand" ? "auto" : "hand";
   const twin = name !== undefined && programs[other] ? idOf(programs[other], name) : undefined;
   const there = twin === undefined ? undefined : entry(now[other], twin, sel.ix), off = there === undefined ? 0 : Math.abs(there - x);
   const wrong = isGradient(name) && name in (compared().offs ?? {}) && isWrong(name, sel.ix);
   const sloped = isGradient(name) && !name.startsWith("dx:") ? idOf(main, valueOfGradient(name)) : undefined;
   const long = Math.max(9, state.digits);
-  return html`<p class="of"><strong class=${tone(name)}>${name === undefined ? e.prim ?? "a value without a name" : label(name, sel.ix)}</strong>
+  return html`<p class="of"><strong class=${tone(name)}>${name === undefined ? e.prim ?? "a value without a name" : label(name, sel.ix, scene.examples > 1)}</strong>
       <span class="soft">${name === undefined ? `[${sel.ix.join(", ")}]` : fullName(name, sel.ix)}${sel.program === nameOfMain ? "" : `, ${ENGINE[sel.program]}`}</span></p>
     <div class="formula">${isGiven ? nothing : html`<div>= ${formula(e, sel.program, false)}</div><div>= ${formula(e, sel.program, true)}</div>`}<div>= <strong>${show(x, long)}</strong></div></div>
     ${editor(sel, name ?? "")}
     ${there === undefined || isGiven || !programs.hand ? nothing : html`<dl><dt>${ENGINE[other]}</dt><dd>${number(other, twin, sel.ix, { text: show(there, long) })}</dd>
       <dt>difference</dt><dd class=${wrong ? "bad" : "ok"}>${off === 0 ? "none, to the bit" : show(off, 2)}${wrong ? " ≠" : ""}</dd>
       ${sloped !== undefined && !frozen && main.kinds[sloped] === "f" ? html`<dt>by differences</dt><dd>${show(slope(sloped, sel.ix), 7)} <span class="soft">(${LOSS}(v + h) − ${LOSS}(v − h)) / 2h at h = 10⁻⁵</span></dd>` : nothing}</dl>`}
-    ${pictureOfWeights(sel, name ?? "")}${isGiven ? nothing : codeOf(e.line)}`;
+    ${pictureOfWeights(sel, name ?? "")}${isGiven ? nothing : codeOf(lineOf(sel.id, e.line))}`;
 }
 
 // ---- the rest
 
 function table() {
   const count = parameters.reduce((sum, path) => sum + given[path].data.length, 0);
-  if (count > 400) return nothing;
+  if (count > 60) return nothing;
   const now = values(), done = state.step === LAST, rate = scene.rate;
   const rows = parameters.flatMap(path => [...given[path].data.keys()].map(k => {
     const ix = unflat(k, given[path].shape), mark = "grads" + path.slice(5), id = idOf(main, mark), known = isKnown(id);
@@ -195,8 +214,8 @@ function view() {
   const step = steps[state.step];
   return html`<header><h1>${scene.title}</h1>${scene.note ? html`<p class="soft">${scene.note}</p>` : nothing}${pills()}</header>
     <div class="bar" role="toolbar" aria-label="steps of the pass">
-      <button aria-label="first step" @click=${() => go(0)} ?disabled=${state.step === 0}>⏮</button><button aria-label="step back" @click=${() => go(state.step - 1)} ?disabled=${state.step === 0}>◀</button>
-      <button aria-label="step forward" @click=${() => go(state.step + 1)} ?disabled=${state.step === LAST}>▶</button><button aria-label="last step" @click=${() => go(LAST)} ?disabled=${state.step === LAST}>⏭</button>
+      <button aria-label="first step" @click=${() => go(0)} ?disabled=${state.step === 0}>|◀</button><button aria-label="step back" @click=${() => go(state.step - 1)} ?disabled=${state.step === 0}>◀</button>
+      <button aria-label="step forward" @click=${() => go(state.step + 1)} ?disabled=${state.step === LAST}>▶</button><button aria-label="last step" @click=${() => go(LAST)} ?disabled=${state.step === LAST}>▶|</button>
       <span class="what" aria-live="polite"><strong class=${step.phase === "forward" || step.phase === "start" ? "fwd" : "bwd"}>${step.text}</strong> <span class="soft">step ${state.step} of ${LAST}; also by ← and →</span></span>
       ${examples()}<label>digits <select @change=${event => { state.digits = +event.target.value; draw(); }}>${[4, 6, 9, 17].map(d => html`<option value=${d} ?selected=${d === state.digits}>${d}</option>`)}</select></label></div>
     <div class="whole"><main><section class="card pass"><h2>The pass, <span class="fwd">forward</span> and <span class="bwd">backward</span></h2>${columns ? graph() : cards()}</section>

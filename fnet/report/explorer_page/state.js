@@ -31,8 +31,9 @@ const entry = (values, id, ix) => values[id].data[flat(ix, values[id].shape)];
 // ---- the numbers
 
 function snapshotParams(k) {
-  const width = snapshots.shape[1], found = {};
-  let at = k * width;
+  if (k === scene.training.at) return Object.fromEntries(scene.training.paths.map(path => [path, given[path].data]));
+  const found = {};
+  let at = (k - (k > scene.training.at)) * snapshots.shape[1];  // the recorded ones are not there twice
   for (const path of scene.training.paths) {
     const count = given[path].data.length;
     found[path] = snapshots.data.slice(at, at + count);
@@ -140,7 +141,7 @@ function compared() {
       const off = Object.is(a[k], b[k]) ? 0 : Math.abs(a[k] - b[k]);
       if (!(off <= worst)) [worst, at] = [off, k];
     }
-    offs[name] = { worst, at, wrong: !(worst <= limit), relative: worst / (greatest(a) || 1) };
+    offs[name] = { worst, at, wrong: !(worst <= limit), relative: worst / (limit / TIGHT || 1) };
   }
   const wrong = mark => Object.keys(offs).some(name => (name === mark || name.startsWith(mark + "#") || name.startsWith(mark + "/")) && offs[name].wrong);
   compared_ = { of: now, offs, wrong, first: firstWrong(wrong, offs), relative: Math.max(0, ...Object.values(offs).map(off => off.relative)) };

@@ -6,9 +6,9 @@ const FEW = 16;  // so many numbers of one axis are written as numbers
 function pictures(name, program = nameOfMain) {
   const id = idOf(programs[program], name);
   if (id === undefined) return [];
-  const whole = programs[program].shapes[id], batched = hasExamples(name.replace(GRADIENT, "forward:"), whole) || (scene.examples > 0 && whole[0] === scene.examples && !/^(param|grads|state)/.test(name));
+  const whole = programs[program].shapes[id], batched = scene.examples > 0 && whole[0] === scene.examples && !/^(param|grads|state|arg)/.test(name);
   const lead = batched ? [state.example] : [], shape = whole.slice(lead.length), base = { program, id, name };
-  const image = scene.images[name] ?? scene.images[valueName(name)];
+  const image = scene.images[name] ?? scene.images[valueOfName(name)];
   const [kind, path] = partsOf(name);
   if (image && size(shape) === size(image)) return [{ ...base, h: image[0], w: image[1], ix: (r, c) => [...lead, ...unflat(r * image[1] + c, shape)], title: "" }];
   if (shape.length === 0) return [{ ...base, h: 1, w: 1, ix: () => lead, title: "" }];
@@ -30,7 +30,6 @@ function pictures(name, program = nameOfMain) {
     return [...lead, ...(first ? [m, ...at] : [...at, m])];
   } }));
 }
-const valueName = name => isGradient(name) ? valueOfGradient(name) : name;
 const squarish = n => { let w = Math.ceil(Math.sqrt(n * 2)); for (let k = w; k >= Math.sqrt(n); k--) if (n % k === 0) return k; return w; };
 
 function tile(picture, { cell = null } = {}) {
@@ -128,7 +127,7 @@ function shown(name, program = nameOfMain) {
 }
 
 function valueAndGradient(name, heading) {
-  const back = gradientOf(name), id = idOf(main, name), there = idOf(main, back) !== undefined;
+  const back = gradientOf(name), id = idOf(main, name), there = back !== undefined && idOf(main, back) !== undefined;
   if (id === undefined) return nothing;
   const bad = there && isKnown(idOf(main, back)) && compared().offs?.[back]?.wrong;
   return html`<div class="pair"><div><h4>${heading}</h4>${shown(name)}</div>${there ? html`<div class=${bad ? "wrong" : ""}><h4 class="bwd">gradient${bad ? html` <span class="bad">≠ autodiff’s</span>` : nothing}</h4>${shown(back)}</div>` : nothing}</div>`;
@@ -183,7 +182,7 @@ function cards() {
   const inputs = Object.keys(main.inputs).filter(path => /^(input|arg)(\/|$)/.test(path));
   const targets = Object.keys(main.inputs).filter(path => /^(target|weight)(\/|$)/.test(path));
   return html`<div class="cards">
-    ${inputs.length ? card("inputs", "", inputs.map(path => valueAndGradient(path, path === "input" ? "" : path)), now.phase === "start" ? "on forward" : "") : nothing}
+    ${inputs.length ? card("inputs", "", inputs.map(path => valueAndGradient(path, path === "input" ? "value" : path)), now.phase === "start" ? "on forward" : "") : nothing}
     ${nodes.map(node => card(title(node), `${isLayer(node) ? node.kind : ""} ${leaves(`forward:${node.name}`).map(mark => main.shapes[main.marks[mark]].join("×")).join(", ")}`, html`
       ${leaves(`forward:${node.name}`).map(mark => valueAndGradient(mark, "value"))}${inner(node)}
       ${node.parameters.length ? html`<details><summary>${node.parameters.length === 1 ? "its parameter" : `its ${node.parameters.length} parameters`}</summary>${node.parameters.filter(path => ("param/" + path) in main.inputs || path === "").map(path => valueAndGradient(path ? `param/${path}` : "param", path))}</details>` : nothing}`, now.node === node ? `on ${now.phase}` : ""))}

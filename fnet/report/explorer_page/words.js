@@ -41,12 +41,12 @@ function throughWhich(name) {
   return whole === undefined || whole === main.marks[name] ? "" : ` through ${last(name.slice(3).split("#")[0])}`;
 }
 
-// an entry's name: that of scene.labels if it has one
-function label(name, ix) {
+// an entry's name, that of scene.labels if it has one; of several examples it says of which if asked
+function label(name, ix, ofWhich = false) {
   if (name === undefined) return "…";
   if (name === "loss") return LOSS;
-  if (isGradient(name)) return `∂${LOSS}/∂${label(valueOfGradient(name), ix)}${throughWhich(name)}`;
-  const of = ofExample(name, ix);
+  if (isGradient(name)) return `∂${LOSS}/∂${label(valueOfGradient(name), ix, ofWhich)}${throughWhich(name)}`;
+  const of = ofWhich ? ofExample(name, ix) : "";
   const known = scene.labels[name];
   if (known !== undefined) {
     const one = ix.reduce((a, k) => Array.isArray(a) ? a[Math.min(k, a.length - 1)] : a, known);
@@ -87,14 +87,24 @@ function fullName(name, ix) {
 
 // ---- formulas: a tree of `explain` as a line, with names or with numbers that can be opened
 const STRENGTH = { sum: 1, sub: 1, neg: 1.5, mul: 2, div: 8, pow: 7, fn: 9, pick: 9, ref: 9, num: 9 };
+const COMPARISONS = { eq: "=", ne: "≠", lt: "<", le: "≤", gt: ">", ge: "≥" };
 const FUNCTIONS = { logistic: "σ", log: "ln", rem: "mod", rsqrt: "1/√", integer_pow: "pow", erf_inv: "erf⁻¹" };
 
-function formula(e, program, numeric, outer = 0) {
-  const within = (x, strength) => formula(x, program, numeric, strength);
+// whether entries of several examples meet in it
+function mixes(e, found = new Set()) {
+  if (e.t === "ref" && e.name !== undefined && hasExamples(valueOfName(e.name), e.ix)) found.add(e.ix[0]);
+  for (const x of [e.a, e.b, ...(e.terms ?? []), ...(e.args ?? [])]) if (x) mixes(x, found);
+  return found.size > 1;
+}
+const valueOfName = name => isGradient(name) ? valueOfGradient(name) : name;
+
+const isPlain = e => e.t === "ref" || e.t === "num" || (e.t === "neg" && isPlain(e.a));
+function formula(e, program, numeric, ofWhich = mixes(e), outer = 0) {
+  const within = (x, strength) => formula(x, program, numeric, ofWhich, strength);
   const parts = {
     num: () => show(e.value),
     ref: () => numeric || e.name === undefined ? number(program, e.id, e.ix, { negative: outer > 1 })
-      : html`<span class=${tone(e.name)}>${label(e.name, e.ix)}</span>`,
+      : html`<span class=${tone(e.name)}>${label(e.name, e.ix, ofWhich)}</span>`,
     sum: () => html`${e.terms.map((x, k) => x.t === "neg" && k ? html` − ${within(x.a, 2)}`
       : html`${k ? " + " : ""}${within(x, k ? 1.2 : 1)}`)}${e.more
       ? html` <span class="soft">+ ${e.more.toLocaleString("en")} more, which sum to ${show(e.rest)}</span>` : nothing}`,
@@ -103,8 +113,10 @@ function formula(e, program, numeric, outer = 0) {
     mul: () => html`${within(e.a, 2)} · ${within(e.b, 2.5)}`,
     div: () => html`<span class="frac"><span>${within(e.a, 0)}</span><span class="unseen"> / </span><span>${within(e.b, 0)}</span></span>`,
     pow: () => html`${within(e.a, 8)}<sup>${show(e.y)}</sup>`,
-    pick: () => html`${within(e.a, 0)}<span class="soft">, chosen among ${e.of}</span>`,
-    fn: () => e.f === "sqrt" ? html`√(${within(e.args[0], 0)})` : e.f === "exp" ? html`e<sup>${within(e.args[0], 0)}</sup>`
+    pick: () => html`${within(e.a, 9)}<sup class="soft" title=${`chosen among ${e.of}`}>of ${e.of}</sup>`,
+    fn: () => e.f === "sqrt" ? html`√(${within(e.args[0], 0)})` : e.f === "abs" ? html`|${within(e.args[0], 0)}|`
+      : e.f === "exp" && isPlain(e.args[0]) ? html`e<sup>${within(e.args[0], 0)}</sup>`
+      : e.f in COMPARISONS ? html`[${within(e.args[0], 1)} ${COMPARISONS[e.f]} ${within(e.args[1], 1)}]`
       : html`${FUNCTIONS[e.f] ?? e.f}(${e.args.map((x, k) => html`${k ? ", " : ""}${within(x, 0)}`)})`,
   };
   const made = parts[e.t]();
