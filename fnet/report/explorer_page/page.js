@@ -57,7 +57,8 @@ function framesOf(line) {
   return frames.map(([file, at]) => ({ file, at, code: scene.code.filter(c => c.file === file && c.first <= at && at < c.first + c.lines.length).at(-1) })).filter(f => f.code);
 }
 // not a helper's, but what the author of a layer or of a loss wrote
-const isAuthors = frame => /forward|backward|gradient|step|slopes|back|by_hand|summed/.test(frame.code.name) || !frame.file.startsWith("fnet/");
+const isAuthors = frame => /forward|backward|gradient|step|slopes|back/.test(frame.code.name)
+  || frame.file === "fnet/losses.py" || !frame.file.startsWith("fnet/");
 // the operation of an entry that tells most: its last, or the one before it that an author's line stands for
 function lineOf(id, line) {
   const program = programsOf(), todo = [id], seen = new Set();

@@ -43,12 +43,18 @@ function tile(picture, { cell = null } = {}) {
     return picture.ix(Math.max(0, Math.min(picture.h - 1, r)), Math.max(0, Math.min(picture.w - 1, c)));
   };
   const spot = ix => ix && known ? { program: picture.program, id: picture.id, ix } : null;
-  return html`<div class="box" style="width:${picture.w * side}px"><canvas class="tile" tabindex="0" role="application" aria-roledescription="picture of numbers" aria-label=${words}
+  const over = picture.steps || partsOf(name)[1].endsWith("attention") || name.startsWith("dy:inner:") ? tokens(picture.w) : null;
+  return html`<div style="width:${picture.w * side}px" class="framed">${over ? html`<div class="tokens" aria-hidden="true" style="grid-template-columns:repeat(${picture.w},1fr)">${over.map(word => html`<span>${word}</span>`)}</div>` : nothing}<div class="box"><canvas class="tile" tabindex="0" role="application" aria-roledescription="picture of numbers" aria-label=${words}
     width=${picture.w} height=${picture.h} style="aspect-ratio:${picture.w}/${picture.h}" .picture=${picture} .known=${known}
     @pointermove=${event => hover(spot(pointed(event)))} @pointerleave=${() => hover(null)}
     @click=${event => { const ix = pointed(event); if (spot(ix)) choose(picture.program, picture.id, ix); }}
     @keydown=${event => walkTile(event, picture, known)} @focus=${() => known && !isIn(picture, state.chosen) && choose(picture.program, picture.id, picture.ix(0, 0))}></canvas>
-    <svg class="marks" viewBox="0 0 ${picture.w} ${picture.h}" preserveAspectRatio="none" aria-hidden="true"></svg></div>`;
+    <svg class="marks" viewBox="0 0 ${picture.w} ${picture.h}" preserveAspectRatio="none" aria-hidden="true"></svg></div></div>`;
+}
+// what the steps of the inputs are called, if each has a name
+function tokens(count) {
+  const known = Array.isArray(scene.labels.input) ? scene.labels.input[Math.min(state.example, scene.labels.input.length - 1)] : null;
+  return Array.isArray(known) && known.length === count && known.every(word => typeof word === "string") ? known : null;
 }
 const isIn = (picture, chosen) => chosen && chosen.program === picture.program && chosen.id === picture.id && cellOf(picture, chosen.ix) !== null;
 function cellOf(picture, ix) {
@@ -120,7 +126,8 @@ function shown(name, program = nameOfMain) {
     const known = program !== nameOfMain || isKnown(id);
     const cells = [];
     for (let r = 0; r < first.h; r++) for (let c = 0; c < first.w; c++) cells.push(first.ix(r, c));
-    return html`<div class="numbers">${cells.filter(Boolean).map(ix => html`<span>${known ? number(program, id, ix) : html`<span class="soft">·</span>`}</span>`)}</div>`;
+    const words = main.kinds[id] === "i" && program === nameOfMain && name in scene.labels;
+    return html`<div class="numbers">${cells.filter(Boolean).map(ix => html`<span>${words ? html`<span class="word">${label(name, ix)}</span> ` : nothing}${known ? number(program, id, ix) : html`<span class="soft">·</span>`}</span>`)}</div>`;
   }
   const cell = found.length > 1 ? Math.max(3, Math.min(14, Math.floor((found.length > 16 ? 70 : 120) / Math.max(first.h, first.w)))) : null;
   return html`<div class="maps">${found.map(p => html`<div class="map">${tile(p, { cell })}</div>`)}</div>`;
@@ -162,18 +169,18 @@ function norms(marks, program) {
 }
 function inner(node) {
   const found = innerOf(node);
-  return Object.entries(found).map(([name, marks]) => {
+  return html`<div class="inner">${Object.entries(found).map(([name, marks]) => {
     const back = Object.fromEntries(Object.entries(marks).map(([t, mark]) => [t, `dy:${mark}`])), timed = !("" in marks);
     if (!timed) return valueAndGradientInner(name, marks[""]);
     const gradient = Object.values(back).every(mark => idOf(main, mark) !== undefined) ? timeTile(back) : null;
     const lengths = gradient ? norms(back, nameOfMain) : [], most = Math.max(1e-300, ...lengths.filter(Boolean));
     return html`<div class="pair"><div><h4>${name}<sub>t</sub></h4>${timeTile(marks)}</div>${gradient ? html`<div><h4 class="bwd">∂${LOSS}/∂${name}<sub>t</sub></h4>${gradient}</div>
       <div><h4 class="bwd">‖∂${LOSS}/∂${name}<sub>t</sub>‖ by step</h4><table class="norms"><tbody>${lengths.map((x, t) => html`<tr><th scope="row">${t}</th><td>${show(x)}</td><td class="bar" aria-hidden="true"><span style="width:${x === undefined ? 0 : 100 * x / most}%"></span></td></tr>`)}</tbody></table></div>` : nothing}</div>`;
-  });
+  })}</div>`;
 }
 function valueAndGradientInner(name, mark) {
   const back = `dy:${mark}`;
-  return html`<div class="pair"><div><h4>${name}, a picture a head</h4>${shown(mark)}</div>${idOf(main, back) === undefined ? nothing : html`<div><h4 class="bwd">gradient</h4>${shown(back)}</div>`}</div>`;
+  return html`<div class="pair"><div><h4>${name}: ${main.shapes[idOf(main, mark)].length > 3 ? "each head’s; rows ask, columns are asked" : "what it shows of itself"}</h4>${shown(mark)}</div>${idOf(main, back) === undefined ? nothing : html`<div><h4 class="bwd">gradient</h4>${shown(back)}</div>`}</div>`;
 }
 
 function cards() {
