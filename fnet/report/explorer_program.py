@@ -22,7 +22,14 @@ EXACT_INTEGERS = 2**53  # up to here a double holds each of them
 GIVE_KEYS = ("random_seed", "random_wrap", "random_split", "random_fold_in", "random_clone")
 TAKE_KEYS = ("random_unwrap", "random_bits", "random_split", "random_fold_in", "random_clone")
 # in float32 these are the operations in float64, rounded once; others would differ in the last digit
-ROUNDED_ONCE = ("add", "add_any", "sub", "mul", "div", "sqrt", "square", "neg", "abs", "sign", "max", "min")
+ROUNDED_ONCE = ("add", "add_any", "sub", "mul", "div", "sqrt", "square", "neg", "abs", "sign")
+
+
+MOVING = (
+    *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims"),
+    *("dynamic_update_slice", "gather", "pad", "reduce_max", "reduce_min", "reduce_precision", "reshape", "rev"),
+    *("scatter", "select_n", "slice", "sort", "split", "squeeze", "stack", "stop_gradient", "transpose", "unstack"),
+)  # what these give are entries of their operands, or rounded already
 
 
 class Unknown(Exception):
@@ -83,7 +90,7 @@ def converted(params: Mapping) -> dict:
         return {"to": "f4"}
     if dtype == np.bool_:
         return {"to": "b"}
-    if dtype.kind in "iu" and dtype.itemsize >= 4:
+    if dtype.kind in "iu":
         low, high = (int(end) for end in (np.iinfo(dtype).min, np.iinfo(dtype).max))
         return {"to": "i", "l": max(low, -EXACT_INTEGERS), "h": min(high, EXACT_INTEGERS)}
     raise Unknown
@@ -144,14 +151,32 @@ def scattered(params: Mapping) -> dict:
     }
 
 
-ELEMENTWISE = """
-    neg exp exp2 expm1 log log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh logistic sqrt rsqrt cbrt
-    square abs sign floor ceil erf erfc erf_inv is_finite not stop_gradient copy copy_p
-    add add_any sub mul div rem max min pow atan2 and or xor eq ne lt le gt ge select_n clamp
-""".split()
+OF_ONE = (
+    *(
+        "neg",
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+    ),
+    *("asinh", "acosh", "atanh", "logistic", "sqrt", "rsqrt", "cbrt", "square", "abs", "sign", "floor", "ceil"),
+    *("erf", "erfc", "erf_inv", "is_finite", "not", "stop_gradient", "copy", "copy_p"),
+)
+COMPARING = ("eq", "ne", "lt", "le", "gt", "ge", "max", "min", "clamp", "select_n", "and", "or", "xor")
+OF_SEVERAL = ("add", "add_any", "sub", "mul", "div", "rem", "pow", "atan2", *COMPARING)
 
 OPERATIONS: dict[str, Callable[[Mapping], dict]] = {
-    **dict.fromkeys(ELEMENTWISE, nothing),
+    **dict.fromkeys((*OF_ONE, *OF_SEVERAL), nothing),
     "argmax": axes,
     "argmin": axes,
     "broadcast_in_dim": lambda params: {"d": list(params["broadcast_dimensions"])},
@@ -285,18 +310,13 @@ def _params(eqn: Equation, values: list[np.ndarray]) -> dict | None:
     except Unknown:
         return None
     dtype = results[0].dtype
-    if dtype == np.float32 and not MOVING.issuperset((eqn.primitive,)):
+    if any(a.dtype.kind in "iu" and a.dtype.itemsize < 4 for a in (*operands, *results)):
+        return params if eqn.primitive in (*MOVING, *COMPARING, "argmax", "argmin", "iota") else None
+    if dtype == np.float32 and eqn.primitive not in (*MOVING, "max", "min"):
         return {**params, "r": 1} if eqn.primitive in ROUNDED_ONCE else None
     if eqn.primitive in ("and", "or", "xor", "not") and dtype.kind != "b":
         return {**params, "u": int(dtype.kind == "u")} if dtype.itemsize == 4 else None
     return params
-
-
-MOVING = {
-    *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims"),
-    *("dynamic_update_slice", "gather", "pad", "reduce_max", "reduce_min", "reduce_precision", "reshape", "rev"),
-    *("scatter", "select_n", "slice", "sort", "split", "squeeze", "stack", "stop_gradient", "transpose", "unstack"),
-}  # what these give are entries of their operands, or rounded already
 
 
 def _plain(params: Any) -> Any:
@@ -311,8 +331,7 @@ def _plain(params: Any) -> Any:
 def _is_held(array: np.ndarray) -> bool:
     """Whether doubles hold this dtype's numbers, or these integers."""
     if array.dtype.kind in "iu":
-        wide = array.dtype.itemsize == 8 and array.size > 0
-        return array.dtype.itemsize >= 4 and not (wide and max(int(array.max()), -int(array.min())) > EXACT_INTEGERS)
+        return array.size == 0 or max(int(array.max()), -int(array.min())) <= EXACT_INTEGERS
     return array.dtype.kind == "b" or array.dtype in (np.float64, np.float32)
 
 

@@ -208,7 +208,8 @@ function scatterTargets(eqn, ins) {
   const starts = windowsAt(eqn, operand, ins[1], indicesShape, window), updateSteps = strides(updates);
   const within = grid(pickAll(window, axes), pickAll(steps, axes));
   const fromWindow = grid(pickAll(window, axes), pickAll(updateSteps, u)), rest = axesBut(updates, u);
-  const fromBatch = grid(pickAll(updates, rest), pickAll(updateSteps, rest)), at = new Int32Array(size(updates)).fill(-1);
+  const fromBatch = grid(pickAll(updates, rest), pickAll(updateSteps, rest));
+  const at = new Int32Array(size(updates)).fill(-1);
   starts.forEach((start, g) => {
     if (start >= 0) within.forEach((offset, w) => { at[fromBatch[g] + fromWindow[w]] = start + offset; });
   });
@@ -440,7 +441,8 @@ const OPERATIONS = {
 
   // of two
   add: binary((a, b) => a + b), add_any: binary((a, b) => a + b), sub: binary((a, b) => a - b),
-  mul: binary((a, b) => a * b), div: binary((a, b) => a / b, wholeQuotient), rem: binary((a, b) => a % b, wholeRemainder),
+  mul: binary((a, b) => a * b), div: binary((a, b) => a / b, wholeQuotient),
+  rem: binary((a, b) => a % b, wholeRemainder),
   max: binary(Math.max), min: binary(Math.min), pow: binary(power), atan2: binary(Math.atan2),
   and: bitwise((a, b) => a & b), or: bitwise((a, b) => a | b), xor: bitwise((a, b) => a ^ b),
   eq: binary((a, b) => +(a === b)), ne: binary((a, b) => +(a !== b)), lt: binary((a, b) => +(a < b)),
@@ -503,7 +505,8 @@ const OPERATIONS = {
     p.d.forEach((axis, i) => { to[axis] = from[i] === 1 ? 0 : steps[i]; });
     return grid(shape, to);
   }),
-  slice: moving(({ p, shape, shapes: [from] }) => grid(shape, strides(from).map((n, i) => n * p.t[i]), flat(p.s, from))),
+  slice: moving(({ p, shape, shapes: [from] }) =>
+    grid(shape, strides(from).map((n, axis) => n * p.t[axis]), flat(p.s, from))),
   rev: moving(({ p, shape }) => {
     const steps = strides(shape);
     const offset = p.a.reduce((sum, axis) => sum + (shape[axis] - 1) * steps[axis], 0);
@@ -586,7 +589,23 @@ const OPERATIONS = {
 // ---- programs
 
 const DEEP = 8;  // operations on the way to a constant
+const CANCELLED = 1000;  // terms so many times what is left of them: what follows is less exact, too
 const CHECK_STEP = 2654435761, CHECK_START = 40503;
+
+// the size of what an equation's rounding is relative to: of the terms of a sum, which may cancel, else of the result
+function noiseOf({ prim, shapes, p, plan, total }, levels, mean) {
+  const noise = levels.map(level => level.noise ?? level.mean), [a, b] = levels;
+  const loss = Math.max(1, ...levels.map(level => level.noise ? level.noise / level.mean : 1));
+  if (prim === "add" || prim === "add_any" || prim === "sub") return Math.hypot(noise[0], noise[1]);
+  if (prim === "dot_general") return Math.sqrt(plan.lc.length) * a.mean * b.mean * Math.min(loss, 1e300);
+  if (prim === "reduce_sum") return Math.sqrt(plan.inner.length) * noise[0];
+  if (prim === "cumsum") return Math.sqrt(shapes[0][p.a]) * noise[0];
+  if (prim === "scatter-add") return Math.hypot(noise[0], noise[2] * Math.max(1, Math.sqrt(size(shapes[2]) / total)));
+  if (prim === "log") return loss;  // an error of x relative to x is one of log x
+  if (prim === "exp") return mean * Math.max(1, noise[0]);
+  if (prim === "sin" || prim === "cos") return noise[0];
+  return loss < Infinity ? mean * loss : mean;
+}
 
 class Program {
   // json: what explorer_program.program_json wrote; given: {path: {shape, data}}
@@ -594,7 +613,7 @@ class Program {
     const { inputs, scopes, stacks, lines, marks, outs, shapes, kinds } = json;
     Object.assign(this, { given, inputs, scopes, stacks, lines, marks, outs, shapes, kinds });
     this.checks = new Float64Array(bytesOf(json.checks));
-    this.held = Array(shapes.length);  // id -> values that are not computed: constants, and what unknown operations gave
+    this.held = Array(shapes.length);  // id -> what is not computed: constants, and what unknown operations gave
     for (const [id, array] of [...json.consts, ...json.recorded]) this.held[id] = decode(array);
     for (const [path, id] of Object.entries(inputs)) this.held[id] = given[path];
     this.eqns = json.eqns.map((eqn, n) => this.#prepared(eqn, n));
@@ -615,7 +634,8 @@ class Program {
   #prepared([prim, p, ins, outs, scope, line], n) {
     const operation = p === null ? undefined : OPERATIONS[prim];
     const shapes = ins.map(id => this.shapes[id]), outShapes = outs.map(id => this.shapes[id]);
-    const [shape] = outShapes, kind = this.kinds[outs[0]], stretches = operation && (operation.args || prim === "select_n");
+    const [shape] = outShapes, kind = this.kinds[outs[0]];
+    const stretches = operation && (operation.args || prim === "select_n");
     return {
       n, prim, p, ins, outs, scope, line, operation, shapes, outShapes, shape, kind, whole: kind === "i",
       total: size(shape), places: {}, stretch: stretches ? shapes.map(from => stretched(from, shape)) : null,
@@ -666,7 +686,8 @@ class Program {
     };
     if (overrides) for (const id of overrides.keys()) if (!this.made.has(id)) override(id);
     for (const eqn of this.eqns) {
-      if (overrides && eqn.outs.some(id => overrides.has(id))) eqn.outs.filter(id => overrides.has(id)).forEach(override);
+      const put = overrides ? eqn.outs.filter(id => overrides.has(id)) : [];
+      if (put.length) put.forEach(override);
       else if (eqn.operation && !(only && !only.has(eqn.n)) && (!base || eqn.ins.some(id => moved[id]))) {
         const given = eqn.operation.run(eqn, eqn.ins.map(id => values[id].data));
         eqn.outs.forEach((id, o) => {
@@ -697,26 +718,36 @@ class Program {
     return this.follow.get(path);
   }
 
-  // how far computed values are from the recorded checksums: the worst, relative, where it is, and how many numbers
-  // were compared
+  // How far computed values are from the recorded checksums: the worst, relative, where it is, and how many numbers were
+  // compared. Relative to Σ|w x|, or where terms cancel to what rounding leaves of them.
   check(values) {
     let worst = 0, count = 0, where;
-    for (const eqn of this.eqns) if (eqn.operation) for (const id of eqn.outs) {
-      const { data } = values[id], total = data.length;
-      let sum = 0, odd = 0, scale = 0;
-      for (let k = 0; k < total; k++) {
-        const x = data[k], weight = ((Math.imul(k, CHECK_STEP) + CHECK_START) >>> 0) / 4294967296 + 0.5;
-        if (x - x === 0) {
-          sum += weight * x;
-          scale += Math.abs(weight * x);
-        } else odd += weight * (x > 0 ? 1 : x < 0 ? -1 : 2);
-      }
+    const levels = Array(this.shapes.length);  // id -> {mean, noise}: of |x|, and the size to which rounding is relative
+    const levelOf = id => levels[id] ??= { mean: this.#sums(values[id].data).mean };
+    for (const eqn of this.eqns) for (const id of eqn.outs) {
+      const { sum, odd, mean } = this.#sums(values[id].data), total = values[id].data.length;
+      const noise = Math.max(mean, eqn.operation ? noiseOf(eqn, eqn.ins.map(levelOf), mean) : 0);
+      levels[id] = noise > CANCELLED * mean ? { mean, noise } : { mean };
+      if (!eqn.operation) continue;
       count += total;
-      const gap = Math.abs(sum - this.checks[2 * id]);
-      const off = Math.abs(odd - this.checks[2 * id + 1]) > 1e-9 * total ? Infinity : gap === 0 ? 0 : gap / scale;
+      const gap = Math.abs(sum - this.checks[2 * id]), odds = Math.abs(odd - this.checks[2 * id + 1]);
+      const off = odds > 1e-9 * total ? Infinity : gap === 0 ? 0 : gap / (noise * total);
       if (!(off <= worst)) [worst, where] = [off, id];
     }
     return { worst, count, where };
+  }
+
+  // Σ w x over finite entries, Σ w n over others, and the mean of |w x|
+  #sums(data) {
+    let sum = 0, odd = 0, scale = 0;
+    for (let k = 0; k < data.length; k++) {
+      const x = data[k], weight = ((Math.imul(k, CHECK_STEP) + CHECK_START) >>> 0) / 4294967296 + 0.5;
+      if (x - x === 0) {
+        sum += weight * x;
+        scale += Math.abs(weight * x);
+      } else odd += weight * (x > 0 ? 1 : x < 0 ? -1 : 2);
+    }
+    return { sum, odd, mean: data.length ? scale / data.length : 0 };
   }
 
   // ---- where an entry comes from
@@ -757,7 +788,8 @@ class Program {
     if (operation.cast) return this.fixed(values, ins[0], k, depth - 1) === undefined ? undefined : values[id].data[k];
     if (!operation.args) return undefined;
     const found = ins.map((_, j) => at(j)), value = values[id].data[k];
-    return found.every(x => x !== undefined) || (eqn.prim === "mul" && value === 0 && found.includes(0)) ? value : undefined;
+    const isNought = eqn.prim === "mul" && value === 0 && found.includes(0);
+    return isNought || found.every(x => x !== undefined) ? value : undefined;
   }
 
   // the named entries, or inputs, that an entry is computed from directly: [[id, ix], ...]
@@ -778,8 +810,8 @@ class Program {
 
 // ---- formulas
 //
-// A formula is made of nodes {t, value, ...}. While it is made, an operand is an entry {id, k}, which `look` opens by one
-// operation; then it is decided which of them stay opened.
+// A formula is made of nodes {t, value, ...}. While it is made, an operand is an entry {id, k}, which `look` opens by
+// one operation; then it is decided which of them stay opened.
 
 const MOST_TERMS = 4096;  // of a sum, before the sums in it are not taken apart any more
 const ADDING = new Set(["add", "add_any", "sub"]);
@@ -801,7 +833,7 @@ class Explanation {
   operands({ ins, stretch }, k) { return ins.map((id, j) => ({ id, k: stretch[j] ? stretch[j][k] : k })); }
   isFixed(x, number) { return x.t ? x.t === "num" && x.value === number : this.settle(x).fixed === number; }
 
-  // the entry that an entry is taken from, with the equation that made it unless it is a leaf, or the constant that it is
+  // the entry that an entry is taken from, with the equation that made it unless it is a leaf, or the constant it is
   settle({ id, k }, isRoot = false) {
     const { program, values } = this;
     for (;; isRoot = false) {
@@ -892,8 +924,8 @@ class Explanation {
     const terms = all.length > this.terms ? this.largest(all) : all;
     const shown = terms.slice(0, this.terms).map(finished);
     if (all.length === 2 && shown[1].t === "neg") return { t: "sub", a: shown[0], b: shown[1].a, value };
-    const rest = terms.slice(this.terms);
-    return { t: "sum", terms: shown, more: rest.length, rest: rest.reduce((sum, x) => sum + this.valueOf(x), 0), value };
+    const left = terms.slice(this.terms), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
+    return { t: "sum", terms: shown, more: left.length, rest, value };
   }
 
   largest(all) {
@@ -914,7 +946,9 @@ class Explanation {
     for (const factors of eqn.operation.terms(eqn, k, this.data(eqn))) {
       const product = factors.map(([j, at]) => ({ id: eqn.ins[j], k: at })), [a, b] = product;
       if (!b) this.add(a, all);
-      else if (!this.isFixed(a, 0) && !this.isFixed(b, 0)) all.push({ product, value: this.valueOf(a) * this.valueOf(b) });
+      else if (!this.isFixed(a, 0) && !this.isFixed(b, 0)) {
+        all.push({ product, value: this.valueOf(a) * this.valueOf(b) });
+      }
     }
   }
 
