@@ -70,7 +70,7 @@ class Recording(NamedTuple):
         def wrong(mark: str) -> bool:
             """Whether some leaf of this name differs."""
             for name in auto.marks | auto.outputs:
-                if name == mark or name.startswith((f"{mark}#", f"{mark}/")):
+                if name == mark or name.startswith(f"{mark}#"):
                     a, b = auto.value(name), hand.value(name) if name in hand.marks | hand.outputs else None
                     if b is None or not (np.abs(b - a) <= TIGHT * np.abs(a).max(initial=0) + ROUNDING * most).all():
                         return True
@@ -91,7 +91,11 @@ class Recording(NamedTuple):
                     return path or "params"
             if wrong(f"dx:{node.name}"):
                 return f"{node.name}/inputs" if node.name else "inputs"
-        rest = (name for name in auto.outputs if name.startswith("grads") and wrong(name))
+        for mark in hand.marks:  # those that hand on what the last layer in them gives are no nodes
+            path = mark.removeprefix("dx:").split("#")[0]
+            if mark.startswith("dx:") and wrong(f"dx:{path}") and not wrong(f"dy:{path}"):
+                return f"{path}/inputs" if path else "inputs"
+        rest = (name for name in auto.outputs if name != "loss" and wrong(name))
         return next((name.removeprefix("grads").removeprefix("/") or "params" for name in rest), None)
 
 
@@ -146,7 +150,8 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
     def ahead(given):
         calls.clear()
         batch = Batch(given["input"], given["target"], given["weight"])
-        y, _, residuals = forward_of(model, given["param"], given["state"], batch.inputs, key=key, train=True)
+        x = marked("inputs:", batch.inputs)
+        y, _, residuals = forward_of(model, given["param"], given["state"], x, key=key, train=True)
         y = marked("forward:", y)
         with jax.named_scope("loss"):
             measured = measure(loss, None, y, batch)["loss"]

@@ -43,7 +43,7 @@ function go(step) {
   document.querySelector(".node.on, .unit.on")?.scrollIntoView({ block: "nearest" });
 }
 function goToFirstWrong() {
-  const { first, offs } = compared(), name = Object.keys(offs).filter(n => (n === first.mark || n.startsWith(first.mark + "#") || n.startsWith(first.mark + "/")) && offs[n].wrong)[0];
+  const { first, offs } = compared(), name = Object.keys(offs).filter(n => (n === first.mark || n.startsWith(first.mark + "#")) && offs[n].wrong)[0];
   const id = idOf(main, name), step = steps.findIndex((s, k) => s.phase !== "forward" && s.phase !== "start" && isKnown(id, k));
   state.step = Math.max(0, step);
   chooseMark(name, unflat(offs[name].at, main.shapes[id]));

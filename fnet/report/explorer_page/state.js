@@ -143,7 +143,7 @@ function compared() {
     }
     offs[name] = { worst, at, wrong: !(worst <= limit), relative: worst / (limit / TIGHT || 1) };
   }
-  const wrong = mark => Object.keys(offs).some(name => (name === mark || name.startsWith(mark + "#") || name.startsWith(mark + "/")) && offs[name].wrong);
+  const wrong = mark => Object.keys(offs).some(name => (name === mark || name.startsWith(mark + "#")) && offs[name].wrong);
   compared_ = { of: now, offs, wrong, first: firstWrong(wrong, offs), relative: Math.max(0, ...Object.values(offs).map(off => off.relative)) };
   return compared_;
 }
@@ -160,6 +160,10 @@ function firstWrong(wrong, offs) {
     for (const path of node.parameters) if (wrong(path ? `grads/${path}` : "grads")) return { name: path || "params", mark: path ? `grads/${path}` : "grads" };
     if (wrong(`dx:${node.name}`)) return { name: node.name ? `${node.name}/inputs` : "inputs", mark: `dx:${node.name}` };
   }
-  const rest = Object.keys(offs).find(name => name.startsWith("grads") && offs[name].wrong);
-  return rest ? { name: rest.slice(6) || "params", mark: rest } : null;
+  for (const mark of Object.keys(programs.hand.marks)) {  // those that hand on what the last layer in them gives are no nodes
+    const path = mark.startsWith("dx:") ? mark.slice(3).split("#")[0] : null;
+    if (path !== null && wrong(`dx:${path}`) && !wrong(`dy:${path}`)) return { name: path ? `${path}/inputs` : "inputs", mark: `dx:${path}` };
+  }
+  const rest = Object.keys(programs.auto.outs).find(name => name !== "loss" && offs[name]?.wrong);
+  return rest ? { name: rest.replace(/^grads\/?/, "") || "params", mark: rest } : null;
 }
