@@ -22,7 +22,7 @@ from fnet.gradcheck.layered import to_float64
 from fnet.gradcheck.problem import precise
 from fnet.gradients.engines import check_engine, loss_gradient, measure
 from fnet.gradients.intermediates import perturbed, tap
-from fnet.layers.children import backward_of, forward_of, watch
+from fnet.layers.children import backward_of, forward_of, shapes_known, watch
 from fnet.types import Batch, Layer, Loss, PyTree
 
 TIGHT = 1e-9  # gradients in float64 that differ by more of the greatest entry are two
@@ -106,8 +106,8 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
     function there is no pass by hand. ``key`` is for models that draw, as `fnet.layers.dropout` does. Loops are taken
     apart.
 
-    Raises TypeError for what is no model, `LayerError` where the batch does not fit, ValueError where a branch or a
-    loop depends on values and where there are more than 20,000 operations or 20 million numbers.
+    Raises TypeError for what is no model, `LayerError` where the batch does not fit and where a backward by hand gives
+    gradients of other trees or shapes, ValueError where a branch or a loop depends on values and where there are more than 20,000 operations or 20 million numbers.
 
     >>> import fnet
     >>> from fnet.layers import sigmoid
@@ -163,7 +163,7 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
 
     def by_hand(given):
         done.clear()
-        with watching():
+        with watching(), shapes_known():
             batch, y, residuals, count, value = ahead(given)
             with jax.named_scope("backward"):
                 with jax.named_scope("loss"):
@@ -190,7 +190,7 @@ def record_function(
 
     ``gradient(params, *args)`` is the gradient by hand, a tree like ``params``; ``intermediates(params, *args)`` a dict
     of those by tapped values: the arguments of `fnet.check_gradients`. Errors as `record`, ValueError also where
-    nothing is tapped, for an intermediate that is no tap, and TypeError where ``params`` or ``args`` hold no arrays.
+    nothing is tapped, for an intermediate that is no tap, for shapes by hand that are others, and TypeError where ``params`` or ``args`` hold no arrays.
 
     >>> def f(w, x):
     ...     return fnet.tap("square", (fnet.tap("product", x * w)) ** 2)
@@ -211,6 +211,8 @@ def record_function(
         value = objective(given)
         with jax.named_scope("backward"):
             grads = gradient(given["param"], *given["arg"])  # pyright: ignore
+            found, wanted = ({name: leaf.shape for name, leaf in named_leaves(t)} for t in (grads, given["param"]))
+            require(found == wanted, f"record_function: the gradient by hand has shapes {found}; expected {wanted}")
             for name, d in (intermediates(given["param"], *given["arg"]) if intermediates else {}).items():
                 marked(f"dy:{name}", d)
         return {"loss": value, "grads": grads}
@@ -222,6 +224,12 @@ def record_function(
     names = [name.removeprefix("forward:") for name in auto.marks if name.startswith("forward:")]
     unknown = {n.removeprefix("dy:") for n in (hand or auto).marks if n.startswith("dy:")} - {*names}
     require(not unknown, f"record_function: intermediates {sorted(unknown)} are not tapped; there are {names}")
+    for name in names if hand is not None else ():
+        shape, d = auto.value(f"forward:{name}").shape, hand.marks.get(f"dy:{name}")
+        require(
+            d is None or hand.values[d].shape == shape,
+            f"record_function: the intermediate {name!r} by hand has another shape than the value; expected {shape}",
+        )
     functions = (f,) if gradient is None else (f, gradient)
     nodes = tuple(Node(name, "value", functions) for name in names)
     return Recording(nodes, tuple(reversed(names)), functions, auto, hand)
