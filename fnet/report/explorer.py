@@ -204,6 +204,7 @@ def script() -> str:
     pairs = (entry.split(" as ") for entry in exports.split("}")[0].split(","))
     names = ", ".join(f"{public}: {inner}" for inner, public in pairs if public in ("html", "svg", "render", "nothing"))
     head = f"const {{html, svg, render, nothing}} = (() => {{{lit}return {{{names}}}}})();\n"
-    code = head + "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    lines = [line for name in SCRIPTS for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    code = head + "\n".join(line for line in lines if not line.lstrip().startswith("//"))  # comments stay here
     require("</script" not in code, "a script of the page ends itself")
     return code
