@@ -143,6 +143,15 @@ def on_two_devices(code: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """One browser for all pages of a worker."""
+    from tests.browser import chromium  # the other modules need no playwright
+
+    with chromium() as found:
+        yield found
+
+
 DIFFERENTIATION = {
     "grad",
     "value_and_grad",

@@ -313,7 +313,7 @@ def _params(eqn: Equation, values: list[np.ndarray]) -> dict | None:
     if any(a.dtype.kind in "iu" and a.dtype.itemsize < 4 for a in (*operands, *results)):
         return params if eqn.primitive in (*MOVING, *COMPARING, "argmax", "argmin", "iota") else None
     if dtype == np.float32 and eqn.primitive not in (*MOVING, "max", "min"):
-        return {**params, "r": 1} if eqn.primitive in ROUNDED_ONCE else None
+        return {**params, "f4": 1} if eqn.primitive in ROUNDED_ONCE else None
     if eqn.primitive in ("and", "or", "xor", "not") and dtype.kind != "b":
         return {**params, "u": int(dtype.kind == "u")} if dtype.itemsize == 4 else None
     return params

@@ -692,7 +692,7 @@ class Program {
         const given = eqn.operation.run(eqn, eqn.ins.map(id => values[id].data));
         eqn.outs.forEach((id, o) => {
           const data = eqn.outs.length > 1 ? given[o] : given;
-          values[id] = { shape: eqn.outShapes[o], data: eqn.p.r ? data.map(Math.fround) : data };
+          values[id] = { shape: eqn.outShapes[o], data: eqn.p.f4 ? data.map(Math.fround) : data };
           moved[id] = 1;
         });
       }
@@ -718,11 +718,11 @@ class Program {
     return this.follow.get(path);
   }
 
-  // How far computed values are from the recorded checksums: the worst, relative, where it is, and how many numbers were
-  // compared. Relative to Σ|w x|, or where terms cancel to what rounding leaves of them.
+  // How far computed values are from the recorded checksums: the worst, where it is, and how many numbers were compared.
+  // Relative to Σ|w x|, or, where terms cancel, to what their rounding is relative to.
   check(values) {
     let worst = 0, count = 0, where;
-    const levels = Array(this.shapes.length);  // id -> {mean, noise}: of |x|, and the size to which rounding is relative
+    const levels = Array(this.shapes.length);  // id -> {mean, noise}: of |x|, and what its rounding is relative to
     const levelOf = id => levels[id] ??= { mean: this.#sums(values[id].data).mean };
     for (const eqn of this.eqns) for (const id of eqn.outs) {
       const { sum, odd, mean } = this.#sums(values[id].data), total = values[id].data.length;
