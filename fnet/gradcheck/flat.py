@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import fnet
 from fnet.core.interpret import HIDDEN, STEP, evaluate, walk
 from fnet.core.jax_insides import Literal, bind, value_of
 from fnet.core.numerics import is_key
@@ -27,7 +26,7 @@ from fnet.types import PyTree
 KINDS = ("forward:", "inputs:", "inner:", "dy:", "dx:")  # of marks; a tap without one names a value of the forward
 MOST_EQUATIONS = 20_000
 MOST_NUMBERS = 20_000_000
-OWN = str(Path(fnet.__file__).parent)
+OWN = str(Path(__file__).parents[1])
 # what the code of a layer or a loss is called by
 PASSING = (*HIDDEN, *(f"{OWN}/{place}" for place in ("gradcheck/", "gradients/", "layers/children.py", "types.py")))
 

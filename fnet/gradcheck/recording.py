@@ -70,9 +70,10 @@ class Recording(NamedTuple):
         def wrong(mark: str) -> bool:
             """Whether some leaf of this name differs."""
             for name in auto.marks | auto.outputs:
-                if name == mark or name.startswith(f"{mark}#"):
-                    a, b = auto.value(name), hand.value(name) if name in hand.marks | hand.outputs else None
-                    if b is None or not (np.abs(b - a) <= TIGHT * np.abs(a).max(initial=0) + ROUNDING * most).all():
+                told = name in hand.marks | hand.outputs  # of a function's values those that the caller has derived
+                if told and (name == mark or name.startswith(f"{mark}#")):
+                    a, b = auto.value(name), hand.value(name)
+                    if not (np.abs(b - a) <= TIGHT * np.abs(a).max(initial=0) + ROUNDING * most).all():
                         return True
             return False
 

@@ -140,10 +140,10 @@ def snapshots(training: Iterable[tuple[int, PyTree]], main) -> dict[str, Any]:
         rows.append(np.concatenate([leaves[name].ravel().astype(np.float64) for name in paths]))
     recorded = np.concatenate([main.value(name).ravel() for name in paths])
     at = next((k for k, row in enumerate(rows) if np.array_equal(row, recorded)), None)
-    require(
-        at is not None,
-        "write_explorer: the recorded parameters are none of the training's; expected the pass of one of its steps",
-    )
+    if at is None:
+        raise ValueError(
+            "write_explorer: the recorded parameters are none of the training's; expected the pass of one of its steps"
+        )
     others = np.stack(rows[:at] + rows[at + 1 :]) if len(rows) > 1 else np.zeros((0, len(recorded)))
     return {"steps": steps, "paths": paths, "params": encode(others), "at": at}
 
@@ -204,6 +204,7 @@ def script() -> str:
     pairs = (entry.split(" as ") for entry in exports.split("}")[0].split(","))
     names = ", ".join(f"{public}: {inner}" for inner, public in pairs if public in ("html", "svg", "render", "nothing"))
     head = f"const {{html, svg, render, nothing}} = (() => {{{lit}return {{{names}}}}})();\n"
-    code = head + "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    lines = [line for name in SCRIPTS for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    code = head + "\n".join(line for line in lines if not line.lstrip().startswith("//"))  # comments stay here
     require("</script" not in code, "a script of the page ends itself")
     return code

@@ -56,9 +56,9 @@ function framesOf(line) {
   const { stacks, lines } = programsOf(), frames = (line === undefined ? [] : stacks[line] ?? []).map(k => lines[k]);
   return frames.map(([file, at]) => ({ file, at, code: scene.code.filter(c => c.file === file && c.first <= at && at < c.first + c.lines.length).at(-1) })).filter(f => f.code);
 }
-// not a helper's, but what the author of a layer or of a loss wrote
-const isAuthors = frame => /forward|backward|gradient|step|slopes|back/.test(frame.code.name)
-  || frame.file === "fnet/losses.py" || !frame.file.startsWith("fnet/");
+// what the author of a layer or of a loss wrote, and no helper of theirs
+const HELPERS = /^(product|wide_product|product_with_rows|tensordot|einsum|plus|with_bias|rows|widened|_rows|_steps|full_.*)$/;
+const isAuthors = ({ file, code }) => /^fnet\/(layers\/|losses)|^(?!fnet\/)/.test(file) && !HELPERS.test(code.name);
 // the operation of an entry that tells most: its last, or the one before it that an author's line stands for
 function lineOf(id, line) {
   const program = programsOf(), todo = [id], seen = new Set();

@@ -88,18 +88,29 @@ function paintTiles() {
     mark(canvas, picture, from);
   }
 }
-// a frame over the chosen cell, and over those that it was computed from
+// a frame around the chosen cell, and one around those that it was computed from
 function mark(canvas, picture, from) {
-  const sel = state.hovered ?? state.chosen, cells = [], { shape, data } = values()[picture.program][picture.id];
-  const own = sel?.program === picture.program && sel.id === picture.id;
+  const sel = state.hovered ?? state.chosen, { shape } = values()[picture.program][picture.id], { h, w } = picture;
+  const own = sel?.program === picture.program && sel.id === picture.id ? flat(sel.ix, shape) : null;
   const wanted = sel?.program === picture.program ? from.get(picture.id) : undefined;
-  if (own || wanted) for (let r = 0; r < picture.h; r++) for (let c = 0; c < picture.w; c++) {
-    const ix = picture.ix(r, c), k = ix && flat(ix, shape);
-    if (!ix) continue;
-    if (own && k === flat(sel.ix, shape)) cells.push([r, c, "here"]);
-    else if (wanted?.has(k) && wanted.size < data.length) cells.push([r, c, "from"]);
-  }
-  render(svg`${cells.map(([r, c, kind]) => svg`<rect class=${kind} x=${c} y=${r} width="1" height="1" vector-effect="non-scaling-stroke"/>`)}`, canvas.nextElementSibling);
+  const places = [...Array(h * w).keys()].map(cell => {
+    const ix = own !== null || wanted ? picture.ix(Math.floor(cell / w), cell % w) : null;
+    return ix ? flat(ix, shape) : null;
+  });
+  const outline = inside => {
+    if (places.every(inside)) return "";
+    const at = (r, c) => r >= 0 && r < h && c >= 0 && c < w && inside(places[r * w + c]);
+    let d = "";
+    for (let r = 0; r < h; r++) for (let c = 0; c < w; c++) if (at(r, c)) {
+      if (!at(r - 1, c)) d += `M${c} ${r}h1`;
+      if (!at(r + 1, c)) d += `M${c} ${r + 1}h1`;
+      if (!at(r, c - 1)) d += `M${c} ${r}v1`;
+      if (!at(r, c + 1)) d += `M${c + 1} ${r}v1`;
+    }
+    return d;
+  };
+  const line = (kind, d) => d ? svg`<path class=${kind} d=${d} vector-effect="non-scaling-stroke"/>` : nothing;
+  render(svg`${line("from", wanted ? outline(k => k !== null && wanted.has(k)) : "")}${line("here", own === null ? "" : outline(k => k === own))}`, canvas.nextElementSibling);
 }
 let origins_ = { key: null };
 function originsOfChosen() {
