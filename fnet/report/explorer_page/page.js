@@ -214,11 +214,11 @@ function pills() {
 function view() {
   const step = steps[state.step];
   return html`<header><h1>${scene.title}</h1>${scene.note ? html`<p class="soft">${scene.note}</p>` : nothing}${pills()}</header>
-    <div class="bar" role="toolbar" aria-label="steps of the pass">
+    <nav class="bar" aria-label="steps of the pass">
       <button aria-label="first step" @click=${() => go(0)} ?disabled=${state.step === 0}>|◀</button><button aria-label="step back" @click=${() => go(state.step - 1)} ?disabled=${state.step === 0}>◀</button>
       <button aria-label="step forward" @click=${() => go(state.step + 1)} ?disabled=${state.step === LAST}>▶</button><button aria-label="last step" @click=${() => go(LAST)} ?disabled=${state.step === LAST}>▶|</button>
       <span class="what" aria-live="polite"><strong class=${step.phase === "forward" || step.phase === "start" ? "fwd" : "bwd"}>${step.text}</strong> <span class="soft">step ${state.step} of ${LAST}; also by ← and →</span></span>
-      ${examples()}<label>digits <select @change=${event => { state.digits = +event.target.value; draw(); }}>${[4, 6, 9, 17].map(d => html`<option value=${d} ?selected=${d === state.digits}>${d}</option>`)}</select></label></div>
+      ${examples()}<label>digits <select @change=${event => { state.digits = +event.target.value; draw(); }}>${[4, 6, 9, 17].map(d => html`<option value=${d} ?selected=${d === state.digits}>${d}</option>`)}</select></label></nav>
     <div class="whole"><main><section class="card pass"><h2>The pass, <span class="fwd">forward</span> and <span class="bwd">backward</span></h2>${columns ? graph() : cards()}</section>
       ${training()}${plane()}${table()}</main>
     <aside class="card" aria-label="where it comes from"><h2>Where it comes from</h2>${from()}</aside></div>`;
