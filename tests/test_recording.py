@@ -16,7 +16,7 @@ from fnet import layers, losses
 from fnet.core.interpret import walk
 from fnet.core.trees import named_leaves
 from fnet.gradcheck import flat
-from fnet.layers import cells, dense, dot_product, dropout, lstm, recurrent, relu, sigmoid, tanh
+from fnet.layers import cells, dense, dot_product, dropout, lstm, recurrent, relu, tanh
 from fnet.layers.children import forward_of, show, watch
 from fnet.layers.combinators import parallel, remat, repeat, residual, serial
 from fnet.layers.models import gpt, lenet5, recurrent_lm
@@ -110,11 +110,13 @@ def test_a_recording_says_what_layers_there_are_in_what_order_and_with_which_par
         set(),
     ]
     assert mazur.first_wrong is None
-    assert re.fullmatch(r"Recording of 4 layers or values: \d+ operations by hand, \d+ operations by autodiff", str(mazur))
+    assert re.fullmatch(
+        r"Recording of 4 layers or values: \d+ operations by hand, \d+ operations by autodiff", str(mazur)
+    )
 
 
 def test_no_value_of_that_name_says_which_there_are(mazur):
-    with pytest.raises(KeyError, match="no value is called 'forward:dense_2'.*forward:dense_1"):
+    with pytest.raises(KeyError, match=r"no value is called 'forward:dense_2'.*forward:dense_1"):
         mazur.by_hand.value("forward:dense_2")
 
 
@@ -126,7 +128,9 @@ def test_it_is_float64_of_float32_parameters_outside_of_x64():
     np.testing.assert_array_equal(recording.by_hand.value("param/dense_0/w"), np.asarray(params["dense_0"]["w"]))
 
 
-LSTM = Batch(jnp.asarray(RNG.standard_normal((2, 5, 3)), jnp.float32), jnp.asarray(RNG.standard_normal((2, 5, 4)), jnp.float32))
+LSTM = Batch(
+    jnp.asarray(RNG.standard_normal((2, 5, 3)), jnp.float32), jnp.asarray(RNG.standard_normal((2, 5, 4)), jnp.float32)
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["forwards", "reversed"])
@@ -311,7 +315,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = {"lenet", "stacked, tied", "bidirectional", "repeat", "batch norm"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in CASES])
 def test_recorded_gradients_are_those_of_the_engines(name):
     model, loss, batch, key = CASES[name]
     recording, params, state = recorded(model, loss, batch, key)
@@ -320,12 +327,10 @@ def test_recorded_gradients_are_those_of_the_engines(name):
 
 def test_a_loss_that_is_a_plain_function_has_a_pass_by_autodiff_alone():
     batch = Batch(floats(3, 2), floats(3, 1))
-    recording, params, state = recorded(fnet.mlp(1), lambda y, t: ((y - t) ** 2).mean(-1), batch)
+    recording, params, _ = recorded(fnet.mlp(1), lambda y, t: ((y - t) ** 2).mean(-1), batch)
     assert recording.by_hand is None and recording.first_wrong is None
     x, t, w, b = (np.asarray(a, np.float64) for a in (*batch[:2], params["dense_0"]["w"], params["dense_0"]["b"]))
-    np.testing.assert_allclose(
-        recording.autodiff.value("grads/dense_0/w"), 2 * x.T @ (x @ w + b - t) / 3, rtol=1e-13
-    )
+    np.testing.assert_allclose(recording.autodiff.value("grads/dense_0/w"), 2 * x.T @ (x @ w + b - t) / 3, rtol=1e-13)
 
 
 def test_the_gradient_by_a_value_that_two_read_is_whole_and_that_through_one_is_its_part():
@@ -674,7 +679,11 @@ ERRORS = {
         "record_function: arg/0 is str; expected arrays and numbers alone",
     ),
     "no tap": (lambda: fnet.record_function(lambda w: w**2, 2.0), ValueError, "nothing is tapped.*fnet.tap"),
-    "no scalar": (lambda: fnet.record_function(lambda w: fnet.tap("w", w), np.ones(2)), ValueError, "expected one scalar"),
+    "no scalar": (
+        lambda: fnet.record_function(lambda w: fnet.tap("w", w), np.ones(2)),
+        ValueError,
+        "expected one scalar",
+    ),
     "no function": (lambda: fnet.record_function(3, 2.0), ValueError, "record_function: f is no function"),
     "no gradient": (
         lambda: fnet.record_function(square, 2.0, 3.0, gradient=3),
@@ -705,7 +714,7 @@ ERRORS = {
             intermediates=lambda w, x: {"product": w.sum()},
         ),
         ValueError,
-        r"record_function: the intermediate 'product' by hand has another shape than the value; expected \(2,\)",
+        r"record_function: the intermediate 'product' by hand has \(\); expected \(2,\)",
     ),
     "an intermediate that is no tap": (
         lambda: fnet.record_function(
@@ -729,7 +738,9 @@ def long_loop(w, steps):
 
 
 def test_too_many_operations_are_refused_before_anything_is_computed():
-    with pytest.raises(ValueError, match=r"record_function: the pass has [\d,]+ operations; expected at most 20,000: take"):
+    with pytest.raises(
+        ValueError, match=r"record_function: the pass has [\d,]+ operations; expected at most 20,000: take"
+    ):
         fnet.record_function(lambda w: long_loop(w, 20_000), 0.5)
 
 
@@ -832,9 +843,7 @@ def test_each_value_is_what_its_operation_gives_and_comes_before_it_is_read(mazu
 
 
 def test_an_operation_knows_the_line_of_its_layer(mazur):
-    [line] = {
-        line for eqn in mazur.by_hand.equations if eqn.primitive == "logistic" for line in eqn.lines[:1]
-    }
+    [line] = {line for eqn in mazur.by_hand.equations if eqn.primitive == "logistic" for line in eqn.lines[:1]}
     assert line[0].endswith("fnet/layers/activation.py")
     files = {file for eqn in mazur.by_hand.equations for file, _ in eqn.lines}
     assert not any("/jax/" in file or "gradcheck" in file or file.endswith("children.py") for file in files)

@@ -108,7 +108,8 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
     apart.
 
     Raises TypeError for what is no model, `LayerError` where the batch does not fit and where a backward by hand gives
-    gradients of other trees or shapes, ValueError where a branch or a loop depends on values and where there are more than 20,000 operations or 20 million numbers.
+    gradients of other trees or shapes, ValueError where a branch or a loop depends on values and where there are more
+    than 20,000 operations or 20 million numbers.
 
     >>> import fnet
     >>> from fnet.layers import sigmoid
@@ -191,7 +192,8 @@ def record_function(
 
     ``gradient(params, *args)`` is the gradient by hand, a tree like ``params``; ``intermediates(params, *args)`` a dict
     of those by tapped values: the arguments of `fnet.check_gradients`. Errors as `record`, ValueError also where
-    nothing is tapped, for an intermediate that is no tap, for shapes by hand that are others, and TypeError where ``params`` or ``args`` hold no arrays.
+    nothing is tapped, for an intermediate that is no tap, for shapes by hand that are others, and TypeError where
+    ``params`` or ``args`` hold no arrays.
 
     >>> def f(w, x):
     ...     return fnet.tap("square", (fnet.tap("product", x * w)) ** 2)
@@ -225,12 +227,10 @@ def record_function(
     names = [name.removeprefix("forward:") for name in auto.marks if name.startswith("forward:")]
     unknown = {n.removeprefix("dy:") for n in (hand or auto).marks if n.startswith("dy:")} - {*names}
     require(not unknown, f"record_function: intermediates {sorted(unknown)} are not tapped; there are {names}")
-    for name in names if hand is not None else ():
-        shape, d = auto.value(f"forward:{name}").shape, hand.marks.get(f"dy:{name}")
-        require(
-            d is None or hand.values[d].shape == shape,
-            f"record_function: the intermediate {name!r} by hand has another shape than the value; expected {shape}",
-        )
+    derived = {} if hand is None else {name: hand.value(f"dy:{name}") for name in names if f"dy:{name}" in hand.marks}
+    for name, d in derived.items():
+        shape = auto.value(f"forward:{name}").shape
+        require(d.shape == shape, f"record_function: the intermediate {name!r} by hand has {d.shape}; expected {shape}")
     functions = (f,) if gradient is None else (f, gradient)
     nodes = tuple(Node(name, "value", functions) for name in names)
     return Recording(nodes, tuple(reversed(names)), functions, auto, hand)
