@@ -829,7 +829,7 @@ class Explanation {
   }
 
   data(eqn) { return eqn.ins.map(id => this.values[id].data); }
-  valueOf(x) { return x.t ? x.value : this.values[x.id].data[x.k]; }
+  valueOf(x) { return x.value ?? this.values[x.id].data[x.k]; }
   operands({ ins, stretch }, k) { return ins.map((id, j) => ({ id, k: stretch[j] ? stretch[j][k] : k })); }
   isFixed(x, number) { return x.t ? x.t === "num" && x.value === number : this.settle(x).fixed === number; }
 
