@@ -829,7 +829,7 @@ class Explanation {
   }
 
   data(eqn) { return eqn.ins.map(id => this.values[id].data); }
-  valueOf(x) { return x.t ? x.value : this.values[x.id].data[x.k]; }
+  valueOf(x) { return x.value ?? this.values[x.id].data[x.k]; }
   operands({ ins, stretch }, k) { return ins.map((id, j) => ({ id, k: stretch[j] ? stretch[j][k] : k })); }
   isFixed(x, number) { return x.t ? x.t === "num" && x.value === number : this.settle(x).fixed === number; }
 
@@ -922,9 +922,10 @@ class Explanation {
     if (all.length === 0) return { t: "num", value };
     if (all.length === 1) return this.look(finished(all[0]));
     const terms = all.length > this.terms ? this.largest(all) : all;
-    const shown = terms.slice(0, this.terms).map(finished);
+    const wanted = all.length > this.terms ? Math.max(1, terms.slice(0, this.terms).filter(x => this.valueOf(x) !== 0).length) : this.terms;
+    const shown = terms.slice(0, wanted).map(finished);
     if (all.length === 2 && shown[1].t === "neg") return { t: "sub", a: shown[0], b: shown[1].a, value };
-    const left = terms.slice(this.terms), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
+    const left = terms.slice(wanted), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
     return { t: "sum", terms: shown, more: left.length, rest, value };
   }
 

@@ -31,11 +31,18 @@ function chooseMark(mark, ix = null) {
 function follow() {
   const { phase, node } = steps[state.step], marks = mark => marksOf(main, mark)[0];
   if (phase === "start") return chooseMark(Object.keys(main.inputs).find(path => path.startsWith("input")) ?? Object.keys(main.inputs)[0]);
-  if (phase === "update") return chooseMark("loss");
+  if (phase === "update") return chooseGradient(parameters.map(path => path.slice(6))) || chooseMark("loss");
   if (node === null) return chooseMark(phase === "forward" ? "loss" : marks("dy:"));
   if (phase === "forward") return chooseMark(marks(`forward:${node.name}`));
-  const weights = node.parameters.find(path => main.shapes[main.inputs[`param/${path}`]]?.length > 1) ?? node.parameters[0];
-  return (weights !== undefined && chooseMark(`grads/${weights}`)) || chooseMark(marks(`dx:${node.name}`) ?? marks(`dy:${node.name}`)) || chooseMark("loss");
+  return chooseGradient(node.parameters) || chooseMark(marks(`dx:${node.name}`) ?? marks(`dy:${node.name}`)) || chooseMark("loss");
+}
+// the gradient by the first weights among some parameters: the first entry of few, the greatest of many
+function chooseGradient(paths) {
+  const shapeOf = path => main.shapes[main.inputs[path ? `param/${path}` : "param"]];
+  const path = paths.find(p => shapeOf(p)?.length > 1) ?? paths[0];
+  if (path === undefined) return false;
+  const mark = path ? `grads/${path}` : "grads", { shape, data } = values()[nameOfMain][idOf(main, mark)], most = greatest(data);
+  return chooseMark(mark, unflat(columns ? 0 : Math.max(0, data.findIndex(x => Math.abs(x) === most)), shape));
 }
 function go(step) {
   state.step = Math.max(0, Math.min(LAST, step));
