@@ -2,14 +2,17 @@
 
 const MOST_UNITS = 8;
 
+// the panel that explains a number stays while something in it is pointed at
+const inPanel = event => event.currentTarget.closest("aside") !== null;
+
 // a number that can be opened: pointer and focus explain it, a click pins it
 function number(program, id, ix, { negative = false, text = null } = {}) {
   const x = entry(values()[program], id, ix), name = programs[program].nameOf(id);
   const here = sel => sel && sel.program === program && sel.id === id && String(sel.ix) === String(ix);
   const words = `${label(name, ix)}${program === nameOfMain ? "" : ` ${ENGINE[program]}`} is ${show(x)}`;
+  const point = event => { if (!inPanel(event)) hover({ program, id, ix }); };
   return html`<button class="num ${tone(name)} ${here(state.chosen) ? "on" : ""}" aria-label=${words} title=${words}
-    @click=${() => choose(program, id, ix)} @pointerenter=${() => hover({ program, id, ix })} @pointerleave=${() => hover(null)}
-    @focus=${() => hover({ program, id, ix })} @blur=${() => hover(null)}>${text ?? (negative && x < 0 ? `(${show(x)})` : show(x))}</button>`;
+    @click=${() => choose(program, id, ix)} @pointerenter=${point} @pointerleave=${() => hover(null)} @focus=${point} @blur=${() => hover(null)}>${text ?? (negative && x < 0 ? `(${show(x)})` : show(x))}</button>`;
 }
 
 // by its name in the main program, "·" as long as the pass has not come to it

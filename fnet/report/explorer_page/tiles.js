@@ -46,9 +46,9 @@ function tile(picture, { cell = null } = {}) {
   const over = picture.steps || partsOf(name)[1].endsWith("attention") || name.startsWith("dy:inner:") ? tokens(picture.w) : null;
   return html`<div style="width:${picture.w * side}px" class="framed">${over ? html`<div class="tokens" aria-hidden="true" style="grid-template-columns:repeat(${picture.w},1fr)">${over.map(word => html`<span>${word}</span>`)}</div>` : nothing}<div class="box"><canvas class="tile" tabindex="0" role="application" aria-roledescription="picture of numbers" aria-label=${words}
     width=${picture.w} height=${picture.h} style="aspect-ratio:${picture.w}/${picture.h}" .picture=${picture} .known=${known}
-    @pointermove=${event => hover(spot(pointed(event)))} @pointerleave=${() => hover(null)}
+    @pointermove=${event => inPanel(event) || hover(spot(pointed(event)))} @pointerleave=${() => hover(null)}
     @click=${event => { const ix = pointed(event); if (spot(ix)) choose(picture.program, picture.id, ix); }}
-    @keydown=${event => walkTile(event, picture, known)} @focus=${() => known && !isIn(picture, state.chosen) && choose(picture.program, picture.id, picture.ix(0, 0))}></canvas>
+    @keydown=${event => walkTile(event, picture, known)} @focus=${event => known && !inPanel(event) && !isIn(picture, state.chosen) && choose(picture.program, picture.id, picture.ix(0, 0))}></canvas>
     <svg class="marks" viewBox="0 0 ${picture.w} ${picture.h}" preserveAspectRatio="none" aria-hidden="true"></svg></div></div>`;
 }
 // what the steps of the inputs are called, if each has a name
