@@ -334,6 +334,9 @@ function cumulative(f, traits) {
   } };
 }
 
+// NaN last, 0 and -0 the same
+const ascending = (a, b) => a < b || (b !== b && a === a) ? -1 : a > b || (a !== a && b === b) ? 1 : 0;
+
 function logAddExp(a, b) {
   const top = Math.max(a, b);
   return a === b ? a + Math.LN2 : Number.isFinite(top) ? top + Math.log1p(Math.exp(Math.min(a, b) - top)) : top;
@@ -485,7 +488,7 @@ const OPERATIONS = {
       const { first, n, step } = lines(eqn), out = new Float64Array(eqn.total), line = new Float64Array(n);
       for (const start of first) {
         for (let i = 0; i < n; i++) line[i] = a[start + i * step];
-        line.sort();
+        line.sort(ascending);
         for (let i = 0; i < n; i++) out[start + i * step] = line[i];
       }
       return out;
