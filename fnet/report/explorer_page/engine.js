@@ -631,6 +631,10 @@ class Program {
     const moved = this.#downstream(Object.values(inputs));
     this.constant = shapes.map((_, id) => !moved.has(id));
     const floating = this.#downstream(Object.values(inputs).filter(id => kinds[id] === "f"));
+    this.discrete = shapes.map((_, id) => kinds[id] === "i" || !floating.has(id));  // whole, or of labels and masks
+    for (const { ins, outs } of this.eqns) {
+      if (ins.every(id => this.discrete[id])) outs.forEach(id => { this.discrete[id] = true; });
+    }
     this.frozen = unknown.some(eqn => eqn.ins.some(id => floating.has(id)));
   }
 
@@ -721,8 +725,8 @@ class Program {
     return this.follow.get(path);
   }
 
-  // How far computed values are from the recorded checksums: the worst, where it is, and how many numbers were compared.
-  // Relative to Σ|w x|, or, where terms cancel, to what their rounding is relative to.
+  // How far computed values are from the recorded checksums: the worst, where it is, and how many numbers were
+  // compared. Relative to Σ|w x|, or, where terms cancel, to what their rounding is relative to.
   check(values) {
     let worst = 0, count = 0, where;
     const levels = Array(this.shapes.length);  // id -> {mean, noise}: of |x|, and what its rounding is relative to
@@ -776,10 +780,12 @@ class Program {
     return eqn.prim === "mul" && found.some(([i, at]) => this.fixed(values, i, at) === 0) ? [] : found;
   }
 
-  // an entry that is a constant's, maybe moved or multiplied with zero on the way; else undefined
+  // An entry that is a constant's, maybe moved or multiplied with zero on the way; else undefined. What labels and
+  // masks say is as good as constant: a formula is of the case at hand.
   fixed(values, id, k, depth = DEEP, isRoot = false) {
     if (this.constant[id]) return values[id].data[k];
     if (this.names.has(id) && !isRoot) return undefined;
+    if (this.discrete[id] && this.made.has(id) && !isRoot) return values[id].data[k];
     const eqn = this.eqns[this.made.get(id)];
     if (!eqn?.operation || depth === 0) return undefined;
     const { operation, ins } = eqn, data = () => ins.map(i => values[i].data);
@@ -882,7 +888,7 @@ class Explanation {
     if (operation.all) {
       return { t: "fn", f: "prod", args: entries.slice(0, this.terms), more: places.length - this.terms, value };
     }
-    const a = entries.find(({ k }) => data[k] === wanted || Number.isNaN(data[k])) ?? entries[0];
+    const a = entries.find(({ k }) => data[k] === wanted || (data[k] !== data[k] && wanted !== wanted)) ?? entries[0];
     const pick = { t: "pick", a, of: places.length, value: this.valueOf(a) };
     return operation.place ? { t: "fn", f: prim, args: [pick], value } : places.length === 1 ? a : pick;
   }
