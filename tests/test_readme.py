@@ -12,7 +12,8 @@ PAGE = pathlib.Path(__file__).parents[1] / "README.md"
 README = PAGE.read_text()
 
 
-def test_the_readmes_code_runs_and_prints_what_it_says(capsys):
+def test_the_readmes_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = blocks_of(PAGE)
     assert len(blocks) >= 2
     assert 15 <= len([line for line in blocks[0].splitlines() if line.strip()]) <= 25
@@ -22,6 +23,16 @@ def test_the_readmes_code_runs_and_prints_what_it_says(capsys):
     assert names["history"].epochs["loss"].shape == (5,)
     rows = [line.split() for line in printed.splitlines()]
     assert sum(row[-1:] == ["ok"] for row in rows) == 12  # each layer's parameters and inputs, and the loss' outputs
+
+
+def test_the_explorers_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.parent / "docs" / "explorer.md"
+    with jax.numpy_dtype_promotion("standard"):
+        run_blocks(blocks_of(page), page.name)
+    (expected,) = blocks_of(page, "text")
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "explorer.html").is_file()
 
 
 def test_the_readme_shows_both_commands_first():

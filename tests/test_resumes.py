@@ -168,14 +168,6 @@ def test_the_same_run_written_otherwise_is_the_same(folder, half):
     assert not (folder / "changes.jsonl").exists()
 
 
-def test_a_run_goes_on_where_it_stood_by_another_step_that_is_accepted(folder):
-    saved, _ = fit(None)
-    end, history = fit(folder, resume=True, epochs=4, rate=0.2, accept=("step",))
-    step, _, options = parts(epochs=4, rate=0.2)
-    assert len(history.epochs["loss"]) == 4
-    assert_same_bits(end, fnet.fit(step, saved, DATA, **options)[0])
-
-
 def test_an_accepted_number_is_the_one_that_is_given(folder):
     end, _ = fit(folder, resume=True, epochs=4, optimizer=momentum(0.1), accept=("opt_state/hyper/*",))
     np.testing.assert_allclose(end.opt_state.hyper.learning_rate, 0.1)
@@ -972,21 +964,6 @@ def test_a_best_whose_manifest_is_damaged_is_named_and_not_deleted(tmp_path):
     assert first in saved_steps(tmp_path / "run" / "checkpoints")
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):
-    step, ts, options = parts()
-    fnet.fit(step, ts, DATA, run=fnet.Run(tmp_path / "run", save_every=3), **options)
-    three, six = saved_steps(tmp_path / "run" / "checkpoints").values()
-    shutil.copytree(three, three.with_name("step_000000007"))
-    for call in (
-        lambda: fit(tmp_path / "run", resume=True, epochs=3),
-        lambda: fnet.load_run(tmp_path / "run", MODEL, X[:1]),
-        lambda: fnet.load_run(tmp_path / "run", MODEL, X[:1], which=7),
-    ):
-        with pytest.raises(fnet.CheckpointError, match="step_000000007 was made at step 3; expected its folder under"):
-            call()
-    assert six.is_dir()
-
-
 def test_the_best_is_of_one_evaluation(tmp_path):
     kept = {"keep_best": "validation_loss", "keep_last": 1}
     harder = fnet.Batch(20 * HELD.inputs, (HELD.targets + 1) % 3)
@@ -1146,17 +1123,6 @@ class ByEpochReader:
 
     def set_state(self, state):
         self.epoch, self.at = state["epoch"], state["at"]
-
-
-@pytest.mark.parametrize("at", [1, 3, 5, 6])
-def test_a_source_that_counts_its_epochs_goes_on_with_the_next(at, tmp_path):
-    step, ts, _ = parts()
-    straight, _ = fnet.fit(step, ts, ByEpoch(), epochs=4)
-    assert_same_bits(fnet.fit(step, ts, ByEpoch(), epochs=4, run=fnet.Run(tmp_path / "whole"))[0], straight)
-    run = fnet.Run(tmp_path / "run", resume="auto")
-    leave = [lambda event: "stop" if event.step >= at and event.kind == "chunk" else None]
-    fnet.fit(step, ts, ByEpoch(), epochs=4, run=run, observers=leave, chunk_steps=1)
-    assert_same_bits(fnet.fit(step, ts, ByEpoch(), epochs=4, run=run)[0], straight)
 
 
 @pytest.mark.parametrize("state", [np.array([1, 2]), {1, 2}, object()])

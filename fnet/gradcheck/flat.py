@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import fnet
 from fnet.core.interpret import HIDDEN, STEP, evaluate, walk
 from fnet.core.jax_insides import Literal, bind, value_of
 from fnet.core.numerics import is_key
@@ -27,8 +26,9 @@ from fnet.types import PyTree
 KINDS = ("forward:", "inputs:", "inner:", "dy:", "dx:")  # of marks; a tap without one names a value of the forward
 MOST_EQUATIONS = 20_000
 MOST_NUMBERS = 20_000_000
-OWN = str(Path(fnet.__file__).parent)
-PASSING = (*HIDDEN, f"{OWN}/gradcheck/", f"{OWN}/layers/children.py", f"{OWN}/gradients/")  # no layer's own code
+OWN = str(Path(__file__).parents[1])
+# what the code of a layer or a loss is called by
+PASSING = (*HIDDEN, *(f"{OWN}/{place}" for place in ("gradcheck/", "gradients/", "layers/children.py", "types.py")))
 
 
 class Equation(NamedTuple):
@@ -80,7 +80,7 @@ def flattened(who: str, run: Callable[[PyTree], PyTree], given: PyTree) -> Progr
         flat = jax.make_jaxpr(lambda *leaves: evaluate(closed, leaves, unroll=True)[0])(*(leaf for _, leaf in leaves))
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            f"{who}: a branch (lax.cond, lax.switch) or a while loop of this pass goes by values, so that it is not one "
+            f"{who}: a branch (lax.cond, lax.switch) or a while loop of this pass goes by values, so that it is no "
             "list of operations; expected scans and calls alone. Attention branches with block_size: leave it None"
         ) from error
     numbers = _Numbers()

@@ -22,7 +22,7 @@ from fnet.gradcheck.layered import to_float64
 from fnet.gradcheck.problem import precise
 from fnet.gradients.engines import check_engine, loss_gradient, measure
 from fnet.gradients.intermediates import perturbed, tap
-from fnet.layers.children import backward_of, forward_of, watch
+from fnet.layers.children import backward_of, forward_of, shapes_known, watch
 from fnet.types import Batch, Layer, Loss, PyTree
 
 TIGHT = 1e-9  # gradients in float64 that differ by more of the greatest entry are two
@@ -70,9 +70,10 @@ class Recording(NamedTuple):
         def wrong(mark: str) -> bool:
             """Whether some leaf of this name differs."""
             for name in auto.marks | auto.outputs:
-                if name == mark or name.startswith((f"{mark}#", f"{mark}/")):
-                    a, b = auto.value(name), hand.value(name) if name in hand.marks | hand.outputs else None
-                    if b is None or not (np.abs(b - a) <= TIGHT * np.abs(a).max(initial=0) + ROUNDING * most).all():
+                told = name in hand.marks | hand.outputs  # of a function's values those that the caller has derived
+                if told and (name == mark or name.startswith((f"{mark}#", f"{mark}/"))):
+                    a, b = auto.value(name), hand.value(name)
+                    if not (np.abs(b - a) <= TIGHT * np.abs(a).max(initial=0) + ROUNDING * most).all():
                         return True
             return False
 
@@ -87,11 +88,12 @@ class Recording(NamedTuple):
             if wrong(f"dy:{node.name}"):
                 continue  # what reaches it is wrong already
             for path in node.parameters:
-                if wrong(f"grads/{path}"):
-                    return path
+                if wrong(f"grads/{path}" if path else "grads"):
+                    return path or "params"
             if wrong(f"dx:{node.name}"):
-                return f"{node.name}/inputs"
-        return next((name.removeprefix("grads/") for name in auto.outputs if name != "loss" and wrong(name)), None)
+                return f"{node.name}/inputs" if node.name else "inputs"
+        rest = (name for name in auto.outputs if name.startswith("grads") and wrong(name))
+        return next((name.removeprefix("grads").removeprefix("/") or "params" for name in rest), None)
 
 
 def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax.Array | None = None) -> Recording:
@@ -148,22 +150,23 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
         y, _, residuals = forward_of(model, given["param"], given["state"], batch.inputs, key=key, train=True)
         y = marked("forward:", y)
         with jax.named_scope("loss"):
-            return batch, y, residuals, measure(loss, None, y, batch)["loss"]
+            measured = measure(loss, None, y, batch)["loss"]
+            return batch, y, residuals, measured.count, measured.value
 
     def objective(given):
         with watching():
-            return ahead(given)[-1].value
+            return ahead(given)[-1]
 
     def by_hand(given):
         done.clear()
-        with watching():
-            batch, y, residuals, measured = ahead(given)
+        with watching(), shapes_known():
+            batch, y, residuals, count, value = ahead(given)
             with jax.named_scope("backward"):
                 with jax.named_scope("loss"):
-                    dy = marked("dy:", loss_gradient(loss, y, batch, measured.count))
+                    dy = marked("dy:", loss_gradient(loss, y, batch, count))
                 dparams, dx = backward_of(model, given["param"], residuals, dy)
         marked("dx:", dx)
-        return {"loss": measured.value, "grads": dparams, "inputs": dx}
+        return {"loss": value, "grads": dparams, "inputs": dx}
 
     with precise():
         given = as_arrays("record", given)
@@ -221,7 +224,7 @@ def record_function(
 
 
 def owners(nodes: list[Node], params: PyTree, program: Program) -> tuple[Node, ...]:
-    """The layers with the parameters that are their own, without those that only hand on what the last in them gives."""
+    """The layers with their own parameters, without those that only hand on what the last layer in them gives."""
 
     def numbers(node: Node) -> list[int]:
         mark = f"forward:{node.name}"
@@ -261,7 +264,6 @@ def marked(name: str, value: PyTree) -> PyTree:
 def differentiated(who: str, objective: Callable, given: PyTree, wanted: tuple[str, ...]) -> Program:
     """Autodiff of a function with taps, and its gradient by each value that is tapped."""
     tapped = perturbed(objective, given)
-    first, rest = split_floating({name: given[name] for name in wanted})
 
     def run(given):
         floating, others = split_floating({name: given[name] for name in wanted})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -59,6 +61,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         "Confusion matrix": confusion_section(run),
         "Worst examples": worst_section(run),
         "Gradient audit": audit_section(run.audit),
+        **explorer_section(run.folder, Path(path).parent if path else run.folder),
         "Time and memory": pairs(described(run.summary)) or "No summary.json: it is written when a run ends.",
         "Configuration": pairs(flat(run.config)) or "Empty: fnet.Run was given none.",
         "Environment": pairs(flat(run.environment)) or "No environment.json.",
@@ -177,6 +180,15 @@ def worst_section(run: Reading) -> str:
             f"<figcaption><strong>{words}</strong><br>loss {value}, example {number}</figcaption></figure></li>"
         )
     return f'<ol class="pictures">{figures}</ol>'
+
+
+def explorer_section(folder: Path, beside: Path) -> dict[str, str]:
+    """A link to the folder's explorer.html, if `write_explorer` has written one."""
+    page = folder / "explorer.html"
+    if not page.is_file():
+        return {}
+    address = quote(Path(os.path.relpath(page.absolute(), beside.absolute())).as_posix())
+    return {"One pass": f'<p><a href="{address}">Forward and backward, every number with its formula</a></p>'}
 
 
 def audit_section(audit: Mapping[str, Any]) -> str:

@@ -931,9 +931,10 @@ class Explanation {
     if (all.length === 0) return { t: "num", value };
     if (all.length === 1) return this.look(finished(all[0]));
     const terms = all.length > this.terms ? this.largest(all) : all;
-    const shown = terms.slice(0, this.terms).map(finished);
+    const wanted = all.length > this.terms ? Math.max(1, terms.slice(0, this.terms).filter(x => this.valueOf(x) !== 0).length) : this.terms;
+    const shown = terms.slice(0, wanted).map(finished);
     if (all.length === 2 && shown[1].t === "neg") return { t: "sub", a: shown[0], b: shown[1].a, value };
-    const left = terms.slice(this.terms), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
+    const left = terms.slice(wanted), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
     return { t: "sum", terms: shown, more: left.length, rest, value };
   }
 
