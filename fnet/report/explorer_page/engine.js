@@ -930,8 +930,9 @@ class Explanation {
     const finished = term => term.product ? this.times(...term.product, term.value) : term;
     if (all.length === 0) return { t: "num", value };
     if (all.length === 1) return this.look(finished(all[0]));
-    const terms = all.length > this.terms ? this.largest(all) : all;
-    const wanted = all.length > this.terms ? Math.max(1, terms.slice(0, this.terms).filter(x => this.valueOf(x) !== 0).length) : this.terms;
+    const isLong = all.length > this.terms, terms = isLong ? this.largest(all) : all;
+    const isShown = x => !isLong || this.valueOf(x) !== 0;  // of many terms those that are 0 are not shown
+    const wanted = Math.max(1, terms.slice(0, this.terms).filter(isShown).length);
     const shown = terms.slice(0, wanted).map(finished);
     if (all.length === 2 && shown[1].t === "neg") return { t: "sub", a: shown[0], b: shown[1].a, value };
     const left = terms.slice(wanted), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
