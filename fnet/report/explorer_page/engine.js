@@ -440,6 +440,7 @@ const OPERATIONS = {
   round: { ...elementwise, run: (eqn, ins) => unary(eqn.p.e ? roundEven : roundAway).run(eqn, ins) },
   not: { ...elementwise, run: (eqn, ins) =>
     unary(eqn.kind === "b" ? x => +!x : eqn.p.u ? x => ~x >>> 0 : x => ~x).run(eqn, ins) },
+  log2: unary(Math.log2), one_minus_square: unary(x => (1 + x) * (1 - x)),  // of jax 0.12
   integer_pow: { ...elementwise, run: (eqn, ins) => unary(x => wholePower(x, eqn.p.y)).run(eqn, ins) },
 
   // of two
@@ -456,6 +457,13 @@ const OPERATIONS = {
     const out = new Float64Array(total);
     for (let k = 0; k < total; k++) {
       out[k] = Math.min(Math.max(x[q ? q[k] : k], low[p ? p[k] : k]), high[r ? r[k] : k]);
+    }
+    return out;
+  } },
+  polynomial: { ...elementwise, run({ total, stretch }, [x, ...coefficients]) {  // of jax 0.12
+    const out = new Float64Array(total), at = (j, k) => stretch[j] ? stretch[j][k] : k;
+    for (let k = 0; k < total; k++) {
+      for (let j = coefficients.length - 1; j >= 0; j--) out[k] = out[k] * x[at(0, k)] + coefficients[j][at(j + 1, k)];
     }
     return out;
   } },
@@ -903,6 +911,9 @@ class Explanation {
     if (prim === "mul") return this.times(a, b, value);
     if (prim === "div") return this.isFixed(b, 1) ? a : whole ? fn("trunc", over(a, b)) : over(a, b);
     if (prim === "square") return power(2);
+    if (prim === "one_minus_square") {
+      return { t: "sub", a: { t: "num", value: 1 }, b: { ...power(2), value: this.valueOf(a) ** 2 }, value };
+    }
     if (prim === "integer_pow") return power(p.y);
     if (prim === "pow" && this.settle(b).fixed !== undefined) return power(this.settle(b).fixed);
     if (prim === "rsqrt") return over({ t: "num", value: 1 }, { t: "fn", f: "sqrt", args: [a], value: 1 / value });
