@@ -424,7 +424,16 @@ function convert(eqn, [a]) {
 
 function bitwise(f) {
   const signed = binary(f), unsigned = binary((a, b) => f(a, b) >>> 0);
-  return { ...elementwise, run: (eqn, ins) => (eqn.p.u ? unsigned : signed).run(eqn, ins) };
+  const run = (eqn, ins) => eqn.p.words ? masked(eqn, ins) : (eqn.p.u ? unsigned : signed).run(eqn, ins);
+  return { ...elementwise, run };
+}
+
+// a double's 64 bits, held as that double, and a mask of two words, the low one first
+function masked({ p, total }, [a]) {
+  const out = new Float64Array(total), to = new Uint32Array(out.buffer);
+  const from = new Uint32Array(a.buffer, a.byteOffset, 2 * total);
+  for (let i = 0; i < to.length; i++) to[i] = from[i] & p.words[i % 2];
+  return out;
 }
 
 const OPERATIONS = {
@@ -508,6 +517,7 @@ const OPERATIONS = {
   },
 
   // entries in other places
+  bitcast_convert_type: same,  // a double's bits are held as that double
   reshape: same, squeeze: same, expand_dims: same, stop_gradient: same, copy: same, copy_p: same,
   convert_element_type: { run: convert, cast: true }, reduce_precision: { run: convert, cast: true },
   transpose: moving(({ p, shape, shapes: [from] }) => grid(shape, pickAll(strides(from), p.p))),
@@ -910,6 +920,7 @@ class Explanation {
     if (prim === "neg") return this.negative(a);
     if (prim === "mul") return this.times(a, b, value);
     if (prim === "div") return this.isFixed(b, 1) ? a : whole ? fn("trunc", over(a, b)) : over(a, b);
+    if (p.words) return fn("truncated", a);
     if (prim === "square") return power(2);
     if (prim === "one_minus_square") {
       return { t: "sub", a: { t: "num", value: 1 }, b: { ...power(2), value: this.valueOf(a) ** 2 }, value };
