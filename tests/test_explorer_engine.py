@@ -395,7 +395,7 @@ CASES: dict[str, tuple[dict, tuple, float]] = {
             "of jax 0.12": (
                 {
                     **of_lax("log2", "one_minus_square"),
-                    "polynomial": lambda x: lax.polynomial(x, [1.0, jnp.cos(x), -2.0, 0.5]),
+                    "polynomial": lambda x: lax.polynomial(x, [1.0, jnp.cos(x), -2.0, 0.5]),  # pyright: ignore
                 },
                 (NUMBERS[:-2],),
                 RATHER,
@@ -674,7 +674,7 @@ def assert_every_value(page, name: str, program: Program) -> None:
             assert_near(found, program.values[id], most, 1e-13, (name, id))
     checked = page.evaluate("name => kept[name].check(kept[name].run())", name)
     computed = sum(program.values[id].size for eqn in program.equations for id in eqn.outputs)
-    assert checked["worst"] < 2e-14, checked
+    assert checked["worst"] < 1e-13, checked
     assert checked["count"] == computed or "dropped" in name
 
 
