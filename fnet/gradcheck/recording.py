@@ -34,7 +34,6 @@ class Node(NamedTuple):
 
     name: str  # a layer's path, "" for the model itself; a tap's name
     kind: str  # the layer's name, "value" for a tap
-    functions: tuple[Callable, ...]  # whose code made it: forward and backward
     parameters: tuple[str, ...] = ()  # the paths of its own
 
 
@@ -50,7 +49,6 @@ class Recording(NamedTuple):
 
     nodes: tuple[Node, ...]  # in the order of the forward
     backward: tuple[str, ...]  # their names in the order in which the backward has been through them
-    loss: tuple[Callable, ...]  # the loss' value and, by hand, its gradient
     autodiff: Program
     by_hand: Program | None  # None where there is no backward by hand
 
@@ -133,7 +131,7 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
     def watching():
         def forward(call, y):
             path = "/".join(call.path)
-            calls.append(Node(path, call.layer.name, (call.layer.forward, call.layer.backward)))
+            calls.append(Node(path, call.layer.name))
             return marked(f"forward:{path}", y)
 
         def backward(back, dparams, dx):
@@ -178,11 +176,10 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
         given = as_arrays("record", given)
         auto = differentiated("record", objective, given, ("param", "input"))
         hand = flattened("record", by_hand, given) if isinstance(loss, Loss) else None
-    nodes = owners([*calls, Node("", model.name, (model.forward, model.backward))], params, hand or auto)
+    nodes = owners([*calls, Node("", model.name)], params, hand or auto)
     order = (*done, "") if hand is not None else tuple(node.name for node in reversed(nodes))
     names = {node.name for node in nodes}
-    functions = (loss.value, loss.gradient) if isinstance(loss, Loss) else (loss,)
-    return Recording(nodes, tuple(name for name in order if name in names), functions, auto, hand)
+    return Recording(nodes, tuple(name for name in order if name in names), auto, hand)
 
 
 def record_function(
@@ -231,9 +228,8 @@ def record_function(
     for name, d in derived.items():
         shape = auto.value(f"forward:{name}").shape
         require(d.shape == shape, f"record_function: the intermediate {name!r} by hand has {d.shape}; expected {shape}")
-    functions = (f,) if gradient is None else (f, gradient)
-    nodes = tuple(Node(name, "value", functions) for name in names)
-    return Recording(nodes, tuple(reversed(names)), functions, auto, hand)
+    nodes = tuple(Node(name, "value") for name in names)
+    return Recording(nodes, tuple(reversed(names)), auto, hand)
 
 
 def owners(nodes: list[Node], params: PyTree, program: Program) -> tuple[Node, ...]:

@@ -22,8 +22,6 @@ GIVE_KEYS = ("random_seed", "random_wrap", "random_split", "random_fold_in", "ra
 TAKE_KEYS = ("random_unwrap", "random_bits", "random_split", "random_fold_in", "random_clone")
 # in float32 these are the operations in float64, rounded once; others would differ in the last digit
 ROUNDED_ONCE = ("add", "add_any", "sub", "mul", "div", "sqrt", "square", "neg", "abs", "sign")
-
-
 MOVING = (
     *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims"),
     *("dynamic_update_slice", "gather", "pad", "reduce_max", "reduce_min", "reduce_precision", "reshape", "rev"),
@@ -59,7 +57,7 @@ def scanned(params: Mapping) -> dict:
 
 def reshaped(params: Mapping) -> dict:
     """A reshape in the order of the axes."""
-    if params["dimensions"] is not None:
+    if params.get("dimensions") is not None:
         raise Unknown
     return {}
 
@@ -170,14 +168,16 @@ OF_ONE = (
     ),
     *("asinh", "acosh", "atanh", "logistic", "sqrt", "rsqrt", "cbrt", "square", "abs", "sign", "floor", "ceil"),
     *("erf", "erfc", "erf_inv", "is_finite", "not", "stop_gradient", "copy", "copy_p"),
+    *("log2", "one_minus_square"),
 )
 COMPARING = ("eq", "ne", "lt", "le", "gt", "ge", "max", "min", "clamp", "select_n", "and", "or", "xor")
-OF_SEVERAL = ("add", "add_any", "sub", "mul", "div", "rem", "pow", "atan2", *COMPARING)
+OF_SEVERAL = ("add", "add_any", "sub", "mul", "div", "rem", "pow", "atan2", "polynomial", *COMPARING)
 
 OPERATIONS: dict[str, Callable[[Mapping], dict]] = {
     **dict.fromkeys((*OF_ONE, *OF_SEVERAL), nothing),
     "argmax": axes,
     "argmin": axes,
+    "bitcast_convert_type": nothing,  # of doubles, see `_bits`
     "broadcast_in_dim": lambda params: {"d": list(params["broadcast_dimensions"])},
     "concatenate": axis,
     "convert_element_type": converted,
@@ -218,12 +218,13 @@ def program_json(program: Program, source: Callable[[str, int], object] = lambda
     stacks: dict[tuple[int, ...], int] = {}
     equations, recorded = [], []
     checks = np.zeros((len(program.values), 2))
-    keys = _keys(program)
-    kinds = ["k" if id in keys else _kind(value) for id, value in enumerate(program.values)]
+    keys, bits = _keys(program), _bits(program)
+    values = [value.view(np.float64) if id in bits else value for id, value in enumerate(program.values)]
+    kinds = ["k" if id in keys else _kind(value) for id, value in enumerate(values)]
     for eqn in program.equations:
-        params = _params(eqn, program.values)
+        params = _params(eqn, values, bits)
         if params is None:
-            recorded += [[id, encode(program.values[id])] for id in eqn.outputs]
+            recorded += [[id, encode(values[id])] for id in eqn.outputs]
         for file, line in eqn.lines:
             if (file, line) not in lines:
                 lines[file, line] = len(lines)
@@ -240,7 +241,7 @@ def program_json(program: Program, source: Callable[[str, int], object] = lambda
             ]
         )
         for id in eqn.outputs:
-            checks[id] = checksums(program.values[id])
+            checks[id] = checksums(values[id])
     return {
         "inputs": dict(program.given),
         "consts": [[id, encode(program.values[id])] for id in program.constants],
@@ -299,14 +300,21 @@ def shown(file: str) -> str:
     return f"fnet/{path.relative_to(OWN).as_posix()}" if path.is_relative_to(OWN) else path.name
 
 
-def _params(eqn: Equation, values: list[np.ndarray]) -> dict | None:
+def _params(eqn: Equation, values: list[np.ndarray], bits: set[int]) -> dict | None:
     """What the page needs of the parameters; None where it does not know the operation, or not in this form."""
     operands, results = ([values[id] for id in ids] for ids in (eqn.inputs, eqn.outputs))
+    if not bits.isdisjoint(eqn.outputs) and eqn.primitive == "and":
+        mask = int(operands[1].item())
+        return {"words": [mask % 2**32, mask >> 32]}
+    if eqn.primitive == "bitcast_convert_type" and bits.isdisjoint((*eqn.inputs, *eqn.outputs)):
+        return None
+    if not bits.isdisjoint(eqn.inputs) and eqn.primitive != "bitcast_convert_type":
+        return None
     if eqn.primitive not in OPERATIONS or not all(_is_held(a) for a in (*operands, *results)):
         return None
     try:
         params = _plain(OPERATIONS[eqn.primitive]({**eqn.params, "operands": len(operands)}))
-    except Unknown:
+    except (Unknown, KeyError, AttributeError, TypeError):  # another jax has other parameters
         return None
     dtype = results[0].dtype
     if any(a.dtype.kind in "iu" and a.dtype.itemsize < 4 for a in (*operands, *results)):
@@ -340,6 +348,21 @@ def _keys(program: Program) -> set[int]:
     for eqn in program.equations:
         found.update(eqn.outputs if eqn.primitive in GIVE_KEYS else ())
         found.update(eqn.inputs[:1] if eqn.primitive in TAKE_KEYS else ())
+    return found
+
+
+def _bits(program: Program) -> set[int]:
+    """The values that are the 64 bits of doubles, maybe masked by a constant; the page holds them as these doubles."""
+    found: set[int] = set()
+    for eqn in program.equations:
+        results, (first, *rest) = [program.values[id] for id in eqn.outputs], (*eqn.inputs, None)
+        if results[0].dtype != np.uint64 or first is None:
+            continue
+        is_masked = eqn.primitive == "and" and first in found and rest[0] in program.constants
+        if is_masked and program.values[rest[0]].size == 1:  # pyright: ignore
+            found.update(eqn.outputs)
+        if eqn.primitive == "bitcast_convert_type" and program.values[first].dtype == np.float64:
+            found.update(eqn.outputs)
     return found
 
 

@@ -334,6 +334,9 @@ function cumulative(f, traits) {
   } };
 }
 
+// NaN last, 0 and -0 the same
+const ascending = (a, b) => a < b || (b !== b && a === a) ? -1 : a > b || (a !== a && b === b) ? 1 : 0;
+
 function logAddExp(a, b) {
   const top = Math.max(a, b);
   return a === b ? a + Math.LN2 : Number.isFinite(top) ? top + Math.log1p(Math.exp(Math.min(a, b) - top)) : top;
@@ -421,7 +424,16 @@ function convert(eqn, [a]) {
 
 function bitwise(f) {
   const signed = binary(f), unsigned = binary((a, b) => f(a, b) >>> 0);
-  return { ...elementwise, run: (eqn, ins) => (eqn.p.u ? unsigned : signed).run(eqn, ins) };
+  const run = (eqn, ins) => eqn.p.words ? masked(eqn, ins) : (eqn.p.u ? unsigned : signed).run(eqn, ins);
+  return { ...elementwise, run };
+}
+
+// a double's 64 bits, held as that double, and a mask of two words, the low one first
+function masked({ p, total }, [a]) {
+  const out = new Float64Array(total), to = new Uint32Array(out.buffer);
+  const from = new Uint32Array(a.buffer, a.byteOffset, 2 * total);
+  for (let i = 0; i < to.length; i++) to[i] = from[i] & p.words[i % 2];
+  return out;
 }
 
 const OPERATIONS = {
@@ -437,6 +449,7 @@ const OPERATIONS = {
   round: { ...elementwise, run: (eqn, ins) => unary(eqn.p.e ? roundEven : roundAway).run(eqn, ins) },
   not: { ...elementwise, run: (eqn, ins) =>
     unary(eqn.kind === "b" ? x => +!x : eqn.p.u ? x => ~x >>> 0 : x => ~x).run(eqn, ins) },
+  log2: unary(Math.log2), one_minus_square: unary(x => (1 + x) * (1 - x)),  // of jax 0.12
   integer_pow: { ...elementwise, run: (eqn, ins) => unary(x => wholePower(x, eqn.p.y)).run(eqn, ins) },
 
   // of two
@@ -453,6 +466,13 @@ const OPERATIONS = {
     const out = new Float64Array(total);
     for (let k = 0; k < total; k++) {
       out[k] = Math.min(Math.max(x[q ? q[k] : k], low[p ? p[k] : k]), high[r ? r[k] : k]);
+    }
+    return out;
+  } },
+  polynomial: { ...elementwise, run({ total, stretch }, [x, ...coefficients]) {  // of jax 0.12
+    const out = new Float64Array(total), at = (j, k) => stretch[j] ? stretch[j][k] : k;
+    for (let k = 0; k < total; k++) {
+      for (let j = coefficients.length - 1; j >= 0; j--) out[k] = out[k] * x[at(0, k)] + coefficients[j][at(j + 1, k)];
     }
     return out;
   } },
@@ -485,7 +505,7 @@ const OPERATIONS = {
       const { first, n, step } = lines(eqn), out = new Float64Array(eqn.total), line = new Float64Array(n);
       for (const start of first) {
         for (let i = 0; i < n; i++) line[i] = a[start + i * step];
-        line.sort();
+        line.sort(ascending);
         for (let i = 0; i < n; i++) out[start + i * step] = line[i];
       }
       return out;
@@ -497,6 +517,7 @@ const OPERATIONS = {
   },
 
   // entries in other places
+  bitcast_convert_type: same,  // a double's bits are held as that double
   reshape: same, squeeze: same, expand_dims: same, stop_gradient: same, copy: same, copy_p: same,
   convert_element_type: { run: convert, cast: true }, reduce_precision: { run: convert, cast: true },
   transpose: moving(({ p, shape, shapes: [from] }) => grid(shape, pickAll(strides(from), p.p))),
@@ -628,6 +649,10 @@ class Program {
     const moved = this.#downstream(Object.values(inputs));
     this.constant = shapes.map((_, id) => !moved.has(id));
     const floating = this.#downstream(Object.values(inputs).filter(id => kinds[id] === "f"));
+    this.discrete = shapes.map((_, id) => kinds[id] === "i" || !floating.has(id));  // whole, or of labels and masks
+    for (const { ins, outs } of this.eqns) {
+      if (ins.every(id => this.discrete[id])) outs.forEach(id => { this.discrete[id] = true; });
+    }
     this.frozen = unknown.some(eqn => eqn.ins.some(id => floating.has(id)));
   }
 
@@ -718,8 +743,8 @@ class Program {
     return this.follow.get(path);
   }
 
-  // How far computed values are from the recorded checksums: the worst, where it is, and how many numbers were compared.
-  // Relative to Σ|w x|, or, where terms cancel, to what their rounding is relative to.
+  // How far computed values are from the recorded checksums: the worst, where it is, and how many numbers were
+  // compared. Relative to Σ|w x|, or, where terms cancel, to what their rounding is relative to.
   check(values) {
     let worst = 0, count = 0, where;
     const levels = Array(this.shapes.length);  // id -> {mean, noise}: of |x|, and what its rounding is relative to
@@ -773,10 +798,12 @@ class Program {
     return eqn.prim === "mul" && found.some(([i, at]) => this.fixed(values, i, at) === 0) ? [] : found;
   }
 
-  // an entry that is a constant's, maybe moved or multiplied with zero on the way; else undefined
+  // An entry that is a constant's, maybe moved or multiplied with zero on the way; else undefined. What labels and
+  // masks say is as good as constant: a formula is of the case at hand.
   fixed(values, id, k, depth = DEEP, isRoot = false) {
     if (this.constant[id]) return values[id].data[k];
     if (this.names.has(id) && !isRoot) return undefined;
+    if (this.discrete[id] && this.made.has(id) && !isRoot) return values[id].data[k];
     const eqn = this.eqns[this.made.get(id)];
     if (!eqn?.operation || depth === 0) return undefined;
     const { operation, ins } = eqn, data = () => ins.map(i => values[i].data);
@@ -879,7 +906,7 @@ class Explanation {
     if (operation.all) {
       return { t: "fn", f: "prod", args: entries.slice(0, this.terms), more: places.length - this.terms, value };
     }
-    const a = entries.find(({ k }) => data[k] === wanted || Number.isNaN(data[k])) ?? entries[0];
+    const a = entries.find(({ k }) => data[k] === wanted || (data[k] !== data[k] && wanted !== wanted)) ?? entries[0];
     const pick = { t: "pick", a, of: places.length, value: this.valueOf(a) };
     return operation.place ? { t: "fn", f: prim, args: [pick], value } : places.length === 1 ? a : pick;
   }
@@ -893,7 +920,11 @@ class Explanation {
     if (prim === "neg") return this.negative(a);
     if (prim === "mul") return this.times(a, b, value);
     if (prim === "div") return this.isFixed(b, 1) ? a : whole ? fn("trunc", over(a, b)) : over(a, b);
+    if (p.words) return fn("truncated", a);
     if (prim === "square") return power(2);
+    if (prim === "one_minus_square") {
+      return { t: "sub", a: { t: "num", value: 1 }, b: { ...power(2), value: this.valueOf(a) ** 2 }, value };
+    }
     if (prim === "integer_pow") return power(p.y);
     if (prim === "pow" && this.settle(b).fixed !== undefined) return power(this.settle(b).fixed);
     if (prim === "rsqrt") return over({ t: "num", value: 1 }, { t: "fn", f: "sqrt", args: [a], value: 1 / value });
@@ -921,8 +952,9 @@ class Explanation {
     const finished = term => term.product ? this.times(...term.product, term.value) : term;
     if (all.length === 0) return { t: "num", value };
     if (all.length === 1) return this.look(finished(all[0]));
-    const terms = all.length > this.terms ? this.largest(all) : all;
-    const wanted = all.length > this.terms ? Math.max(1, terms.slice(0, this.terms).filter(x => this.valueOf(x) !== 0).length) : this.terms;
+    const isLong = all.length > this.terms, terms = isLong ? this.largest(all) : all;
+    const isShown = x => !isLong || this.valueOf(x) !== 0;  // of many terms those that are 0 are not shown
+    const wanted = Math.max(1, terms.slice(0, this.terms).filter(isShown).length);
     const shown = terms.slice(0, wanted).map(finished);
     if (all.length === 2 && shown[1].t === "neg") return { t: "sub", a: shown[0], b: shown[1].a, value };
     const left = terms.slice(wanted), rest = left.reduce((sum, x) => sum + this.valueOf(x), 0);
