@@ -349,6 +349,7 @@ QUIET = {
     "gru": (layers.gru(4), LSTM.inputs),
     "rnn": (layers.rnn(4), LSTM.inputs),
     "attention": (layers.attention(2, causal=True), floats(2, 5, 4)),
+    "grouped attention": (layers.attention(2, kv_heads=1, causal=True), floats(2, 5, 4)),
     "repeat": (repeat(serial(dense(3), tanh()), 2), LSTM.inputs),
     "remat": (remat(serial(dense(3), tanh())), LSTM.inputs),
 }
