@@ -213,7 +213,7 @@ function pills() {
     : first ? html`<span class="pill bad" id="engines">by hand ≠ by autodiff: first wrong at ${first.name} <button class="small" @click=${goToFirstWrong}>go there</button></span>`
     : html`<span class="pill ok" id="engines">by hand = by autodiff to ${relative ? relative.toExponential(0).replace("-", "−") : "the bit"}</span>`}
     <span class="pill ${mine < 1e-12 ? "ok" : "bad"}" id="agreement" data-worst=${mine} data-count=${count}>${mine < 1e-12 ? "this page = fnet to" : "this page ≠ fnet:"} ${mine ? mine.toExponential(0).replace("-", "−") : "the bit"} in ${count.toLocaleString("en")} numbers</span>
-    ${unknown.length ? html`<span class="pill bad" id="unknown">as fnet recorded it, for the page does not know ${unknown.join(", ")}</span>` : nothing}
+    ${unknown.length ? html`<span class="pill ${frozen ? "bad" : ""}" id="unknown">${frozen ? "as fnet recorded it, for the page does not know" : "drawn by fnet and kept as recorded:"} ${unknown.join(", ")}</span>` : nothing}
     ${isEdited() ? html`<span class="pill bwd" id="edited">changed here: these numbers are this page’s own <button class="small" @click=${() => { state.edits = {}; draw(); }}>undo</button></span>`
     : isRecorded() ? nothing : html`<span class="pill bwd" id="edited">step ${scene.training.steps[state.snapshot].toLocaleString("en")} of the training: fnet’s parameters, this page’s numbers</span>`}</p>`;
 }
@@ -235,6 +235,8 @@ function draw() {
   if (columns) drawEdges();
   paintTiles();
   paintPlane();
+  const here = document.querySelector("pre .here");
+  if (here) here.parentElement.scrollTop = here.offsetTop - here.parentElement.offsetTop - here.parentElement.clientHeight / 2;
 }
 
 addEventListener("keydown", event => {
