@@ -542,7 +542,9 @@ def test_a_page_is_no_larger_than_it_may_be(made, name):
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
-HOSTILE = "</script><script>console.log('ran')</script><b>bold</b> \"quotes\" 'too' & \u2028 <!-- \\u003c ${x}"
+HOSTILE = (
+    "</title>&amp;</script><script>console.log('ran')</script><b>bold</b> \"quotes\" 'too' & \u2028 <!-- \\u003c ${x}"
+)
 
 
 @pytest.fixture(scope="module")

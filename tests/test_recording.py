@@ -323,6 +323,8 @@ def test_recorded_gradients_are_those_of_the_engines(name):
     model, loss, batch, key = CASES[name]
     recording, params, state = recorded(model, loss, batch, key)
     assert_gradients(model, loss, batch, recording, params, state, key)
+    names = [node.name for node in recording.nodes]
+    assert len({*names}) == len(names)  # what a backward computes again is no second layer
 
 
 def test_a_loss_that_is_a_plain_function_has_a_pass_by_autodiff_alone():
@@ -767,6 +769,11 @@ def test_what_is_computed_twice_stands_once_and_what_nobody_needs_not_at_all():
     program = program_of(lambda x: (jnp.sin(x) * 2 + jnp.sin(x), jnp.cos(x))[0], 0.5)
     assert primitives(program).count("sin") == 1 and "cos" not in primitives(program)
     np.testing.assert_allclose(program.value(""), 3 * np.sin(0.5), rtol=EXACT)
+
+
+def test_a_sum_with_constant_zeros_is_left_out_and_one_with_zeros_that_are_given_is_not():
+    program = program_of(lambda x, b: x + b + jnp.zeros(2), np.ones(2), np.zeros(2))
+    assert primitives(program) == ["add"]
 
 
 def test_calls_and_loops_are_taken_apart_in_order():
