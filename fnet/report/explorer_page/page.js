@@ -92,12 +92,13 @@ const chosenOrHovered = () => state.hovered ?? state.chosen;
 const programsOf = () => programs[chosenOrHovered().program];
 
 function pictureOfWeights(sel, name) {
-  const node = nodes.find(n => name === `forward:${n.name}` && n.kind === "dense");
-  const path = node?.parameters.find(p => p.split("/").at(-1) === "w"), id = path && main.inputs[`param/${path}`];
+  const weightsOf = node => node.parameters.find(p => p.split("/").at(-1) === "w");
+  const node = nodes.find(n => n.kind === "dense" && [`forward:${n.name}`, `param/${weightsOf(n)}`, `grads/${weightsOf(n)}`].includes(name));
+  const path = node && weightsOf(node), id = path && main.inputs[`param/${path}`];
   if (!id || columns || main.shapes[id].length !== 2) return nothing;
   const [from, to] = main.shapes[id], j = sel.ix.at(-1), image = Object.entries(scene.images).find(([, s]) => size(s) === from)?.[1];
   const w = image ? image[1] : squarish(from), h = image ? image[0] : Math.ceil(from / w);
-  const picture = (mark, of) => html`<div class="map"><h4 class=${tone(mark)}>${of}</h4>${tile({ program: nameOfMain, id: idOf(main, mark), name: mark, h, w, ix: (r, c) => r * w + c < from ? [r * w + c, j] : null, title: `of unit ${j}` }, { cell: Math.max(3, Math.floor(130 / Math.max(h, w))) })}<div class="marks"></div></div>`;
+  const picture = (mark, of) => html`<div class="map"><h4 class=${tone(mark)}>${of}</h4>${tile({ program: nameOfMain, id: idOf(main, mark), name: mark, h, w, ix: (r, c) => r * w + c < from ? [r * w + c, j] : null, title: `of unit ${j}` }, { cell: Math.max(3, Math.floor(130 / Math.max(h, w))) })}</div>`;
   return html`<div class="maps weights">${picture(`param/${path}`, `the ${from} weights of unit ${j}`)}${isKnown(idOf(main, `grads/${path}`)) ? picture(`grads/${path}`, "their gradient") : nothing}</div>`;
 }
 
