@@ -7,7 +7,8 @@ function pictures(name, program = nameOfMain) {
   const id = idOf(programs[program], name);
   if (id === undefined) return [];
   const whole = programs[program].shapes[id], batched = scene.examples > 0 && whole[0] === scene.examples && !/^(param|grads|state|arg)/.test(name);
-  const lead = batched ? [state.example] : [], shape = whole.slice(lead.length), base = { program, id, name };
+  const lead = batched ? [state.example] : [], shape = whole.slice(lead.length);
+  const base = { program, id, name, span: batched ? [state.example * size(shape), (state.example + 1) * size(shape)] : null };
   const image = scene.images[name] ?? scene.images[valueOfName(name)];
   const [kind, path] = partsOf(name);
   if (image && size(shape) === size(image)) return [{ ...base, h: image[0], w: image[1], ix: (r, c) => [...lead, ...unflat(r * image[1] + c, shape)], title: "" }];
@@ -71,13 +72,13 @@ function walkTile(event, picture, known) {
   if (to) choose(picture.program, picture.id, to);
 }
 
-// negative orange, positive blue, by the greatest of the picture's whole value
+// negative orange, positive blue, by the greatest of the whole value, or of the example's part of it
 const INK = { light: { zero: [255, 255, 255], plus: [11, 92, 173], minus: [179, 77, 0] }, dark: { zero: [20, 22, 26], plus: [125, 184, 245], minus: [255, 164, 92] } };
 function paintTiles() {
   const ink = INK[matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"], from = originsOfChosen();
   for (const canvas of document.querySelectorAll("canvas.tile")) {
     const { picture, known } = canvas, { h, w } = picture, image = new ImageData(w, h), v = values()[picture.program][picture.id];
-    const most = greatest(v.data) || 1;
+    const most = greatest(picture.span ? v.data.subarray(...picture.span) : v.data) || 1;
     for (let r = 0; r < h; r++) for (let c = 0; c < w; c++) {
       const ix = picture.ix(r, c), x = ix && known ? v.data[flat(ix, v.shape)] : 0, s = Math.min(1, Math.abs(x) / most), k = 4 * (r * w + c);
       const to = x < 0 ? ink.minus : ink.plus;
