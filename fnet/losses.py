@@ -41,7 +41,7 @@ def _cross_entropy(name, smoothing=None) -> Loss:
     def read(logits, targets):
         z, targets = check_classes(name, logits, targets)
         z = z.astype(wide(z.dtype))
-        p = targets.astype(z.dtype) if targets.ndim == z.ndim else _one_hot(targets, z.shape[-1], z.dtype)
+        p = _probabilities(targets, z)
         if smoothing is not None:
             a = jnp.asarray(smoothing, z.dtype)
             p = (1 - a) * p + a / z.shape[-1]
@@ -80,6 +80,29 @@ def smoothed_cross_entropy(label_smoothing) -> Loss:
     )
     return _cross_entropy("smoothed_cross_entropy", label_smoothing)
 
+
+def _negative_log_likelihood() -> Loss:
+    def read(outputs, targets):
+        y, targets = check_classes("negative_log_likelihood", outputs, targets)
+        y = y.astype(wide(y.dtype))
+        return y, _probabilities(targets, y)
+
+    def value(outputs, targets):
+        y, p = read(outputs, targets)
+        return -(p * jnp.where((p == 0) & (y == -jnp.inf), 0, y)).sum(-1)  # 0 · log 0 = 0
+
+    def gradient(outputs, targets):  # ℓ = −Σ p y:  ∂ℓ/∂y_k = −p_k
+        return -read(outputs, targets)[1].astype(jnp.asarray(outputs).dtype)
+
+    return Loss(value, gradient)
+
+
+negative_log_likelihood = _negative_log_likelihood()
+"""``−Σ_k p_k y_k`` of log-probabilities ``y``, such as `fnet.layers.log_softmax` gives; labels count as p = 1 there.
+
+Of logits it is no loss, having no least value: they go to `softmax_cross_entropy`. Finite at a log-probability of −inf
+whose probability is 0. PyTorch: ``nll_loss``, a mean, with the classes on axis 1.
+"""
 
 # --- entry by entry, summed over the features ------------------------------------------------------------------------
 
@@ -238,6 +261,11 @@ def _array(name, what, given):
     raise ValueError(
         f"{name}: {what} are a {type(given).__name__} of {parts or repr(given)[:60]}; expected one array: {remedy}"
     )
+
+
+def _probabilities(targets, z):
+    """Targets of classes as probabilities, shaped like the outputs ``z`` and in their dtype."""
+    return targets.astype(z.dtype) if targets.ndim == z.ndim else _one_hot(targets, z.shape[-1], z.dtype)
 
 
 def _one_hot(labels, classes, dtype):

@@ -904,13 +904,13 @@ CASES = {
         lambda: torch_names({"a": {"kernel": jnp.zeros(3)}}, {"a": "0.*"}),
         ExportError,
         "torch_names: a has the leaves kernel; expected those of dense, conv, attention, "
-        "embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule",
+        "embedding, prelu, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule",
     ),
     "a name for more than a layer": (
         lambda: torch_names({"m": DENSE, "n": DENSE}, {"m": "0.*"}),
         ExportError,
         "torch_names: m has the leaves dense_0/b, dense_0/w; expected those of dense, conv, "
-        "attention, embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or "
+        "attention, embedding, prelu, a normalization, rnn, lstm or gru(reset_after=True): name its children, or "
         "write a Rule",
     ),
     "features that are no channels": (

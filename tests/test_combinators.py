@@ -12,7 +12,7 @@ from fnet.core.numerics import stream
 from fnet.gradcheck import check_layer, check_model
 from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, stateless, tanh
 from fnet.layers.children import apply
-from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual
+from fnet.layers.combinators import concatenate, multiply, parallel, remat, repeat, residual
 from fnet.layers.initializers import normal
 from fnet.types import Layer, LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
@@ -218,6 +218,38 @@ def test_only_like_arrays_are_joined():
     )
     with pytest.raises(LayerError, match="expected a tuple of arrays, as parallel"):
         apply(concatenate(), (), (), jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_product_and_its_gradients_are_right_where_factors_are_zero(count, x64):
+    x = np.random.default_rng(0).normal(size=(count, 4, 3))
+    x[0, 0], x[-1, :2], x[:, 3] = 0, 0, 0  # of one factor, of two, of all
+    dy = np.random.default_rng(1).normal(size=(4, 3))
+    y, _, residuals = multiply().forward((), (), tuple(map(jnp.asarray, x)))
+    _, dx = multiply().backward((), residuals, jnp.asarray(dy))
+    np.testing.assert_allclose(y, x.prod(0), rtol=1e-15)
+    for i, d in enumerate(dx):
+        np.testing.assert_allclose(d, dy * np.delete(x, i, 0).prod(0), rtol=1e-15)
+
+
+def test_a_product_in_16_bits_is_rounded_once():
+    x = tuple(jnp.full((1, 1), value, jnp.float16) for value in (300.0, 300.0, 1e-2))  # 300² is beyond float16
+    y, _, residuals = multiply().forward((), (), x)
+    _, dx = multiply().backward((), residuals, jnp.full((1, 1), 0.5, jnp.float16))
+    hundredth = float(jnp.float16(1e-2))
+    np.testing.assert_allclose(float(y[0, 0]), 90000 * hundredth, rtol=2**-11)
+    np.testing.assert_allclose([float(d[0, 0]) for d in dx], [150 * hundredth, 150 * hundredth, 45000], rtol=2**-11)
+    assert {a.dtype for a in (y, *dx)} == {jnp.dtype("float16")}
+
+
+def test_only_like_arrays_are_multiplied():
+    with pytest.raises(LayerError) as error:
+        apply(multiply(), (), (), (jnp.ones((2, 4)), jnp.ones((2, 1))))
+    assert str(error.value) == (
+        "cannot multiply float32[2, 4], float32[2, 1]: expected arrays alike in shape and dtype"
+    )
+    with pytest.raises(LayerError, match="expected a tuple of arrays, as parallel"):
+        apply(multiply(), (), (), jnp.ones((2, 4)))
 
 
 def test_a_child_may_not_take_the_shortcuts_name():

@@ -154,6 +154,49 @@ def test_the_sums_of_the_gradients_in_numpy_are_those_of_differences(name, x64):
     np.testing.assert_allclose(dw, along_w, atol=1e-12)
 
 
+# padding that reaches beyond a window, or leaves inputs that no window sees: jaxlib's own convolution on CPU returned
+# what lay in memory. Kernel, strides, dilations, padding of inputs of 5 along each axis
+BEYOND = {
+    "a window before": ((2,), (1,), (1,), ((2, 0),)),
+    "windows before and one after": ((3,), (1,), (1,), ((5, 1),)),
+    "beyond a dilated window": ((2,), (1,), (2,), ((4, 1),)),
+    "strides over padding and a rest": ((2,), (3,), (1,), ((4, 0),)),
+    "inputs that no window sees": ((1,), (2,), (1,), ((3, 2),)),
+    "images": ((3, 2), (1, 2), (1, 1), ((4, 0), (0, 3))),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize(("make", "oracle"), [(conv, numpy_conv), (conv_transpose, numpy_conv_transpose)])
+def test_padding_may_reach_beyond_a_window_in_float32(make, oracle, name, form):
+    kernel, stride, dilation, pads = BEYOND[name]
+    layer = make(4, kernel, stride=stride, dilation=dilation, padding=pads, form=form)
+    rng = np.random.default_rng(0)
+    draw = lambda like: jnp.asarray(rng.normal(size=like.shape), jnp.float32)  # noqa: E731
+    x = draw(np.empty((2, *(5 for _ in kernel), 40)))
+    params = jax.tree.map(draw, jax.eval_shape(lambda: layer.init(jax.random.key(0), x)[0]))
+    forward = jax.jit(lambda params, x: apply(layer, params, (), x))
+    leftovers()
+    y = forward(params, x)
+    dy = draw(y)
+    leftovers()
+    by_hand = jax.jit(lambda params, x, dy: layer.backward(params, x, dy))(params, x, dy)
+    leftovers()
+    autodiff = jax.jit(lambda params, x, dy: jax.vjp(forward, params, x)[1](dy))(params, x, dy)
+    sizes = (pads, 1) if make is conv else (y.shape[1:-1], [before for before, _ in pads])
+    exact = (np.asarray(a, np.float64) for a in (x, params["w"], params["b"], dy))
+    expected = oracle(*exact, stride, dilation, *sizes)
+    for dparams, dx in (by_hand, autodiff):  # sums of at most some hundred products, each rounded to 2^-24
+        assert_leaves_close((y, dx, dparams["w"], dparams["b"]), expected, 2e-6)
+
+
+def leftovers():
+    """Memory that is free again and not zero, for whoever reads what he has not written."""
+    for size in (16, 32, 64, 256, 1024, 4096, 16384):
+        jnp.full(size, 1e9, jnp.float32).block_until_ready()
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [

@@ -144,6 +144,8 @@ def test_the_search_for_sums_in_sixteen_bits_finds_them():
 
 MANY = {  # layers whose parameters meet many numbers of one sign, and their inputs
     "dense": (dense(3), lambda rng: rng.uniform(0, 1, (4096, 2))),
+    "prelu": (layers.prelu(), lambda rng: rng.uniform(-1, 0, (4096, 2))),
+    "prelu, shared": (layers.prelu(shared=True), lambda rng: rng.uniform(-1, 0, (64, 64, 4))),
     "conv": (layers.conv(6, (5, 5)), lambda rng: rng.uniform(0, 1, (64, 28, 28, 1))),
     "conv by XLA": (layers.conv(2, (3, 3), form="xla"), lambda rng: rng.uniform(0, 1, (32, 14, 14, 1))),
     "conv_transpose": (layers.conv_transpose(2, (3, 3), stride=2), lambda rng: rng.uniform(0, 1, (32, 14, 14, 1))),
@@ -206,6 +208,19 @@ ACTIVATIONS = {
         lambda z: z * sigmoid64(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)),
     ),
     "softplus": (layers.softplus(), lambda z: np.logaddexp(z, 0)),
+    "silu": (layers.silu(), lambda z: z * sigmoid64(z)),
+    "silu, beta 2": (layers.silu(2.0), lambda z: z * sigmoid64(2 * z)),
+    "silu, beta 0": (layers.silu(0.0), lambda z: z / 2),
+    "elu": (layers.elu(0.5), lambda z: np.where(z > 0, z, 0.5 * np.expm1(np.minimum(z, 0)))),
+    "celu": (layers.celu(0.5), lambda z: np.where(z > 0, z, 0.5 * np.expm1(np.minimum(z, 0) / 0.5))),
+    "selu": (
+        layers.selu(),
+        lambda z: 1.0507009873554805 * np.where(z > 0, z, 1.6732632423543772 * np.expm1(np.minimum(z, 0))),
+    ),
+    "mish": (layers.mish(), lambda z: z * np.tanh(np.logaddexp(z, 0))),
+    "softsign": (layers.softsign(), lambda z: z / (1 + np.abs(z))),
+    "hard_sigmoid": (layers.hard_sigmoid(), lambda z: np.clip(z + 3, 0, 6) / 6),
+    "hard_swish": (layers.hard_swish(), lambda z: z * np.clip(z + 3, 0, 6) / 6),
 }
 
 
@@ -243,13 +258,17 @@ def least(dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["sigmoid", "softplus"])
+@pytest.mark.parametrize("name", ["sigmoid", "softplus", "elu"])
 def test_slopes_keep_their_digits_on_both_sides(name, dtype):
     # autodiff of float32 takes y (1 − y), which is right to the eps of y = 1
     layer, eps = ACTIVATIONS[name][0], float(jnp.finfo(dtype).eps)
     x = jnp.asarray([z for z in EXTREMES if abs(z) < 20], dtype)[None]
     z = np.asarray(x, np.float64)[0]
-    slope = sigmoid64(z) * (sigmoid64(-z) if name == "sigmoid" else 1)
+    slope = {
+        "sigmoid": sigmoid64(z) * sigmoid64(-z),
+        "softplus": sigmoid64(z),
+        "elu": np.where(z > 0, 1, 0.5 * np.exp(np.minimum(z, 0))),
+    }[name]
     y, _, residuals = layer.forward((), (), x)
     by_hand = layer.backward((), residuals, jnp.ones_like(y))[1]
     by_autodiff = jax.grad(lambda x: layer.forward((), (), x)[0].astype(jnp.float32).sum())(x)
@@ -268,6 +287,16 @@ LIMITS = {  # values and slopes at −∞ and ∞
     "gelu": ((0, 0), (np.inf, 1)),
     "gelu, tanh form": ((0, 0), (np.inf, 1)),
     "softplus": ((0, 0), (np.inf, 1)),
+    "silu": ((0, 0), (np.inf, 1)),
+    "silu, beta 2": ((0, 0), (np.inf, 1)),
+    "silu, beta 0": ((-np.inf, 0.5), (np.inf, 0.5)),
+    "elu": ((-0.5, 0), (np.inf, 1)),
+    "celu": ((-0.5, 0), (np.inf, 1)),
+    "selu": ((-1.0507009873554805 * 1.6732632423543772, 0), (np.inf, 1.0507009873554805)),
+    "mish": ((0, 0), (np.inf, 1)),
+    "softsign": ((-1, 0), (1, 0)),
+    "hard_sigmoid": ((0, 0), (1, 0)),
+    "hard_swish": ((0, 0), (np.inf, 1)),
 }
 
 
@@ -374,6 +403,11 @@ BY_POSITION = {
     "gelu": gelu(),
     "relu": relu(),
     "softmax": softmax(),
+    "prelu": layers.prelu(),
+    "prelu, shared": layers.prelu(shared=True),
+    "glu": layers.glu(),
+    "swiglu": layers.swiglu(3),
+    "parallel, multiplied": serial(parallel(dense(3), dense(3), dense(3)), layers.multiply()),
     "layer_norm": layer_norm(),
     "rms_norm": rms_norm(),
     "dropout": dropout(0.5),

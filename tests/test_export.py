@@ -53,11 +53,13 @@ from fnet.layers import (
     layer_norm,
     learned_positions,
     lstm,
+    prelu,
     relu,
     residual,
     rnn,
     serial,
     stateless,
+    swiglu,
 )
 from fnet.layers.initializers import zeros
 from fnet.layers.models import gpt, imagenet_stem, lenet5, recurrent_lm, resnet, transformer_block
@@ -311,6 +313,31 @@ def gpt2_formula(s, ids, start, layers, heads):
 
 def mlp_in_torch(s, x):
     return linear(s, "2", np.maximum(linear(s, "0", x), 0))
+
+
+def slopes_in_torch(s, x):
+    for i in (0, 2):
+        x = x @ s[f"{i}.weight"].T + s[f"{i}.bias"]
+        x = np.maximum(x, 0) + s[f"{i + 1}.weight"] * np.minimum(x, 0)
+    return x
+
+
+def gated_in_torch(s, x):  # by the names of Llama
+    gate = x @ s["gate_proj.weight"].T
+    return (gate / (1 + np.exp(-gate)) * (x @ s["up_proj.weight"].T)) @ s["down_proj.weight"].T
+
+
+def torch_gated(torch):
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, sizes in (("gate_proj", (3, 5)), ("up_proj", (3, 5)), ("down_proj", (5, 3))):
+                setattr(self, name, torch.nn.Linear(*sizes, bias=False))
+
+        def forward(self, x):
+            return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    return Gated()
 
 
 def lenet_in_torch(s, x):
@@ -604,6 +631,26 @@ CASES = {
         {"params/dense_0": "0.*", "params/dense_1": "2.*"},
         mlp_in_torch,
         lambda torch: torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.ReLU(), torch.nn.Linear(7, 4)),
+    ),
+    "learned slopes": Case(
+        serial(dense(5), prelu(), dense(4), prelu(shared=True)),
+        (6, 3),
+        {f"params/{ours}": f"{i}.*" for i, ours in enumerate(("dense_0", "prelu_0", "dense_1", "prelu_1"))},
+        slopes_in_torch,
+        lambda torch: torch.nn.Sequential(
+            torch.nn.Linear(3, 5), torch.nn.PReLU(5), torch.nn.Linear(5, 4), torch.nn.PReLU()
+        ),
+    ),
+    "gated unit": Case(
+        serial(swiglu(5, bias=None), dense(3, bias=None)),
+        (2, 4, 3),
+        {
+            "params/swiglu_0/branches/gate/dense_0": "gate_proj.*",
+            "params/swiglu_0/branches/up": "up_proj.*",
+            "params/dense_0": "down_proj.*",
+        },
+        gated_in_torch,
+        torch_gated,
     ),
     "lenet": Case(
         lenet5(),

@@ -19,6 +19,7 @@ from fnet.layers import dense, flatten, gelu, leaky_relu, relu, serial, softplus
 from fnet.layers.children import apply
 from fnet.layers.initializers import normal, zeros
 from fnet.layers.models import mlp
+from fnet.report import summary
 from fnet.types import Layer, LayerError
 from tests.conftest import DIFFERENTIATION
 from tests.oracles import assert_leaves_close, numerical_gradient
@@ -29,6 +30,10 @@ vector_erf = np.vectorize(math.erf, otypes=[np.float64])
 def numpy_softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def hard_swish64(z):
+    return z * np.clip(z + 3, 0, 6) / 6
 
 
 # name: layer, input shape, the forward in NumPy float64 from the formula (parameters first)
@@ -55,6 +60,60 @@ LAYERS = {
     ),
     "softplus": (softplus(), (4, 5), lambda p, x: np.log(1 + np.exp(x))),
     "softmax": (layers.softmax(), (4, 5), lambda p, x: numpy_softmax(x)),
+    "silu": (layers.silu(), (4, 5), lambda p, x: x / (1 + np.exp(-x))),
+    "silu, beta -0.5": (layers.silu(-0.5), (4, 5), lambda p, x: x / (1 + np.exp(0.5 * x))),
+    "elu": (layers.elu(0.7), (4, 5), lambda p, x: np.where(x > 0, x, 0.7 * (np.exp(x) - 1))),
+    "celu": (layers.celu(0.7), (4, 5), lambda p, x: np.where(x > 0, x, 0.7 * (np.exp(x / 0.7) - 1))),
+    "selu": (  # the constants of the paper, as it prints them
+        layers.selu(),
+        (4, 5),
+        lambda p, x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * (np.exp(x) - 1)),
+    ),
+    "mish": (layers.mish(), (4, 5), lambda p, x: x * np.tanh(np.log(1 + np.exp(x)))),
+    "softsign": (layers.softsign(), (4, 5), lambda p, x: x / (1 + np.abs(x))),
+    "hard_sigmoid": (
+        serial(dense(5, bias=normal(3.0)), layers.hard_sigmoid()),  # so that all three pieces are met
+        (4, 5),
+        lambda p, x: np.clip(x @ p["dense_0"]["w"] + p["dense_0"]["b"] + 3, 0, 6) / 6,
+    ),
+    "hard_swish": (
+        serial(dense(5, bias=normal(3.0)), layers.hard_swish()),
+        (4, 5),
+        lambda p, x: hard_swish64(x @ p["dense_0"]["w"] + p["dense_0"]["b"]),
+    ),
+    "log_softmax": (layers.log_softmax(), (4, 5), lambda p, x: np.log(numpy_softmax(x))),
+    "prelu": (
+        layers.prelu(slope=normal(1.0)),
+        (2, 4, 5),
+        lambda p, x: np.where(x > 0, x, p["slope"] * x),
+    ),
+    "prelu, shared": (
+        layers.prelu(shared=True, slope=normal(1.0)),
+        (2, 4, 5),
+        lambda p, x: np.maximum(x, 0) + p["slope"] * np.minimum(x, 0),
+    ),
+    "glu": (layers.glu(), (3, 2, 6), lambda p, x: x[..., :3] / (1 + np.exp(-x[..., 3:]))),
+    **{
+        name: (
+            make(3, bias=normal(1.0)),
+            (4, 5),
+            lambda p, x, f=f: (
+                (x @ p["branches"]["up"]["w"] + p["branches"]["up"]["b"])
+                * f(x @ p["branches"]["gate"]["dense_0"]["w"] + p["branches"]["gate"]["dense_0"]["b"])
+            ),
+        )
+        for name, make, f in (
+            ("gated", layers.gated, lambda z: 1 / (1 + np.exp(-z))),
+            ("swiglu", layers.swiglu, lambda z: z / (1 + np.exp(-z))),
+            ("geglu", layers.geglu, lambda z: z * (1 + vector_erf(z / np.sqrt(2))) / 2),
+            ("reglu", layers.reglu, lambda z: np.maximum(z, 0)),
+        )
+    },
+    "gated, no bias": (
+        layers.gated(3, layers.tanh(), bias=None),
+        (4, 5),
+        lambda p, x: (x @ p["branches"]["up"]["w"]) * np.tanh(x @ p["branches"]["gate"]["dense_0"]["w"]),
+    ),
     "serial": (
         serial(flatten(), dense(4, bias=normal(1.0)), layers.tanh(), ("head", dense(2, bias=normal(1.0)))),
         (3, 2, 2),
@@ -159,19 +218,165 @@ def test_a_wrong_backward_fails_the_comparisons_above(fault, x64):
 # --- kinks, extremes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layer", "slope"), [(relu(), 0.0), (leaky_relu(0.2), 0.2), (step(), 0.0)])
+@pytest.mark.parametrize(
+    ("layer", "slope"),
+    [
+        (relu(), 0.0),
+        (leaky_relu(0.2), 0.2),
+        (step(), 0.0),
+        (layers.elu(0.5), 0.5),
+        (layers.celu(0.5), 1.0),
+        (layers.selu(), 1.0507009873554805 * 1.6732632423543772),
+        (layers.softsign(), 1.0),
+    ],
+)
 def test_subgradients_at_zero_are_the_named_ones_by_hand_and_by_autodiff(layer, slope):
     x = jnp.asarray([[0.0, -0.0, 1.0]])
     for _, dx in (
         backward_by_hand(layer, (), (), x, jnp.ones_like(x)),
         backward_by_autodiff(layer, (), (), x, jnp.ones_like(x)),
     ):
-        np.testing.assert_array_equal(dx[0, :2], np.float32(slope))
+        np.testing.assert_allclose(dx[0, :2], np.float32(slope), rtol=2**-23)  # of λα, a product
+
+
+@pytest.mark.parametrize(("layer", "above"), [(layers.hard_sigmoid(), 0.0), (layers.hard_swish(), 1.0)])
+def test_hard_gates_take_the_slopes_of_the_lines_beyond_their_kinks(layer, above):
+    x = jnp.asarray([[-3.0, 3.0]])
+    for _, dx in (
+        backward_by_hand(layer, (), (), x, jnp.ones_like(x)),
+        backward_by_autodiff(layer, (), (), x, jnp.ones_like(x)),
+    ):
+        np.testing.assert_array_equal(dx[0], np.float32([0, above]))
+
+
+def test_prelu_takes_its_slope_at_zero_where_the_slope_itself_learns_nothing():
+    x, layer = jnp.asarray([[0.0, -0.0, -2.0]]), layers.prelu(shared=True)
+    params, state = layer.init(jax.random.key(0), x)
+    for backward in (backward_by_hand, backward_by_autodiff):
+        dparams, dx = backward(layer, params, state, x, jnp.ones_like(x))
+        assert dx.tolist() == [[0.25, 0.25, 0.25]] and dparams["slope"].tolist() == [-2.0]
+
+
+def test_prelu_refuses_other_channels_dtypes_and_slopes():
+    params, state = layers.prelu().init(jax.random.key(0), jnp.ones((2, 3)))
+    with pytest.raises(LayerError, match=r"expected params slope \(4,\), got slope \(3,\): pass what init returned"):
+        apply(layers.prelu(), params, state, jnp.ones((2, 4)))
+    with pytest.raises(LayerError, match="expected float32 inputs like its slopes, got bfloat16: convert the inputs"):
+        apply(layers.prelu(), params, state, jnp.ones((2, 3), jnp.bfloat16))
+    with pytest.raises(LayerError, match=r"expected a batch axis and channels, got shape \(3,\)"):
+        layers.prelu().init(jax.random.key(0), jnp.ones(3))
+    with pytest.raises(LayerError, match="expected floating inputs, got int32"):
+        layers.prelu().init(jax.random.key(0), jnp.ones((2, 3), jnp.int32))
+    with pytest.raises(TypeError, match=r"prelu: slope = 0.25; expected an initializer"):
+        layers.prelu(slope=0.25)
+
+
+def test_arguments_of_gates_and_rectifiers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="celu: alpha = 0; expected a positive number"):
+        layers.celu(0)
+    with pytest.raises(LayerError, match=r"expected an even number of features, to be halved, got shape \(2, 3\)"):
+        apply(layers.glu(), (), (), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="gated: units = 0; expected at least 1"):
+        layers.swiglu(0)
+    with pytest.raises(TypeError, match=r"gated: activation is the function tanh .*: fnet.layers.tanh\(\)"):
+        layers.gated(3, jnp.tanh)
+
+
+@pytest.mark.parametrize("make", [layers.silu, layers.elu, layers.celu, lambda beta: layers.swiglu(3, beta=beta)])
+def test_numbers_of_activations_may_be_traced_and_are_data_of_one_program(make, x64):
+    x, key = jax.random.normal(jax.random.key(1), (2, 5), jnp.float64), jax.random.key(0)
+
+    traced = []
+
+    @jax.jit
+    def run(number):
+        traced.append(number)
+        layer = make(number)
+        params, state = layer.init(key, x)
+        y, _, residuals = layer.forward(params, state, x)
+        return y, layer.backward(params, residuals, y)
+
+    for number in (0.5, 2.0):
+        layer = make(number)
+        params, state = layer.init(key, x)
+        y, _, residuals = layer.forward(params, state, x)
+        assert_leaves_close(run(number), (y, layer.backward(params, residuals, y)), 1e-14)
+    assert len(traced) == 1
+
+
+def test_the_logarithm_of_softmax_is_finite_where_softmax_is_zero():
+    x = jnp.asarray([[1e4, 0.0, -jnp.inf]])
+    y, _, residuals = layers.log_softmax().forward((), (), x)
+    assert y.tolist() == [[0.0, -1e4, -np.inf]]
+    _, dx = layers.log_softmax().backward((), residuals, jnp.asarray([[0.0, 1.0, 0.0]]))
+    assert dx.tolist() == [[-1.0, 1.0, 0.0]]
+
+
+def test_gated_units_have_the_parameters_of_two_dense_layers():
+    x = jnp.ones((2, 5))
+    for layer, expected in (
+        (layers.swiglu(3), 2 * (5 * 3 + 3)),
+        (layers.geglu(3, bias=None), 2 * 5 * 3),
+        (layers.prelu(), 5),
+        (layers.prelu(shared=True), 1),
+    ):
+        params, _ = layer.init(jax.random.key(0), x)
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+        total = next(line for line in str(summary(layer, x)).splitlines() if line.startswith("total"))
+        assert total.split()[5] == str(expected)
+
+
+def test_torch_computes_the_same_activations_and_gradients(x64):
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+    x = np.random.default_rng(0).normal(0, 3, (4, 6))
+    x[0] = [0, -3, 3, -40, 40, 1e3]
+    pairs = [
+        (layers.silu(), nn.SiLU()),
+        (layers.elu(0.75), nn.ELU(0.75)),
+        (layers.selu(), nn.SELU()),
+        (layers.celu(0.75), nn.CELU(0.75)),
+        (layers.mish(), nn.Mish()),
+        (layers.hard_sigmoid(), nn.Hardsigmoid()),
+        (layers.hard_swish(), nn.Hardswish()),
+        (layers.softsign(), nn.Softsign()),
+        (layers.log_softmax(), nn.LogSoftmax(-1)),
+        (layers.glu(), nn.GLU()),
+        (layers.prelu(shared=True), nn.PReLU(dtype=torch.float64)),
+        (layers.prelu(), nn.PReLU(6, dtype=torch.float64)),
+    ]
+    for layer, module in pairs:
+        there = torch.tensor(x, requires_grad=True)
+        params, state = layer.init(jax.random.key(0), jnp.asarray(x))
+        y = apply(layer, params, state, jnp.asarray(x))
+        dy = np.random.default_rng(1).normal(size=y.shape)
+        out = module(there)
+        out.backward(torch.tensor(dy))
+        dparams, dx = backward_by_hand(layer, params, state, jnp.asarray(x), jnp.asarray(dy))
+        assert_leaves_close(y, out.detach(), 1e-13)
+        # torch rounds constants of some derivatives to float32: αλ, 1/6 (of elu α too, which 0.75 is not changed by)
+        assert_leaves_close(dx, there.grad, 2**-23 if layer.name in ("selu", "hard_sigmoid") else 1e-13)
+        if dparams:
+            assert_leaves_close(dparams["slope"], module.weight.grad, 1e-13)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["identity", "step", "sigmoid", "tanh", "relu", "leaky relu", "gelu", "gelu, tanh form", "softplus", "softmax"],
+    [
+        *(
+            "identity",
+            "step",
+            "sigmoid",
+            "tanh",
+            "relu",
+            "leaky relu",
+            "gelu",
+            "gelu, tanh form",
+            "softplus",
+            "softmax",
+        ),
+        *("silu", "silu, beta -0.5", "elu", "celu", "selu", "mish", "softsign", "log_softmax"),
+    ],
 )
 def test_activations_are_finite_at_extremes_and_pass_nan(name):
     layer, _, _ = LAYERS[name]

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.layers import log_softmax
 from fnet.losses import (
     absolute_error,
     binary_cross_entropy,
     half_squared_error,
     huber,
+    negative_log_likelihood,
     smoothed_cross_entropy,
     softmax_cross_entropy,
     squared_error,
@@ -80,6 +82,10 @@ CASES = {
         softmax_cross_entropy, labels, lambda z, y: cross_entropy(z, one_hot(y, z.shape[-1])), ROWS
     ),
     "softmax, probabilities": Case(softmax_cross_entropy, probabilities, cross_entropy, ROWS),
+    "likelihood, labels": Case(
+        negative_log_likelihood, labels, lambda z, y: -(z * one_hot(y, z.shape[-1])).sum(-1), ROWS
+    ),
+    "likelihood, probabilities": Case(negative_log_likelihood, probabilities, lambda z, p: -(z * p).sum(-1), ROWS),
     "smoothed, labels": Case(
         smoothed_cross_entropy(0.1),
         labels,
@@ -195,7 +201,7 @@ def test_gradients_are_the_slopes_of_the_values(name, x64):
 
 
 def one_entry_zero(g):
-    return np.where(np.arange(g.size).reshape(g.shape) == 0, 0, g)
+    return np.where(np.arange(g.size).reshape(g.shape) == np.flatnonzero(g)[0], 0, g)
 
 
 WRONG = {
@@ -302,8 +308,29 @@ def test_nan_in_the_outputs_reaches_the_value_and_both_gradients_of_its_example_
     outputs, targets = (as_float32(a) for a in example(name))
     outputs[(0,) * outputs.ndim] = NAN
     targets[(0,) * targets.ndim] = target
-    for result in compiled(CASES[name].loss)(outputs, targets):
+    results = compiled(CASES[name].loss)(outputs, targets)
+    for result in (
+        results[:1] if name.startswith("likelihood") else results
+    ):  # the slopes of what is linear are constant
         assert np.isnan(result).reshape(len(result), -1).any(1).tolist() == [True] + [False] * (len(result) - 1)
+
+
+def test_the_likelihood_of_log_softmax_is_the_cross_entropy_of_logits(x64):
+    z, y = np.array([[3.0, -800.0, 2.0], [1e4, 0.0, -1e4]]), np.array([0, 1])
+    log_probabilities, _, residuals = log_softmax().forward((), (), jnp.asarray(z))
+    expected = cross_entropy(z, one_hot(y, 3))
+    np.testing.assert_allclose(negative_log_likelihood(log_probabilities, y), expected, rtol=1e-15)
+    _, dz = log_softmax().backward((), residuals, negative_log_likelihood.gradient(log_probabilities, y))
+    p = np.exp(z - np.logaddexp.reduce(z, -1, keepdims=True))
+    np.testing.assert_allclose(dz, p - one_hot(y, 3), rtol=1e-14, atol=1e-16)
+
+
+def test_a_log_probability_of_minus_infinity_counts_nothing_where_its_probability_is_zero():
+    y = jnp.array([[0.0, -INF]])
+    for targets in (np.array([0]), np.array([[1.0, 0.0]], np.float32)):
+        value, *gradients = compiled(negative_log_likelihood)(y, targets)
+        assert value.tolist() == [0.0] and all(g.tolist() == [[-1.0, 0.0]] for g in gradients)
+    assert negative_log_likelihood(y, np.array([1])).tolist() == [INF]
 
 
 def test_nan_at_a_class_of_probability_zero_is_not_swallowed():

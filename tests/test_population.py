@@ -19,7 +19,7 @@ from rich.console import Console
 
 import fnet
 from fnet.core.numerics import stream
-from fnet.layers import activation, dense, dropout, serial
+from fnet.layers import dense, dropout, relu, serial
 from fnet.losses import smoothed_cross_entropy
 from fnet.report import population as report
 from fnet.training.population import (
@@ -61,7 +61,7 @@ def begin(hyper, key, data):
 
 
 def parts(hyper):
-    model = serial(dense(8), activation.relu(), dropout(hyper["dropout"]), dense(3))
+    model = serial(dense(8), relu(), dropout(hyper["dropout"]), dense(3))
     optimizer = fnet.adamw(hyper["learning_rate"], hyper["b1"], weight_decay=hyper["decay"])
     return model, smoothed_cross_entropy(hyper["smoothing"]), optimizer
 

@@ -64,6 +64,7 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
       children are ``linear1``, ``linear2``, ``norm1`` and ``norm2``; of GPT-2 ``Conv1D("h.0.attn.*")``. The inward
       projections are one tensor there, so they have the same width, and PyTorch's have as many features in as out.
     - a dense layer that is GPT-2's ``Conv1D``: ``Conv1D("h.0.mlp.c_fc.*")``.
+    - prelu: as it is, one slope (``shared``) or one a channel.
     - embedding, or a leaf by itself that is no ``w``: as it is. A table that PyTorch holds twice has two names,
       ``("embedding.*", "head.*")``; read back, they must agree.
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
@@ -126,9 +127,9 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], given: Any) -> list[Rule]
         )
     if attends:
         return _attention_rules(path, leaves, as_ours)
-    same = {"b": "bias", "scale": "weight", "bias": "bias", "table": "weight", "": "weight"}
+    same = {"b": "bias", "scale": "weight", "bias": "bias", "table": "weight", "slope": "weight", "": "weight"}
     rules = [Rule((name,), (same[name],)) for name in sorted(names & same.keys())]
-    if names in ({""}, {"table"}) or (names and names <= {"scale", "bias"}):
+    if names in ({""}, {"table"}, {"slope"}) or (names and names <= {"scale", "bias"}):
         return rules
     if names == {"mean", "var"}:
         tensors = ("running_mean", "running_var", "num_batches_tracked")
@@ -158,7 +159,7 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], given: Any) -> list[Rule]
             return [*weights, Rule(("b", "recurrent/b"), biases, _gru_biases, _from_gru_biases)]
     raise ExportError(
         f"torch_names: {path} has the leaves {', '.join(sorted(names))}; expected those of dense, conv, attention, "
-        "embedding, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule"
+        "embedding, prelu, a normalization, rnn, lstm or gru(reset_after=True): name its children, or write a Rule"
     )
 
 

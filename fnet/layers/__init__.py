@@ -7,9 +7,19 @@ Imports types and core alone: no loss, no data, no optimizer.
 """
 
 from fnet.core.trees import Copies
-from fnet.layers.activation import gelu, identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
+from fnet.layers.activation import (
+    hard_sigmoid,
+    identity,
+    log_softmax,
+    sigmoid,
+    softmax,
+    softplus,
+    softsign,
+    step,
+    tanh,
+)
 from fnet.layers.attention import attention
-from fnet.layers.combinators import concatenate, parallel, remat, repeat, residual, serial
+from fnet.layers.combinators import concatenate, multiply, parallel, remat, repeat, residual, serial
 from fnet.layers.convolution import conv, conv_transpose
 from fnet.layers.dense import dense, flatten, reshape
 from fnet.layers.dot_product import dot_product_attention
@@ -22,9 +32,11 @@ from fnet.layers.embedding import (
     sinusoidal_positions,
     tied_embedding,
 )
+from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
+from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
@@ -37,6 +49,7 @@ __all__ = [
     "batch_norm",
     "bidirectional",
     "by_position",
+    "celu",
     "concatenate",
     "conv",
     "conv_transpose",
@@ -44,24 +57,35 @@ __all__ = [
     "dot_product_attention",
     "drop_mask",
     "dropout",
+    "elu",
     "embedding",
     "flatten",
     "freeze",
+    "gated",
+    "geglu",
     "gelu",
     "global_avg_pool",
     "global_max_pool",
+    "glu",
     "group_norm",
     "gru",
     "gru_cell",
+    "hard_sigmoid",
+    "hard_swish",
     "identity",
     "layer_norm",
     "leaky_relu",
     "learned_positions",
+    "log_softmax",
     "lstm",
     "lstm_cell",
     "max_pool",
+    "mish",
     "mixed_precision",
+    "multiply",
     "parallel",
+    "prelu",
+    "reglu",
     "relu",
     "remat",
     "repeat",
@@ -72,14 +96,18 @@ __all__ = [
     "rnn_cell",
     "rotary_positions",
     "rotate",
+    "selu",
     "serial",
     "sigmoid",
+    "silu",
     "sinusoidal_positions",
     "softmax",
     "softplus",
+    "softsign",
     "stacked",
     "stateless",
     "step",
+    "swiglu",
     "tanh",
     "tied_embedding",
     "with_hand_backward",

@@ -1,5 +1,7 @@
 """Activations: functions of each entry, and softmax over the last axis. None has parameters.
 
+Those that are ``x`` where it is positive are in `rectifiers`, those that are ``x`` times a gate in `gating`.
+
 Each forward is written so that plain autodiff of it takes the same subgradient as the backward, and so that NaN passes.
 Legend: B batch, K classes; z the input where the derivation names it.
 """
@@ -17,8 +19,8 @@ from fnet.layers.wrappers import stateless
 from fnet.types import Layer
 
 
-def _activation(name, forward, backward) -> Layer:
-    """Lift ``forward(x) -> (y, residuals)`` and ``backward(residuals, dy) -> dx``."""
+def without_parameters(name: str, forward, backward) -> Layer:
+    """The layer without parameters of ``forward(x) -> (y, residuals)`` and ``backward(residuals, dy) -> dx``."""
     layer = stateless(
         name,
         lambda key, x: (),
@@ -30,7 +32,7 @@ def _activation(name, forward, backward) -> Layer:
 
 def identity() -> Layer:
     """``y = x``, the linear activation."""
-    return _activation("identity", lambda x: (x, ()), lambda residuals, dy: dy)
+    return without_parameters("identity", lambda x: (x, ()), lambda residuals, dy: dy)
 
 
 def step() -> Layer:
@@ -44,7 +46,7 @@ def step() -> Layer:
     def backward(unknown, dy):  # the derivative of a constant; a NaN passed, and so does its gradient
         return jnp.where(unknown, dy, 0)
 
-    return _activation("step", forward, backward)
+    return without_parameters("step", forward, backward)
 
 
 def logistic(x: jax.Array) -> jax.Array:
@@ -66,7 +68,7 @@ def sigmoid() -> Layer:
     def backward(x, dy):  # y' = e^{-z} / (1 + e^{-z})² = σ(z) σ(−z); y (1 − y) would cancel where y rounds to 1
         return (dy.astype(wide(dy.dtype)) * logistic(x) * logistic(-x)).astype(dy.dtype)
 
-    return _activation("sigmoid", forward, backward)
+    return without_parameters("sigmoid", forward, backward)
 
 
 def tanh() -> Layer:
@@ -79,77 +81,7 @@ def tanh() -> Layer:
     def backward(y, dy):  # y' = 1 − tanh²
         return (dy.astype(y.dtype) * (1 - y * y)).astype(dy.dtype)
 
-    return _activation("tanh", forward, backward)
-
-
-def relu() -> Layer:
-    """``y = max(x, 0)``, with derivative 0 at 0 (`jax.nn.relu` the same; ``jnp.maximum(x, 0)`` takes ½ there)."""
-
-    def forward(x):
-        y = jnp.where(x <= 0, 0, x)
-        return y, y
-
-    def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
-        return jnp.where(y <= 0, 0, dy)
-
-    return _activation("relu", forward, backward)
-
-
-def leaky_relu(slope: float = 0.01) -> Layer:
-    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default is 0.3, JAX' 0.01."""
-
-    def forward(x):
-        negative = x <= 0
-        return jnp.where(negative, jnp.asarray(slope, x.dtype) * x, x), negative
-
-    def backward(negative, dy):  # y' = 1 or slope
-        return jnp.where(negative, jnp.asarray(slope, dy.dtype) * dy, dy)
-
-    return _activation("leaky_relu", forward, backward)
-
-
-def gelu(approximate: bool = False) -> Layer:
-    """``y = x Φ(x)`` with the normal distribution function Φ; its tanh form if ``approximate``.
-
-    Exact: ``Φ(x) = erfc(-x/√2)/2``. Approximate: ``½ (1 + tanh(√(2/π) (x + 0.044715 x³)))``. Source: Hendrycks and
-    Gimpel, arXiv:1606.08415. The default of PyTorch and Keras 2 is the exact form, that of JAX and of Keras 3's
-    ``keras.ops`` the other: name it.
-    """
-    cubic, scale = 0.044715, math.sqrt(2 / math.pi)
-
-    # all in float32 at least: a rounding of the argument to 16 bits would be x² times larger in the tail's result
-
-    def gate(x):
-        # ½ (1 + tanh u) is σ(2u), which does not cancel where u is below 0
-        return jax.nn.sigmoid(2 * scale * (x + cubic * x * x * x))
-
-    def near(x):
-        # beyond ±40 the gate is exactly 1 or 0 in float64 too, and cubes overflow: an infinity times exactly 0
-        z = x.astype(wide(x.dtype))
-        return jax.lax.clamp(jnp.asarray(-40, z.dtype), z, jnp.asarray(40, z.dtype))
-
-    def exact_forward(x):
-        z = near(x)
-        return jnp.where(x >= 40, x, (z * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2)).astype(x.dtype)), x
-
-    def exact_backward(x, dy):  # y' = Φ(z) + z φ(z), φ the density exp(−z²/2)/√(2π)
-        z, d = near(x), dy.astype(wide(dy.dtype))
-        density = jnp.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-        return (d * (jax.lax.erfc(-z * math.sqrt(0.5)) / 2 + z * density)).astype(dy.dtype)
-
-    def tanh_forward(x):
-        z = near(x)
-        return jnp.where(x >= 40, x, (z * gate(z)).astype(x.dtype)), x
-
-    def tanh_backward(x, dy):
-        # y = z g, g = σ(2u), u = s (z + c z³):  y' = g + z · 2 g (1 − g) · s (1 + 3 c z²)
-        z, d = near(x), dy.astype(wide(dy.dtype))
-        g = gate(z)
-        return (d * (g + z * 2 * g * (1 - g) * (scale * (1 + 3 * cubic * z * z)))).astype(dy.dtype)
-
-    if approximate:
-        return _activation("gelu", tanh_forward, tanh_backward)
-    return _activation("gelu", exact_forward, exact_backward)
+    return without_parameters("tanh", forward, backward)
 
 
 def softplus() -> Layer:
@@ -161,7 +93,41 @@ def softplus() -> Layer:
     def backward(x, dy):  # y' = e^z / (1 + e^z) = sigmoid(z)
         return (dy.astype(wide(dy.dtype)) * logistic(x)).astype(dy.dtype)
 
-    return _activation("softplus", forward, backward)
+    return without_parameters("softplus", forward, backward)
+
+
+def softsign() -> Layer:
+    """``y = x / (1 + |x|)``, between -1 and 1, which it nears slowly. PyTorch, Keras and JAX the same."""
+
+    def near(x):  # beyond ±1e30 y is exactly ±1 in float64 too
+        z = x.astype(wide(x.dtype))
+        return jax.lax.clamp(jnp.asarray(-1e30, z.dtype), z, jnp.asarray(1e30, z.dtype))
+
+    def forward(x):
+        z = near(x)
+        return (z / (1 + jnp.abs(z))).astype(x.dtype), x
+
+    def backward(x, dy):  # y' = (1 + |z| − z sign z) / (1 + |z|)² = 1 / (1 + |z|)²
+        r = 1 / (1 + jnp.abs(near(x)))
+        return (dy.astype(r.dtype) * (r * r)).astype(dy.dtype)
+
+    return without_parameters("softsign", forward, backward)
+
+
+def hard_sigmoid() -> Layer:
+    """``y = (x + 3)/6`` between -3 and 3, 0 below and 1 above; derivative 0 at ±3.
+
+    PyTorch and JAX the same, with these derivatives, and Keras 3; Keras 2 had the slope 1/5.
+    """
+
+    def forward(x):
+        z = x.astype(wide(x.dtype))
+        return jnp.where(z <= -3, 0, jnp.where(z >= 3, 1, (z + 3) / 6)).astype(x.dtype), jnp.abs(x) >= 3
+
+    def backward(flat, dy):  # y' = 1/6, or 0
+        return jnp.where(flat, 0, dy / 6)
+
+    return without_parameters("hard_sigmoid", forward, backward)
 
 
 def softmax() -> Layer:
@@ -177,4 +143,24 @@ def softmax() -> Layer:
         y, d = y.astype(wide(y.dtype)), dy.astype(wide(dy.dtype))
         return (y * (d - (d * y).sum(-1, keepdims=True))).astype(dy.dtype)
 
-    return _activation("softmax", forward, backward)
+    return without_parameters("softmax", forward, backward)
+
+
+def log_softmax() -> Layer:
+    """``y_k = x_k − log Σ_j exp(x_j)`` over the last axis, for `fnet.losses.negative_log_likelihood`.
+
+    Finite wherever ``x`` is, where the logarithm of a softmax is not. For training alone, prefer the loss that takes
+    logits: `fnet.losses.softmax_cross_entropy` of ``x`` is the two together. PyTorch wants the axis named.
+    """
+
+    def forward(x):  # y is kept in float32 at least: in 16 bits e^y would be as far off as y is large
+        z = x.astype(wide(x.dtype))
+        z = z - jax.lax.stop_gradient(z.max(-1, keepdims=True, initial=-math.inf))
+        y = z - jnp.log(jnp.exp(z).sum(-1, keepdims=True))
+        return y.astype(x.dtype), y
+
+    def backward(y, dy):  # ∂y_k/∂z_j = [k = j] − e^y_j:  dx = dy − e^y Σ_k dy_k
+        d = dy.astype(y.dtype)
+        return (d - jnp.exp(y) * d.sum(-1, keepdims=True)).astype(dy.dtype)
+
+    return without_parameters("log_softmax", forward, backward)

@@ -7,6 +7,9 @@ Legend: B batch, N repetitions.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import zlib
 from collections import Counter
 
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.checks import described, is_whole, require_array, require_layer
+from fnet.core.numerics import wide
 from fnet.core.trees import Copies
 from fnet.layers.children import (
     backward_child,
@@ -218,6 +222,34 @@ def concatenate(axis: int = -1) -> Layer:
         return (), tuple(jnp.split(dy, ends[:-1], axis))
 
     return by_position(stateless("concatenate", lambda key, x: (), forward, backward, several=True))
+
+
+def multiply() -> Layer:
+    """A tuple of arrays to their product, entry by entry; they are alike in shape and dtype.
+
+    >>> multiply().forward((), (), (jnp.array([[2.0, 3.0]]), jnp.array([[5.0, 0.0]])))[0].tolist()
+    [[10.0, 0.0]]
+    """
+
+    def forward(params, x):
+        if not isinstance(x, tuple) or not x:
+            raise LayerError(f"expected a tuple of arrays, as parallel(...) returns one, got {type(x).__name__}")
+        if len({(part.shape, part.dtype) for part in x}) > 1:
+            given = ", ".join(f"{part.dtype}{list(part.shape)}" for part in x)
+            raise LayerError(f"cannot multiply {given}: expected arrays alike in shape and dtype")
+        return functools.reduce(operator.mul, widened(x)).astype(x[0].dtype), x
+
+    def backward(params, x, dy):
+        # ∂(Π_j x_j)/∂x_i = Π_{j≠i} x_j, what stands before times what stands after: a quotient would not do for a 0
+        factors, d = widened(x), dy.astype(wide(dy.dtype))
+        before = itertools.accumulate(factors[:-1], operator.mul, initial=d)
+        after = [*itertools.accumulate(reversed(factors[1:]), operator.mul, initial=1)]
+        return (), tuple((b * a).astype(dy.dtype) for b, a in zip(before, reversed(after), strict=True))
+
+    def widened(x):  # in 16 bits the product of some may overflow that of all does not
+        return [part.astype(wide(part.dtype)) for part in x]
+
+    return by_position(stateless("multiply", lambda key, x: (), forward, backward, several=True))
 
 
 def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:

@@ -88,12 +88,15 @@ def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Arra
     channels = w.shape[-2] * groups
     if form == "xla":
         # a convolution of dy, its entries stride apart, with the kernel turned round, its features and channels swapped
-        low = [e - 1 - before for e, before in zip(windows.extent, windows.low, strict=True)]
-        high = [e - 1 - after for e, after in zip(windows.extent, windows.high, strict=True)]
+        # (padded by less than a window, so that some of dx is cropped after it, or is 0 where no window sees x)
+        reach = [e - 1 for e in windows.extent]
+        low, low_rest = within(reach, [r - before for r, before in zip(reach, windows.low, strict=True)])
+        high, high_rest = within(reach, [r - after for r, after in zip(reach, windows.high, strict=True)])
         turned = jnp.flip(w, range(w.ndim - 2)).reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
         turned = jnp.moveaxis(turned, -1, -3).swapaxes(-1, -2)
         turned = turned.reshape(*w.shape[:-2], w.shape[-1] // groups, channels)
-        return xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
+        dx = xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
+        return around(dx, low_rest, high_rest)
     dy_NO = as_rows(dy, groups)
     matrices, dtype = as_matrices(w, groups), wide(w.dtype)  # what is added up stays in float32 at least until it is
     if groups > 1:
@@ -105,9 +108,30 @@ def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Arra
     return channels_last(fold(d, windows).astype(w.dtype))
 
 
+def within(reach, padding) -> tuple[list[int], list[int]]:
+    """What of the ``padding`` of each axis lies from 0 to ``reach``, and the rest, which may be negative."""
+    inner = [min(max(p, 0), r) for p, r in zip(padding, reach, strict=True)]
+    return inner, [p - i for p, i in zip(padding, inner, strict=True)]
+
+
+def around(x: jax.Array, low, high) -> jax.Array:
+    """``x (B, *S, C)`` with zeros around it, or cropped where a padding is negative."""
+    if not any((*low, *high)):
+        return x
+    spatial = ((before, after, 0) for before, after in zip(low, high, strict=True))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *spatial, (0, 0, 0)))
+
+
 def xla(x, w, strides, low, high, x_dilation, w_dilation, **groups) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of ``x (B, *S, C)`` with ``w (*kernel, I, O)``."""
+    """`jax.lax.conv_general_dilated` of ``x (B, *S, C)`` with ``w (*kernel, I, O)``.
+
+    XLA pads from 0 to (k − 1)·dilation, and the rest is padded or cropped before it: jaxlib's convolution on CPU
+    returns what lies in memory where padding is negative, which beyond (k − 1)·dilation it is in the transpose.
+    """
     ones, rank = (1,) * (x.ndim - 2), x.ndim
+    reach = [(k - 1) * d for k, d in zip(w.shape, w_dilation or ones, strict=False)]
+    (low, low_rest), (high, high_rest) = within(reach, low), within(reach, high)
+    x = around(x, low_rest, high_rest)  # none where x is dilated
     images = (0, rank - 1, *range(1, rank - 1))
     kernel = (rank - 1, rank - 2, *range(rank - 2))
     return jax.lax.conv_general_dilated(
