@@ -358,7 +358,7 @@ def test_a_population_by_vmap_has_the_values_of_its_members(name, x64):
 @pytest.mark.parametrize("make, name", [(smoothed_cross_entropy, "smoothed, labels"), (huber, "huber")])
 def test_hyperparameters_may_be_traced_swept_and_differentiated(make, name, x64):
     outputs, targets = example(name)
-    swept = jax.jit(jax.vmap(lambda rate: tuple(part(outputs, targets) for part in make(rate))))(np.array([0.1, 0.7]))
+    swept = jax.jit(jax.vmap(lambda rate: tuple(part(outputs, targets) for part in make(rate)[:2])))(np.array([0.1, 0.7]))
     for i, rate in enumerate([0.1, 0.7]):
         for row, fixed in zip(swept, compiled(make(rate))(outputs, targets)[:2], strict=True):
             assert worst(row[i], fixed) < 1e-14

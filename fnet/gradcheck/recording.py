@@ -175,7 +175,7 @@ def record(model: Layer, loss, batch, *, params: PyTree, state: PyTree, key: jax
     nodes = owners([*calls, Node("", model.name, (model.forward, model.backward))], params, hand or auto)
     order = (*done, "") if hand is not None else tuple(node.name for node in reversed(nodes))
     names = {node.name for node in nodes}
-    functions = (loss.value, loss.gradient) if isinstance(loss, Loss) else (loss,)
+    functions = tuple(f for f in loss if f is not None) if isinstance(loss, Loss) else (loss,)
     return Recording(nodes, tuple(name for name in order if name in names), functions, auto, hand)
 
 
