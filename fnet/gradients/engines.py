@@ -270,7 +270,7 @@ def counted(loss, batch: Batch) -> tuple[Batch, PyTree]:
     counts = loss.count(batch.targets)
     live = counts != 0
     if batch.weights is None:
-        return batch._replace(weights=live), counts
+        return batch._replace(weights=live.astype(np.float32)), counts
     if batch.weights.shape != live.shape[: batch.weights.ndim]:
         return batch, counts  # which `weighted_mean` refuses
     xp: Any = jnp if isinstance(live, Tracer) or isinstance(batch.weights, Tracer) else np

@@ -54,7 +54,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
 
     def read(outputs, targets):
         z, labels, frames = _checked(outputs, targets, blank)
-        log_q = jax.nn.log_softmax(z.astype(wide(z.dtype)))
+        log_q = jax.nn.log_softmax(jnp.where(frames[..., None], z.astype(wide(z.dtype)), 0))
         size, n = labels.shape
         empty = (labels < 0) | (labels == blank)
         order = jnp.argsort(empty, -1, stable=True)  # padding last
@@ -63,7 +63,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
         states = jnp.full((size, 2 * n + 1), blank, jnp.int32).at[:, 1::2].set(labels)
         before = jnp.pad(states, ((0, 0), (2, 0)), constant_values=blank)[:, :-2]
         leap = (states != blank) & (states != before)  # over the blank between two labels that differ
-        at = jnp.arange(2 * n + 1)[None]
+        at = jnp.arange(2 * n + 1, dtype=jnp.int32)[None]
         last = (at == 2 * length[:, None]) | (at == 2 * length[:, None] - 1)
         # floor at log 0, where NaN passes; a label that no class has is NaN
         log_p = jnp.take_along_axis(log_q, jnp.clip(states, 0, z.shape[-1] - 1)[:, None], -1)

@@ -266,11 +266,11 @@ def _margin(logits, targets):
         raise ValueError(f"multiclass_hinge: targets are {labels.dtype}; expected integer labels {z.shape[:-1]}")
     z = z.astype(wide(z.dtype))
     label = one_hot(labels, z.shape[-1], z.dtype)
+    z = z * (1 + 0 * label[..., :1])  # NaN for a label out of range
     others = jnp.where(label == 1, -jnp.inf, z)
     rival = jax.nn.one_hot(others.argmax(-1), z.shape[-1], dtype=z.dtype)
-    unknown = label[..., 0] * 0  # NaN for a label out of range
     of = lambda k: jnp.where(k == 1, z, 0).sum(-1)  # noqa: E731
-    return 1 + of(rival) - of(label) + unknown, rival, label
+    return 1 + of(rival) - of(label), rival, label
 
 
 def _multiclass_hinge(logits, targets):
