@@ -86,11 +86,11 @@ def test_frames_and_labels_that_are_padding_count_nothing_whatever_they_hold(x64
     spoilt = np.where(frames[..., None], Z, np.where(np.arange(K) == 1, np.inf, np.nan))
     values, by_hand, by_autodiff = PADDED(spoilt, CTCTargets(LABELS, frames))
     np.testing.assert_allclose(by_hand, by_autodiff, atol=1e-13)
-    alone = [PADDED(z[None, :n], y[None]) for z, n, y in zip(Z, lengths, LABELS, strict=True)]
-    np.testing.assert_allclose(values, [value[0] for value, *_ in alone], rtol=1e-13)
-    for i, (n, (_, gradient, _)) in enumerate(zip(lengths, alone, strict=True)):
-        np.testing.assert_allclose(by_hand[i, :n], gradient[0], atol=1e-13)
-        assert (np.asarray(by_hand[i, n:]) == 0).all()
+    expected = [brute_force(z[:n], y) for z, n, y in zip(Z, lengths, FITTING, strict=True)]
+    np.testing.assert_allclose(values, expected, rtol=1e-13)
+    slopes = numerical_gradient(lambda z: brute_force(z, FITTING[2]), Z[2, :4])
+    np.testing.assert_allclose(by_hand[2, :4], slopes, atol=1e-8)
+    assert (np.asarray(by_hand)[~frames] == 0).all()
 
 
 def test_padding_may_stand_anywhere(x64):
@@ -109,8 +109,8 @@ def test_with_no_labels_it_is_the_cross_entropy_of_blanks_and_with_no_frames_0(x
     blanks = np.zeros((6, T), int)
     np.testing.assert_allclose(values, softmax_cross_entropy(Z, blanks).sum(-1), rtol=1e-13)
     np.testing.assert_allclose(by_hand, softmax_cross_entropy.gradient(Z, blanks), atol=1e-14)
-    for z, targets in ((Z, CTCTargets(none, np.zeros((6, T), bool))), (Z[:, :0], none)):
-        values, by_hand, _ = PADDED(z, targets)
+    for z, targets in ((Z, CTCTargets(LABELS * 0, np.zeros((6, T), bool))), (Z[:, :0], none)):
+        values, by_hand = (part(z, targets) for part in ctc()[:2])
         assert (np.asarray(values) == 0).all() and (np.asarray(by_hand) == 0).all()
     values, by_hand, _ = PADDED(Z[:0], LABELS[:0])
     assert values.shape == (0,) and by_hand.shape == (0, T, K)
@@ -150,14 +150,16 @@ def test_at_logits_of_1e4_the_one_path_that_is_left_has_the_gradient_of_its_cros
     np.testing.assert_allclose(values, [0, expected], rtol)
     np.testing.assert_allclose(by_hand[0], np.zeros((4, 3)), atol=rtol)
     np.testing.assert_allclose(by_hand, by_autodiff, atol=10 * rtol)
-    slopes = numerical_gradient(lambda z: brute_force(z, [2, 1]), z[1], h=0.5)  # straight pieces: no path is near another
+    slopes = numerical_gradient(
+        lambda z: brute_force(z, [2, 1]), z[1], h=0.5
+    )  # straight pieces: no path is near another
     np.testing.assert_allclose(by_hand[1], slopes, atol=max(rtol, 1e-9))
 
 
 def test_float32_gradients_of_long_sequences_are_the_float64_ones_to_its_rounding(x64):
     z, labels = rng.normal(scale=3.0, size=(2, 400, 20)), rng.integers(1, 20, (2, 60))
-    exact = PADDED(z, labels)
-    found = PADDED(z.astype(np.float32), labels)
+    run = jax.jit(lambda z: (ctc().value(z, labels), ctc().gradient(z, labels)))
+    exact, found = run(z), run(z.astype(np.float32))
     # a value is a sum of 400 terms; what a frame is rounded by grows with the differences between states, some tens
     np.testing.assert_allclose(found[0], exact[0], rtol=400 * 6e-8)
     np.testing.assert_allclose(found[1], exact[1], atol=400 * 6e-8)
@@ -236,6 +238,22 @@ def test_values_and_gradients_are_pytorchs(x64):
     np.testing.assert_allclose(ctc(zero_infinity=True)(Z[:2], UNFIT), unfit.detach(), rtol=1e-12)
 
 
+def test_values_and_gradients_are_optaxs(x64):
+    optax = pytest.importorskip("optax")
+    frames, labels = np.arange(T) < np.array([5, 5, 5, 4, 3, 5])[:, None], np.maximum(LABELS, 0)
+    paddings = 1.0 - frames, 1.0 * (labels == 0)
+
+    def theirs(z):
+        return optax.losses.ctc_loss(z, paddings[0], labels, paddings[1])
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected, slopes = theirs(jnp.asarray(Z)), jax.grad(lambda z: theirs(z).sum())(jnp.asarray(Z))
+    values, by_hand, _ = PADDED(Z, CTCTargets(LABELS, frames))
+    fit = np.arange(6) < 5  # there is no path for the last, of which optax makes a number
+    np.testing.assert_allclose(values[fit], expected[fit], rtol=1e-11)
+    np.testing.assert_allclose(by_hand[fit], slopes[fit], atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "outputs, targets, message",
     [
@@ -245,7 +263,11 @@ def test_values_and_gradients_are_pytorchs(x64):
         (Z[:2], LABELS[:2] * 1.0, ".* do not go with float64 labels"),
         (Z, LABELS[:, 0], r".* do not go with int64 labels \(6,\)"),
         (Z, np.where(LABELS == 2, 3, LABELS), r"label 3 at \(0, 1\) is outside 0..2 \(outputs have 3 classes\)"),
-        (Z, CTCTargets(LABELS, np.full(6, T)), r"frames are int64\[6\]; expected bool\[6, 5\], .*arange\(T\) < lengths"),
+        (
+            Z,
+            CTCTargets(LABELS, np.full(6, T)),
+            r"frames are int64\[6\]; expected bool\[6, 5\], .*arange\(T\) < lengths",
+        ),
         (Z, CTCTargets(LABELS, np.ones((6, 4), bool)), r"frames are bool\[6, 4\]; expected bool\[6, 5\]"),
         ((Z, np.ones((6, T), bool)), LABELS, r"outputs are a tuple .*drop_mask\(\)"),
     ],

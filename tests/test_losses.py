@@ -160,9 +160,7 @@ def fractions(rng, shape):
 ROWS, ENTRIES = ((4, 5), (2, 3, 5)), ((4,), (4, 3), (2, 3, 4))
 C = np.array([1.0, 0.5, 2.0, 3.0, 0.25])  # weights of classes
 CASES = {
-    "softmax, labels": Case(
-        softmax_cross_entropy, labels, lambda z, y: entropy_to(z, one_hot(y, z.shape[-1])), ROWS
-    ),
+    "softmax, labels": Case(softmax_cross_entropy, labels, lambda z, y: entropy_to(z, one_hot(y, z.shape[-1])), ROWS),
     "softmax, probabilities": Case(softmax_cross_entropy, probabilities, entropy_to, ROWS),
     "smoothed, labels": Case(
         smoothed_cross_entropy(0.1),
@@ -190,9 +188,7 @@ CASES = {
     "focal, labels": Case(focal_cross_entropy(2.0), labels, focal_oracle(2.0), ROWS),
     "focal(0.7), probabilities": Case(focal_cross_entropy(0.7, C), probabilities, focal_oracle(0.7, C), ROWS),
     "divergence": Case(kl_divergence, probabilities, divergence, ROWS),
-    "divergence from logits": Case(
-        kl_divergence_from_logits, real, lambda z, y: divergence(z, softmax(y)), ROWS
-    ),
+    "divergence from logits": Case(kl_divergence_from_logits, real, lambda z, y: divergence(z, softmax(y)), ROWS),
     "multiclass hinge": Case(multiclass_hinge, labels, rival_by_one, ROWS),
     "binary": Case(binary_cross_entropy, fractions, binary, ENTRIES),
     "binary, bool": Case(binary_cross_entropy, lambda rng, shape: rng.integers(0, 2, shape) == 1, binary, ENTRIES[1:2]),
@@ -268,6 +264,58 @@ def test_values_are_the_formulas_one_for_each_example(name, shape, scale, x64):
     assert values.shape == expected.shape and values.dtype == jnp.float64
     # of 1 − cos, of 1 − dice and of 1 − q what is left may be small, and rounded where 1 is
     np.testing.assert_allclose(values, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("divergence", lambda torch: torch.nn.KLDivLoss(reduction="none")),
+        ("divergence from logits", lambda torch: torch.nn.KLDivLoss(reduction="none", log_target=True)),
+        (
+            "binary, weighted",
+            lambda torch: torch.nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.tensor(3.0).double()),
+        ),
+        ("poisson", lambda torch: torch.nn.PoissonNLLLoss(reduction="none")),
+        ("huber(0.4)", lambda torch: torch.nn.HuberLoss(reduction="none", delta=0.4)),
+        ("cosine", lambda torch: lambda z, y: 1 - torch.cosine_similarity(z, y)),
+    ],
+)
+def test_values_and_gradients_are_pytorchs(name, make, x64):
+    torch = pytest.importorskip("torch")
+    loss = make(torch)
+    outputs, targets = example(name, (4, 3))
+    z, y = torch.tensor(outputs, requires_grad=True), torch.tensor(targets)
+    if name.startswith("divergence"):  # it takes logarithms
+        theirs = loss(z.log_softmax(-1), y.log_softmax(-1) if "logits" in name else y)
+    else:
+        theirs = loss(z, y)
+    theirs.sum().backward()
+    values, by_hand, _ = compiled(CASES[name].loss)(outputs, targets)
+    theirs = theirs.detach().numpy()
+    np.testing.assert_allclose(values, theirs if theirs.ndim == 1 else theirs.sum(-1), rtol=1e-12)
+    np.testing.assert_allclose(by_hand, z.grad, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "name, theirs",
+    [
+        ("hinge", lambda of, z, y: of.hinge_loss(z, 2 * y - 1).sum(-1)),
+        ("divergence", lambda of, z, y: of.kl_divergence(jax.nn.log_softmax(z), y)),
+        ("multiclass hinge", lambda of, z, y: jax.vmap(of.multiclass_hinge_loss)(z, y)),
+        ("binary focal", lambda of, z, y: of.sigmoid_focal_loss(z, y * 1.0, gamma=2.0).sum(-1)),
+        ("dice", lambda of, z, y: of.dice_loss(z[..., None], y[..., None] * 1.0, smooth=0.5)),
+        ("cosine", lambda of, z, y: of.cosine_distance(z, y)),
+    ],
+)
+def test_values_and_gradients_are_optaxs(name, theirs, x64):
+    optax = pytest.importorskip("optax")
+    outputs, targets = example(name, (4, 3))
+    values, by_hand, _ = compiled(CASES[name].loss)(outputs, targets)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = theirs(optax.losses, jnp.asarray(outputs), jnp.asarray(targets))
+        slopes = jax.grad(lambda z: theirs(optax.losses, z, jnp.asarray(targets)).sum())(jnp.asarray(outputs))
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    np.testing.assert_allclose(by_hand, slopes, rtol=1e-11, atol=1e-14)
 
 
 def test_the_source_s_mean_squared_error():  # S2
@@ -532,7 +580,9 @@ HYPER = {
 @pytest.mark.parametrize("make, name", HYPER.values(), ids=HYPER)
 def test_hyperparameters_may_be_traced_swept_and_differentiated(make, name, x64):
     outputs, targets = example(name)
-    swept = jax.jit(jax.vmap(lambda rate: tuple(part(outputs, targets) for part in make(rate)[:2])))(np.array([0.1, 0.7]))
+    swept = jax.jit(jax.vmap(lambda rate: tuple(part(outputs, targets) for part in make(rate)[:2])))(
+        np.array([0.1, 0.7])
+    )
     for i, rate in enumerate([0.1, 0.7]):
         for row, fixed in zip(swept, compiled(make(rate))(outputs, targets)[:2], strict=True):
             assert worst(row[i], fixed) < 1e-14
@@ -562,7 +612,9 @@ def test_a_traced_label_out_of_range_makes_its_example_nan(loss, label):
         assert np.isnan(result).reshape(3, -1).any(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("loss", [binary_cross_entropy, binary_focal_cross_entropy(), hinge], ids=["plain", "focal", "hinge"])
+@pytest.mark.parametrize(
+    "loss", [binary_cross_entropy, binary_focal_cross_entropy(), hinge], ids=["plain", "focal", "hinge"]
+)
 def test_a_traced_binary_target_that_is_neither_0_nor_1_is_nan(loss):
     for result in compiled(loss)(jnp.zeros(3), jnp.array([0, 2, 1])):
         assert np.isnan(result).tolist() == [False, True, False]
@@ -700,15 +752,24 @@ def test_probabilities_have_no_margin():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: cross_entropy([1.0, -1]), r"cross_entropy: class_weights = \[ 1. -1.\]; expected a number of at least 0"),
+        (
+            lambda: cross_entropy([1.0, -1]),
+            r"cross_entropy: class_weights = \[ 1. -1.\]; expected a number of at least 0",
+        ),
         (lambda: focal_cross_entropy(2.0, [1, NAN]), r"focal_cross_entropy: class_weights = \[ 1. nan\]; expected"),
         (lambda: cross_entropy(2.0), r"cross_entropy: class_weights of shape \(\); expected a number .*for each class"),
         (lambda: cross_entropy(ignore_index=0.5), "cross_entropy: ignore_index = 0.5; expected a label, such as -100"),
         (lambda: cross_entropy(label_smoothing=2), "cross_entropy: expected label_smoothing from 0 to 1, got 2"),
         (lambda: focal_cross_entropy(-1.0), "focal_cross_entropy: expected gamma of at least 0, got -1.0"),
-        (lambda: binary_focal_cross_entropy(-1.0), "binary_focal_cross_entropy: expected gamma of at least 0, got -1.0"),
+        (
+            lambda: binary_focal_cross_entropy(-1.0),
+            "binary_focal_cross_entropy: expected gamma of at least 0, got -1.0",
+        ),
         (lambda: binary_focal_cross_entropy(1, 2), "binary_focal_cross_entropy: expected alpha from 0 to 1, got 2"),
-        (lambda: weighted_binary_cross_entropy(0), "weighted_binary_cross_entropy: expected positive_weight > 0, got 0"),
+        (
+            lambda: weighted_binary_cross_entropy(0),
+            "weighted_binary_cross_entropy: expected positive_weight > 0, got 0",
+        ),
         (lambda: dice(0.0), "dice: expected smooth > 0, got 0.0"),
         (lambda: pinball(1.0), "pinball: expected quantile between 0 and 1, got 1.0"),
         (lambda: pinball([0.5, 0]), r"pinball: expected quantile between 0 and 1, got \[0.5, 0\]"),

@@ -136,7 +136,9 @@ def test_class_weights_that_are_traced_are_swept_and_differentiated(x64):
     z = rng.standard_normal((N, K))
 
     def mean(c):
-        return fnet.make_evaluate(identity(), cross_entropy(c))((), (), fnet.Batch(z, jnp.asarray(LABELS)))["loss"].value
+        return fnet.make_evaluate(identity(), cross_entropy(c))((), (), fnet.Batch(z, jnp.asarray(LABELS)))[
+            "loss"
+        ].value
 
     each = np.logaddexp.reduce(z, -1) - z[np.arange(N), LABELS]
     swept = jax.jit(jax.vmap(mean))(np.stack([C, 2 * C[::-1]]))

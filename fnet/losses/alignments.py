@@ -153,7 +153,9 @@ def _checked(outputs, targets, blank):
         )
     if not isinstance(labels, Tracer) and (np.asarray(labels) >= classes).any():
         at = tuple(np.argwhere(np.asarray(labels) >= classes)[0].tolist())
-        raise ValueError(f"ctc: label {labels[at]} at {at} is outside 0..{classes - 1} (outputs have {classes} classes)")
+        raise ValueError(
+            f"ctc: label {labels[at]} at {at} is outside 0..{classes - 1} (outputs have {classes} classes)"
+        )
     frames = np.ones((size, t), bool) if frames is None else as_array("ctc", "frames", frames)
     if frames.shape != (size, t) or frames.dtype != jnp.bool_:
         raise ValueError(

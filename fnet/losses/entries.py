@@ -182,8 +182,8 @@ poisson = _by_entry(
 )
 """``Σ e^z − y z``: minus the log-likelihood of counts y at the rate e^z, but for ``log y!``, which z does not change.
 
-Targets are counts of at least 0, integer or floating. PyTorch's ``PoissonNLLLoss`` and optax' ``poisson_nll_loss`` by
-default, which take a mean; Keras' ``Poisson`` takes the rate itself for z.
+Targets are counts of at least 0, integer or floating. PyTorch's ``PoissonNLLLoss`` by default, which takes the mean over
+entries; Keras' ``Poisson`` takes the rate itself for z.
 """
 
 

@@ -21,8 +21,8 @@ def dice(smooth=1.0) -> Loss:
 
     ``outputs (B, ...)`` are logits, targets as in `binary_cross_entropy`; one value per example, ``(B,)``. ``smooth``
     is s: an example without a mask is right where it has none. Sudre et al., arXiv:1707.03237; Milletari et al.,
-    arXiv:1606.04797, have Σ q² + Σ y² beneath. Keras' ``Dice`` takes probabilities, sums over the batch too by default,
-    and has s = 1e-7. ``smooth`` may be traced. Raises ValueError for one that is not positive.
+    arXiv:1606.04797, have Σ q² + Σ y² beneath. optax' ``dice_loss`` has twice its ``smooth`` for s; Keras' ``Dice`` takes
+    probabilities and sums over the batch too by default. ``smooth`` may be traced. Raises ValueError for one that is not positive.
 
     >>> [f"{v:.2f}" for v in dice(1.0)(jnp.array([[9.0, -9.0], [-9.0, -9.0]]), jnp.array([[1, 0], [1, 0]]))]
     ['0.00', '0.50']
@@ -147,7 +147,7 @@ def info_nce(temperature=0.1) -> Loss:
         (u, over_u), (v, over_v) = _direction(seeking), _direction(sought)
         here = (sought != 0).any(-1)
         s = jnp.where(here[None], u @ v.T / tau, -2 / tau)  # cosines are from −1
-        s = s - jax.lax.stop_gradient(s.max(-1, keepdims=True))
+        s = s - jax.lax.stop_gradient(s.max(-1, keepdims=True, initial=-jnp.inf))  # of no examples too
         e = jnp.where(here[None], jnp.exp(s), 0)
         total = jnp.where(here, e.sum(-1), 1)
         return (u, over_u), (v, over_v), tau, here, s, e, total
