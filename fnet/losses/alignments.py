@@ -70,7 +70,7 @@ def ctc(blank: int = 0, *, zero_infinity: bool = False) -> Loss:
         log_p = jnp.where((states < z.shape[-1])[:, None], jnp.maximum(log_p, NEVER), jnp.nan)
         return log_q, jnp.moveaxis(log_p, 1, 0), frames.T, states, leap, last
 
-    # α_t(s) = log p_t(s) + log (e^α_{t−1}(s) + e^α_{t−1}(s−1) + [leap(s)] e^α_{t−1}(s−2)), from state 0 before all frames
+    # α_t(s) = log p_t(s) + log (e^α_{t−1}(s) + e^α_{t−1}(s−1) + [leap(s)] e^α_{t−1}(s−2)), from state 0 before them all
     def forwards(log_p, frames, leap):
         def advance(carry, given):
             alpha, total = carry
@@ -146,16 +146,15 @@ def _checked(outputs, targets, blank):
             f"ctc: outputs {z.shape}; expected (B, T, K), the logits of T frames, with the blank {blank} of K classes"
         )
     size, t, classes = z.shape
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or len(labels.shape) != 2 or len(labels) != size:
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape[:1] != (size,) or len(labels.shape) != 2:
         raise ValueError(
             f"ctc: outputs {z.shape} do not go with {labels.dtype} labels {labels.shape}; expected integer labels "
             f"({size}, N), padded by the blank {blank} or by -1; frames beside them are given as CTCTargets"
         )
-    if not isinstance(labels, Tracer) and (np.asarray(labels) >= classes).any():
-        at = tuple(np.argwhere(np.asarray(labels) >= classes)[0].tolist())
-        raise ValueError(
-            f"ctc: label {labels[at]} at {at} is outside 0..{classes - 1} (outputs have {classes} classes)"
-        )
+    known = np.zeros(0) if isinstance(labels, Tracer) else np.asarray(labels)
+    if (known >= classes).any():
+        at = tuple(np.argwhere(known >= classes)[0].tolist())
+        raise ValueError(f"ctc: label {known[at]} at {at} is outside 0..{classes - 1} (outputs have {classes} classes)")
     frames = np.ones((size, t), bool) if frames is None else as_array("ctc", "frames", frames)
     if frames.shape != (size, t) or frames.dtype != jnp.bool_:
         raise ValueError(

@@ -25,7 +25,7 @@ def _reader(name, smoothing=None, class_weights=None, ignore_index=None) -> tupl
     """``read(logits, targets)`` to logits, their greatest subtracted, and weighted probabilities; and a loss' count."""
     weights = None if class_weights is None else _checked_weights(name, class_weights)
     require(
-        ignore_index is None or is_whole(ignore_index, -np.inf),
+        ignore_index is None or is_whole(ignore_index, ignore_index),
         f"{name}: ignore_index = {ignore_index!r}; expected a label, such as -100, or None",
     )
 
@@ -243,8 +243,8 @@ def _from_logits(_, y):
 kl_divergence = _divergence("kl_divergence", _probabilities)
 """``Σ_k p_k log (p_k / softmax(z)_k)``, of probabilities p from what the logits z say; gradient ``softmax(z) − p``.
 
-Kullback and Leibler, 1951; softmax_cross_entropy less the entropy of p, so with the same gradient. PyTorch's ``KLDivLoss``
-takes log-probabilities for z and its "mean" is over all entries, its "batchmean" fnet's mean; Keras takes
+Kullback and Leibler, 1951; softmax_cross_entropy less the entropy of p, so with the same gradient. PyTorch's
+``KLDivLoss`` takes log-probabilities for z and its "mean" is over all entries, its "batchmean" fnet's mean; Keras takes
 probabilities. Raises ValueError for known probabilities below 0.
 """
 

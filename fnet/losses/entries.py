@@ -5,6 +5,8 @@ Legend: B batch, F features; in derivations z outputs, y targets, σ(z) = 1/(1 +
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def per_output(loss: Loss) -> Loss:
 
     >>> import fnet
     >>> y = jnp.array([[1.0, jnp.nan], [3.0, 2.0]])
-    >>> batch = fnet.Batch(jnp.zeros((2, 2)), y, weights=1.0 - jnp.isnan(y))
+    >>> batch = fnet.Batch(jnp.zeros((2, 2)), y, weights=1.0 * ~jnp.isnan(y))
     >>> gradient = fnet.backprop(fnet.layers.identity(), per_output(squared_error), inputs=True)
     >>> (_, dz), _, metrics = gradient((), (), batch, None)
     >>> f"{metrics['loss'].value:.4f} = {(1 + 9 + 4) / 3:.4f}"
@@ -142,7 +144,7 @@ def pinball(quantile=0.5) -> Loss:
     >>> [f"{v:.2f}" for v in pinball(0.9)(jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0]))]
     ['0.90', '0.10']
     """
-    given = quantile if isinstance(quantile, jax.Array) else np.asarray(quantile)
+    given: Any = quantile if isinstance(quantile, jax.Array) else np.asarray(quantile)
     require(((given > 0) & (given < 1)).all(), f"pinball: expected quantile between 0 and 1, got {quantile}")
 
     def lean(z):  # q − ½
@@ -182,18 +184,39 @@ poisson = _by_entry(
 )
 """``Σ e^z − y z``: minus the log-likelihood of counts y at the rate e^z, but for ``log y!``, which z does not change.
 
-Targets are counts of at least 0, integer or floating. PyTorch's ``PoissonNLLLoss`` by default, which takes the mean over
-entries; Keras' ``Poisson`` takes the rate itself for z.
+Targets are counts of at least 0, integer or floating. PyTorch's ``PoissonNLLLoss`` by default, which takes the mean
+over entries; Keras' ``Poisson`` takes the rate itself for z.
 """
 
 
 # --- targets of two classes ------------------------------------------------------------------------------------------
 
 
-def _of_two(name, term, slope, positive=1.0, negative=1.0) -> Loss:
+def _binary_cross_entropy(z, y):
+    # 0 · log 0 = 0 at logits of ±inf that the target agrees with
+    z_if_0 = jnp.where((y == 1) & (z == jnp.inf), 0, z)
+    z_if_1 = jnp.where((y == 0) & (z == -jnp.inf), 0, z)
+    return y * jax.nn.softplus(-z_if_1) + (1 - y) * jax.nn.softplus(z_if_0)
+
+
+binary_cross_entropy = _by_entry(
+    "binary_cross_entropy",
+    check_binary,
+    _binary_cross_entropy,
+    # −log σ(z) = log(1 + e^−z) has derivative −σ(−z), and −log σ(−z) has σ(z); together σ(z) − y
+    lambda z, y: (1 - y) * jax.nn.sigmoid(z) - y * jax.nn.sigmoid(-z),
+)
+"""Binary cross-entropy of logits: ``−y log σ(z) − (1 − y) log σ(−z)``, summed over the last of two or more axes.
+
+Targets have the outputs' shape: bool, integers 0 and 1, or floating from 0 to 1. Gradient ``½ − y`` at z = 0; finite at
+logits of ±inf that the target agrees with. PyTorch: ``binary_cross_entropy_with_logits``, a mean.
+"""
+
+
+def _of_two(name, term, slope, positive, negative) -> Loss:
     """``Σ positive · y · term(z) + negative · (1 − y) · term(−z)``, where ``slope`` is the derivative of ``term``."""
 
-    def parts(z, y):  # 0 · log 0 = 0 at logits of ±inf that the target agrees with
+    def parts(z, y):  # 0 · log 0 = 0, as above
         a, b = (jnp.asarray(weight, z.dtype) for weight in (positive, negative))
         z_if_1 = jnp.where((y == 0) & (z == -jnp.inf), 0, z)
         z_if_0 = jnp.where((y == 1) & (z == jnp.inf), 0, z)
@@ -210,22 +233,6 @@ def _of_two(name, term, slope, positive=1.0, negative=1.0) -> Loss:
     return _by_entry(name, check_binary, value, gradient)
 
 
-def _minus_log(z):
-    return jax.nn.softplus(-z)
-
-
-def _minus_log_slope(z):  # −log σ(z) = log(1 + e^−z) has derivative −σ(−z), so binary cross-entropy σ(z) − y
-    return -jax.nn.sigmoid(-z)
-
-
-binary_cross_entropy = _of_two("binary_cross_entropy", _minus_log, _minus_log_slope)
-"""Binary cross-entropy of logits: ``−y log σ(z) − (1 − y) log σ(−z)``, summed over the last of two or more axes.
-
-Targets have the outputs' shape: bool, integers 0 and 1, or floating from 0 to 1. Gradient ``½ − y`` at z = 0; finite at
-logits of ±inf that the target agrees with. PyTorch: ``binary_cross_entropy_with_logits``, a mean.
-"""
-
-
 def weighted_binary_cross_entropy(positive_weight) -> Loss:
     """``−c y log σ(z) − (1 − y) log σ(−z)``, with c the ``positive_weight``: above 1 it finds more, and errs more.
 
@@ -237,7 +244,7 @@ def weighted_binary_cross_entropy(positive_weight) -> Loss:
     """
     name = "weighted_binary_cross_entropy"
     require(positive_weight > 0, f"{name}: expected positive_weight > 0, got {positive_weight}")
-    return _of_two(name, _minus_log, _minus_log_slope, positive_weight)
+    return _of_two(name, lambda z: jax.nn.softplus(-z), lambda z: -jax.nn.sigmoid(-z), positive_weight, 1)
 
 
 def binary_focal_cross_entropy(gamma=2.0, alpha=None) -> Loss:
@@ -266,7 +273,7 @@ def binary_focal_cross_entropy(gamma=2.0, alpha=None) -> Loss:
         missed = jax.nn.sigmoid(z) * jax.nn.softplus(-z)
         return -missing(z) * (jnp.asarray(gamma, z.dtype) * missed + jax.nn.sigmoid(-z))
 
-    return _of_two(name, term, slope, *(() if alpha is None else (alpha, 1 - alpha)))
+    return _of_two(name, term, slope, *((1, 1) if alpha is None else (alpha, 1 - alpha)))
 
 
 # --- margins ---------------------------------------------------------------------------------------------------------

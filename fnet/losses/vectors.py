@@ -21,8 +21,9 @@ def dice(smooth=1.0) -> Loss:
 
     ``outputs (B, ...)`` are logits, targets as in `binary_cross_entropy`; one value per example, ``(B,)``. ``smooth``
     is s: an example without a mask is right where it has none. Sudre et al., arXiv:1707.03237; Milletari et al.,
-    arXiv:1606.04797, have Σ q² + Σ y² beneath. optax' ``dice_loss`` has twice its ``smooth`` for s; Keras' ``Dice`` takes
-    probabilities and sums over the batch too by default. ``smooth`` may be traced. Raises ValueError for one that is not positive.
+    arXiv:1606.04797, have Σ q² + Σ y² beneath. optax' ``dice_loss`` has twice its ``smooth`` for s; Keras' ``Dice``
+    takes probabilities and sums over the batch too by default. ``smooth`` may be traced. Raises ValueError for one that
+    is not positive.
 
     >>> [f"{v:.2f}" for v in dice(1.0)(jnp.array([[9.0, -9.0], [-9.0, -9.0]]), jnp.array([[1, 0], [1, 0]]))]
     ['0.00', '0.50']
@@ -79,8 +80,8 @@ def _cosine_gradient(outputs, targets):  # u = z/‖z‖ has du = (dz − (dz·u
 cosine_distance = Loss(lambda outputs, targets: 1 - _cosine(outputs, targets)[-1].squeeze(-1), _cosine_gradient)
 """``1 − z·y / (‖z‖ ‖y‖)`` of vectors ``(..., D)``: 0 where they point the same way, 2 where they are opposite.
 
-A vector of zeros has no direction: value 1 and gradient 0. PyTorch's ``CosineEmbeddingLoss`` at targets of 1, which adds
-1e-8 beneath as ``cosine_similarity`` does; Keras' ``CosineSimilarity`` is without the 1; optax' ``cosine_distance``.
+A vector of zeros has no direction: value 1 and gradient 0. optax' ``cosine_distance``; PyTorch's
+``CosineEmbeddingLoss`` at targets of 1, whose lengths are at least 1e-8; Keras' ``CosineSimilarity`` is without the 1.
 """
 
 
