@@ -6,8 +6,9 @@
 
 All return ``gradient(params, state, batch, key, *, scale=None) -> grads, state, metrics``. The objective is
 ``Σ w ℓ / Σ w`` over the batch (``Σ w ℓ / Σ w c`` of a loss that says what an example counts, ``Loss.count``);
-``metrics`` maps names to `Mean`s of the same pass, among them ``loss``. With a ``scale`` the gradients are those of ``scale`` times the objective, for `fnet.optimizers.dynamic_loss_scale`.
-`accumulate` turns one into another that goes through the batch in parts.
+``metrics`` maps names to `Mean`s of the same pass, among them ``loss``. With a ``scale`` the gradients are those of
+``scale`` times the objective, for `fnet.optimizers.dynamic_loss_scale`. `accumulate` turns one into another that goes
+through the batch in parts.
 
 Legend: B batch.
 """

@@ -54,7 +54,7 @@ def per_output(loss: Loss) -> Loss:
 
     >>> import fnet
     >>> y = jnp.array([[1.0, jnp.nan], [3.0, 2.0]])
-    >>> batch = fnet.Batch(jnp.zeros((2, 2)), y, weights=1.0 * ~jnp.isnan(y))
+    >>> batch = fnet.Batch(jnp.zeros((2, 2)), y, weights=jnp.where(jnp.isnan(y), 0.0, 1.0))
     >>> gradient = fnet.backprop(fnet.layers.identity(), per_output(squared_error), inputs=True)
     >>> (_, dz), _, metrics = gradient((), (), batch, None)
     >>> f"{metrics['loss'].value:.4f} = {(1 + 9 + 4) / 3:.4f}"
