@@ -139,6 +139,15 @@ def test_a_first_view_of_nothing_finds_all_alike_and_has_no_gradient(x64):
     np.testing.assert_allclose(by_hand, by_autodiff, atol=1e-13)
 
 
+def test_an_example_without_its_second_view_is_not_there_though_its_first_is(x64):
+    z, here = PAIRS.copy(), np.arange(B) != 2
+    z[2, 1] = 0
+    values, by_hand, by_autodiff = compiled(info_nce())(z)
+    np.testing.assert_allclose(values, np.where(here, nce(PAIRS, 0.1, here), 0), rtol=1e-12)
+    assert (np.asarray(by_hand[2]) == 0).all()
+    np.testing.assert_allclose(by_hand, by_autodiff, atol=1e-13)
+
+
 def test_at_a_triplets_margin_the_subgradient_is_0_and_nan_passes():
     z = np.array([[[0.0], [0.0], [1.0]], [[0.0], [1.0], [1.0]], [[0.0], [np.nan], [1.0]]], np.float32)
     values, *gradients = compiled(triplet(1.0))(z)
