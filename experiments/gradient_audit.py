@@ -200,6 +200,8 @@ def loss_cases(rng) -> dict[str, tuple[fnet.Loss, np.ndarray, np.ndarray]]:
     labels, classes = rng.integers(0, K, B), rng.dirichlet(np.ones(K), B).astype(np.float32)
     zero_or_one = rng.integers(0, 2, (B, K))
     smoothed = losses.smoothed_cross_entropy(0.1)
+    weighted = losses.cross_entropy(np.linspace(0.5, 2, K), ignore_index=-1)
+    views = rng.standard_normal((B, 3, F)).astype(np.float32)
     return {
         "softmax_cross_entropy, labels": (losses.softmax_cross_entropy, z, labels),
         "softmax_cross_entropy, probabilities": (losses.softmax_cross_entropy, z, classes),
@@ -212,9 +214,27 @@ def loss_cases(rng) -> dict[str, tuple[fnet.Loss, np.ndarray, np.ndarray]]:
         "smoothed_cross_entropy, probabilities": (smoothed, z, classes),
         "negative_log_likelihood, labels": (losses.negative_log_likelihood, z, labels),
         "negative_log_likelihood, probabilities": (losses.negative_log_likelihood, z, classes),
+        "cross_entropy, classes weighted and one label ignored": (weighted, z, np.where(np.arange(B) == 1, -1, labels)),
+        "cross_entropy, probabilities": (losses.cross_entropy(np.linspace(0.5, 2, K)), z, classes),
+        "focal_cross_entropy, labels": (losses.focal_cross_entropy(), z, labels),
+        "focal_cross_entropy, probabilities": (losses.focal_cross_entropy(0.5), z, classes),
+        "kl_divergence": (losses.kl_divergence, z, classes),
+        "kl_divergence_from_logits": (losses.kl_divergence_from_logits, z, y),
+        "multiclass_hinge": (losses.multiclass_hinge, z, labels),
         "binary_cross_entropy, 0 and 1": (losses.binary_cross_entropy, z, zero_or_one),
         "binary_cross_entropy, bool": (losses.binary_cross_entropy, z, zero_or_one.astype(bool)),
         "binary_cross_entropy, probabilities": (losses.binary_cross_entropy, z, classes),
+        "weighted_binary_cross_entropy": (losses.weighted_binary_cross_entropy(3.0), z, zero_or_one),
+        "binary_focal_cross_entropy": (losses.binary_focal_cross_entropy(2.0, 0.25), z, zero_or_one),
+        "hinge": (losses.hinge, z, zero_or_one),
+        "squared_hinge": (losses.squared_hinge, z, zero_or_one),
+        "dice": (losses.dice(), z, zero_or_one),
+        "cosine_distance": (losses.cosine_distance, z, y),
+        "info_nce": (losses.info_nce(), views[:, :2], labels),
+        "triplet": (losses.triplet(), views, labels),
+        "ctc": (losses.ctc(), rng.standard_normal((B, 2 * T, K)).astype(np.float32), rng.integers(0, K, (B, T))),
+        "pinball": (losses.pinball(0.3), z, y),
+        "poisson": (losses.poisson, z, zero_or_one + labels[:, None]),
         "squared_error": (losses.squared_error, z, y),
         "half_squared_error": (losses.half_squared_error, z, y),
         "half_squared_error, one output": (losses.half_squared_error, z[:, 0], y[:, 0]),

@@ -28,7 +28,7 @@ import numpy as np
 from fnet.core.checks import require_counts
 from fnet.core.numerics import weighted_mean, wide
 from fnet.data.arrays import as_arrays
-from fnet.losses import check_binary, check_classes
+from fnet.losses.checks import check_binary, check_classes
 from fnet.optimizers.common import global_norm
 from fnet.types import Mean, PyTree
 

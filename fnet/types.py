@@ -75,10 +75,16 @@ class Loss(NamedTuple):
 
     - ``value(outputs, targets)``: one value per example.
     - ``gradient(outputs, targets)``: the derivative of each example's value by its outputs, shaped like ``outputs``.
+    - ``count(targets)``: what each example counts in the mean, ``Σ w ℓ / Σ w c``, shaped like the values; those of 0
+      are left out, as those of weight 0 are. None: all count 1.
+    - ``backward(outputs, targets, dvalues)``: the gradient of ``Σ dvalues · value``, of a loss whose values depend on
+      other examples' outputs too; its ``gradient`` is that of ``Σ value``. None: they do not.
     """
 
     value: Callable[[PyTree, PyTree], jax.Array]
     gradient: Callable[[PyTree, PyTree], PyTree]
+    count: Callable[[PyTree], Any] | None = None
+    backward: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None
 
     def __call__(self, outputs: PyTree, targets: PyTree) -> jax.Array:
         return self.value(outputs, targets)

@@ -33,6 +33,12 @@ CASES = {
     "soft labels, smoothed": (losses.smoothed_cross_entropy(0.1), spoilt(CLASSES.astype(np.float32), np.inf)),
     "binary, NaN": (losses.binary_cross_entropy, spoilt(CLASSES.astype(np.float32), np.nan)),
     "binary, -1": (losses.binary_cross_entropy, spoilt((REAL > 0).astype(np.int32), -1)),
+    "focal, labels of -1": (losses.focal_cross_entropy(), spoilt(LABELS, -1)),
+    "hinges, labels of -1": (losses.multiclass_hinge, spoilt(LABELS, -1)),
+    "hinge, -1": (losses.hinge, spoilt((REAL > 0).astype(np.int32), -1)),
+    "dice, NaN": (losses.dice(), spoilt(CLASSES.astype(np.float32), np.nan)),
+    "divergence, NaN": (losses.kl_divergence, spoilt(CLASSES.astype(np.float32), np.nan)),
+    "poisson, -1": (losses.poisson, spoilt((REAL > 0).astype(np.int32), -1)),
     **{
         f"{name}, {bad}": (loss, spoilt(REAL.astype(np.float32), bad))
         for name, loss in {
@@ -40,6 +46,9 @@ CASES = {
             "half_squared_error": losses.half_squared_error,
             "absolute_error": losses.absolute_error,
             "huber": losses.huber(0.7),
+            "pinball": losses.pinball(0.3),
+            "cosine_distance": losses.cosine_distance,
+            "kl_divergence_from_logits": losses.kl_divergence_from_logits,
         }.items()
         for bad in (np.nan, np.inf, -np.inf)
     },

@@ -5,9 +5,10 @@
     from_loss(loss_fn)         jax.grad of any plain function of parameters and a batch
 
 All return ``gradient(params, state, batch, key, *, scale=None) -> grads, state, metrics``. The objective is
-``Σ w ℓ / Σ w`` over the batch; ``metrics`` maps names to `Mean`s of the same pass, among them ``loss``. With a
-``scale`` the gradients are those of ``scale`` times the objective, for `fnet.optimizers.dynamic_loss_scale`.
-`accumulate` turns one into another that goes through the batch in parts.
+``Σ w ℓ / Σ w`` over the batch (``Σ w ℓ / Σ w c`` of a loss that says what an example counts, ``Loss.count``);
+``metrics`` maps names to `Mean`s of the same pass, among them ``loss``. With a ``scale`` the gradients are those of
+``scale`` times the objective, for `fnet.optimizers.dynamic_loss_scale`. `accumulate` turns one into another that goes
+through the batch in parts.
 
 Legend: B batch.
 """
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fnet.core.checks import called, described, require_counts, require_key, require_layer, takes
 from fnet.core.interpret import is_float
@@ -239,9 +243,13 @@ def scaled(value: jax.Array, scale) -> jax.Array:
 
 def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch: Batch) -> dict[str, Mean]:
     """``loss`` and ``metrics`` of a batch as `Mean`s over its examples."""
+    batch, counts = counted(loss, batch)
     outputs, targets = that_count(outputs, batch)
     values = loss(outputs, targets)
     measured = {"loss": weighted_mean(values, batch.weights, values.ndim)}
+    if counts is not None:
+        total = weighted_mean(jnp.asarray(counts, values.dtype), batch.weights, values.ndim).sum
+        measured["loss"] = measured["loss"]._replace(count=total)
     for name, metric in (metrics or {}).items():
         each = metric(outputs, targets)
         if jnp.shape(each)[: values.ndim] != values.shape:
@@ -251,6 +259,24 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
             )
         measured[name] = weighted_mean(jnp.asarray(each), batch.weights, values.ndim)
     return measured
+
+
+def counted(loss, batch: Batch) -> tuple[Batch, PyTree]:
+    """The batch with weight 0 where the loss counts nothing, and what it counts; None where it does not say.
+
+    What is known stays known, so that labels can be checked.
+    """
+    if not isinstance(loss, Loss) or loss.count is None:
+        return batch, None
+    counts = loss.count(batch.targets)
+    live = counts != 0
+    if batch.weights is None:
+        return batch._replace(weights=live.astype(np.float32)), counts
+    if batch.weights.shape != live.shape[: batch.weights.ndim]:
+        return batch, counts  # which `weighted_mean` refuses
+    xp: Any = jnp if isinstance(live, Tracer) or isinstance(batch.weights, Tracer) else np
+    weights = batch.weights.reshape(batch.weights.shape + (1,) * (live.ndim - batch.weights.ndim))
+    return batch._replace(weights=xp.where(live, weights, xp.zeros((), weights.dtype))), counts
 
 
 def that_count(outputs: PyTree, batch: Batch) -> tuple[PyTree, PyTree]:
@@ -271,12 +297,16 @@ def refuse_names(given: Iterable[str], taken: Iterable[str]) -> None:
 
 
 def loss_gradient(loss: Loss, outputs: PyTree, batch: Batch, count: jax.Array, factor=None) -> PyTree:
-    """The gradient by hand of ``factor · Σ w ℓ / Σ w`` by the outputs; ``count`` is ``Σ w``."""
-    # each example's dy is its ℓ'(y) times w / Σ w
+    """The gradient by hand of ``factor · Σ w ℓ / Σ w c`` by the outputs; ``count`` is ``Σ w c``."""
+    batch, _ = counted(loss, batch)
+    # each example's dy is its ℓ'(y) times w / Σ w c
     share = scaled(Mean(jnp.ones_like(count), count).value, factor)
     if batch.weights is not None:
         share = share * batch.weights.astype(share.dtype)
-    return jax.tree.map(lambda d: scale(d, share), loss.gradient(*that_count(outputs, batch)))
+    given = that_count(outputs, batch)
+    if loss.backward is None:
+        return jax.tree.map(lambda d: scale(d, share), loss.gradient(*given))
+    return loss.backward(*given, jnp.broadcast_to(share, jax.eval_shape(loss.value, *given).shape))
 
 
 def scale(d: jax.Array, share: jax.Array) -> jax.Array:
