@@ -975,7 +975,7 @@ def test_the_json_names_files_as_people_do_and_tells_where_their_lines_are(tmp_p
     assert len(told) == len(made["lines"]) == len(set(told)) and all(Path(file).is_absolute() for file, _ in told)
     assert [[shown(file), line] for file, line in told] == made["lines"]
     names = {file for file, _ in made["lines"]}
-    assert {"fnet/layers/dense.py", "fnet/losses.py"} <= names
+    assert {"fnet/layers/dense.py", "fnet/losses/entries.py"} <= names
     assert shown(str(tmp_path / "mine.py")) == "mine.py" and not any(name.startswith("/") for name in names)
     assert max(place for stack in made["stacks"] for place in stack) < len(made["lines"])
     for prim, params, ins, outs, scope, stack in made["eqns"]:

@@ -1,8 +1,7 @@
 """Losses: one value per example, and by hand its gradient by the outputs.
 
-- `classes`: cross-entropies, focal, KL divergence, multiclass hinge. ``outputs (..., K)`` are logits (of
-  `negative_log_likelihood` log-probabilities); targets are
-  integer labels ``(...)`` or floating probabilities ``(..., K)``
+- `classes`: cross-entropies, focal, KL divergence, multiclass hinge. ``outputs (..., K)`` are logits, for
+  `negative_log_likelihood` their log-probabilities; targets integer labels ``(...)`` or probabilities ``(..., K)``
 - `entries`: squared, absolute, Huber, pinball, Poisson, binary cross-entropies, hinges. ``outputs (B,)`` or ``(B, ...,
   F)`` with targets of the same shape, **summed** over the features F. Keras takes the mean over F and PyTorch over all
   entries: with the mean over examples that follows, gradients F times smaller. `per_output` has one value per entry
