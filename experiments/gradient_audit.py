@@ -128,6 +128,10 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "learned_positions": (make.learned_positions(T + 2), sequence),
         "sinusoidal_positions": (make.sinusoidal_positions(), sequence),
         "rotary_positions": (make.rotary_positions(), rng.standard_normal((B, T, 2, 4)).astype(np.float32)),
+        "rotary_positions, partial, by neighbours": (
+            make.rotary_positions(np.array([1.0, 0.3]), interleaved=True),
+            rng.standard_normal((B, T, 2, 5)).astype(np.float32),
+        ),
         "rnn": (make.rnn(K), (sequence, h)),
         "rnn, ragged, reversed": (make.rnn(K, reverse=True), (sequence, h, ragged)),
         "gru, ragged": (make.gru(K), (sequence, ragged)),

@@ -36,15 +36,21 @@ def numpy_core(q, k, v, mask=None, causal=False, scale=None):
     return o
 
 
-def numpy_rotate(x, base):
-    """Pairs of features as complex numbers, turned by ``exp(i t base^(-2j/D))``."""
+def numpy_rotate(x, base, interleaved=False):
+    """Pairs of features as complex numbers, turned by ``exp(i t base^(-2j/D))``, or by frequencies; others stay."""
     half = x.shape[-1] // 2
-    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half))
-    z = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
-    return np.concatenate([z.real, z.imag], -1)
+    frequencies = base ** (-np.arange(half) / half) if np.ndim(base) == 0 else np.asarray(base)
+    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * frequencies)[:, None]
+    half, y = len(frequencies), x.copy()
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    z = (x[..., first] + 1j * x[..., second]) * turn
+    y[..., first], y[..., second] = z.real, z.imag
+    return y
 
 
-def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=None, scale=None):
+def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=None, scale=None, interleaved=False):
     query, memory = values[0], values[-1]
     if len(values) == 1 and mask is not None and mask.ndim == 2:  # padding counts as 0
         query = memory = query * mask[:, :, None]
@@ -56,7 +62,7 @@ def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=
     kv_heads = kv_heads or heads
     q, k, v = project("query", query, heads), project("key", memory, kv_heads), project("value", memory, kv_heads)
     if rotary is not None:
-        q, k = numpy_rotate(q, rotary), numpy_rotate(k, rotary)
+        q, k = numpy_rotate(q, rotary, interleaved), numpy_rotate(k, rotary, interleaved)
     o = numpy_core(q, k, v, mask, causal, scale)
     return o.reshape(*o.shape[:2], -1) @ p["out"]["w"] + p["out"].get("b", 0)
 
@@ -79,6 +85,11 @@ LAYERS = {
         None,
         {"heads": 4, "kv_heads": 2, "rotary": 50.0, "scale": 0.3, "head_features": 2},
     ),
+    "part of each head turned by neighbours": (
+        "self",
+        None,
+        {"heads": 2, "rotary": np.array([1.0, 0.3]), "head_features": 5, "interleaved": True},
+    ),
     "cross": ("cross", None, {"heads": 2, "features": 6, "bias": None}),
     "cross, padded, rotary": ("cross", MEMORY_PADDING, {"heads": 2, "head_features": 4, "rotary": 50.0}),
     "multi-query": ("cross", MEMORY_PADDING, {"heads": 4, "kv_heads": 1}),
@@ -86,6 +97,7 @@ LAYERS = {
     "blockwise, pairs": ("self", PAIRS, {"heads": 2, "block_size": 3}),
     "blockwise cross, padded": ("cross", MEMORY_PADDING, {"heads": 2, "block_size": 2}),
 }
+OPTIONS = ("heads", "kv_heads", "causal", "rotary", "scale", "interleaved")
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -129,7 +141,7 @@ def at_random(name):
     oracle = functools.partial(
         numpy_attention,
         mask=mask,
-        **{name: options[name] for name in ("heads", "kv_heads", "causal", "rotary", "scale") if name in options},
+        **{name: options[name] for name in OPTIONS if name in options},
     )
     params = jax.tree.map(np.asarray, params)
     return oracle, params, values, np.asarray(y), np.asarray(dy), by_hand, by_autodiff
@@ -550,6 +562,8 @@ def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
         attention(3).init(jax.random.key(0), X)
     with pytest.raises(LayerError, match="rotary needs heads of an even number of features, got 1"):
         attention(4, rotary=100.0).init(jax.random.key(0), X)
+    with pytest.raises(LayerError, match="expected at most 1 frequencies for heads of 2, got 3"):
+        attention(2, rotary=np.ones(3)).init(jax.random.key(0), X)
     with pytest.raises(LayerError, match=r"where K divides H, got \(1, 2, 4, 3\), \(1, 2, 3, 3\)"):
         dot_product_attention(jnp.zeros((1, 2, 4, 3)), jnp.zeros((1, 2, 3, 3)), jnp.zeros((1, 2, 3, 3)))
     with pytest.raises(LayerError, match="expected a boolean mask, True = may be attended to, got int32"):

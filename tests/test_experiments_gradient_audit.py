@@ -64,10 +64,14 @@ OTHERS = {
     "Policy",
     "dot_product_attention",
     "freeze",
+    "llama3_frequencies",
     "mixed_precision",
     "remat",
+    "rotary_frequencies",
     "rotate",
     "with_hand_backward",
+    "yarn_frequencies",
+    "yarn_scale",
 }
 OTHERS |= {"by_position", "stateless", "zero_carry"}
 BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "transformer_block"}  # of models

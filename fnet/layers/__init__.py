@@ -17,10 +17,14 @@ from fnet.layers.dropout import dropout
 from fnet.layers.embedding import (
     embedding,
     learned_positions,
+    llama3_frequencies,
+    rotary_frequencies,
     rotary_positions,
     rotate,
     sinusoidal_positions,
     tied_embedding,
+    yarn_frequencies,
+    yarn_scale,
 )
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
@@ -57,6 +61,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "learned_positions",
+    "llama3_frequencies",
     "lstm",
     "lstm_cell",
     "max_pool",
@@ -70,6 +75,7 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rnn_cell",
+    "rotary_frequencies",
     "rotary_positions",
     "rotate",
     "serial",
@@ -83,5 +89,7 @@ __all__ = [
     "tanh",
     "tied_embedding",
     "with_hand_backward",
+    "yarn_frequencies",
+    "yarn_scale",
     "zero_carry",
 ]

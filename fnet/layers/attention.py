@@ -19,7 +19,7 @@ from fnet.core.splitting import are_features_split
 from fnet.layers.children import inside
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward, require_mask
-from fnet.layers.embedding import rotate
+from fnet.layers.embedding import require_rotary, rotate
 from fnet.layers.initializers import glorot_uniform, require_initializers, zeros
 from fnet.layers.masks import is_masked, with_mask
 from fnet.layers.wrappers import stateless
@@ -35,6 +35,7 @@ def attention(
     causal: bool = False,
     block_size: int | None = None,
     rotary=None,
+    interleaved: bool = False,
     scale=None,
     weights=glorot_uniform(),
     bias=zeros(),
@@ -58,7 +59,8 @@ def attention(
     - ``kv_heads``: K, ``heads`` by default; fewer are shared by G heads in a row (grouped queries, 1 is multi-query).
     - ``block_size``: None computes all scores at once and keeps the probabilities ``(B, H, T, S)`` for the backward; a
       number takes blocks of so many positions, and memory linear in T and S both ways.
-    - ``rotary``: base of `rotate`, applied to queries and keys at the positions 0, 1, …; None for none.
+    - ``rotary``: base or frequencies of `rotate`, applied to queries and keys at the positions 0, 1, …; None for none.
+      ``interleaved``: its pairs are neighbours.
     - ``scale``: ``1/√D`` by default. ``weights``, ``bias``: initializers of all four projections; None for no biases.
 
     Raises ValueError for heads that do not divide, `LayerError` for shapes, dtypes and parameters that do not fit.
@@ -78,13 +80,15 @@ def attention(
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
     require_counts("attention", **given, block_size=block_size)
     require_initializers("attention", "bias", weights=weights, bias=bias)
-    if isinstance(rotary, bool):
-        raise ValueError(f"attention: rotary = {rotary}; expected the base, such as 10000.0, or None")
+    require_rotary("attention", rotary)
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} heads cannot share kv_heads = {kv_heads}; it must divide heads")
     if features is not None and head_features is None and features % heads:
         raise ValueError(f"attention: {heads} heads do not divide features = {features}; give head_features")
     options = {"causal": causal, "block_size": block_size, "scale": scale}
+
+    def turn(x, at):
+        return x if rotary is None else rotate(x, at, rotary, interleaved=interleaved)
 
     def init(key, x):
         query, memory, _ = inputs(x)
@@ -94,8 +98,10 @@ def attention(
         size = out // heads if head_features is None else head_features
         if not query.shape[-1] or not memory.shape[-1]:
             raise LayerError(f"expected features, got shapes {query.shape} and {memory.shape}")
-        if rotary is not None and size % 2:
+        if rotary is not None and jnp.ndim(rotary) == 0 and size % 2:
             raise LayerError(f"rotary needs heads of an even number of features, got {size}: give head_features")
+        if rotary is not None and jnp.size(rotary) > max(1, size // 2):
+            raise LayerError(f"expected at most {size // 2} frequencies for heads of {size}, got {jnp.size(rotary)}")
         widths = {
             "query": (query.shape[-1], heads * size),
             "key": (memory.shape[-1], kv_heads * size),
@@ -117,8 +123,7 @@ def attention(
             q = project(params, "query", query, heads)  # (B, T, H, D)
             k = project(params, "key", memory, kv_heads)  # (B, S, K, D)
             v = project(params, "value", memory, kv_heads)
-        if rotary is not None:
-            q, k = rotate(q, positions(q), rotary), rotate(k, positions(k), rotary)
+        q, k = turn(q, positions(q)), turn(k, positions(k))
         o, kept = dot_product_attention(q, k, v, mask, **options)
         o = o.reshape(*o.shape[:2], q.shape[2] * q.shape[3])  # (B, T, H D)
         return with_mask(project(params, "out", o), x[1] if is_masked(x) else None), (x, o, kept)
@@ -131,8 +136,7 @@ def attention(
         dparams["out"], do = project_backward(params["out"], o, dy)
         do = do.reshape(*do.shape[:2], heads, do.shape[2] // heads)
         dq, dk, dv = dot_product_attention_backward(kept, do, mask, **options)
-        if rotary is not None:  # a rotation's transpose is the rotation back
-            dq, dk = rotate(dq, -positions(dq), rotary), rotate(dk, -positions(dk), rotary)
+        dq, dk = turn(dq, -positions(dq)), turn(dk, -positions(dk))  # a rotation's transpose is the rotation back
         if is_joined(params, x):
             own, dx = project_all_backward(params, query, dq, dk, dv)
             return {**dparams, **own}, clean_backward(x, dx, None)
