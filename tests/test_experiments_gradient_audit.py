@@ -62,6 +62,7 @@ def cases():
 OTHERS = {
     "Copies",
     "Policy",
+    "alibi",  # without a parameter or an input that has a gradient; within attention it is audited
     "dot_product_attention",
     "freeze",
     "llama3_frequencies",

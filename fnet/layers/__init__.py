@@ -30,12 +30,14 @@ from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
+from fnet.layers.relative import alibi, relative_positions
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
 __all__ = [
     "Copies",
     "Policy",
+    "alibi",
     "attention",
     "avg_pool",
     "batch_norm",
@@ -67,6 +69,7 @@ __all__ = [
     "max_pool",
     "mixed_precision",
     "parallel",
+    "relative_positions",
     "relu",
     "remat",
     "repeat",
