@@ -146,6 +146,10 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "learned_positions": (make.learned_positions(T + 2), sequence),
         "sinusoidal_positions": (make.sinusoidal_positions(), sequence),
         "rotary_positions": (make.rotary_positions(), rng.standard_normal((B, T, 2, 4)).astype(np.float32)),
+        "rotary_positions, partial, by neighbours": (
+            make.rotary_positions(np.array([1.0, 0.3]), interleaved=True),
+            rng.standard_normal((B, T, 2, 5)).astype(np.float32),
+        ),
         "rnn": (make.rnn(K), (sequence, h)),
         "rnn, ragged, reversed": (make.rnn(K, reverse=True), (sequence, h, ragged)),
         "gru, ragged": (make.gru(K), (sequence, ragged)),
@@ -162,6 +166,29 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "attention, cross, padded, grouped": (make.attention(2, kv_heads=1), (sequence, memory, seen)),
         "attention, padded": (make.attention(2), (sequence, ragged)),
         "attention, rotary": (make.attention(1, rotary=10.0), sequence),
+        "attention, every option": (
+            make.attention(
+                4,
+                kv_heads=2,
+                head_features=2,
+                value_features=3,
+                causal=True,
+                window=2,
+                softcap=2.0,
+                dropout_rate=0.3,
+                relative=make.relative_positions(4, buckets=4, max_distance=3, bidirectional=False),
+                block_size=2,
+            ),
+            sequence,
+        ),
+        "attention, alibi, a mask for each head": (
+            make.attention(2, relative=make.alibi(2), softcap=3.0),
+            (sequence, rng.random((B, 2, T, T)) < 0.7),
+        ),
+        "relative_positions": (
+            make.relative_positions(2, buckets=8, max_distance=5),
+            (rng.integers(0, 9, (B, T)), rng.integers(0, 9, (B, T + 2))),
+        ),
         # layers of layers
         "serial": (
             make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),

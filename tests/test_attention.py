@@ -11,40 +11,89 @@ import pytest
 
 from fnet.gradcheck import check_layer
 from fnet.layers.attention import attention
-from fnet.layers.children import apply, init, parameter_paths
+from fnet.layers.children import apply, init, parameter_paths, watch
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
 from fnet.layers.embedding import rotate
 from fnet.layers.initializers import normal
+from fnet.layers.relative import alibi, relative_positions
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 # --- the formulas in NumPy -------------------------------------------------------------------------------------------
 
 
-def numpy_core(q, k, v, mask=None, causal=False, scale=None):
+def numpy_core(
+    q, k, v, mask=None, causal=False, scale=None, bias=None, window=None, offset=0, softcap=None, kept=None, rate=0
+):
     """One query after another, one head after another."""
     (batch, queries, heads, size), (_, memory, kv_heads, _) = q.shape, k.shape
-    o = np.zeros(q.shape)
+    o, s = np.zeros((*q.shape[:3], v.shape[3])), np.arange(memory)
     for b, t, h in np.ndindex(batch, queries, heads):
-        counts = np.ones(memory, bool) if mask is None else (mask[b] if mask.ndim == 2 else mask[b, t])
-        counts = counts & (np.arange(memory) <= t) if causal else counts
+        at = offset + t
+        counts = np.ones(memory, bool)
+        if mask is not None:
+            counts = mask[{2: (b,), 3: (b, t), 4: (b, h, t)}[mask.ndim]]
+        counts = counts & (s <= at) if causal else counts
+        counts = counts & (np.abs(s - at) < window) if window is not None else counts
         if counts.any():
             keys, values = k[b, counts, h // (heads // kv_heads)], v[b, counts, h // (heads // kv_heads)]
-            s = keys @ q[b, t, h] * (size**-0.5 if scale is None else scale)
-            e = np.exp(s - s.max())
-            o[b, t, h] = e @ values / e.sum()
+            z = keys @ q[b, t, h] * (size**-0.5 if scale is None else scale)
+            z = z if softcap is None else softcap * np.tanh(z / softcap)
+            z = z if bias is None else z + (bias[h, t] if bias.ndim == 3 else bias[b % len(bias), h, t])[counts]
+            e = np.exp(z - z.max())
+            p = e / e.sum()
+            o[b, t, h] = (p if kept is None else np.where(kept[b, t, h, counts], p / (1 - rate), 0)) @ values
     return o
 
 
-def numpy_rotate(x, base):
-    """Pairs of features as complex numbers, turned by ``exp(i t base^(-2j/D))``."""
+def numpy_t5(p, queries, memory, buckets, furthest, bidirectional):
+    """T5's bias by its code: one pair after another."""
+    found = np.zeros((p["relative"]["table"].shape[1], queries, memory))
+    for t, s in np.ndindex(queries, memory):
+        far, first, own = s - t, 0, buckets
+        if bidirectional:
+            own = buckets // 2
+            far, first = abs(far), own if far > 0 else 0
+        else:
+            far = max(-far, 0)
+        half = own // 2
+        if far >= half:
+            far = min(half + int(np.log(far / half) / np.log(furthest / half) * (own - half)), own - 1)
+        found[:, t, s] = p["relative"]["table"][first + far]
+    return found
+
+
+def numpy_alibi(slopes, queries, memory):
+    return -np.asarray(slopes)[:, None, None] * np.abs(np.arange(queries)[:, None] - np.arange(memory))
+
+
+def numpy_rotate(x, base, interleaved=False):
+    """Pairs of features as complex numbers, turned by ``exp(i t base^(-2j/D))``, or by frequencies; others stay."""
     half = x.shape[-1] // 2
-    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half))
-    z = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
-    return np.concatenate([z.real, z.imag], -1)
+    frequencies = base ** (-np.arange(half) / half) if np.ndim(base) == 0 else np.asarray(base)
+    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * frequencies)[:, None]
+    half, y = len(frequencies), x.copy()
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    z = (x[..., first] + 1j * x[..., second]) * turn
+    y[..., first], y[..., second] = z.real, z.imag
+    return y
 
 
-def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=None, scale=None):
+def numpy_attention(
+    p,
+    values,
+    mask,
+    heads,
+    kv_heads=None,
+    causal=False,
+    rotary=None,
+    scale=None,
+    interleaved=False,
+    relative=None,
+    **rest,
+):
     query, memory = values[0], values[-1]
     if len(values) == 1 and mask is not None and mask.ndim == 2:  # padding counts as 0
         query = memory = query * mask[:, :, None]
@@ -56,8 +105,9 @@ def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=
     kv_heads = kv_heads or heads
     q, k, v = project("query", query, heads), project("key", memory, kv_heads), project("value", memory, kv_heads)
     if rotary is not None:
-        q, k = numpy_rotate(q, rotary), numpy_rotate(k, rotary)
-    o = numpy_core(q, k, v, mask, causal, scale)
+        q, k = numpy_rotate(q, rotary, interleaved), numpy_rotate(k, rotary, interleaved)
+    bias = None if relative is None else relative(p, q.shape[1], k.shape[1])
+    o = numpy_core(q, k, v, mask, causal, scale, bias, **rest)
     return o.reshape(*o.shape[:2], -1) @ p["out"]["w"] + p["out"].get("b", 0)
 
 
@@ -66,6 +116,7 @@ def numpy_attention(p, values, mask, heads, kv_heads=None, causal=False, rotary=
 PADDING = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], bool)  # (2, 5)
 MEMORY_PADDING = np.array([[1, 0, 1], [1, 1, 0]], bool)  # (2, 3)
 PAIRS = np.random.default_rng(2).random((2, 5, 5)) < 0.6
+BY_HEADS = np.random.default_rng(3).random((2, 2, 5, 5)) < 0.6
 PAIRS[0, 3] = False  # one query that may attend to nothing
 
 # name: form of the inputs, mask, options
@@ -79,13 +130,46 @@ LAYERS = {
         None,
         {"heads": 4, "kv_heads": 2, "rotary": 50.0, "scale": 0.3, "head_features": 2},
     ),
+    "part of each head turned by neighbours": (
+        "self",
+        None,
+        {"heads": 2, "rotary": np.array([1.0, 0.3]), "head_features": 5, "interleaved": True},
+    ),
     "cross": ("cross", None, {"heads": 2, "features": 6, "bias": None}),
     "cross, padded, rotary": ("cross", MEMORY_PADDING, {"heads": 2, "head_features": 4, "rotary": 50.0}),
     "multi-query": ("cross", MEMORY_PADDING, {"heads": 4, "kv_heads": 1}),
+    "windowed, capped, of wide values": (
+        "self",
+        None,
+        {"heads": 2, "causal": True, "window": 3, "softcap": 1.5, "value_features": 3},
+    ),
+    "a mask for each head": ("self", BY_HEADS, {"heads": 2}),
+    "offset": ("cross", None, {"heads": 2, "causal": True, "offset": 1, "head_features": 3, "value_features": 1}),
+    "relative positions": ("self", None, {"heads": 2, "relative": relative_positions(2, buckets=8, max_distance=4)}),
+    "relative positions, causal, blockwise": (
+        "self",
+        PADDING,
+        {
+            "heads": 4,
+            "kv_heads": 2,
+            "scale": 1.0,
+            "causal": True,
+            "block_size": 2,
+            "relative": relative_positions(4, buckets=4, max_distance=3, bidirectional=False),
+        },
+    ),
+    "alibi": ("cross", MEMORY_PADDING, {"heads": 6, "head_features": 2, "relative": alibi(6)}),
     "blockwise": ("self", None, {"heads": 4, "kv_heads": 2, "causal": True, "block_size": 2}),
     "blockwise, pairs": ("self", PAIRS, {"heads": 2, "block_size": 3}),
     "blockwise cross, padded": ("cross", MEMORY_PADDING, {"heads": 2, "block_size": 2}),
 }
+RELATIVE = {
+    "relative positions": lambda p, t, s: numpy_t5(p, t, s, 8, 4, True),
+    "relative positions, causal, blockwise": lambda p, t, s: numpy_t5(p, t, s, 4, 3, False),
+    # those of four heads and, for the other two, the first and third of eight
+    "alibi": lambda p, t, s: numpy_alibi([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3], t, s),
+}
+OPTIONS = ("window", "offset", "softcap", "heads", "kv_heads", "causal", "rotary", "scale", "interleaved")
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -129,7 +213,8 @@ def at_random(name):
     oracle = functools.partial(
         numpy_attention,
         mask=mask,
-        **{name: options[name] for name in ("heads", "kv_heads", "causal", "rotary", "scale") if name in options},
+        relative=RELATIVE.get(name),
+        **{name: options[name] for name in OPTIONS if name in options},
     )
     params = jax.tree.map(np.asarray, params)
     return oracle, params, values, np.asarray(y), np.asarray(dy), by_hand, by_autodiff
@@ -177,13 +262,162 @@ def test_the_full_audit_in_float32_finds_every_gradient_right(key):
     assert report.ok, report
 
 
+forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwise"])
+
 # --- blockwise is plain ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "scale", "block_size"))
-def core(q, k, v, do, mask=None, **options):
-    o, residuals = dot_product_attention(q, k, v, mask, **options)
-    return o, *dot_product_attention_backward(residuals, do, mask, **options)
+@functools.partial(jax.jit, static_argnames=("causal", "window", "scale", "block_size"))
+def core(q, k, v, do, mask=None, bias=None, **options):
+    o, residuals = dot_product_attention(q, k, v, mask, bias, **options)
+    return o, *dot_product_attention_backward(residuals, do, mask, bias, **options)
+
+
+def drawn_core(queries, memory, heads=4, kv_heads=2, bias=None, mask=None):
+    """``q, k, v, do``, values wider than keys, and a mask and a bias of these shapes (or with −∞), in float64."""
+    rng = np.random.default_rng(6)
+    q, k = rng.standard_normal((2, queries, heads, 3)), rng.standard_normal((2, memory, kv_heads, 3))
+    v, do = rng.standard_normal((2, memory, kv_heads, 5)), rng.standard_normal((2, queries, heads, 5))
+    bias = None if bias is None else rng.standard_normal(bias)
+    return q, k, v, do, None if mask is None else rng.random(mask) < 0.6, bias
+
+
+SCORES = {  # queries, memory, shapes of bias and mask, options
+    "bias for all": (5, 5, (4, 5, 5), None, {}),
+    "bias of one": (3, 7, (1, 4, 3, 7), (2, 7), {}),
+    "bias of each, capped": (4, 6, (2, 4, 4, 6), None, {"softcap": 0.7, "scale": 1.0}),
+    "masks by heads, causal": (7, 7, None, (2, 4, 7, 7), {"causal": True}),
+    "window": (9, 9, None, None, {"window": 3}),
+    "window, causal, offset, bias": (4, 9, (4, 4, 9), None, {"window": 4, "causal": True, "offset": 4}),
+    "offset before the memory": (5, 4, None, None, {"causal": True, "offset": -2}),
+    "all": (
+        6,
+        7,
+        (4, 6, 7),
+        (2, 4, 6, 7),
+        {"window": 5, "causal": True, "offset": 1, "softcap": 2.0, "scale": 0.4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_biases_masks_windows_caps_and_offsets_are_the_formula_forward_and_backward(name, x64):
+    queries, memory, bias, mask, options = SCORES[name]
+    q, k, v, do, mask, bias = drawn_core(queries, memory, bias=bias, mask=mask)
+    given = [q, k, v, *([] if bias is None else [bias])]
+    arrays = [jnp.asarray(a) for a in (q, k, v, do)]
+    arrays += [None if a is None else jnp.asarray(a) for a in (mask, bias)]
+
+    def formula(*given):
+        return numpy_core(*given[:3], mask=mask, bias=given[3] if given[3:] else None, **options)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def by_autodiff(block_size, *given):
+        def run(q, k, v, bias=None):
+            return dot_product_attention(q, k, v, arrays[4], bias, block_size=block_size, **options)[0]
+
+        return jax.vjp(run, *given)[1](arrays[3])
+
+    o, *plain = core(*arrays, **options)
+    np.testing.assert_allclose(o, formula(*given), rtol=1e-12, atol=1e-13)
+    assert (plain[3] is None) == (bias is None)
+    for i, claimed in enumerate(jax.tree.leaves(plain)):
+        slope = numerical_gradient(lambda a, i=i: (formula(*given[:i], a, *given[i + 1 :]) * do).sum(), given[i])
+        np.testing.assert_allclose(claimed, slope, rtol=1e-7, atol=1e-8)
+    for size in (2, 4) if name == "all" else (2,):  # they do not divide all lengths
+        assert_leaves_close(core(*arrays, **options, block_size=size), (o, *plain), 1e-13)
+    for size in (None, 2) if name == "all" else (None,):
+        claimed = tuple(jax.tree.leaves(plain))
+        assert_leaves_close(by_autodiff(size, *map(jnp.asarray, given)), claimed, 1e-12)
+
+
+@forms
+def test_a_bias_of_minus_infinity_is_a_mask(block_size, x64):
+    q, k, v, do, mask, _ = map(lambda a: a if a is None else jnp.asarray(a), drawn_core(5, 6, mask=(2, 4, 5, 6)))
+    mask = mask.at[0, 1, 2].set(False)  # nothing for one query
+    o, dq, dk, dv, _ = core(q, k, v, do, mask, block_size=block_size)
+    *same, dbias = core(q, k, v, do, None, jnp.where(mask, 0.0, -jnp.inf), block_size=block_size)
+    assert_leaves_close(tuple(same), (o, dq, dk, dv), 1e-13)
+    assert not np.asarray(dbias)[~np.asarray(mask)].any() and np.isfinite(dbias).all()
+
+
+def test_dropout_draws_once_for_every_form_and_its_gradients_are_the_formulas(key, x64):
+    rate, options = 0.4, {"causal": True, "dropout_rate": 0.4, "key": key}
+    q, k, v, do, _, bias = drawn_core(6, 6, bias=(4, 6, 6))
+    # values that are the rows of 1 show the probabilities: which of them are 0 is all that the formula takes
+    unit = jnp.broadcast_to(jnp.eye(6)[None, :, None], (2, 6, 2, 6))
+    shown = core(jnp.asarray(q), jnp.asarray(k), unit, jnp.zeros((2, 6, 4, 6)), None, jnp.asarray(bias), **options)[0]
+    kept = np.asarray(shown) > 0
+    seen = np.tril(np.ones((6, 6), bool))
+    # of 8 · 21 that count 0.6 ± 0.04 stay, and no example or head has the draws of another
+    assert abs(kept.sum() / (8 * seen.sum()) - 0.6) < 0.15
+    assert len({kept[b, :, h].tobytes() for b, h in np.ndindex(2, 4)}) == 8
+    given = (q, k, v, bias)
+
+    def formula(*given):
+        *qkv, bias = given
+        return numpy_core(*qkv, causal=True, bias=bias, kept=kept, rate=rate)
+
+    arrays = [*map(jnp.asarray, (q, k, v, do)), None, jnp.asarray(bias)]
+    o, *plain = core(*arrays, **options)
+    np.testing.assert_allclose(o, formula(*given), rtol=1e-12, atol=1e-13)
+    for i, claimed in enumerate(plain):
+        slope = numerical_gradient(lambda a, i=i: (formula(*given[:i], a, *given[i + 1 :]) * do).sum(), given[i])
+        np.testing.assert_allclose(claimed, slope, rtol=1e-7, atol=1e-8)
+    for size in (1, 4):
+        assert_leaves_close(core(*arrays, **options, block_size=size), (o, *plain), 1e-13)
+    other = core(*arrays, **{**options, "key": jax.random.key(9)})[0]
+    assert not np.allclose(other, o)
+
+
+@forms
+def test_dropout_has_the_mean_of_none_and_acts_in_training_alone(block_size, key):
+    layer = attention(2, dropout_rate=0.5, block_size=block_size)
+    x = jax.random.normal(key, (1, 4, 4))
+    params = drawn(layer, x)
+    run = lambda key: layer.forward(params, (), x, key=key, train=True)[0]  # noqa: E731
+    y = jax.jit(jax.vmap(run))(jax.random.split(key, 4000))
+    exact = apply(attention(2), params, (), x)
+    np.testing.assert_array_equal(
+        apply(layer, params, (), x), apply(attention(2, block_size=block_size), params, (), x)
+    )
+    assert (np.abs(y.mean(0) - exact) < 5 * y.std(0) / 4000**0.5 + 1e-6).all() and (y.std(0) > 0).all()
+    with pytest.raises(LayerError, match="expected a key in training, got None"):
+        layer.forward(params, (), x, train=True)
+
+
+def test_who_watches_sees_the_probabilities_of_every_head_whatever_changes_them(key):
+    layer, seen = attention(2, window=2, softcap=1.0, relative=alibi(2)), {}
+    x = jax.random.normal(key, (1, 4, 4))
+    with watch(lambda call, y: y, inner=lambda path, value, _: seen.setdefault("/".join(path), value)):
+        layer.forward(drawn(layer, x), (), x)
+    assert list(seen) == ["attention"] and seen["attention"].shape == (1, 2, 4, 4)
+    near = np.abs(np.arange(4)[:, None] - np.arange(4)) < 2
+    np.testing.assert_array_equal(seen["attention"][0, 0] > 0, near)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 20)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_buckets_of_distances_are_t5s(buckets, furthest, bidirectional, x64):
+    layer = relative_positions(1, buckets=buckets, max_distance=furthest, bidirectional=bidirectional)
+    table = np.arange(buckets, dtype=np.float64)[:, None]
+    n = 2 * furthest
+    at = jnp.arange(n)[None], jnp.arange(n)[None]
+    y = layer.forward({"table": jnp.asarray(table)}, (), at)[0][0]
+    expected = numpy_t5({"relative": {"table": table}}, n, n, buckets, furthest, bidirectional)
+    np.testing.assert_array_equal(y, expected)
+    assert set(np.unique(expected)) >= {0, buckets - 1}
+
+
+def test_an_offset_may_be_traced_and_moves_all_that_goes_by_positions(key, x64):
+    # the last two queries of seven, alone
+    rest = {"causal": True, "window": 5, "rotary": 50.0, "relative": relative_positions(2)}
+    x = jax.random.normal(key, (2, 7, 4))
+    params = drawn(attention(2, **rest), x)
+    whole = apply(attention(2, **rest), params, (), x)
+    run = jax.jit(lambda n: apply(attention(2, **rest, offset=n), params, (), (x[:, 5:], x)))
+    np.testing.assert_allclose(run(5), whole[:, 5:], rtol=1e-12, atol=1e-13)
+    assert not np.allclose(run(4), whole[:, 5:])
 
 
 @pytest.mark.parametrize(
@@ -247,8 +481,6 @@ def test_blockwise_residuals_are_linear_in_the_length_and_plain_ones_are_the_pro
 
 
 # --- what must not matter does not -----------------------------------------------------------------------------------
-
-forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwise"])
 
 
 def drawn(layer, x):
@@ -389,7 +621,7 @@ def test_scores_of_ten_thousand_neither_overflow_nor_lose_the_largest(block_size
     v = jnp.asarray([[[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0]]]])
     o, *grads = core(q, k, v, jnp.ones_like(q), scale=1.0, block_size=block_size)
     np.testing.assert_array_equal(o, np.broadcast_to(v[:, :1], o.shape))  # exp(-100) is 0 beside 1 in float32
-    assert all(np.isfinite(leaf).all() for leaf in grads)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 @forms
@@ -483,6 +715,22 @@ def test_grouped_attention_itself_is_torchs_scaled_dot_product_attention(block_s
     options = {"causal": True, "scale": 0.7, "block_size": block_size}
     ours, *grads = core(*map(jnp.asarray, (q, k, v, do)), **options)
     np.testing.assert_allclose(ours, o.detach().numpy(), rtol=1e-11, atol=1e-13)
+    for a, tensor in zip(grads[:3], tensors, strict=True):
+        np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-11, atol=1e-13)
+
+
+@forms
+@pytest.mark.parametrize("shape", [(4, 5, 6), (2, 4, 5, 6)])
+def test_a_bias_and_its_gradient_are_those_of_torchs_attention_mask(block_size, shape, x64):
+    torch = pytest.importorskip("torch")
+    q, k, v, do, _, bias = drawn_core(5, 6, bias=shape)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v, bias)]
+    heads_first = [t.transpose(1, 2) for t in tensors[:3]]
+    o = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=tensors[3], enable_gqa=True)
+    o.transpose(1, 2).backward(torch.tensor(do))
+    arrays = [*map(jnp.asarray, (q, k, v, do)), None, jnp.asarray(bias)]
+    ours, *grads = core(*arrays, block_size=block_size)
+    np.testing.assert_allclose(ours, o.transpose(1, 2).detach().numpy(), rtol=1e-11, atol=1e-13)
     for a, tensor in zip(grads, tensors, strict=True):
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-11, atol=1e-13)
 
@@ -507,6 +755,10 @@ def test_parameters_have_readable_paths_their_own_keys_and_the_dtype_of_the_inpu
         ({"heads": 0}, "heads = 0; expected at least 1"),
         ({"heads": 2, "block_size": 0}, "block_size = 0; expected at least 1"),
         ({"heads": 4, "kv_heads": 3}, "4 heads cannot share kv_heads = 3; it must divide heads"),
+        ({"heads": 2, "window": 0}, "window = 0; expected at least 1"),
+        ({"heads": 2, "softcap": 0.0}, "softcap = 0.0; expected above 0, or None for none"),
+        ({"heads": 2, "dropout_rate": 1.0}, "dropout_rate = 1.0; expected 0 <= dropout_rate < 1"),
+        ({"heads": 2, "value_features": 0}, "value_features = 0; expected at least 1"),
         ({"heads": 3, "features": 8}, "3 heads do not divide features = 8; give head_features"),
     ],
 )
@@ -550,11 +802,31 @@ def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
         attention(3).init(jax.random.key(0), X)
     with pytest.raises(LayerError, match="rotary needs heads of an even number of features, got 1"):
         attention(4, rotary=100.0).init(jax.random.key(0), X)
+    with pytest.raises(LayerError, match="expected at most 1 frequencies for heads of 2, got 3"):
+        attention(2, rotary=np.ones(3)).init(jax.random.key(0), X)
     with pytest.raises(LayerError, match=r"where K divides H, got \(1, 2, 4, 3\), \(1, 2, 3, 3\)"):
         dot_product_attention(jnp.zeros((1, 2, 4, 3)), jnp.zeros((1, 2, 3, 3)), jnp.zeros((1, 2, 3, 3)))
     with pytest.raises(LayerError, match="expected a boolean mask, True = may be attended to, got int32"):
         q = jnp.zeros((1, 2, 1, 3))
         dot_product_attention(q, q, q, jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(LayerError, match=r"expected a mask of shape .* or \(1, 1, 2, 2\), got \(1, 2, 2, 2\)"):
+        dot_product_attention(q, q, q, jnp.ones((1, 2, 2, 2), bool))
+    with pytest.raises(LayerError, match=r"expected a bias of shape \(1, 2, 2\) or \(1, 1, 2, 2\), got \(2, 2\)"):
+        dot_product_attention(q, q, q, None, jnp.ones((2, 2)))
+    with pytest.raises(LayerError, match="expected a floating bias, got bool: a boolean one is a mask"):
+        dot_product_attention(q, q, q, None, jnp.ones((1, 2, 2), bool))
+    layer = attention(2, relative=relative_positions(2))
+    with pytest.raises(LayerError, match="expected params of relative too, got"):
+        apply(layer, params, (), X)
+    with pytest.raises(LayerError, match="expected positions of queries and memory, signed integers"):
+        apply(alibi(2), (), (), X)
+    for make, message in (
+        (lambda: relative_positions(2, buckets=3), "buckets = 3, max_distance = 128; expected at least 4 and an even"),
+        (lambda: relative_positions(2, max_distance=8), "and a max_distance above 8, where they grow"),
+        (lambda: alibi(2, [1.0]), r"alibi: slopes of shape \(1,\); expected \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_a_query_that_is_hidden_and_sees_nothing_may_hold_nan(key):

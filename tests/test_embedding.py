@@ -15,10 +15,14 @@ from fnet.layers.children import init
 from fnet.layers.embedding import (
     embedding,
     learned_positions,
+    llama3_frequencies,
+    rotary_frequencies,
     rotary_positions,
     rotate,
     sinusoidal_positions,
     tied_embedding,
+    yarn_frequencies,
+    yarn_scale,
 )
 from fnet.layers.initializers import normal
 from fnet.types import Layer, LayerError
@@ -34,6 +38,23 @@ def numpy_rotate(x, positions, base):
     angles = np.broadcast_to(positions, x.shape[:2])[:, :, None, None] / base ** (2 * np.arange(half) / x.shape[-1])
     z = z * np.exp(1j * angles)
     return np.concatenate([z.real, z.imag], -1)
+
+
+OWN = np.array([1.3, 0.2])  # frequencies
+
+
+def numpy_turned(x, positions, frequencies, interleaved=False):
+    """The first features of each head, pair after pair, by a matrix of two rows; the others as they are."""
+    y, n = x.copy(), len(frequencies)
+    for i, frequency in enumerate(frequencies):
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + n)
+        for t, position in enumerate(positions):
+            cos, sin = np.cos(position * frequency), np.sin(position * frequency)
+            turn = np.array([[cos, -sin], [sin, cos]])
+            y[:, t, :, [first, second]] = np.einsum(
+                "ij,jbh->ibh", turn, np.moveaxis(x[:, t][..., [first, second]], 2, 0)
+            )
+    return y
 
 
 def numpy_sinusoids(length, features, base):
@@ -64,6 +85,26 @@ LAYERS = {
     "sinusoidal_positions": (sinusoidal_positions(), (2, 5, 6), lambda p, x: x + numpy_sinusoids(5, 6, 1e4)),
     "sinusoidal_positions, odd": (sinusoidal_positions(50.0), (2, 5, 3), lambda p, x: x + numpy_sinusoids(5, 3, 50)),
     "rotary_positions": (rotary_positions(), (2, 5, 3, 4), lambda p, x: numpy_rotate(x, np.arange(5), 1e4)),
+    "rotary_positions, frequencies": (
+        rotary_positions(OWN),
+        (2, 5, 3, 4),
+        lambda p, x: numpy_turned(x, np.arange(5), OWN),
+    ),
+    "rotary_positions, interleaved": (
+        rotary_positions(50.0, interleaved=True),
+        (2, 5, 1, 4),
+        lambda p, x: numpy_turned(x, np.arange(5), [1, 50**-0.5], True),
+    ),
+    "rotary_positions, partial": (
+        rotary_positions(OWN),
+        (2, 4, 2, 7),
+        lambda p, x: numpy_turned(x, np.arange(4), OWN),
+    ),
+    "rotary_positions, partial, interleaved": (
+        rotary_positions(OWN, interleaved=True),
+        (2, 4, 1, 6),
+        lambda p, x: numpy_turned(x, np.arange(4), OWN, True),
+    ),
     "rotary_positions, base": (rotary_positions(50.0), (1, 4, 1, 6), lambda p, x: numpy_rotate(x, np.arange(4), 50)),
 }
 
@@ -312,6 +353,109 @@ def test_the_base_of_the_waves_may_be_traced_and_vmapped():
     for i, base in enumerate([100.0, 1e4]):
         np.testing.assert_allclose(rotated[i], numpy_rotate(x.astype(float), np.arange(4), base), atol=2e-6)
         np.testing.assert_allclose(waves[i], x[:, :, 0] + numpy_sinusoids(4, 4, base), atol=2e-6)
+
+
+def llama3_in_numpy(features, base, factor, low, high, length):
+    """As Meta's code has it: by the wave's length, one after the other."""
+    found = []
+    for i in range(features // 2):
+        f = base ** (-2 * i / features)
+        wave = 2 * np.pi / f
+        if wave < length / high:
+            found.append(f)
+        elif wave > length / low:
+            found.append(f / factor)
+        else:
+            smooth = (length / wave - low) / (high - low)
+            found.append((1 - smooth) * f / factor + smooth * f)
+    return found
+
+
+def yarn_in_numpy(features, base, factor, length, variant, slow=1.0, fast=32.0):
+    """By the paper's γ of r = L / λ, or by the ramp over pairs of the authors' code."""
+    first = max(int(np.floor(features * np.log(length / (fast * 2 * np.pi)) / (2 * np.log(base)))), 0)
+    last = min(int(np.ceil(features * np.log(length / (slow * 2 * np.pi)) / (2 * np.log(base)))), features - 1)
+    found = []
+    for i in range(features // 2):
+        f = base ** (-2 * i / features)
+        r = length * f / (2 * np.pi)
+        g = 0.0 if r < slow else 1.0 if r > fast else (r - slow) / (fast - slow)
+        if variant == "code":
+            g = 1 - min(max((i - first) / (last - first), 0.0), 1.0)
+        found.append((1 - g) * f / factor + g * f)
+    return found
+
+
+@pytest.mark.parametrize("features", [8, 64, 128])
+def test_stretched_frequencies_are_those_of_the_published_formulas(features, x64):
+    close = partial(np.testing.assert_allclose, rtol=1e-13)
+    for factor in (8.0, 32.0):
+        close(llama3_frequencies(features, factor=factor), llama3_in_numpy(features, 5e5, factor, 1.0, 4.0, 8192))
+        for variant in ("paper", "code"):
+            given = {"factor": factor, "original_length": 2048, "variant": variant}
+            close(yarn_frequencies(features, **given), yarn_in_numpy(features, 1e4, factor, 2048, variant))
+    given = {"factor": 40.0, "original_length": 4096, "slow": 2.0, "fast": 8.0}
+    close(yarn_frequencies(features, 1e6, **given), yarn_in_numpy(features, 1e6, 40.0, 4096, "paper", 2.0, 8.0))
+    close(yarn_scale(features, 40.0), (0.1 * np.log(40) + 1) ** 2 / np.sqrt(features))
+    close(yarn_scale(features, 0.5), 1 / np.sqrt(features))
+
+
+def test_all_three_parts_of_the_published_scaling_are_there(x64):
+    plain, llama = np.asarray(rotary_frequencies(128, 5e5)), np.asarray(llama3_frequencies(128))
+    np.testing.assert_allclose(plain, 5e5 ** (-np.arange(64) / 64), rtol=1e-13)
+    kept, divided = np.isclose(llama, plain, rtol=1e-12), np.isclose(llama, plain / 8, rtol=1e-12)
+    # 8192 f / 2π is 4 at pair 28.3 and 1 at pair 35.0
+    assert np.flatnonzero(kept).tolist() == list(range(29)) and np.flatnonzero(divided).tolist() == list(range(35, 64))
+
+
+def test_frequencies_of_a_base_turn_as_the_base_does_and_their_numbers_may_be_traced(x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)))
+    at = jnp.arange(4)
+    np.testing.assert_array_equal(rotate(x, at, rotary_frequencies(8, 50.0)), rotate(x, at, 50.0))
+    llama = jax.jit(lambda factor: llama3_frequencies(8, factor=factor))(8.0)
+    np.testing.assert_allclose(llama, llama3_frequencies(8), rtol=1e-14)
+    yarn = jax.jit(lambda factor: yarn_frequencies(8, factor=factor, original_length=64, variant="code"))(8.0)
+    np.testing.assert_allclose(yarn, yarn_in_numpy(8, 1e4, 8.0, 64, "code"), rtol=1e-13)
+    turned = jax.jit(lambda f: rotary_positions(f).forward((), (), x)[0])(yarn)
+    np.testing.assert_allclose(turned, numpy_turned(np.asarray(x), range(4), yarn), rtol=1e-12, atol=1e-13)
+
+
+def test_inner_products_of_interleaved_and_partial_rotations_depend_on_distances_alone(x64):
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 2, 8))
+
+    def score(m, n, **options):
+        return (rotate(q, np.array([m]), OWN, **options) * rotate(k, np.array([n]), OWN, **options)).sum(-1)
+
+    for options in ({}, {"interleaved": True}):
+        np.testing.assert_allclose(score(3, 1, **options), score(12, 10, **options), rtol=1e-11)
+        assert np.abs(score(3, 1, **options) - score(1, 3, **options)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rotary_frequencies(5), "rotary_frequencies: features = 5; expected an even number"),
+        (lambda: llama3_frequencies(8, factor=0.0), "llama3_frequencies: factor = 0.0; expected above 0"),
+        (lambda: llama3_frequencies(8, high_freq_factor=1.0), "high_freq_factor = 1.0; expected above low_freq_factor"),
+        (lambda: yarn_frequencies(8, factor=2.0, original_length=9, fast=1.0), "fast = 1.0; expected above slow = 1.0"),
+        (
+            lambda: yarn_frequencies(8, factor=2.0, original_length=9, variant="hf"),
+            "variant = 'hf'; expected 'paper' or 'code'",
+        ),
+        (lambda: yarn_scale(0, 2.0), "yarn_scale: features = 0; expected at least 1"),
+        (lambda: rotary_positions("llama"), "rotary_positions: rotary = 'llama'; expected the base, such as 10000.0"),
+        (lambda: rotary_positions(np.ones((2, 2))), r"rotary = an array of shape \(2, 2\); expected the base"),
+        (lambda: rotary_positions(-1.0), "rotary_positions: rotary = -1.0; expected above 0"),
+    ],
+)
+def test_frequencies_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_more_frequencies_than_pairs_are_refused():
+    with pytest.raises(LayerError, match="expected at most 1 frequencies for heads of 3 features, got 2"):
+        rotate(jnp.zeros((1, 2, 1, 3)), jnp.arange(2), OWN)
 
 
 def test_rows_beyond_the_input_have_zero_gradient(key):

@@ -62,12 +62,17 @@ def cases():
 OTHERS = {
     "Copies",
     "Policy",
+    "alibi",  # without a parameter or an input that has a gradient; within attention it is audited
     "dot_product_attention",
     "freeze",
+    "llama3_frequencies",
     "mixed_precision",
     "remat",
+    "rotary_frequencies",
     "rotate",
     "with_hand_backward",
+    "yarn_frequencies",
+    "yarn_scale",
 }
 OTHERS |= {"by_position", "stateless", "zero_carry"}
 BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "transformer_block"}  # of models

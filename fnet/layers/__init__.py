@@ -27,10 +27,14 @@ from fnet.layers.dropout import dropout
 from fnet.layers.embedding import (
     embedding,
     learned_positions,
+    llama3_frequencies,
+    rotary_frequencies,
     rotary_positions,
     rotate,
     sinusoidal_positions,
     tied_embedding,
+    yarn_frequencies,
+    yarn_scale,
 )
 from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
 from fnet.layers.masks import by_position, drop_mask
@@ -38,12 +42,14 @@ from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_no
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
+from fnet.layers.relative import alibi, relative_positions
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
 __all__ = [
     "Copies",
     "Policy",
+    "alibi",
     "attention",
     "avg_pool",
     "batch_norm",
@@ -76,6 +82,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "learned_positions",
+    "llama3_frequencies",
     "log_softmax",
     "lstm",
     "lstm_cell",
@@ -86,6 +93,7 @@ __all__ = [
     "parallel",
     "prelu",
     "reglu",
+    "relative_positions",
     "relu",
     "remat",
     "repeat",
@@ -94,6 +102,7 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rnn_cell",
+    "rotary_frequencies",
     "rotary_positions",
     "rotate",
     "selu",
@@ -111,5 +120,7 @@ __all__ = [
     "tanh",
     "tied_embedding",
     "with_hand_backward",
+    "yarn_frequencies",
+    "yarn_scale",
     "zero_carry",
 ]

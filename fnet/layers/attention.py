@@ -5,7 +5,8 @@
 lengths.
 
 Legend: B batch, T queries, S positions of the memory, H heads, K heads of keys and values, G = H/K heads that share
-one, D features of a head, I features of the query, M of the memory, O out; c, b queries and positions in a block.
+one, D features of a head, E of its values, I features of the query, M of the memory, O out; c, b queries and positions
+in a block.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fnet.core.checks import require_array, require_counts
+from fnet.core.checks import require_array, require_counts, require_key, require_layer
 from fnet.core.numerics import stream, wide
 from fnet.core.splitting import are_features_split
-from fnet.layers.children import inside
+from fnet.layers.children import backward_child, forward_child, init_child, inside
 from fnet.layers.dense import affine, affine_backward
-from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward, require_mask
-from fnet.layers.embedding import rotate
+from fnet.layers.dot_product import (
+    dot_product_attention,
+    dot_product_attention_backward,
+    in_int32,
+    require_mask,
+    require_scores,
+)
+from fnet.layers.embedding import require_rotary, rotate
 from fnet.layers.initializers import glorot_uniform, require_initializers, zeros
 from fnet.layers.masks import is_masked, with_mask
-from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
 
@@ -31,15 +37,22 @@ def attention(
     *,
     features: int | None = None,
     head_features: int | None = None,
+    value_features: int | None = None,
     kv_heads: int | None = None,
     causal: bool = False,
+    window: int | None = None,
+    offset=0,
     block_size: int | None = None,
     rotary=None,
+    interleaved: bool = False,
+    relative: Layer | None = None,
+    softcap=None,
+    dropout_rate=None,
     scale=None,
     weights=glorot_uniform(),
     bias=zeros(),
 ) -> Layer:
-    """Multi-head attention: ``y = concat_h(softmax(scale · Q_h K_hᵀ) V_h) w_out + b_out``, ``y (B, T, O)``.
+    """Multi-head attention: ``y = concat_h(softmax(scale · Q_h K_hᵀ + bias_h) V_h) w_out + b_out``, ``y (B, T, O)``.
 
     ``Q = query w_query + b_query``, ``K`` and ``V`` likewise of the memory, each cut into heads of D features. Inputs:
 
@@ -48,17 +61,24 @@ def attention(
     - ``(query (B, T, I), memory (B, S, M))``, or with a third, ``mask``: cross-attention. The mask is the memory's, and
       ends here.
 
-    A mask is boolean, True = may be attended to: ``(B, S)`` for the memory's padding, or ``(B, T, S)`` for each pair.
-    With ``causal`` position t attends to positions ``s <= t`` alone, besides. What may not be attended to has gradients
-    of exactly 0. What a mask hides from every query has no effect at all, whatever it holds; NaN or infinity at a
-    position that some query may attend to reaches the others too, as 0 · NaN. A query that may attend to nothing is
-    given 0, before the output's projection.
+    A mask is boolean, True = may be attended to: ``(B, S)`` for the memory's padding, ``(B, T, S)`` for each pair, or
+    ``(B, H, T, S)`` for each head's. With ``causal`` position t attends to positions ``s <= t`` alone, besides. What
+    may not be attended to has gradients of exactly 0. What a mask hides from every query has no effect at all, whatever
+    it holds; NaN or infinity at a position that some query may attend to reaches the others too, as 0 · NaN. A query
+    that may attend to nothing is given 0, before the output's projection.
 
     - ``features``: O, that of the query by default. ``head_features``: D, ``O / heads`` by default.
+      ``value_features``: E, D by default.
     - ``kv_heads``: K, ``heads`` by default; fewer are shared by G heads in a row (grouped queries, 1 is multi-query).
+    - ``window``, ``offset``, ``softcap``: those of `dot_product_attention`. The offset, where queries begin, counts for
+      ``rotary`` and ``relative`` too.
+    - ``relative``: a layer of the positions of queries and memory to a bias, `relative_positions` or `alibi`, of which
+      the parameters are those called ``relative``. (A bias of one's own goes to `dot_product_attention`.)
+    - ``dropout_rate``: which probabilities are 0 in training, as there; it needs a key.
     - ``block_size``: None computes all scores at once and keeps the probabilities ``(B, H, T, S)`` for the backward; a
       number takes blocks of so many positions, and memory linear in T and S both ways.
-    - ``rotary``: base of `rotate`, applied to queries and keys at the positions 0, 1, …; None for none.
+    - ``rotary``: base or frequencies of `rotate`, applied to queries and keys at the positions 0, 1, …; None for none.
+      ``interleaved``: its pairs are neighbours.
     - ``scale``: ``1/√D`` by default. ``weights``, ``bias``: initializers of all four projections; None for no biases.
 
     Raises ValueError for heads that do not divide, `LayerError` for shapes, dtypes and parameters that do not fit.
@@ -76,15 +96,21 @@ def attention(
     """
     kv_heads = heads if kv_heads is None else kv_heads
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
-    require_counts("attention", **given, block_size=block_size)
+    require_counts("attention", **given, value_features=value_features, block_size=block_size)
+    require_scores("attention", window, softcap, dropout_rate)
+    if relative is not None:
+        require_layer("attention: relative", relative)
     require_initializers("attention", "bias", weights=weights, bias=bias)
-    if isinstance(rotary, bool):
-        raise ValueError(f"attention: rotary = {rotary}; expected the base, such as 10000.0, or None")
+    require_rotary("attention", rotary)
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} heads cannot share kv_heads = {kv_heads}; it must divide heads")
     if features is not None and head_features is None and features % heads:
         raise ValueError(f"attention: {heads} heads do not divide features = {features}; give head_features")
-    options = {"causal": causal, "block_size": block_size, "scale": scale}
+    options = {"causal": causal, "window": window, "offset": offset, "softcap": softcap, "dropout_rate": dropout_rate}
+    options |= {"scale": scale, "block_size": block_size}
+
+    def turn(x, at):
+        return x if rotary is None else rotate(x, at, rotary, interleaved=interleaved)
 
     def init(key, x):
         query, memory, _ = inputs(x)
@@ -94,45 +120,64 @@ def attention(
         size = out // heads if head_features is None else head_features
         if not query.shape[-1] or not memory.shape[-1]:
             raise LayerError(f"expected features, got shapes {query.shape} and {memory.shape}")
-        if rotary is not None and size % 2:
+        if rotary is not None and jnp.ndim(rotary) == 0 and size % 2:
             raise LayerError(f"rotary needs heads of an even number of features, got {size}: give head_features")
+        if rotary is not None and jnp.size(rotary) > max(1, size // 2):
+            raise LayerError(f"expected at most {size // 2} frequencies for heads of {size}, got {jnp.size(rotary)}")
         widths = {
             "query": (query.shape[-1], heads * size),
             "key": (memory.shape[-1], kv_heads * size),
-            "value": (memory.shape[-1], kv_heads * size),
-            "out": (heads * size, out),
+            "value": (memory.shape[-1], kv_heads * (value_features or size)),
+            "out": (heads * (value_features or size), out),
         }
         params = {}
         for name, shape in widths.items():
             params[name] = {"w": weights(stream(stream(key, name), "w"), shape, query.dtype)}
             if bias is not None:
                 params[name]["b"] = bias(stream(stream(key, name), "b"), shape[1:], query.dtype)
-        return params
+        if relative is not None:
+            params["relative"], state = init_child("relative", relative, key, (places(query, offset), places(memory)))
+            if jax.tree.leaves(state):
+                raise LayerError(f"relative: {relative.name} has a state; expected a layer without")
+        return params, ()
 
-    def forward(params, x):
+    def forward(params, state, x, *, key=None, train=False):
         query, memory, mask = clean(x)
+        if dropout_rate is None or not train:
+            key = None
+        elif key is None:
+            raise LayerError("expected a key in training, got None: pass forward(..., key=key, train=True)")
+        else:
+            require_key("attention", key)
         if is_joined(params, x):
             q, k, v = project_all(params, query, heads)
         else:
             q = project(params, "query", query, heads)  # (B, T, H, D)
             k = project(params, "key", memory, kv_heads)  # (B, S, K, D)
             v = project(params, "value", memory, kv_heads)
-        if rotary is not None:
-            q, k = rotate(q, positions(q), rotary), rotate(k, positions(k), rotary)
-        o, kept = dot_product_attention(q, k, v, mask, **options)
-        o = o.reshape(*o.shape[:2], q.shape[2] * q.shape[3])  # (B, T, H D)
-        return with_mask(project(params, "out", o), x[1] if is_masked(x) else None), (x, o, kept)
+        q, k = turn(q, positions(q) + in_int32(offset)), turn(k, positions(k))
+        bias, of_relative = None, None
+        if relative is not None:
+            require_relative(params)
+            at = places(query, offset), places(memory)
+            bias, _, of_relative = forward_child("relative", relative, params["relative"], (), at, key=key, train=train)
+        o, kept = dot_product_attention(q, k, v, mask, bias, key=key, **options)
+        o = o.reshape(*o.shape[:2], o.shape[2] * o.shape[3])  # (B, T, H E)
+        y = with_mask(project(params, "out", o), x[1] if is_masked(x) else None)
+        return y, state, (x, o, kept, key, bias, of_relative)
 
     def backward(params, residuals, dy):
-        x, o, kept = residuals
+        x, o, kept, key, bias, of_relative = residuals
         dy = dy[0] if isinstance(dy, tuple) else dy
         query, memory, mask = clean(x)
         dparams = {}
         dparams["out"], do = project_backward(params["out"], o, dy)
         do = do.reshape(*do.shape[:2], heads, do.shape[2] // heads)
-        dq, dk, dv = dot_product_attention_backward(kept, do, mask, **options)
-        if rotary is not None:  # a rotation's transpose is the rotation back
-            dq, dk = rotate(dq, -positions(dq), rotary), rotate(dk, -positions(dk), rotary)
+        dq, dk, dv, dbias = dot_product_attention_backward(kept, do, mask, bias, key=key, **options)
+        # a rotation's transpose is the rotation back
+        dq, dk = turn(dq, -(positions(dq) + in_int32(offset))), turn(dk, -positions(dk))
+        if relative is not None:
+            dparams["relative"], _ = backward_child("relative", relative, params["relative"], of_relative, dbias)
         if is_joined(params, x):
             own, dx = project_all_backward(params, query, dq, dk, dv)
             return {**dparams, **own}, clean_backward(x, dx, None)
@@ -141,7 +186,7 @@ def attention(
         dparams["value"], by_value = project_backward(params["value"], memory, dv)
         return dparams, clean_backward(x, dquery, by_key + by_value)
 
-    return stateless("attention", init, forward, backward, several=True)
+    return Layer("attention", init, forward, backward, () if relative is None else (("relative", relative),))
 
 
 # --- the inputs and the projections of the layer ---------------------------------------------------------------------
@@ -188,13 +233,13 @@ def is_self(x) -> bool:
 
 def seen(mask) -> jax.Array:
     """The positions ``(B, S, 1)`` of the memory that some query may attend to."""
-    return (mask if mask.ndim == 2 else mask.any(1))[:, :, None]
+    return (mask if mask.ndim == 2 else mask.any(tuple(range(1, mask.ndim - 1))))[:, :, None]
 
 
 def asking(x, mask):
     """The queries ``(B, T, 1)`` that count: all (None), but for those that may attend to nothing or are padding."""
-    if mask.ndim == 3:
-        return mask.any(2)[:, :, None]
+    if mask.ndim > 2:
+        return (mask if mask.ndim == 3 else mask.any(1)).any(2)[:, :, None]
     return seen(mask) if is_self(x) else None
 
 
@@ -223,6 +268,17 @@ def positions(x: jax.Array) -> jax.Array:
     return jnp.arange(x.shape[1], dtype=jnp.int32)
 
 
+def places(x: jax.Array, offset=0) -> jax.Array:
+    """`positions` as a batch of one, ``(1, T)``."""
+    return (positions(x) + in_int32(offset))[None]
+
+
+def require_relative(params) -> None:
+    """Raise `LayerError` unless there is an entry for ``relative``."""
+    if "relative" not in params:
+        raise LayerError(f"expected params of relative too, got {sorted(params)}: pass what init returned")
+
+
 def project(params, name: str, x: jax.Array, heads: int | None = None) -> jax.Array:
     """``x w + b`` by the parameters called ``name``, with the features cut into heads."""
     if name not in params:
@@ -247,7 +303,7 @@ def is_joined(params, x) -> bool:
     if not are_features_split() or not is_self(x) or not params.keys() >= {*PROJECTIONS}:
         return False
     query, _, mask = inputs(x)
-    if mask is not None and mask.ndim == 3:  # by pairs, queries and memory are cleaned apart
+    if mask is not None and mask.ndim > 2:  # by pairs, queries and memory are cleaned apart
         return False
     kinds = {tuple((name, leaf.shape, leaf.dtype) for name, leaf in params[part].items()) for part in PROJECTIONS}
     w = params["query"]["w"]

@@ -1,34 +1,73 @@
 """Attention itself, ``softmax(q kᵀ · scale) v``, with its backward by hand: all at once, or in blocks.
 
 Legend: B batch, T queries, S positions of the memory, H heads, K heads of keys and values, G = H/K heads that share
-one, D features of a head; c, b queries and positions in a block.
+one, D features of a head, E of its values; c, b queries and positions in a block.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnet.core.checks import require, require_counts
 from fnet.core.numerics import wide
 from fnet.layers.children import show, watched
 from fnet.types import LayerError
 
 
-def dot_product_attention(q, k, v, mask=None, *, causal=False, scale=None, block_size=None):
-    """``o = softmax(scale · q kᵀ) v`` over the positions that each query may attend to; returns ``o, residuals``.
+def dot_product_attention(
+    q,
+    k,
+    v,
+    mask=None,
+    bias=None,
+    *,
+    causal=False,
+    window=None,
+    offset=0,
+    softcap=None,
+    dropout_rate=None,
+    key=None,
+    scale=None,
+    block_size=None,
+):
+    """``o = softmax(scale · q kᵀ + bias) v`` over the positions that each query may attend to: ``o, residuals``.
 
-    ``q (B, T, H, D)``, ``k`` and ``v (B, S, K, D)``, ``o`` like ``q``; head h has the keys and values ``h // G``.
-    ``mask``, ``causal``, ``scale`` and ``block_size`` are those of `attention`. Scores, exponentials and their sums are
-    in float32 at least. Raises `LayerError` for shapes and masks that do not fit.
+    ``q (B, T, H, D)``, ``k (B, S, K, D)``, ``v (B, S, K, E)``, ``o (B, T, H, E)``; head h has the keys and values
+    ``h // G``. Scores, exponentials and their sums are in float32 at least.
+
+    - ``mask``: boolean, True = may be attended to: ``(B, S)``, ``(B, T, S)`` or, for each head, ``(B, H, T, S)``.
+    - ``bias``: floating ``(H, T, S)`` or ``(B or 1, H, T, S)``, added to the scores; −∞ leaves a pair out.
+    - ``offset``: query t stands at the position ``offset + t`` of the memory; it may be traced. This is what the next
+      two go by: with ``causal`` it attends to positions up to its own, with ``window`` w to those less than w away, so
+      that with both it sees the last w, its own among them.
+    - ``softcap``: ``softcap · tanh(score / softcap)`` in the place of a score, before the bias (Gemma 2).
+    - ``dropout_rate``: p; with a ``key`` each probability is 0 with probability p and else divided by ``1 − p``. What
+      is drawn depends on the key and the shape, and not on ``block_size``. Without a key nothing is dropped.
+    - ``scale``: ``1/√D`` by default. ``block_size``: None, or the positions of a block, as in `attention`.
+
+    Raises `LayerError` for shapes, masks and biases that do not fit, ValueError for numbers that do not.
 
     Blockwise, the softmax goes over the memory a block at a time with the largest score ``m`` so far, the sum ``l`` of
     ``exp(s - m)`` and the mean not yet divided by it, both rescaled as ``m`` grows (Milakov and Gimelshein,
     arXiv:1805.02867; Rabe and Staats, arXiv:2112.05682). The backward by hand computes each block of probabilities anew
-    from ``lse = m + log l`` (FlashAttention, Dao et al., arXiv:2205.14135). Blocks that ``causal`` leaves empty are
-    skipped. Autodiff of this forward is right too, but keeps the scores of every block: its memory is not linear.
+    from ``lse = m + log l`` (FlashAttention, Dao et al., arXiv:2205.14135). Blocks that ``causal`` or ``window`` leave
+    empty are skipped. Autodiff of this forward is right too, but keeps the scores of every block: its memory is not
+    linear. A bias is an array of T · S numbers, in the blockwise form too.
+
+    | here | torch's ``scaled_dot_product_attention`` | flax' ``dot_product_attention`` |
+    |---|---|---|
+    | ``(B, T, H, D)`` | ``(B, H, T, D)`` | same |
+    | ``mask`` and ``bias`` | one ``attn_mask``, of either kind, that broadcasts | both, to ``(B, H, T, S)`` |
+    | ``causal``: query t at ``offset + t`` | ``is_causal``: at t | a mask |
+    | K heads are shared by H | with ``enable_gqa=True`` | H = K |
+    | ``window``, ``softcap`` | in ``flex_attention`` | a mask; no |
+    | nothing to attend to: 0, and gradients of 0 | NaN before 2.5 | the mean of all values |
+    | dropout draws for each example and head | same | one draw for all, by ``broadcast_dropout`` |
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 10, 4, 8))  # B 2, T and S 10, H and K 4, D 8
     >>> plain, _ = dot_product_attention(q, k, v, causal=True)
@@ -38,26 +77,58 @@ def dot_product_attention(q, k, v, mask=None, *, causal=False, scale=None, block
     """
     if (
         q.ndim != 4
-        or k.shape != v.shape
+        or k.shape[:3] != v.shape[:3]
+        or v.ndim != 4
         or k.shape != (q.shape[0], *k.shape[1:3], q.shape[3])
         or q.shape[2] % k.shape[2]
     ):
         raise LayerError(
-            f"expected q (B, T, H, D), k and v (B, S, K, D) where K divides H, got {q.shape}, {k.shape} and {v.shape}"
+            "expected q (B, T, H, D), k (B, S, K, D) and v (B, S, K, E) where K divides H, "
+            f"got {q.shape}, {k.shape} and {v.shape}"
         )
-    require_mask(mask, q.shape[0], q.shape[1], k.shape[1])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    require_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    require_bias(bias, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    require_scores("dot_product_attention", window, softcap, dropout_rate)
+    rule = Rule(mask, bias, causal, window, in_int32(offset), softcap, dropout_rate, key, scale)
     if block_size is None:
-        return plain(q, k, v, mask, causal, scale)
-    return blockwise(q, k, v, mask, causal, scale, block_size)
+        return plain(q, k, v, rule)
+    return blockwise(q, k, v, rule, block_size)
 
 
-def dot_product_attention_backward(residuals, do, mask=None, *, causal=False, scale=None, block_size=None):
-    """``dq, dk, dv`` for the gradient ``do (B, T, H, D)`` by ``o``; the other arguments are those of the forward."""
-    scale = do.shape[3] ** -0.5 if scale is None else scale
+def dot_product_attention_backward(
+    residuals,
+    do,
+    mask=None,
+    bias=None,
+    *,
+    causal=False,
+    window=None,
+    offset=0,
+    softcap=None,
+    dropout_rate=None,
+    key=None,
+    scale=None,
+    block_size=None,
+):
+    """``dq, dk, dv, dbias`` for the gradient ``do (B, T, H, E)`` by ``o``; all else as it was given to the forward."""
+    rule = Rule(mask, bias, causal, window, in_int32(offset), softcap, dropout_rate, key, scale)
     if block_size is None:
-        return plain_backward(residuals, do, scale)
-    return blockwise_backward(residuals, do, mask, causal, scale, block_size)
+        return plain_backward(residuals, do, rule)
+    return blockwise_backward(residuals, do, rule, block_size)
+
+
+class Rule(NamedTuple):
+    """Which pairs count and what becomes of their scores: the arguments of `dot_product_attention`."""
+
+    mask: Any
+    bias: Any
+    causal: bool
+    window: int | None
+    offset: Any
+    softcap: Any
+    rate: Any
+    key: Any
+    scale: Any
 
 
 class Plain(NamedTuple):
@@ -65,37 +136,43 @@ class Plain(NamedTuple):
 
     q: jax.Array  # (B, K, G T, D)
     k: jax.Array  # (B, K, S, D)
-    v: jax.Array
+    v: jax.Array  # (B, K, S, E)
     p: jax.Array  # (B, K, G T, S)
+    kept: Any  # boolean like p, None without dropout
 
 
-def plain(q, k, v, mask, causal, scale):
+def plain(q, k, v, rule: Rule):
     """All scores at once."""
     (length, heads), groups = q.shape[1:3], q.shape[2] // k.shape[2]
-    if mask is not None:
-        mask = rows_of_mask(mask)
+    rule = rule._replace(mask=four_axes(rule.mask), bias=four_axes(rule.bias))
     q, k, v = blocks(q, length, groups)[0], blocks(k, k.shape[1])[0], blocks(v, v.shape[1])[0]
-    s = scores(q, k, scale, allowed(mask, causal, 0, 0, length, k.shape[2], groups))
+    s, _ = scores(q, k, rule, 0, 0, groups)
     e = jnp.exp(s - finite(lax.stop_gradient(s.max(-1, keepdims=True))))
     p = by_heads(e / nonzero(e.sum(-1, keepdims=True)), length)
-    o = einsum("bkts,bksd->bktd", p.astype(v.dtype), v).astype(v.dtype)
-    return unblocked(o[None], length, heads), Plain(q, k, v, p)
+    kept = drawn(rule, 0, q, groups, k.shape[2])
+    o = einsum("bkts,bksd->bktd", dropped(p, kept, rule).astype(v.dtype), v).astype(v.dtype)
+    return unblocked(o[None], length, heads), Plain(q, k, v, p, kept)
 
 
-def plain_backward(residuals, do, scale):
+def plain_backward(residuals, do, rule: Rule):
     """Of all scores at once."""
-    # o = P v,  P = softmax(s),  s = scale · q kᵀ, with P = 0 where a score is masked:
-    #   dv = Pᵀ do,  dP = do vᵀ,  ds = P ⊙ (dP − Σ_s dP ⊙ P),  dq = scale · ds k,  dk = scale · dsᵀ q
-    q, k, v, p = residuals
+    # o = (P ⊙ m) v with m of dropout,  P = softmax(s),  s = f(z) + bias,  z = scale · q kᵀ, P = 0 where masked:
+    #   dv = (P ⊙ m)ᵀ do,  dP = m ⊙ (do vᵀ),  ds = P ⊙ (dP − Σ_s dP ⊙ P),  dbias = ds (summed over B if it is shared)
+    #   dz = f'(z) ds with f'(z) = 1 − tanh²(z / cap), 1 without a cap;  dq = scale · dz k,  dk = scale · dzᵀ q
+    q, k, v, p, kept = residuals
     (length, heads), groups = do.shape[1:3], do.shape[2] // k.shape[1]
     do = blocks(do, length, groups)[0]
-    dv = einsum("bkts,bktd->bksd", p.astype(do.dtype), do).astype(v.dtype)
-    dp = by_heads(einsum("bktd,bksd->bkts", do, v), length, is_gradient=True)
-    ds = (p * (dp - (dp * p).sum(-1, keepdims=True)) * jnp.asarray(scale, p.dtype)).astype(q.dtype)
-    dq = einsum("bkts,bksd->bktd", ds, k).astype(q.dtype)
-    dk = einsum("bkts,bktd->bksd", ds, q).astype(k.dtype)
-    memory = k.shape[2], k.shape[1]
-    return unblocked(dq[None], length, heads), unblocked(dk[None], *memory), unblocked(dv[None], *memory)
+    dv = einsum("bkts,bktd->bksd", dropped(p, kept, rule).astype(do.dtype), do).astype(v.dtype)
+    dp = by_heads(dropped(einsum("bktd,bksd->bkts", do, v), kept, rule), length, is_gradient=True)
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True))
+    slope = None if rule.softcap is None else scores(q, k, rule._replace(mask=None, bias=None), 0, 0, groups)[1]
+    dz = by_products(ds, slope, rule, q)
+    dq = einsum("bkts,bksd->bktd", dz, k).astype(q.dtype)
+    dk = einsum("bkts,bktd->bksd", dz, q).astype(k.dtype)
+    memory, dbias = (k.shape[2], k.shape[1]), None
+    if rule.bias is not None:
+        dbias = of_bias(ds, rule.bias).reshape(rule.bias.shape).astype(rule.bias.dtype)
+    return unblocked(dq[None], length, heads), unblocked(dk[None], *memory), unblocked(dv[None], *memory), dbias
 
 
 def by_heads(p: jax.Array, length: int, *, is_gradient: bool = False) -> jax.Array:
@@ -110,93 +187,111 @@ class Blockwise(NamedTuple):
 
     q: jax.Array  # (B, T, H, D)
     k: jax.Array  # (B, S, K, D)
-    v: jax.Array
-    o: jax.Array  # (B, T, H, D)
+    v: jax.Array  # (B, S, K, E)
+    o: jax.Array  # (B, T, H, E)
     lse: jax.Array  # (blocks of queries, B, K, G c, 1)
 
 
-def blockwise(q, k, v, mask, causal, scale, block_size):
+def blockwise(q, k, v, rule: Rule, block_size):
     """For each block of queries, one block of the memory after the other."""
     given, dtype = (q, k, v), wide(q.dtype)
-    c, b, groups, mask = tiling(q, k, mask, block_size)
-    q, k, v = blocks(q, c, groups), blocks(k, b), blocks(v, b)
-    k, v = k.astype(dtype), v.astype(dtype)  # autodiff adds up their gradients over the blocks of queries
+    c, b, groups, rule = tiling(q, k, rule, block_size)
+    memory, q, k, v = k.shape[1], blocks(q, c, groups), blocks(k, b), blocks(v, b)
+    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)  # autodiff adds up their gradients over the blocks
 
     def attend(block):
         i, q = block
+        kept = drawn(rule, i, q, groups, memory, len(k) * b)
 
         def visit(carry, block):
             j, k, v = block
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            k, v = k.astype(given[1].dtype), v.astype(given[2].dtype)
 
             def update(m, l, o):
-                s = scores(q, k, scale, allowed(mask, causal, i, j, c, b, groups))
+                s, _ = scores(q.astype(given[0].dtype), k, rule, i, j, groups)
                 top = lax.stop_gradient(jnp.maximum(m, s.max(-1, keepdims=True)))
                 e, shrink = jnp.exp(s - finite(top)), jnp.exp(m - finite(top))
-                more = einsum("bkts,bksd->bktd", e.astype(v.dtype), v)
+                more = einsum("bkts,bksd->bktd", dropped(e, part_of(kept, j, b), rule).astype(v.dtype), v)
                 return top, shrink * l + e.sum(-1, keepdims=True), shrink * o + more
 
-            return unless_future(causal, i * c + c - 1, j * b, update, lambda *carry: carry, *carry), None
+            return unless_empty(rule, i * c, c, j * b, b, update, lambda *carry: carry, *carry), None
 
         column = jnp.zeros((*q.shape[:-1], 1), dtype)
-        start = jnp.full_like(column, -jnp.inf), column, jnp.zeros(q.shape, dtype)
+        start = jnp.full_like(column, -jnp.inf), column, jnp.zeros((*q.shape[:-1], v.shape[-1]), dtype)
         (m, l, o), _ = lax.scan(visit, start, (numbers(k), k, v))
-        return (o / nonzero(l)).astype(q.dtype), finite(m) + jnp.log(nonzero(l))
+        return (o / nonzero(l)).astype(given[0].dtype), finite(m) + jnp.log(nonzero(l))
 
     o, lse = lax.map(attend, (numbers(q), q))
     o = unblocked(o, *given[0].shape[1:3])
     return o, Blockwise(*given, o, lse)
 
 
-def blockwise_backward(residuals, do, mask, causal, scale, block_size):
+def blockwise_backward(residuals, do, rule: Rule, block_size):
     """Block by block as in the forward: each block of queries adds to the gradients of all keys and values."""
     # as in the plain form, with P = exp(s − lse); Σ_s dP ⊙ P = Σ_d do ⊙ o, which needs no whole row of P
     q, k, v, o, lse = residuals
-    dtype, shapes = wide(q.dtype), (q.shape, k.shape)
-    c, b, groups, mask = tiling(q, k, mask, block_size)
+    bias, dtype, queries, memory = rule.bias, wide(q.dtype), q.shape[1:3], k.shape[1:3]
+    c, b, groups, rule = tiling(q, k, rule, block_size)
     q, do, o, k, v = blocks(q, c, groups), blocks(do, c, groups), blocks(o, c, groups), blocks(k, b), blocks(v, b)
     mean = (do.astype(dtype) * o.astype(dtype)).sum(-1, keepdims=True)
 
     def of_queries(totals, block):
         i, q, do, lse, mean = block
+        kept = drawn(rule, i, q, groups, memory[0], len(k) * b)
 
         def visit(dq, block):
             j, k, v = block
 
             def update(dq):
-                p = jnp.exp(scores(q, k, scale, allowed(mask, causal, i, j, c, b, groups)) - lse)
-                dp = einsum("bktd,bksd->bkts", do, v)
-                ds = (p * (dp - mean) * jnp.asarray(scale, dtype)).astype(q.dtype)
-                dk = einsum("bkts,bktd->bksd", ds, q)
-                dv = einsum("bkts,bktd->bksd", p.astype(do.dtype), do)
-                return dq + einsum("bkts,bksd->bktd", ds, k), (dk, dv)
+                s, slope = scores(q, k, rule, i, j, groups)
+                p, m = jnp.exp(s - lse), part_of(kept, j, b)
+                ds = p * (dropped(einsum("bktd,bksd->bkts", do, v), m, rule) - mean)
+                dz = by_products(ds, slope, rule, q)
+                dk = einsum("bkts,bktd->bksd", dz, q)
+                dv = einsum("bkts,bktd->bksd", dropped(p, m, rule).astype(do.dtype), do)
+                dbias = None if bias is None else of_bias(ds, rule.bias)
+                return dq + einsum("bkts,bksd->bktd", dz, k), (dk, dv, dbias)
 
-            nothing = jnp.zeros(k.shape, dtype)
-            return unless_future(causal, i * c + c - 1, j * b, update, lambda dq: (dq, (nothing, nothing)), dq)
+            def skip(dq):
+                return dq, jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(update, dq)[1])
 
-        dq, parts = lax.scan(visit, jnp.zeros(q.shape, dtype), (numbers(k), k, v))
-        return jax.tree.map(jnp.add, totals, parts), dq.astype(q.dtype)
+            return unless_empty(rule, i * c, c, j * b, b, update, skip, dq)
+
+        dq, (dk, dv, dbias) = lax.scan(visit, jnp.zeros(q.shape, dtype), (numbers(k), k, v))
+        return jax.tree.map(jnp.add, totals, (dk, dv)), (dq.astype(q.dtype), dbias)
 
     zeros_kv = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
-    (dk, dv), dq = lax.scan(of_queries, zeros_kv, (numbers(q), q, do, lse, mean))
-    (_, *queries, _), (_, *memory, _) = shapes
-    return unblocked(dq, *queries), *(unblocked(d.astype(k.dtype), *memory) for d in (dk, dv))
+    (dk, dv), (dq, dbias) = lax.scan(of_queries, zeros_kv, (numbers(q), q, do, lse, mean))
+    if bias is not None:  # (n, m, B or 1, K, G c, b)
+        n, m, batch, kv_heads, _, _ = dbias.shape
+        dbias = dbias.reshape(n, m, batch, kv_heads * groups, c, b).transpose(2, 3, 0, 4, 1, 5)
+        dbias = dbias.reshape(batch, -1, n * c, m * b)[:, :, : queries[0], : memory[0]]
+        dbias = dbias.reshape(bias.shape).astype(bias.dtype)
+    return unblocked(dq, *queries), *(unblocked(d.astype(k.dtype), *memory) for d in (dk, dv)), dbias
 
 
-def tiling(q, k, mask, block_size: int):
-    """``c, b, G`` and the mask as ``(B or 1, 1 or T, S)`` up to whole blocks; what is added there does not count."""
+def tiling(q, k, rule: Rule, block_size: int):
+    """``c, b, G`` and the rule with mask and bias up to whole blocks; what is added there does not count."""
     c, b = min(block_size, q.shape[1]), min(block_size, k.shape[1])
-    if mask is None and k.shape[1] % b:
-        mask = jnp.ones((1, k.shape[1]), bool)
-    if mask is not None:
-        mask = rows_of_mask(mask)
-        mask = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % c if mask.shape[1] > 1 else 0), (0, -k.shape[1] % b)))
-    return c, b, q.shape[2] // k.shape[2], mask
+    mask = jnp.ones((1, k.shape[1]), bool) if rule.mask is None and k.shape[1] % b else rule.mask
+
+    def padded(a):
+        a = four_axes(a)
+        rows = 0 if a is None or a.shape[2] == 1 else -a.shape[2] % c
+        return a if a is None else jnp.pad(a, ((0, 0), (0, 0), (0, rows), (0, -k.shape[1] % b)))
+
+    # autodiff adds up the bias' gradient over the blocks in the dtype in which they are cut
+    bias = None if rule.bias is None else rule.bias.astype(wide(q.dtype))
+    return c, b, q.shape[2] // k.shape[2], rule._replace(mask=padded(mask), bias=padded(bias))
 
 
-def rows_of_mask(mask: jax.Array) -> jax.Array:
-    """``(B, S)`` as ``(B, 1, S)``; one for each pair as it is."""
-    return mask if mask.ndim == 3 else mask[:, None]
+def four_axes(a):
+    """A mask or a bias as ``(B or 1, H or 1, T or 1, S)``; None as it is."""
+    if a is None:
+        return None
+    if a.dtype != bool and a.ndim == 3:  # a bias for all examples
+        return a[None]
+    return a[:, None, None] if a.ndim == 2 else a[:, None] if a.ndim == 3 else a
 
 
 def blocks(x: jax.Array, size: int, groups: int = 1) -> jax.Array:
@@ -217,31 +312,101 @@ def unblocked(x: jax.Array, length: int, heads: int) -> jax.Array:
     return x.reshape(batch, n * size, heads, features)[:, :length]
 
 
-def allowed(mask, causal: bool, i, j, c: int, b: int, groups: int):
-    """Which pairs of queries' block i and memory's block j count, ``(B or 1, 1, G c or 1, b)``; None for all."""
+def cut(a: jax.Array, i, j, c: int, b: int, groups: int) -> jax.Array:
+    """Of a mask or a bias by `four_axes` the blocks i of queries and j of memory, ``(B or 1, K or 1, G c or 1, b)``."""
+    part = lax.dynamic_slice_in_dim(a, j * b, b, 3)
+    if a.shape[2] > 1:
+        part = lax.dynamic_slice_in_dim(part, i * c, c, 2)
+    if a.shape[1] > 1:
+        return part.reshape(a.shape[0], a.shape[1] // groups, groups * part.shape[2], b)
+    return jnp.tile(part, (1, 1, groups, 1)) if a.shape[2] > 1 else part
+
+
+def allowed(rule: Rule, i, j, c: int, b: int, groups: int):
+    """Which pairs of queries' block i and memory's block j count, ``(B or 1, K or 1, G c or 1, b)``; None for all."""
     parts = []
-    if causal:
-        t = i * c + jnp.arange(groups * c, dtype=jnp.int32) % c
-        s = j * b + jnp.arange(b, dtype=jnp.int32)
-        parts.append((s[None] <= t[:, None])[None, None])
-    if mask is not None:
-        part = lax.dynamic_slice_in_dim(mask, j * b, b, 2)
-        if mask.shape[1] > 1:  # each query has its own
-            part = jnp.tile(lax.dynamic_slice_in_dim(part, i * c, c, 1), (1, groups, 1))
-        parts.append(part[:, None])
-    return parts[0] & parts[1] if len(parts) == 2 else parts[0] if parts else None
+    t = rule.offset + i * c + jnp.arange(groups * c, dtype=jnp.int32) % c
+    s = j * b + jnp.arange(b, dtype=jnp.int32)
+    ahead = (s[None] - t[:, None])[None, None]
+    if rule.causal:
+        parts.append(ahead <= 0)
+    if rule.window is not None:
+        parts.append(jnp.abs(ahead) < rule.window)
+    if rule.mask is not None:
+        parts.append(cut(rule.mask, i, j, c, b, groups))
+    return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def scores(q, k, scale, count) -> jax.Array:
-    """``scale · q kᵀ`` in float32 at least, −∞ where a pair does not count."""
-    s = einsum("bktd,bksd->bkts", q, k)
-    s = s * jnp.asarray(scale, s.dtype)
-    return s if count is None else jnp.where(count, s, -jnp.inf)
+def scores(q, k, rule: Rule, i, j, groups: int):
+    """``s = f(scale · q kᵀ) + bias`` in float32 at least, −∞ where a pair does not count; and f', None for no cap."""
+    c, b = q.shape[2] // groups, k.shape[2]
+    s, slope = einsum("bktd,bksd->bkts", q, k), None
+    s = s * scale_of(rule, q, s.dtype)
+    if rule.softcap is not None:
+        cap = jnp.asarray(rule.softcap, s.dtype)
+        turned = jnp.tanh(s / cap)
+        s, slope = cap * turned, 1 - turned * turned
+    if rule.bias is not None:
+        s = s + cut(rule.bias.astype(s.dtype), i, j, c, b, groups)
+    count = allowed(rule, i, j, c, b, groups)
+    return s if count is None else jnp.where(count, s, -jnp.inf), slope
 
 
-def unless_future(causal: bool, last_query, first_key, update, skip, *operands):
-    """``update(*operands)``, or ``skip`` where causality leaves nothing of the block."""
-    return lax.cond(first_key <= last_query, update, skip, *operands) if causal else update(*operands)
+def scale_of(rule: Rule, q: jax.Array, dtype) -> jax.Array:
+    """The scale, 1/√D by default."""
+    return jnp.asarray(q.shape[-1] ** -0.5 if rule.scale is None else rule.scale, dtype)
+
+
+def by_products(ds, slope, rule: Rule, q) -> jax.Array:
+    """``scale · f' ds``, the gradient by ``q kᵀ``, in the dtype of the products."""
+    ds = ds if slope is None else ds * slope
+    return (ds * scale_of(rule, q, ds.dtype)).astype(q.dtype)
+
+
+def of_bias(ds: jax.Array, bias: jax.Array) -> jax.Array:
+    """The gradient by a bias: that by the scores, summed over the examples that share it."""
+    return ds.sum(0, keepdims=True) if bias.ndim == 3 or bias.shape[0] == 1 else ds
+
+
+def drawn(rule: Rule, i, q: jax.Array, groups: int, memory: int, padded: int | None = None):
+    """Which probabilities of queries' block i dropout keeps, ``(B, K, G c, S)``, S ``padded``; None for all.
+
+    The rows of each query are drawn by its own number, so that blocks of any size have the same.
+    """
+    if rule.rate is None or rule.key is None:
+        return None
+    batch, kv_heads, rows, _ = q.shape
+    c, share = rows // groups, jnp.asarray(1 - rule.rate, jnp.float32)
+
+    def of_query(t):
+        return jax.random.bernoulli(jax.random.fold_in(rule.key, t), share, (batch, kv_heads, groups, memory))
+
+    kept = jax.vmap(of_query, out_axes=3)(i * c + jnp.arange(c, dtype=jnp.int32))  # (B, K, G, c, S)
+    kept = kept.reshape(batch, kv_heads, rows, memory)
+    return kept if padded is None else jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, padded - memory)))
+
+
+def part_of(kept, j, b: int):
+    """Of what `drawn` gives, memory's block j."""
+    return None if kept is None else lax.dynamic_slice_in_dim(kept, j * b, b, 3)
+
+
+def dropped(p: jax.Array, kept, rule: Rule) -> jax.Array:
+    """``p m / (1 − rate)``, and p itself where nothing is dropped."""
+    if kept is None:
+        return p
+    share = jnp.asarray(1 - rule.rate, p.dtype)
+    return jnp.where(kept, p / jnp.where(share > 0, share, 1), 0)  # a traced rate of 1 drops everything
+
+
+def unless_empty(rule: Rule, t, c: int, s, b: int, update, skip, *operands):
+    """``update(*operands)``, or ``skip`` where the rule leaves nothing of c queries from t and b positions from s."""
+    t, parts = t + rule.offset, []
+    if rule.causal:
+        parts.append(s <= t + c - 1)
+    if rule.window is not None:
+        parts.append((t - (s + b - 1) < rule.window) & (s - (t + c - 1) < rule.window))
+    return lax.cond(functools.reduce(jnp.logical_and, parts), update, skip, *operands) if parts else update(*operands)
 
 
 def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -259,16 +424,43 @@ def nonzero(l: jax.Array) -> jax.Array:
     return jnp.where(l == 0, 1, l)
 
 
+def in_int32(offset):
+    """The offset, a number of Python or int32 whatever it came in."""
+    return offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+
+
 def numbers(x: jax.Array) -> jax.Array:
     """0, 1, … along the first axis."""
     return jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
-def require_mask(mask, batch: int, queries: int, memory: int) -> None:
-    """Raise `LayerError` unless the mask is None or boolean and of one of the two shapes."""
+def require_mask(mask, batch: int, queries: int, memory: int, heads: int | None = None) -> None:
+    """Raise `LayerError` unless the mask is None or boolean and of one of the three shapes; ``heads`` None: any."""
     if mask is None:
         return
     if mask.dtype != bool:
         raise LayerError(f"expected a boolean mask, True = may be attended to, got {mask.dtype}")
-    if mask.shape not in ((batch, memory), (batch, queries, memory)):
-        raise LayerError(f"expected a mask of shape {(batch, memory)} or {(batch, queries, memory)}, got {mask.shape}")
+    shapes = [(batch, memory), (batch, queries, memory)]
+    if len(mask.shape) == 4:
+        shapes.append((batch, mask.shape[1] if heads is None else heads, queries, memory))
+    if mask.shape not in shapes:
+        raise LayerError(f"expected a mask of shape {' or '.join(map(str, shapes))}, got {mask.shape}")
+
+
+def require_bias(bias, batch: int, heads: int, queries: int, memory: int) -> None:
+    """Raise `LayerError` unless the bias is None or floating and of one of its shapes."""
+    if bias is None:
+        return
+    each = heads, queries, memory
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise LayerError(f"expected a floating bias, got {bias.dtype}: a boolean one is a mask")
+    if bias.shape not in (each, (1, *each), (batch, *each)):
+        raise LayerError(f"expected a bias of shape {each} or {(batch, *each)}, got {bias.shape}")
+
+
+def require_scores(who: str, window, softcap, dropout_rate) -> None:
+    """Raise ValueError unless each is None or what it may be."""
+    require_counts(who, window=window)
+    require(softcap is None or softcap > 0, f"{who}: softcap = {softcap}; expected above 0, or None for none")
+    fits = dropout_rate is None or (dropout_rate >= 0) & (dropout_rate < 1)
+    require(fits, f"{who}: dropout_rate = {dropout_rate}; expected 0 <= dropout_rate < 1")

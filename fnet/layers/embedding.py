@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from fnet.core.checks import require, require_array, require_counts, require_layer, require_params
 from fnet.core.numerics import stream, wide
@@ -246,38 +247,48 @@ def sinusoidal_positions(base=10000.0) -> Layer:
     return by_position(layer)
 
 
-def rotary_positions(base=10000.0) -> Layer:
+def rotary_positions(base=10000.0, *, interleaved: bool = False) -> Layer:
     """`rotate` by the positions 0 .. T − 1: ``x (B, T, H, D)`` to ``y`` alike; no parameters.
+
+    ``base`` is a number or frequencies of one's own, as there.
 
     >>> rotary_positions().forward((), (), jnp.ones((1, 2, 1, 2)))[0].round(4)[0, :, 0].tolist()[0]
     [1.0, 1.0]
     """
+    require_rotary("rotary_positions", base)
 
     def forward(params, x):
-        return rotate(x, jnp.arange(x.shape[1] if x.ndim > 1 else 0), base), ()
+        return rotate(x, jnp.arange(x.shape[1] if x.ndim > 1 else 0), base, interleaved=interleaved), ()
 
     def backward(params, residuals, dy):  # y_t = R(t) x_t with a rotation R(t):  dx_t = R(t)ᵀ dy_t = R(−t) dy_t
-        return (), rotate(dy, -jnp.arange(dy.shape[1]), base)
+        return (), rotate(dy, -jnp.arange(dy.shape[1]), base, interleaved=interleaved)
 
     return by_position(stateless("rotary_positions", lambda key, x: (), forward, backward))
 
 
-def rotate(x: jax.Array, positions: jax.Array, base=10000.0) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, base: ArrayLike = 10000.0, *, interleaved: bool = False) -> jax.Array:
     """Rotary encoding: pair i of each head's features, turned by the angle ``position · base^(-2i/D)``.
 
     ``x (B, T, H, D)``, ``positions`` signed integers ``(T,)`` or ``(B, T)``, ``y`` like ``x``; D is even and pair i is
-    ``(x_i, x_{i + D/2})``. The inner product of two rotated vectors depends on the difference of their positions only.
-    It is linear in ``x`` and orthogonal, so its inverse and its backward is ``rotate(dy, -positions)``. Angles are
-    taken in float32 at least. Raises `LayerError` for an odd D and for positions that do not fit.
+    ``(x_i, x_{i + D/2})``, or with ``interleaved`` the neighbours ``(x_2i, x_{2i+1})``. The inner product of two
+    rotated vectors depends on the difference of their positions only. It is linear in ``x`` and orthogonal, so its
+    inverse and its backward is ``rotate(dy, -positions)``. Angles are taken in float32 at least.
 
-    Source: Su et al., arXiv:2104.09864, whose pairs are neighbours ``(x_2i, x_{2i+1})``; the halves are GPT-NeoX' and
-    LLaMA's form, the same up to a permutation of the features.
+    In the place of the base may stand frequencies ``(R/2,)``, an array, for the angles ``position · frequencies_i``:
+    those of `rotary_frequencies`, `llama3_frequencies`, `yarn_frequencies` or one's own. They are data: constants that
+    may be traced, without a gradient. Where R is less than D, the first R features of each head are turned, as if they
+    were all, and the others stay (GPT-NeoX' ``rotary_pct``, ``partial_rotary_factor`` of Hugging Face).
+
+    Raises `LayerError` for an odd D with a base, more frequencies than pairs, and positions that do not fit.
+
+    Source: Su et al., arXiv:2104.09864, whose pairs are neighbours, as in Meta's files of LLaMA; the halves are
+    GPT-NeoX' and Hugging Face's form, the same up to a permutation of the features.
 
     >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
     >>> rotate(x, jnp.array([1])).round(4).ravel().tolist()
     [0.5403000116348267, 0.8414999842643738]
     """
-    if x.ndim != 4 or x.shape[-1] % 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating) or (jnp.ndim(base) == 0 and x.shape[-1] % 2):
         raise LayerError(
             "expected floating (batch, length, heads, features) with an even number of features, "
             f"got {x.dtype} {x.shape}"
@@ -287,14 +298,145 @@ def rotate(x: jax.Array, positions: jax.Array, base=10000.0) -> jax.Array:
     if positions.shape not in (x.shape[1:2], x.shape[:2]):
         raise LayerError(f"expected positions of shape {x.shape[1:2]} or {x.shape[:2]}, got {positions.shape}")
     dtype = wide(x.dtype)
-    half = x.shape[-1] // 2
-    frequencies = jnp.asarray(base, dtype) ** (jnp.arange(half, dtype=dtype) / -half)
+    frequencies = rotary_frequencies(x.shape[-1], base, dtype) if jnp.ndim(base) == 0 else jnp.asarray(base, dtype)
+    half, features = frequencies.size, x.shape[-1]
+    if 2 * half > features:
+        raise LayerError(f"expected at most {features // 2} frequencies for heads of {features} features, got {half}")
     angles = positions.astype(dtype).reshape(*positions.shape[:-1] or (1,), x.shape[1], 1, 1)
     angles = angles * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B or 1, T, 1, D/2)
-    a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B or 1, T, 1, R/2)
+    turned = x[..., : 2 * half].astype(dtype)
+    pairs = turned.reshape(*x.shape[:3], *((half, 2) if interleaved else (2, half)))
+    axis = -1 if interleaved else -2
+    a, b = jnp.moveaxis(pairs, axis, 0)
     # (a, b) -> (a cos − b sin, b cos + a sin)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(turned.shape).astype(x.dtype)
+    return turned if 2 * half == features else jnp.concatenate([turned, x[..., 2 * half :]], -1)
+
+
+def rotary_frequencies(features: int, base: ArrayLike = 10000.0, dtype: DTypeLike = float) -> jax.Array:
+    """``base^(-2i/R)`` for the pairs ``i`` of R ``features``, ``(R/2,)``: radians a position, for `rotate`.
+
+    With R less than the features of a head, the others are not turned. Raises ValueError for an odd R.
+
+    >>> print(rotary_frequencies(4, 16.0))
+    [1.   0.25]
+    """
+    require_counts("rotary_frequencies", features=features)
+    require(features % 2 == 0, f"rotary_frequencies: features = {features}; expected an even number, two a pair")
+    half = features // 2
+    return jnp.asarray(base, dtype) ** (jnp.arange(half, dtype=dtype) / -half)
+
+
+def llama3_frequencies(
+    features: int,
+    base=500000.0,
+    *,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_length=8192,
+) -> jax.Array:
+    """`rotary_frequencies` f for texts ``factor`` times longer than trained on, by Llama 3.1's formula, ``(R/2,)``.
+
+    Pair i turns ``r = original_length · f_i / 2π`` times over the original length. With ``low <= r <= high``
+    (``low_freq_factor``, ``high_freq_factor``) and ``g = (r − low) / (high − low)`` it is ``g f + (1 − g) f / factor``;
+    faster ones stay, and slower ones are divided by the factor. The defaults are those of Llama 3.1 8B; Llama 3.2 has
+    ``factor=32``. All numbers may be traced. Raises ValueError for ``high <= low`` and what is not above 0.
+
+    Source: ``apply_scaling`` of Meta's llama-models, ``rope_type = "llama3"`` of Hugging Face; `yarn_frequencies` is
+    the same formula with other numbers.
+
+    >>> print(llama3_frequencies(4, 1e8), 1e-4 / 8)  # 0.13 turns of 8192
+    [1.00e+00 1.25e-05] 1.25e-05
+    """
+    require_above_0("llama3_frequencies", base=base, factor=factor, original_length=original_length)
+    low, high = low_freq_factor, high_freq_factor
+    require(high > low, f"llama3_frequencies: high_freq_factor = {high}; expected above low_freq_factor = {low}")
+    frequencies = rotary_frequencies(features, base)
+    return stretched(frequencies, factor, turned_often(frequencies, original_length, low, high))
+
+
+def yarn_frequencies(
+    features: int, base=10000.0, *, factor, original_length, slow=1.0, fast=32.0, variant: str = "paper"
+) -> jax.Array:
+    """`rotary_frequencies` f for texts ``factor`` times longer than trained on, as YaRN stretches them, ``(R/2,)``.
+
+    ``g f + (1 − g) f / factor`` ("NTK by parts"), where g is 0 for pairs that turn less than ``slow`` times over
+    ``original_length``, 1 for those that turn more than ``fast`` times, and rises between, by ``variant``:
+
+    - ``"paper"``: linearly in the number of turns ``r = original_length · f_i / 2π``
+    - ``"code"``: linearly in the pair's number i, from the pair below that which turns ``fast`` times to the one above
+      that which turns ``slow`` times; so in the authors' code and in Hugging Face, hence in what was trained by them
+
+    ``slow`` and ``fast`` are the paper's α and β, 1 and 32 for LLaMA. The temperature of the scores, which belongs to
+    it, is `yarn_scale`. All numbers may be traced. Raises ValueError for numbers that do not fit.
+
+    Source: Peng et al., arXiv:2309.00071, 3.2.
+
+    >>> print(yarn_frequencies(4, factor=4.0, original_length=512))  # 81 turns stay, and 0.8 are divided
+    [1.     0.0025]
+    """
+    if variant not in ("paper", "code"):
+        raise ValueError(f"yarn_frequencies: variant = {variant!r}; expected 'paper' or 'code'")
+    require_above_0("yarn_frequencies", base=base, factor=factor, original_length=original_length, slow=slow)
+    require(fast > slow, f"yarn_frequencies: fast = {fast}; expected above slow = {slow}")
+    frequencies = rotary_frequencies(features, base)
+    if variant == "paper":
+        return stretched(frequencies, factor, turned_often(frequencies, original_length, slow, fast))
+
+    def pair(turns):  # the i, not whole, with original_length · base^(-2i/R) / 2π = turns
+        return features / 2 * jnp.log(original_length / (turns * 2 * jnp.pi)) / jnp.log(jnp.asarray(base, float))
+
+    first = jnp.maximum(jnp.floor(pair(fast)), 0)
+    last = jnp.minimum(jnp.ceil(pair(slow)), features - 1)
+    i = jnp.arange(features // 2, dtype=frequencies.dtype)
+    return stretched(
+        frequencies, factor, 1 - jnp.clip((i - first) / jnp.where(last == first, 1e-3, last - first), 0, 1)
+    )
+
+
+def yarn_scale(features: int, factor) -> jax.Array:
+    """``(0.1 ln factor + 1)² / √D``, the ``scale`` of `attention` that goes with `yarn_frequencies`; D is ``features``.
+
+    The paper's ``1 / (t √D)`` with ``√(1/t) = 0.1 ln factor + 1``. Hugging Face multiplies cos and sin by ``√(1/t)``
+    instead (``attention_factor``), the same where all features of a head are turned. 1/√D for a factor up to 1.
+
+    >>> print((yarn_scale(64, 16.0) * 8).round(4))
+    1.6314
+    """
+    require_counts("yarn_scale", features=features)
+    require_above_0("yarn_scale", factor=factor)
+    return (0.1 * jnp.log(jnp.maximum(jnp.asarray(factor, float), 1)) + 1) ** 2 / features**0.5
+
+
+def turned_often(frequencies: jax.Array, length, low, high) -> jax.Array:
+    """0 for pairs that turn ``low`` times or less over the length, 1 for ``high`` times or more, and linear between."""
+    return jnp.clip((length * frequencies / (2 * jnp.pi) - low) / (high - low), 0, 1)
+
+
+def stretched(frequencies: jax.Array, factor, kept: jax.Array) -> jax.Array:
+    """``g f + (1 − g) f / factor``, where ``kept`` is g."""
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def require_above_0(who: str, **numbers) -> None:
+    """Raise ValueError for a number that is not above 0."""
+    for name, number in numbers.items():
+        require(number > 0, f"{who}: {name} = {number}; expected above 0")
+
+
+def require_rotary(who: str, rotary) -> None:
+    """Raise ValueError unless this is None, a base or an array of frequencies."""
+    shape = getattr(rotary, "shape", () if isinstance(rotary, int | float) else None)
+    if rotary is not None and (isinstance(rotary, bool) or shape is None or len(shape) > 1):
+        given = f"an array of shape {shape}" if shape else f"{rotary!r:.60}"
+        raise ValueError(
+            f"{who}: rotary = {given}; expected the base, such as 10000.0, or frequencies (R/2,), such as "
+            "fnet.layers.llama3_frequencies(64)"
+        )
+    if isinstance(rotary, int | float):
+        require_above_0(who, rotary=rotary)
 
 
 def require_sequence(x) -> None:

@@ -1,9 +1,9 @@
 """Masks travel: what comes in as ``(x, mask)`` goes on as ``(y, mask)``, until a layer says that it ends there.
 
 A mask is boolean, True where something stands and False where it is padding, over leading axes of ``x``: ``(B,)``,
-``(B, T)``; attention also takes one for each pair of positions, ``(B, T, T)``. A layer that acts on each position by
-itself hands it on (`by_position`); one that looks at several positions reads it, and hands it on too; a layer that
-reduces the positions to one ends it, and so does `drop_mask`.
+``(B, T)``; attention also takes one for each pair of positions, ``(B, T, T)``, and for each pair and head, ``(B, H, T,
+T)``. A layer that acts on each position by itself hands it on (`by_position`); one that looks at several positions
+reads it, and hands it on too; a layer that reduces the positions to one ends it, and so does `drop_mask`.
 
 Legend: B batch, T length; `...` any further axes.
 """
@@ -31,7 +31,8 @@ def split_mask(x: PyTree) -> tuple[Any, Any]:
     if hasattr(x, "shape"):
         over = tuple(mask.shape)
         pairs = (*x.shape[:2], *x.shape[1:2])
-        if not over or (over != tuple(x.shape[: len(over)]) and (len(over) != 3 or over != pairs)):
+        of_pairs = len(over) in (3, 4) and (over[0], *over[-2:]) == pairs
+        if not over or (over != tuple(x.shape[: len(over)]) and not of_pairs):
             raise LayerError(f"expected a mask over leading axes of {tuple(x.shape)}, got shape {over}")
     return x, mask
 
