@@ -1,7 +1,7 @@
-"""A language model of characters: an LSTM or a small GPT learns the text that every CPython ships.
+"""A language model of characters: an LSTM, a small GPT or a small Llama learns the text that every CPython ships.
 
     python -m experiments.char_language_model
-    python -m experiments.char_language_model --model gpt
+    python -m experiments.char_language_model --model gpt        or llama
     python -m experiments.char_language_model --text FILE --prompt "Once upon"
     python -m experiments.char_language_model --engine autodiff --seeds 0 1 2
 
@@ -40,7 +40,7 @@ from experiments.pictures.parts import grid_and_legend, mean_and_spread, whole_e
 from fnet.core.files import first_line
 from fnet.core.numerics import stream
 from fnet.layers import lstm
-from fnet.layers.models import gpt, recurrent_lm
+from fnet.layers.models import gpt, llama, recurrent_lm
 from fnet.optimizers.schedules import warmup_cosine
 from fnet.optimizers.transforms import clip_by_global_norm
 from fnet.report import engine_table
@@ -53,16 +53,16 @@ TARGET = 2.3  # bits per character on CPython's text
 class Config(Resumable, ByEngine):
     """Train a language model of characters and let it write."""
 
-    model: Literal["lstm", "gpt"] = "lstm"
+    model: Literal["lstm", "gpt", "llama"] = "lstm"
     engine: Literal["backprop", "autodiff"] = "backprop"
     text: Path | None = None  # a file in UTF-8; None takes the text of Python's own help
     length: Count = 64  # T, characters of a window
     batch_size: Count = 32
-    epochs: CountOrNone = None  # None takes 8 (lstm) or 3 (gpt)
+    epochs: CountOrNone = None  # None takes 8 (lstm) or 3 (gpt, llama)
     features: Count = 128  # of the embedding; the LSTM's units
-    layers: Count = 2  # of the GPT
-    heads: Count = 4  # of the GPT
-    learning_rate: AmountOrNone = None  # Adam's highest; None takes 5e-3 (lstm) or 3e-3 (gpt)
+    layers: Count = 2  # of the GPT and the Llama
+    heads: Count = 4  # of the GPT; of the Llama, half as many of keys and values
+    learning_rate: AmountOrNone = None  # Adam's highest; None takes 5e-3 (lstm) or 3e-3 (gpt, llama)
     warmup_steps: Whole = 100  # then half a cosine down to 0
     limit: Positive = 1.0  # of the gradient's global norm
     seeds: Seeds = (0,)  # of the parameters and the order of the windows; one run each
@@ -72,7 +72,11 @@ class Config(Resumable, ByEngine):
     top_k: Count = 20
 
 
-DEFAULTS = {"lstm": {"epochs": 8, "learning_rate": 5e-3}, "gpt": {"epochs": 3, "learning_rate": 3e-3}}
+DEFAULTS = {
+    "lstm": {"epochs": 8, "learning_rate": 5e-3},
+    "gpt": {"epochs": 3, "learning_rate": 3e-3},
+    "llama": {"epochs": 3, "learning_rate": 3e-3},
+}
 
 
 def load(path: Path | None) -> str:
@@ -121,7 +125,11 @@ def counted_bits(train: np.ndarray, ids: np.ndarray, vocabulary: int) -> dict[st
 def make_model(config: Config, vocabulary: int) -> fnet.Layer:
     if config.model == "lstm":
         return recurrent_lm(vocabulary, lstm(config.features), features=config.features)
-    return gpt(vocabulary, length=config.length, layers=config.layers, features=config.features, heads=config.heads)
+    sizes = {"layers": config.layers, "features": config.features, "heads": config.heads}
+    if config.model == "gpt":
+        return gpt(vocabulary, length=config.length, **sizes)
+    hidden = 8 * config.features // 3  # with its three matrices as many parameters as the GPT's two of 4 D
+    return llama(vocabulary, kv_heads=max(1, config.heads // 2), hidden=hidden, tied=True, **sizes)
 
 
 def validation_bits(config: Config, model: fnet.Layer, params, state, ids: np.ndarray) -> float:
@@ -156,7 +164,7 @@ def train_one(config: Config, seed: int, data: fnet.Batch, model: fnet.Layer, co
 def write(config: Config, model: fnet.Layer, ts: fnet.TrainState, vocabulary: str, prompt: str, key) -> str:
     """The prompt and ``config.sample`` characters after it."""
     options = {"temperature": config.temperature, "top_k": min(config.top_k, len(vocabulary)), "key": key}
-    context = config.length if config.model == "gpt" else None
+    context = None if config.model == "lstm" else config.length
 
     def generate(ts, ids):
         return fnet.generate(model, ts.params, ts.state, ids, config.sample, context=context, **options)

@@ -304,6 +304,10 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
                 ),
                 "recurrent_lm": (fnet.models.recurrent_lm(K, make.lstm(F), features=F), (ids, ids[::-1])),
                 "gpt": (fnet.models.gpt(K, length=T, layers=2, features=F, heads=2), (ids, ids[::-1])),
+                "llama": (
+                    fnet.models.llama(K, layers=1, features=8, heads=2, kv_heads=1, hidden=6),
+                    (ids, ids[::-1]),
+                ),
             }.items()
         },
         "autoencoder": (

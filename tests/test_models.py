@@ -26,7 +26,8 @@ def specs(*shape, dtype="float32"):
 
 
 IMAGENET = specs(1, 224, 224, 3)
-# where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report. ViT-B/16 has
+# where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report; Llama's
+# files. ViT-B/16 has
 # 86,567,656 with a class token and its position, which the mean over the patches replaces
 PUBLISHED = {
     "lenet5": (models.lenet5(), specs(1, 28, 28, 1), 61_706),
@@ -44,6 +45,18 @@ PUBLISHED = {
         models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
         specs(1, 8, dtype="int32"),
         124_439_808,
+    ),
+    "Llama 2 7B": (
+        models.llama(32000, layers=32, features=4096, heads=32, hidden=11008, repeated=True),
+        specs(1, 8, dtype="int32"),
+        6_738_415_616,
+    ),
+    "Llama 3 8B": (
+        models.llama(
+            128256, layers=32, features=4096, heads=32, kv_heads=8, hidden=14336, rotary=5e5, repeated=True
+        ),
+        specs(1, 8, dtype="int32"),
+        8_030_261_248,
     ),
     "ViT-B/16": (
         models.vit(1000, patch=16, layers=12, features=768, heads=12, positions=196), IMAGENET, 86_567_656 - 2 * 768,
@@ -70,6 +83,8 @@ SMALL = {
     "recurrent_lm": (models.recurrent_lm(11, lstm(5), gru(6), features=6), TOKENS),
     "gpt": (models.gpt(11, length=8, layers=2, features=8, heads=2), TOKENS),
     "gpt, repeated": (models.gpt(11, length=8, layers=2, features=8, heads=2, repeated=True), TOKENS),
+    "llama": (models.llama(11, layers=2, features=8, heads=4, kv_heads=2, hidden=6), TOKENS),
+    "llama, tied": (models.llama(11, layers=1, features=8, heads=2, hidden=6, tied=True, repeated=True), TOKENS),
 }
 
 
@@ -114,8 +129,54 @@ def test_a_repeated_gpt_is_the_unrolled_one(key):
     assert jnp.abs(again - y).max() <= 1e-6 * jnp.abs(y).max()
 
 
+def llama_in_numpy(params, ids, heads, kv_heads, base=10000.0, eps=1e-5):
+    """Logits by the formulas of arXiv:2302.13971 and 2305.13245, position by position and head by head."""
+
+    def norm(p, x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"]
+
+    def turned(x, size):  # (T, size): pair i of position t by the angle t base^(-2i/size)
+        angles = np.arange(len(x))[:, None] * base ** (-2 * np.arange(size // 2) / size)
+        a, b = x[:, : size // 2], x[:, size // 2 :]
+        return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], 1)
+
+    def attend(p, x):
+        q, k, v = (x @ p[name]["w"] for name in ("query", "key", "value"))
+        size, out = q.shape[1] // heads, []
+        for h in range(heads):
+            own, of = slice(h * size, (h + 1) * size), h // (heads // kv_heads)
+            shared = slice(of * size, (of + 1) * size)
+            s = turned(q[:, own], size) @ turned(k[:, shared], size).T / np.sqrt(size)
+            e = np.exp(np.where(np.tril(np.ones_like(s)) > 0, s, -np.inf))
+            out.append(e / e.sum(1, keepdims=True) @ v[:, shared])
+        return np.concatenate(out, 1) @ p["out"]["w"]
+
+    def gated(p, x):
+        gate = x @ p["gated"]["branches"]["gate"]["dense_0"]["w"]
+        return (x @ p["gated"]["branches"]["up"]["w"] * gate / (1 + np.exp(-gate))) @ p["narrow"]["w"]
+
+    logits = []
+    for row in ids:
+        x = params["embedding"]["table"][row]
+        for name in sorted(name for name in params if name.startswith("block_")):
+            block = params[name]
+            x = x + attend(block["attend"]["attention"], norm(block["attend"]["norm"], x))
+            x = x + gated(block["mlp"], norm(block["mlp"]["norm"], x))
+        logits.append(norm(params["norm"], x) @ params["output"]["w"])
+    return np.stack(logits)
+
+
+def test_a_llama_is_its_formulas_in_numpy(key, x64):
+    model, _ = SMALL["llama"]
+    params, state = fnet.init(model, key, IDS)
+    rng = np.random.default_rng(2)  # larger weights, so that no part of it is next to nothing
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    expected = llama_in_numpy(jax.tree.map(np.asarray, params), IDS, heads=4, kv_heads=2)
+    np.testing.assert_allclose(apply(model, params, state, IDS), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_language_model_does_not_see_the_future(key):
-    for name in ("gpt", "recurrent_lm"):
+    for name in ("gpt", "recurrent_lm", "llama"):
         model = SMALL[name][0]
         params, state = fnet.init(model, key, IDS)
         changed = IDS.copy()

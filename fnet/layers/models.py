@@ -14,6 +14,7 @@ from fnet.layers import (
     conv,
     dense,
     dropout,
+    embedding,
     flatten,
     gelu,
     global_avg_pool,
@@ -24,8 +25,10 @@ from fnet.layers import (
     repeat,
     reshape,
     residual,
+    rms_norm,
     serial,
     stacked,
+    swiglu,
     tied_embedding,
 )
 from fnet.layers.combinators import output_shape
@@ -269,6 +272,71 @@ def gpt(
     drop = [] if dropout_rate is None else [dropout(dropout_rate)]
     body = serial(("positions", learned_positions(length)), *drop, *blocks, ("norm", layer_norm()))
     return tied_embedding(vocabulary, features, body)._replace(name="gpt")
+
+
+def llama_block(
+    features: int,
+    heads: int,
+    *,
+    hidden: int,
+    kv_heads: int | None = None,
+    rotary=10000.0,
+    eps=1e-5,
+    block_size: int | None = None,
+) -> Layer:
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, on ``(B, T, D)``, without a bias anywhere.
+
+    Norms are `rms_norm`; attention is causal, of grouped queries (``kv_heads``), with ``rotary`` positions as in
+    `attention`; the mlp is `swiglu` of ``hidden`` units and a dense layer. Sources: Touvron et al., arXiv:2302.13971;
+    Grattafiori et al., arXiv:2407.21783.
+    """
+    small = normal(0.02)
+    attend = attention(
+        heads, kv_heads=kv_heads, causal=True, rotary=rotary, block_size=block_size, weights=small, bias=None
+    )
+    gate, narrow = swiglu(hidden, weights=small, bias=None), dense(features, weights=small, bias=None)
+    return serial(
+        ("attend", residual(("norm", rms_norm(eps=eps)), ("attention", attend))),
+        ("mlp", residual(("norm", rms_norm(eps=eps)), ("gated", gate), ("narrow", narrow))),
+    )._replace(name="llama_block")
+
+
+def llama(
+    vocabulary: int,
+    *,
+    layers: int,
+    features: int,
+    heads: int,
+    hidden: int,
+    kv_heads: int | None = None,
+    rotary=10000.0,
+    eps=1e-5,
+    block_size: int | None = None,
+    tied: bool = False,
+    repeated: bool = False,
+) -> Layer:
+    """A causal language model as Llama: ids ``(B, T)`` of any length to logits ``(B, T, V)`` of each next one.
+
+    Token embeddings, ``layers`` of `llama_block`, a last `rms_norm`, and a matrix of its own as the output, or the
+    token table again if ``tied``. With ``vocabulary=128256, layers=32, features=4096, heads=32, kv_heads=8,
+    hidden=14336, rotary=500000.0`` it has Llama 3 8B's 8,030,261,248 parameters. ``repeated`` as in `gpt`.
+    Source: Grattafiori et al., arXiv:2407.21783.
+
+    >>> import jax
+    >>> model = llama(100, layers=2, features=16, heads=4, kv_heads=2, hidden=24)
+    >>> params, state = model.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8), "int32"))
+    >>> list(params), model.forward(params, state, jax.numpy.zeros((1, 8), int))[0].shape
+    (['embedding', 'block_0', 'block_1', 'norm', 'output'], (1, 8, 100))
+    """
+    block = llama_block(
+        features, heads, hidden=hidden, kv_heads=kv_heads, rotary=rotary, eps=eps, block_size=block_size
+    )
+    blocks = [("blocks", repeat(block, layers))] if repeated else [(f"block_{i}", block) for i in range(layers)]
+    body = [*blocks, ("norm", rms_norm(eps=eps))]
+    if tied:
+        return tied_embedding(vocabulary, features, serial(*body))._replace(name="llama")
+    output = ("output", dense(vocabulary, weights=normal(0.02), bias=None))
+    return serial(("embedding", embedding(vocabulary, features)), *body, output)._replace(name="llama")
 
 
 def recurrent_lm(vocabulary: int, *layers: Layer, features: int) -> Layer:
