@@ -18,6 +18,7 @@ from fnet.core.checks import require_array, require_counts, require_key, require
 from fnet.core.numerics import stream, wide
 from fnet.core.splitting import are_features_split
 from fnet.layers.children import backward_child, forward_child, init_child, inside
+from fnet.layers.decoding import begin, is_decoding, remembered
 from fnet.layers.dense import affine, affine_backward
 from fnet.layers.dot_product import (
     dot_product_attention,
@@ -155,13 +156,18 @@ def attention(
             q = project(params, "query", query, heads)  # (B, T, H, D)
             k = project(params, "key", memory, kv_heads)  # (B, S, K, D)
             v = project(params, "value", memory, kv_heads)
-        q, k = turn(q, positions(q) + in_int32(offset)), turn(k, positions(k))
+        before = begin()  # 0, unless a cache holds positions before these
+        first = in_int32(offset) + before
+        q, k = turn(q, positions(q) + first), turn(k, positions(k) + (before if is_self(x) else 0))
+        if is_decoding() and is_self(x):
+            require_causal(causal, mask)
+            k, v = remembered(k, v)
         bias, of_relative = None, None
         if relative is not None:
             require_relative(params)
-            at = places(query, offset), places(memory)
+            at = places(query, first), places(k)
             bias, _, of_relative = forward_child("relative", relative, params["relative"], (), at, key=key, train=train)
-        o, kept = dot_product_attention(q, k, v, mask, bias, key=key, **options)
+        o, kept = dot_product_attention(q, k, v, mask, bias, key=key, **{**options, "offset": first})
         o = o.reshape(*o.shape[:2], o.shape[2] * o.shape[3])  # (B, T, H E)
         y = with_mask(project(params, "out", o), x[1] if is_masked(x) else None)
         return y, state, (x, o, kept, key, bias, of_relative)
@@ -268,9 +274,16 @@ def positions(x: jax.Array) -> jax.Array:
     return jnp.arange(x.shape[1], dtype=jnp.int32)
 
 
-def places(x: jax.Array, offset=0) -> jax.Array:
+def places(x: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
     """`positions` as a batch of one, ``(1, T)``."""
     return (positions(x) + in_int32(offset))[None]
+
+
+def require_causal(causal: bool, mask) -> None:
+    """Raise `LayerError` unless attention can be run with a cache."""
+    if not causal or mask is not None:
+        given = "one that is not causal" if mask is None else "a mask"
+        raise LayerError(f"expected causal attention without a mask, to be run with a cache, got {given}")
 
 
 def require_relative(params) -> None:

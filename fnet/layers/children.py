@@ -70,6 +70,11 @@ def parameter_paths(model: Layer, x: PyTree) -> list[str]:
 _path: ContextVar[tuple[str, ...]] = ContextVar("path", default=())
 
 
+def path_here() -> tuple[str, ...]:
+    """The path of the layer that is running."""
+    return _path.get()
+
+
 @contextmanager
 def inside(name: str):
     """Everything that happens within belongs to the child ``name``: errors and compiled operations carry its path."""

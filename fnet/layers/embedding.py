@@ -15,6 +15,7 @@ from fnet.core.checks import require, require_array, require_counts, require_lay
 from fnet.core.numerics import stream, wide
 from fnet.core.splitting import by_examples
 from fnet.layers.children import backward_child, forward_child, init_child
+from fnet.layers.decoding import begin, is_decoding
 from fnet.layers.dense import plus, product, rows, wide_product
 from fnet.layers.initializers import normal, require_initializers
 from fnet.layers.masks import by_position
@@ -212,7 +213,10 @@ def learned_positions(length: int, *, weights=normal(0.02)) -> Layer:
     def forward(params, x):
         check(x, params["table"].shape[1])
         dtype = wide(x.dtype)  # as in `lookup`
-        return (x.astype(dtype) + params["table"][None, : x.shape[1]].astype(dtype)).astype(x.dtype), ()
+        rows = params["table"][: x.shape[1]]
+        if is_decoding():
+            rows = jax.lax.dynamic_slice_in_dim(params["table"], begin(length), x.shape[1])
+        return (x.astype(dtype) + rows[None].astype(dtype)).astype(x.dtype), ()
 
     def backward(params, residuals, dy):  # dtable_t = Σ_B dy_t, and 0 beyond T;  dx = dy
         table = params["table"]
@@ -238,7 +242,8 @@ def sinusoidal_positions(base=10000.0) -> Layer:
         _, length, features = x.shape
         dtype = wide(x.dtype)
         exponents = jnp.arange(0, features, 2, dtype=dtype) / -features
-        angles = jnp.arange(length, dtype=dtype)[:, None] * (jnp.asarray(base, dtype) ** exponents)[None]
+        steps = (jnp.arange(length, dtype=jnp.int32) + begin()).astype(dtype)
+        angles = steps[:, None] * (jnp.asarray(base, dtype) ** exponents)[None]
         waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)  # (T, ⌈D/2⌉, 2), read row by row
         encoding = waves.reshape(length, 2 * exponents.size)[:, :features]
         return (x.astype(dtype) + encoding[None]).astype(x.dtype), ()
@@ -258,7 +263,9 @@ def rotary_positions(base=10000.0, *, interleaved: bool = False) -> Layer:
     require_rotary("rotary_positions", base)
 
     def forward(params, x):
-        return rotate(x, jnp.arange(x.shape[1] if x.ndim > 1 else 0), base, interleaved=interleaved), ()
+        return rotate(
+            x, jnp.arange(x.shape[1] if x.ndim > 1 else 0, dtype=jnp.int32) + begin(), base, interleaved=interleaved
+        ), ()
 
     def backward(params, residuals, dy):  # y_t = R(t) x_t with a rotation R(t):  dx_t = R(t)ᵀ dy_t = R(−t) dy_t
         return (), rotate(dy, -jnp.arange(dy.shape[1]), base, interleaved=interleaved)

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fnet.core.checks import require_array, require_layer
+from fnet.layers.decoding import acts_by_position
 from fnet.types import Layer, LayerError, PyTree
 
 
@@ -62,6 +63,7 @@ def by_position(layer: Layer) -> Layer:
         return layer.init(key, split_mask(x)[0])
 
     def forward(params, state, x, *, key=None, train=False):
+        acts_by_position()
         x, mask = split_mask(x)
         y, state, residuals = layer.forward(params, state, x, key=key, train=train)
         return with_mask(y, mask), state, residuals

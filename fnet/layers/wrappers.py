@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from fnet.core.checks import described, require_array, require_layer, takes
 from fnet.core.numerics import is_floating_dtype, wide
 from fnet.core.trees import cast_like, join, split_floating
+from fnet.layers.decoding import is_decoding
 from fnet.types import Layer, LayerError, PyTree
 
 
@@ -64,6 +65,8 @@ def with_hand_backward(layer: Layer) -> Layer:
     require_layer("with_hand_backward: layer", layer)
 
     def forward(params, state, x, *, key=None, train=False):
+        if is_decoding():  # a cache is no output that a rule could be of
+            return layer.forward(params, state, x, key=key, train=train)
         floating, others = split_floating(x)
 
         def plain(params, floating, given):

@@ -5,6 +5,8 @@ Legend: B batch, P length of the prompt, N ids to add, T what the model is given
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,8 @@ from jax.core import Tracer
 from fnet.core.checks import require, require_counts, require_key, require_layer
 from fnet.core.numerics import wide
 from fnet.layers.children import apply
-from fnet.types import Layer, PyTree
+from fnet.layers.decoding import apply_cached
+from fnet.types import Layer, LayerError, PyTree
 
 
 def generate(
@@ -27,6 +30,7 @@ def generate(
     temperature=1.0,
     top_k: int | None = None,
     context: int | None = None,
+    cache: bool | None = None,
 ) -> jax.Array:
     """``prompt (B, P)`` with ``count`` sampled ids after it, ``(B, P + count)``: a pure function of the key.
 
@@ -35,8 +39,11 @@ def generate(
     in the batch and on the ids before it, and on nothing else.
 
     With ``context`` the model maps ids ``(B, T)`` to logits ``(B, T, V)`` and is causal, as `fnet.models.gpt`; it is
-    given the last ``context`` ids each time. Without, it maps ``(ids, carry)`` to ``(logits, carry)``, as
-    `fnet.models.recurrent_lm`, and is given the prompt, then one id at a time.
+    given the last ``context`` ids each time. While all ids are no more than that, and its layers know how, it is given
+    one id at a time, with the keys and values of those before in a cache (`fnet.layers.decoding`): the same to
+    rounding, at the cost of one. With ``cache`` True a model whose layers do not is refused, with False none is used.
+    Without ``context`` the model maps ``(ids, carry)`` to ``(logits, carry)``, as `fnet.models.recurrent_lm`, and is
+    given the prompt, then one id at a time.
 
     Raises ValueError for a prompt that is not a batch of at least one integer each, one whose dtype cannot hold every
     id, ids out of 0 .. V − 1 (if they are concrete), a count or a context below 1, a temperature that is not positive,
@@ -82,22 +89,24 @@ def generate(
         scaled = below / jnp.maximum(jnp.asarray(temperature, dtype), jnp.finfo(dtype).tiny)
         return jax.random.categorical(jax.random.fold_in(key, n), scaled).astype(prompt.dtype)
 
-    def from_carry():
-        logits, carry = apply(model, params, state, (prompt, None))
+    def one_by_one(run, steps: int):
+        """By ``run(ids, carry) -> logits, carry``, which is given the prompt, then one id at a time."""
+        logits, carry = run(prompt, None)
         first = draw(logits[:, -1], length)
 
         def one(before, n):
             ids, carry = before
-            logits, carry = apply(model, params, state, (ids[:, None], carry))
+            logits, carry = run(ids[:, None], carry)
             ids = draw(logits[:, -1], n)
             return (ids, carry), ids
 
-        _, rest = jax.lax.scan(one, (first, carry), jnp.arange(length + 1, length + count))
+        _, rest = jax.lax.scan(one, (first, carry), jnp.arange(length + 1, length + steps))
         return jnp.concatenate([prompt, first[:, None], rest.T], 1)
 
-    def from_context(size: int):
+    def anew(known, size: int):
+        """After those that are known, each of the last ``size`` ids, all of which the model is given."""
         # ids that are not drawn yet stand behind those that are, where a causal model does not look
-        ids = jnp.zeros((prompt.shape[0], max(length + count, size)), prompt.dtype).at[:, :length].set(prompt)
+        ids = jnp.zeros((len(prompt), max(length + count, size)), prompt.dtype).at[:, : known.shape[1]].set(known)
 
         def one(ids, n):
             start = jnp.maximum(n - size, 0)
@@ -105,9 +114,34 @@ def generate(
             now = jax.lax.dynamic_index_in_dim(logits, n - 1 - start, 1, keepdims=False)
             return jax.lax.dynamic_update_slice_in_dim(ids, draw(now, n)[:, None], n, 1), None
 
-        return jax.lax.scan(one, ids, jnp.arange(length, length + count))[0][:, : length + count]
+        return jax.lax.scan(one, ids, jnp.arange(known.shape[1], length + count))[0][:, : length + count]
 
-    return from_carry() if context is None else from_context(context)
+    if context is None:
+        return one_by_one(lambda ids, carry: apply(model, params, state, (ids, carry)), count)
+    # how many are drawn while all before them fit into the context, and how many stand before the last of these
+    steps = min(context - length + 1, count)
+    room = length + steps - 1
+    run = partial(apply_cached, model, params, state, length=room)
+    if cache is False or steps < 1 or not takes_cache(run, prompt, needed=cache):
+        return anew(prompt, context)
+    known = one_by_one(run, steps)
+    return known if steps == count else anew(known, context)
+
+
+def takes_cache(run, prompt, needed) -> bool:
+    """Whether the model runs with a cache; where that is ``needed``, it raises what is in the way."""
+    try:
+        jax.eval_shape(run, prompt)
+    except LayerError as error:
+        if needed:
+            remedy = "(generate: cache=False gives the model all ids anew each time)"
+            raise LayerError(f"{error.message} {remedy}", error.path) from None
+        return False
+    except Exception:  # a model of one's own may take no piece of what it knows
+        if needed:
+            raise
+        return False
+    return True
 
 
 def refuse_other_kind(model: Layer, params: PyTree, state: PyTree, ids, context: int | None) -> None:
