@@ -125,11 +125,11 @@ def counted_bits(train: np.ndarray, ids: np.ndarray, vocabulary: int) -> dict[st
 def make_model(config: Config, vocabulary: int) -> fnet.Layer:
     if config.model == "lstm":
         return recurrent_lm(vocabulary, lstm(config.features), features=config.features)
-    sizes = {"layers": config.layers, "features": config.features, "heads": config.heads}
+    layers, features, heads = config.layers, config.features, config.heads
     if config.model == "gpt":
-        return gpt(vocabulary, length=config.length, **sizes)
-    hidden = 8 * config.features // 3  # with its three matrices as many parameters as the GPT's two of 4 D
-    return llama(vocabulary, kv_heads=max(1, config.heads // 2), hidden=hidden, tied=True, **sizes)
+        return gpt(vocabulary, length=config.length, layers=layers, features=features, heads=heads)
+    hidden, kv_heads = 8 * features // 3, max(1, heads // 2)  # three matrices, together as large as the GPT's two
+    return llama(vocabulary, layers=layers, features=features, heads=heads, kv_heads=kv_heads, hidden=hidden, tied=True)
 
 
 def validation_bits(config: Config, model: fnet.Layer, params, state, ids: np.ndarray) -> float:

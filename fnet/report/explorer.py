@@ -205,6 +205,7 @@ def script() -> str:
     names = ", ".join(f"{public}: {inner}" for inner, public in pairs if public in ("html", "svg", "render", "nothing"))
     head = f"const {{html, svg, render, nothing}} = (() => {{{lit}return {{{names}}}}})();\n"
     lines = [line for name in SCRIPTS for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
-    code = head + "\n".join(line for line in lines if not line.lstrip().startswith("//"))  # comments stay here
+    # comments and indentation stay here
+    code = head + "\n".join(line.lstrip() for line in lines if not line.lstrip().startswith("//"))
     require("</script" not in code, "a script of the page ends itself")
     return code
