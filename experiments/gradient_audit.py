@@ -216,6 +216,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "basic_block": (fnet.models.basic_block(3, project=True), pixels),
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
         "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
+        "llama_block": (fnet.models.llama_block(F, F // 2, kv_heads=1, hidden=5), sequence),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
     }
 

@@ -268,7 +268,7 @@ function training() {
     y = curve(),
     W = 560,
     H = 150,
-    left = 56,
+    left = 74,
     low = 24;
   const positive = y.every(v => v > 0),
     f = positive ? Math.log10 : v => v,
