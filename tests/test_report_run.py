@@ -295,6 +295,14 @@ def test_a_step_is_written_with_all_its_digits(tmp_path, step):
 # ---- folders that are not whole
 
 
+def test_the_page_links_the_explorer_that_lies_in_the_folder_from_wherever_it_stands_itself(tmp_path):
+    folder = folder_of(tmp_path / "a run", [epoch(1, loss=1.0)])
+    assert "explorer.html" not in write_report(folder).read_text()
+    (folder / "explorer.html").write_text("")
+    assert '<a href="explorer.html">' in write_report(folder).read_text()
+    assert '<a href="a%20run/explorer.html">' in write_report(folder, tmp_path / "page.html").read_text()
+
+
 def test_sections_without_data_say_so_in_a_line(tmp_path):
     page, text = page_of(folder_of(tmp_path / "a"))
     assert "Has not ended" in page.text and "before the first row of metrics" in page.text
