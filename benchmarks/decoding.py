@@ -8,6 +8,9 @@ says. The loop gives the model the prompt and all ids to come, zeros where they 
 likeliest of the logits at the last; one compiled program each. Times are medians of rounds, compiling left out; the
 ratio is taken round by round. With a cache the time of an id does not depend on how many are before it, but for the
 attention to a cache of the whole length.
+
+With ``--repeats 3`` on two cores, jax 0.10.2: the loop took 18.6 times as long (16.3 to 24.4) for 64 ids, 47.8 times
+(46.1 to 54.7) for 256; 11,145 and 9,806 ids a second with the cache, 522 and 205 without.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def runs(count: int, layers: int, features: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="decoding with a cache and without")
-    parser.add_argument("--counts", type=int, nargs="*", default=[64, 256, 1008], help="ids to draw")
+    parser.add_argument("--counts", type=int, nargs="*", default=[64, 256], help="ids to draw")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
