@@ -18,7 +18,7 @@ import numpy as np
 
 from fnet.core.interpret import HIDDEN, STEP, evaluate, walk
 from fnet.core.jax_insides import Literal, bind, value_of
-from fnet.core.numerics import is_key
+from fnet.core.numerics import is_key, words_of
 from fnet.core.trees import named_leaves
 from fnet.gradients.intermediates import PREFIX
 from fnet.types import PyTree
@@ -189,7 +189,7 @@ def _pruned(numbers: _Numbers, equations: list[Equation], given, marks, outputs)
 
 def on_host(value) -> np.ndarray:
     """A value as NumPy has it; a key as its words."""
-    return np.asarray(jax.random.key_data(value) if is_key(value) else value)
+    return np.asarray(words_of(value))
 
 
 def _lines(traceback) -> tuple[tuple[str, int], ...]:

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 
 from fnet.core.checks import require
-from fnet.core.files import whole_file
 from fnet.core.trees import named_leaves
 from fnet.gradcheck.recording import Recording
 from fnet.report.explorer_program import encode, program_json, shown
-from fnet.report.html import GENERATOR
+from fnet.report.html import GENERATOR, save_page
 from fnet.types import PyTree
 
 HERE = Path(__file__).parent / "explorer_page"
@@ -79,20 +78,16 @@ def write_explorer(
                 f"write_explorer: {what} for {name!r}, which the recording does not have; there are "
                 f"{', '.join(sorted(names))}",
             )
-    page = page_of(scene(recording, title, note, labels, images, training, rate, kept, plane, middle))
-    text = page.encode(errors="replace")
-    if len(text) > MOST_BYTES:
+    made = scene(recording, title, note, labels, images, training, rate, kept, plane, middle)
+    page = page_of(made).encode(errors="replace")
+    if len(page) > MOST_BYTES:
         raise ValueError(
-            f"write_explorer: the page of {recording} would have {len(text) / 2**20:.1f} MiB; expected at most "
+            f"write_explorer: the page of {recording} would have {len(page) / 2**20:.1f} MiB; expected at most "
             f"{MOST_BYTES // 2**20}: record fewer examples or steps, a smaller model, or give a shorter training"
         )
     path = Path(path)
-    if path.exists() and (path.is_dir() or GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]):
-        raise FileExistsError(f"{path} is not a page of fnet's and is left as it is; name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        part.write_bytes(text)
-    return path
+    return save_page(path, page)
 
 
 def scene(recording: Recording, title, note, labels, images, training, rate, kept, plane, middle) -> dict[str, Any]:

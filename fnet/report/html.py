@@ -18,9 +18,7 @@ GENERATOR = '<meta name="generator" content="fnet">'
 
 
 def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -> Path:
-    """Write a page of titled sections; FileExistsError where there is a file that is none."""
-    if path.exists() and (path.is_dir() or GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]):
-        raise FileExistsError(f"{path} is not a page of fnet's and is left as it is; name another file")
+    """Write a page of titled sections; errors as `save_page`."""
     ids = {name: re.sub(r"\W+", "-", name.lower()) for name in sections}
     links = "".join(f'<li><a href="#{ids[name]}">{escape(name)}</a></li>' for name in sections)
     body = "".join(
@@ -40,9 +38,16 @@ def write_page(path: Path, title: str, head: str, sections: Mapping[str, str]) -
         f'<nav aria-label="sections"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n'
         f"<footer><p>Written {escape(date_time(time.time()))} by fnet.</p></footer></body></html>\n"
     )
+    return save_page(path, page.encode(errors="replace"))
+
+
+def save_page(path: Path, page: bytes) -> Path:
+    """Write a page of fnet's, or over one; FileExistsError where there is a file that is none."""
+    if path.exists() and (path.is_dir() or GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]):
+        raise FileExistsError(f"{path} is not a page of fnet's and is left as it is; name another file")
     try:
         with whole_file(path) as part:
-            part.write_bytes(page.encode(errors="replace"))
+            part.write_bytes(page)
     except OSError as error:
         raise type(error)(
             f"{path} cannot be written ({error.strerror or error}); expected {path.parent} to be a folder that can be "

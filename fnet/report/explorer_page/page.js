@@ -34,7 +34,7 @@ function chooseMark(mark, ix = null) {
   if (id === undefined) return false;
   const shape = main.shapes[id],
     first = shape.map(() => 0);
-  if (scene.examples && shape[0] === scene.examples && !/^(param|grads)/.test(mark)) first[0] = state.example;
+  if (isByExample(mark, shape)) first[0] = state.example;
   choose(nameOfMain, id, ix ?? first);
   return true;
 }
@@ -82,7 +82,7 @@ function go(step) {
 }
 function goToFirstWrong() {
   const { first, offs } = compared(),
-    name = Object.keys(offs).filter(n => (n === first.mark || n.startsWith(first.mark + "#")) && offs[n].wrong)[0];
+    name = Object.keys(offs).filter(n => isLeafOf(n, first.mark) && offs[n].wrong)[0];
   const id = idOf(main, name),
     step = steps.findIndex((s, k) => s.phase !== "forward" && s.phase !== "start" && isKnown(id, k));
   state.step = Math.max(0, step);

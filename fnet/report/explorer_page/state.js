@@ -27,6 +27,11 @@ const state = {
 const isEdited = () => Object.keys(state.edits).length > 0;
 const isRecorded = () => !isEdited() && state.snapshot === (scene.training?.at ?? 0);
 
+// whether a name is this mark, or that of a leaf of it where its value is a tree
+const isLeafOf = (name, mark) => name === mark || name.startsWith(mark + "#");
+// whether the first axis of a value of this name is that of the examples
+const isByExample = (name, shape) =>
+  scene.examples > 0 && shape[0] === scene.examples && !/^(param|grads|state|arg)/.test(name);
 const idOf = (program, name) => program.marks[name] ?? program.outs[name] ?? program.inputs[name];
 const entry = (values, id, ix) => values[id].data[flat(ix, values[id].shape)];
 
@@ -120,7 +125,7 @@ const LAST = steps.length - 1;
 
 const made = (program, id) => program.made.get(id) ?? -1;
 const marksOf = (program, mark) =>
-  Object.keys({ ...program.marks, ...program.outs }).filter(name => name === mark || name.startsWith(mark + "#"));
+  Object.keys({ ...program.marks, ...program.outs }).filter(name => isLeafOf(name, mark));
 function endOf(step) {
   const marks =
     step.phase === "start"
@@ -189,7 +194,7 @@ function compared() {
     offs[name] = { worst, at, wrong: !(worst <= limit), relative: worst / (limit / TIGHT || 1) };
   }
   const wrong = mark =>
-    Object.keys(offs).some(name => (name === mark || name.startsWith(mark + "#")) && offs[name].wrong);
+    Object.keys(offs).some(name => isLeafOf(name, mark) && offs[name].wrong);
   compared_ = {
     of: now,
     offs,

@@ -7,7 +7,7 @@ function pictures(name, program = nameOfMain) {
   const id = idOf(programs[program], name);
   if (id === undefined) return [];
   const whole = programs[program].shapes[id],
-    batched = scene.examples > 0 && whole[0] === scene.examples && !/^(param|grads|state|arg)/.test(name);
+    batched = isByExample(name, whole);
   const lead = batched ? [state.example] : [],
     shape = whole.slice(lead.length);
   const base = {
@@ -299,7 +299,7 @@ function valueAndGradientInner(name, mark) {
 
 function cards() {
   const now = steps[state.step],
-    leaves = mark => Object.keys(main.marks).filter(name => name === mark || name.startsWith(mark + "#"));
+    leaves = mark => marksOf(main, mark);
   const card = (heading, kind, body, on) =>
     html`<section class="node ${on}"><h3>${heading} <span class="soft">${kind}</span></h3>${body}</section>`;
   const inputs = Object.keys(main.inputs).filter(path => /^(input|arg)(\/|$)/.test(path));

@@ -90,11 +90,7 @@ function partsOf(name) {
   const [path, at = ""] = kind === "inner" ? rest.split("@") : [rest];
   return [kind, path, at];
 }
-const hasExamples = (name, ix) =>
-  scene.examples > 0 &&
-  ix.length > 0 &&
-  !/^(param|state|arg)/.test(name) &&
-  main.shapes[idOf(main, name)]?.[0] === scene.examples;
+const hasExamples = (name, ix) => ix.length > 0 && isByExample(name, main.shapes[idOf(main, name)] ?? []);
 const place = (name, ix) => {
   const own = hasExamples(name, ix) ? ix.slice(1) : ix;
   return own.length ? `[${own.join(",")}]` : "";
