@@ -207,13 +207,13 @@ def concatenate(axis: int = -1) -> Layer:
     """A tuple of arrays as one, joined along ``axis``; they are alike in all other axes and in dtype."""
 
     def forward(params, x):
-        if not isinstance(x, tuple) or not x:
-            raise LayerError(f"expected a tuple of arrays, as parallel(...) returns one, got {type(x).__name__}")
+        require_branches(x)
         shapes = [part.shape for part in x]
         others = {tuple(np.delete(shape, axis)) if -len(shape) <= axis < len(shape) else None for shape in shapes}
         if len(others) > 1 or None in others or len({part.dtype for part in x}) > 1:
-            given = ", ".join(f"{part.dtype}{list(part.shape)}" for part in x)
-            raise LayerError(f"cannot join {given} along axis {axis}: expected arrays alike in dtype and other axes")
+            raise LayerError(
+                f"cannot join {listed(x)} along axis {axis}: expected arrays alike in dtype and other axes"
+            )
         # the residuals are empty arrays that carry the shapes
         return jnp.concatenate(x, axis), [jnp.zeros((0, *shape)) for shape in shapes]
 
@@ -232,11 +232,9 @@ def multiply() -> Layer:
     """
 
     def forward(params, x):
-        if not isinstance(x, tuple) or not x:
-            raise LayerError(f"expected a tuple of arrays, as parallel(...) returns one, got {type(x).__name__}")
+        require_branches(x)
         if len({(part.shape, part.dtype) for part in x}) > 1:
-            given = ", ".join(f"{part.dtype}{list(part.shape)}" for part in x)
-            raise LayerError(f"cannot multiply {given}: expected arrays alike in shape and dtype")
+            raise LayerError(f"cannot multiply {listed(x)}: expected arrays alike in shape and dtype")
         return functools.reduce(operator.mul, widened(x)).astype(x[0].dtype), x
 
     def backward(params, x, dy):
@@ -250,6 +248,17 @@ def multiply() -> Layer:
         return [part.astype(wide(part.dtype)) for part in x]
 
     return by_position(stateless("multiply", lambda key, x: (), forward, backward, several=True))
+
+
+def require_branches(x) -> None:
+    """Raise `LayerError` unless ``x`` is a tuple, as `parallel` gives one."""
+    if not isinstance(x, tuple) or not x:
+        raise LayerError(f"expected a tuple of arrays, as parallel(...) returns one, got {type(x).__name__}")
+
+
+def listed(parts) -> str:
+    """Dtypes and shapes, as messages show them."""
+    return ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
 
 
 def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:

@@ -54,6 +54,7 @@ const columns = (() => {
 function gradientOf(name) {
   if (name.startsWith("param")) return "grads" + name.slice(5);
   if (/^input(\/|$)/.test(name)) return "inputs" + name.slice(5);
+  if (name.startsWith("inner:")) return "dy:" + name;
   return name.startsWith("forward:") ? "dy:" + name.slice(8) : undefined;
 }
 const isWrong = (mark, ix) => {

@@ -274,9 +274,13 @@ function norms(marks, program) {
 function inner(node) {
   const found = innerOf(node);
   return html`<div class="inner">${Object.entries(found).map(([name, marks]) => {
-    const back = Object.fromEntries(Object.entries(marks).map(([t, mark]) => [t, `dy:${mark}`])),
+    const back = Object.fromEntries(Object.entries(marks).map(([t, mark]) => [t, gradientOf(mark)])),
       timed = !("" in marks);
-    if (!timed) return valueAndGradientInner(name, marks[""]);
+    if (!timed) {
+      const byHeads = main.shapes[idOf(main, marks[""])].length > 3;
+      const words = byHeads ? "each head’s; rows ask, columns are asked" : "what it shows of itself";
+      return valueAndGradient(marks[""], `${name}: ${words}`);
+    }
     const gradient = Object.values(back).every(mark => idOf(main, mark) !== undefined) ? timeTile(back) : null;
     const lengths = gradient ? norms(back, nameOfMain) : [],
       most = Math.max(1e-300, ...lengths.filter(Boolean));
@@ -290,16 +294,8 @@ function inner(node) {
     }</div>`;
   })}</div>`;
 }
-function valueAndGradientInner(name, mark) {
-  const back = `dy:${mark}`;
-  return html`<div class="pair"><div>
-    <h4>${name}: ${main.shapes[idOf(main, mark)].length > 3 ? "each head’s; rows ask, columns are asked" : "what it shows of itself"}</h4>${shown(mark)}</div>${idOf(main, back) === undefined ? nothing : html`<div>
-    <h4 class="bwd">gradient</h4>${shown(back)}</div>`}</div>`;
-}
-
 function cards() {
-  const now = steps[state.step],
-    leaves = mark => marksOf(main, mark);
+  const now = steps[state.step];
   const card = (heading, kind, body, on) =>
     html`<section class="node ${on}"><h3>${heading} <span class="soft">${kind}</span></h3>${body}</section>`;
   const inputs = Object.keys(main.inputs).filter(path => /^(input|arg)(\/|$)/.test(path));
@@ -318,11 +314,11 @@ function cards() {
     ${nodes.map(node =>
       card(
         title(node),
-        `${isLayer(node) ? node.kind : ""} ${leaves(`forward:${node.name}`)
+        `${isLayer(node) ? node.kind : ""} ${marksOf(main, `forward:${node.name}`)
           .map(mark => main.shapes[main.marks[mark]].join("×"))
           .join(", ")}`,
         html`
-      ${leaves(`forward:${node.name}`).map(mark => valueAndGradient(mark, "value"))}${inner(node)}
+      ${marksOf(main, `forward:${node.name}`).map(mark => valueAndGradient(mark, "value"))}${inner(node)}
       ${node.parameters.length ? html`<details><summary>${node.parameters.length === 1 ? "its parameter" : `its ${node.parameters.length} parameters`}</summary>${node.parameters.filter(path => "param/" + path in main.inputs || path === "").map(path => valueAndGradient(path ? `param/${path}` : "param", path))}</details>` : nothing}`,
         now.node === node ? `on ${now.phase}` : "",
       ),
