@@ -67,8 +67,8 @@ def mazur(config: Config) -> Scene:
 def faulty(config: Config) -> Scene:
     """The same network with a hidden layer whose backward by hand is wrong."""
 
-    def backward(params, y, dy):
-        return (), dy * y  # y' = y (1 − y): the second factor is forgotten
+    def backward(params, x, dy):
+        return (), dy * jax.nn.sigmoid(x)  # y = σ(x) and y' = y (1 − y): the second factor is forgotten
 
     return worked_example(
         sigmoid()._replace(backward=backward),
