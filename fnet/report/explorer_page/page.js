@@ -233,7 +233,7 @@ function table() {
         <th scope="row">${label(path, ix)} <span class="soft">${path.slice(6)}[${ix.join(",")}]</span></th>
         <td>${numberOf(path, ix)}</td><td class=${bad && known ? "wrong" : ""}>${numberOf(mark, ix)}</td>
       ${programs.hand ? html`<td>${known ? number("auto", idOf(programs.auto, mark), ix) : "·"}</td>
-        <td class=${bad ? "bad" : "ok"}>${known ? (off ? show(off, 2) : "0") : "·"}</td>` : nothing}
+        <td class=${known ? (bad ? "bad" : "ok") : ""}>${known ? (off ? show(off, 2) : "0") : "·"}</td>` : nothing}
       ${rate === null ? nothing : html`<td>${done ? show(entry(now[nameOfMain], main.inputs[path], ix) - (kept ? 0 : rate * h)) : "·"}</td>`}</tr>`;
     }),
   );
