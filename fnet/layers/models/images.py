@@ -1,0 +1,163 @@
+"""Models of images: convolutions, residual networks, vision transformers.
+
+Legend: B batch, H W height and width, C channels, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fnet.core.checks import require_counts
+from fnet.layers import (
+    batch_norm,
+    conv,
+    dense,
+    flatten,
+    global_avg_pool,
+    layer_norm,
+    learned_positions,
+    max_pool,
+    relu,
+    reshape,
+    residual,
+    serial,
+)
+from fnet.layers.models.language import transformer_block
+from fnet.layers.wrappers import stateless
+from fnet.types import Layer, LayerError
+
+
+def lenet5(classes: int = 10, *, activation: Layer = relu(), pool: Layer | None = None) -> Layer:
+    """LeNet-5 on images ``(B, 28, 28, 1)``: two convolutions and poolings, three dense layers; logits ``(B, classes)``.
+
+    6 and 16 maps by 5×5 kernels, 2×2 pooling, 120-84-classes: 61,706 parameters for ten classes. As it is used today:
+    relu, max pooling, every map sees all six below, and plain logits; ``activation=tanh()`` and ``pool=avg_pool((2,
+    2))`` are nearer to LeCun et al., "Gradient-based learning applied to document recognition", 1998.
+
+    >>> import jax
+    >>> params, _ = lenet5().init(jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), "float32"))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+    61706
+    """
+    pool = max_pool((2, 2)) if pool is None else pool
+    features = [conv(6, (5, 5)), activation, pool, conv(16, (5, 5), padding="VALID"), activation, pool]
+    return serial(*features, flatten(), dense(120), activation, dense(84), activation, dense(classes))._replace(
+        name="lenet5"
+    )
+
+
+def resnet(
+    classes: int,
+    *,
+    blocks: Sequence[int] = (1, 1, 1),
+    width: int = 16,
+    block: Callable[..., Layer] | None = None,
+    stem: Layer | None = None,
+) -> Layer:
+    """A residual network on images ``(B, H, W, C)``: a stem, stages of blocks, the mean over space, one dense layer.
+
+    ``blocks`` are the blocks of each stage; the first stage has ``width`` features, each later one twice as many at
+    half the resolution. ``block`` is `basic_block` (the default) or `bottleneck_block`. The stem is by default a 3×3
+    convolution for small images, so that ``blocks=(1, 1, 1)`` has 8 layers, ``(2, 2, 2)`` 14 and ``(3, 3, 3)`` 20;
+    ``resnet(1000, blocks=(2, 2, 2, 2), width=64, stem=imagenet_stem(64))`` is ResNet-18 with its 11,689,512 parameters.
+    Source: He et al., arXiv:1512.03385.
+
+    >>> import jax
+    >>> shapes = jax.eval_shape(resnet(10).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), "float32"))
+    >>> sorted(shapes[0])
+    ['head', 'pool', 'stage_0', 'stage_1', 'stage_2', 'stem']
+    """
+    require_counts("resnet", width=width, **{f"blocks[{i}]": count for i, count in enumerate(blocks)})
+    block = basic_block if block is None else block
+    stem = serial(conv(width, (3, 3), bias=None), batch_norm(), relu()) if stem is None else stem
+    stages = []
+    for i, count in enumerate(blocks):
+        features = width * 2**i
+        first = block(features, stride=1 if i == 0 else 2, project=i > 0 or block is not basic_block)
+        stages.append((f"stage_{i}", serial(first, *(block(features) for _ in range(count - 1)))))
+    return serial(("stem", stem), *stages, ("pool", global_avg_pool()), ("head", dense(classes)))._replace(
+        name="resnet"
+    )
+
+
+def imagenet_stem(width: int = 64) -> Layer:
+    """A 7×7 convolution and a 3×3 max pooling, both of stride 2, for images of some 224×224."""
+    pool = max_pool((3, 3), stride=2, padding=((1, 1), (1, 1)))
+    first = conv(width, (7, 7), stride=2, padding=((3, 3), (3, 3)), bias=None)
+    return serial(first, batch_norm(), relu(), pool)._replace(name="imagenet_stem")
+
+
+def basic_block(features: int, *, stride: int = 1, project: bool = False) -> Layer:
+    """``relu(x + f(x))`` with ``f`` two 3×3 convolutions; with ``project`` a 1×1 convolution stands in the shortcut."""
+    branch = [
+        *(_conv3x3(features, stride), batch_norm(), relu()),
+        *(_conv3x3(features, 1), batch_norm()),
+    ]
+    return serial(residual(*branch, shortcut=_projection(features, stride) if project else None), relu())._replace(
+        name="basic_block"
+    )
+
+
+def bottleneck_block(features: int, *, stride: int = 1, project: bool = False, expansion: int = 4) -> Layer:
+    """``relu(x + f(x))`` with ``f`` 1×1, 3×3 and 1×1 convolutions; the last widens to ``expansion · features``.
+
+    The stride is the 3×3 convolution's, as in PyTorch; in the paper it is the first's.
+    """
+    wide = expansion * features
+    branch = [
+        *(conv(features, (1, 1), bias=None), batch_norm(), relu()),
+        *(_conv3x3(features, stride), batch_norm(), relu()),
+        *(conv(wide, (1, 1), bias=None), batch_norm()),
+    ]
+    return serial(residual(*branch, shortcut=_projection(wide, stride) if project else None), relu())._replace(
+        name="bottleneck_block"
+    )
+
+
+def _conv3x3(features: int, stride: int) -> Layer:
+    """A 3×3 convolution without bias, one zero on every side."""
+    return conv(features, (3, 3), stride=stride, padding=((1, 1), (1, 1)), bias=None)
+
+
+def _projection(features: int, stride: int) -> Layer:
+    """The shortcut where shapes change: a 1×1 convolution and its normalisation."""
+    return serial(conv(features, (1, 1), stride=stride, padding="VALID", bias=None), batch_norm())
+
+
+def vit(
+    classes: int, *, patch: int, layers: int, features: int, heads: int, positions: int, dropout_rate=None
+) -> Layer:
+    """A vision transformer on images ``(B, H, W, C)``: patches as a sequence, blocks, their mean, one dense layer.
+
+    ``patch`` is the side of a patch, which divides H and W; ``positions`` the number of patches. The mean over the
+    patches stands in the place of the class token. Source: Dosovitskiy et al., arXiv:2010.11929.
+    """
+    require_counts("vit", patch=patch, layers=layers)
+    cut = serial(
+        ("grid", _whole_patches(patch)),
+        ("project", conv(features, (patch, patch), stride=patch, padding="VALID")),
+        reshape(-1, features),
+    )
+    blocks = [
+        (f"block_{i}", transformer_block(features, heads, causal=False, dropout_rate=dropout_rate))
+        for i in range(layers)
+    ]
+    return serial(
+        ("patches", cut),
+        ("positions", learned_positions(positions)),
+        *blocks,
+        ("norm", layer_norm()),
+        ("pool", global_avg_pool()),
+        ("head", dense(classes)),
+    )._replace(name="vit")
+
+
+def _whole_patches(patch: int) -> Layer:
+    """Images as they are, refused unless both sides are multiples of ``patch``."""
+
+    def forward(params, x):
+        if len(x.shape) != 4 or x.shape[1] % patch or x.shape[2] % patch:
+            raise LayerError(f"expected images (B, H, W, C) with sides that {patch} divides, got shape {x.shape}")
+        return x, ()
+
+    return stateless("whole_patches", lambda key, x: forward((), x)[1], forward, lambda params, residuals, dy: ((), dy))
