@@ -31,7 +31,10 @@ NAMES = {
         *("adam", "adamw", "chain", "describe", "groups", "momentum", "rmsprop", "schedules", "set_hyper", "sgd"),
         "transforms",
     ),
-    "gradients": ("accumulate", "autodiff", "backprop", "from_loss", "intermediate_gradients", "tap"),
+    "gradients": (
+        *("accumulate", "autodiff", "backprop", "clip_per_example", "from_loss", "gradient_moments", "gradient_noise"),
+        *("intermediate_gradients", "per_example", "tap"),
+    ),
     "gradcheck": ("check_gradients", "check_layer", "check_model", "record", "record_function"),
     "training.sharding": ("mesh", "placement"),
     "training": (
@@ -66,7 +69,18 @@ if TYPE_CHECKING:  # the same names, for those who read and do not run; a test c
     from fnet.core import processes
     from fnet.data import DataError, check_data, split
     from fnet.gradcheck import check_gradients, check_layer, check_model, record, record_function
-    from fnet.gradients import accumulate, autodiff, backprop, from_loss, intermediate_gradients, tap
+    from fnet.gradients import (
+        accumulate,
+        autodiff,
+        backprop,
+        clip_per_example,
+        from_loss,
+        gradient_moments,
+        gradient_noise,
+        intermediate_gradients,
+        per_example,
+        tap,
+    )
     from fnet.layers import dense, flatten, initializers, models, serial
     from fnet.layers.children import apply, init, parameter_paths
     from fnet.layers.models import mlp

@@ -41,12 +41,19 @@ class Backward(Protocol):
     def __call__(self, params: PyTree, residuals: PyTree, dy: PyTree, /) -> tuple[PyTree, PyTree]: ...
 
 
+class SquareNorms(Protocol):
+    """A tree like ``params``: ``‖dparams‖²`` of each example by itself, ``(B,)``, without making the B gradients."""
+
+    def __call__(self, params: PyTree, residuals: PyTree, dy: PyTree, /) -> PyTree: ...
+
+
 class Layer(NamedTuple):
     """A pure function of its parameters and, beneath it, its backward by hand. A model is a layer.
 
     ``state`` holds statistics that do not depend on the batch (running means) and nothing else; it carries no gradient.
     ``residuals`` are what the backward needs of the forward, a pytree of arrays; parameters are not copied into them.
-    ``children`` are told by layers that are made of others, and shown where one is printed.
+    ``children`` are told by layers that are made of others, and shown where one is printed. ``square_norms`` is a
+    layer's short way to what `fnet.clip_per_example` asks, if it has one; with another backward it goes.
     """
 
     name: str
@@ -54,6 +61,7 @@ class Layer(NamedTuple):
     forward: Forward
     backward: Backward
     children: tuple[tuple[str, Any], ...] = ()  # names and layers
+    square_norms: SquareNorms | None = None  # None: by the backward of each example
 
     def __repr__(self) -> str:
         """A tree of names; `fnet.report.summary` is the table with shapes and parameters."""

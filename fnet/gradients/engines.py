@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
         grads, (new_state, measured) = jax.grad(objective, argnums=wanted, has_aux=True)(params, floating)
         return grads, new_state, measured
 
-    return gradient
+    return gradient if inputs else of_layers(gradient, MadeOf(model, loss, metrics, by_hand=False))
 
 
 def backprop(
@@ -79,6 +79,21 @@ def backprop(
                 dparams, dx = backward_of(model, params, residuals, dy)
         return ((dparams, dx) if inputs else dparams), new_state, measured
 
+    return gradient if inputs else of_layers(gradient, MadeOf(model, loss, metrics, by_hand=True))
+
+
+class MadeOf(NamedTuple):
+    """What an engine is made of, kept beside it as ``gradient.made_of``, for instruments that look within."""
+
+    model: Layer
+    loss: Any
+    metrics: Mapping[str, Callable] | None
+    by_hand: bool
+
+
+def of_layers(gradient: Gradient, made_of: MadeOf) -> Gradient:
+    """The engine, which says what it is made of."""
+    gradient.__dict__["made_of"] = made_of
     return gradient
 
 

@@ -193,6 +193,19 @@ def shapes_known() -> AbstractContextManager[None]:
     return holding(_shapes, {})
 
 
+_frozen: ContextVar[bool] = ContextVar("frozen", default=False)
+
+
+def frozen() -> AbstractContextManager[None]:
+    """Within a backward: the parameters count as constants, whatever gradient the layers within return for them."""
+    return holding(_frozen, True)
+
+
+def is_frozen() -> bool:
+    """Whether the parameters of the layer whose backward runs count as constants."""
+    return _frozen.get()
+
+
 # --- watching --------------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,12 @@ def by_position(layer: Layer) -> Layer:
         dparams, dx = layer.backward(params, residuals, dy[0])
         return dparams, (dx, None)
 
-    return layer._replace(init=init, forward=forward, backward=backward)
+    def square_norms(params, residuals, dy):
+        assert layer.square_norms is not None
+        return layer.square_norms(params, residuals, dy[0] if isinstance(dy, tuple) else dy)
+
+    rule = None if layer.square_norms is None else square_norms
+    return layer._replace(init=init, forward=forward, backward=backward, square_norms=rule)
 
 
 def drop_mask() -> Layer:

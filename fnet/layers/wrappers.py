@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from fnet.core.checks import described, require_array, require_layer, takes
 from fnet.core.numerics import is_floating_dtype, wide
 from fnet.core.trees import cast_like, join, split_floating
+from fnet.layers.children import frozen
 from fnet.layers.decoding import is_decoding
 from fnet.types import Layer, LayerError, PyTree
 
@@ -104,10 +105,11 @@ def freeze(layer: Layer) -> Layer:
         return layer.forward(jax.lax.stop_gradient(params), state, x, key=key, train=train)
 
     def backward(params, residuals, dy):  # the parameters count as constants
-        _, dx = layer.backward(params, residuals, dy)
+        with frozen():
+            _, dx = layer.backward(params, residuals, dy)
         return jax.tree.map(jnp.zeros_like, params), dx
 
-    return layer._replace(forward=forward, backward=backward)
+    return layer._replace(forward=forward, backward=backward, square_norms=None)
 
 
 class Policy(NamedTuple):
@@ -166,7 +168,7 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         dparams, dx = layer.backward(cast(params, policy.compute), residuals, cast_like(dy, y_dtypes))
         return cast_like(dparams, params), cast_like(dx, x_dtypes)
 
-    return layer._replace(init=init, forward=forward, backward=backward)
+    return layer._replace(init=init, forward=forward, backward=backward, square_norms=None)
 
 
 def cast(tree: PyTree, dtype) -> Any:

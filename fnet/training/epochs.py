@@ -70,8 +70,8 @@ def train(
     ``(E,)``; of a mapping of sets, those of each. After ``stop`` (`early_stopping`) has ended the run the state stays
     as it is, and the sums and counts of all metrics are 0.
 
-    What comes after a run is differentiated by `jax.grad`, `jax.jacfwd` and `jax.vmap` by anything that goes in: numbers
-    of the optimizer, ``ts``, ``data`` and their weights. Forward mode (`jax.jvp`, `jax.jacfwd`) costs as much memory as
+    What comes after a run is differentiated by `jax.grad` and `jax.jacfwd` by anything that goes in: the optimizer's
+    numbers, ``ts``, ``data`` and their weights. Forward mode (`jax.jvp`, `jax.jacfwd`) costs as much memory as
     the run; take it for few numbers. Reverse mode (`jax.grad`) keeps what each step's derivative needs; with
     ``checkpoint`` it keeps some states, and computes each step so many times more: 2 keeps about 2√T of T states, L
     about L T^(1/L) (`scan_in_segments`).

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnet.core.checks import described, require_key, require_optimizer
+from fnet.core.checks import called, described, require_key, require_optimizer, takes
 from fnet.core.numerics import stream
 from fnet.core.placement import Placement, put
 from fnet.gradients.engines import Gradient, refuse_names
@@ -48,7 +48,8 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
     """One update: ``step(TrainState, batch) -> TrainState, metrics``.
 
     ``metrics`` are the gradient engine's, the ``learning_rate`` just applied, and what each of the ``monitors`` returns
-    of the gradients, by name: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s.
+    of the gradients, by name: ``{"gradient_norm": fnet.metrics.gradient_norms}``. All are trees of `Mean`s. A monitor
+    of ``(params, state, batch, key)`` is given what the gradients are taken at, such as `fnet.gradient_noise`.
     """
     if not callable(gradient) or isinstance(gradient, Layer):
         raise TypeError(
@@ -62,6 +63,13 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
             "{'gradient_norm': fnet.metrics.gradient_norms}"
         )
     refuse_names(monitors or {}, ["loss", "learning_rate"])
+    of_gradients = {name for name, monitor in (monitors or {}).items() if takes(monitor, None)}
+    for name, monitor in (monitors or {}).items():
+        if name not in of_gradients and not takes(monitor, *(None,) * 4):
+            raise TypeError(
+                f"make_step: monitors[{name!r}] is {called(monitor)}; expected a function of the gradients, or of "
+                "(params, state, batch, key)"
+            )
 
     def step(ts: TrainState, batch) -> tuple[TrainState, dict[str, Any]]:
         require_train_state("step", ts)
@@ -71,7 +79,10 @@ def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, C
         grads, state, metrics = gradient(ts.params, ts.state, batch, key, **scale)
         with jax.named_scope("optimizer"):
             params, opt_state = optimizer.update(grads, ts.opt_state, ts.params, value=metrics["loss"].value)
-        watched = {name: monitor(grads) for name, monitor in (monitors or {}).items()}
+        at = ts.params, ts.state, batch, key
+        watched = {
+            name: monitor(*([grads] if name in of_gradients else at)) for name, monitor in (monitors or {}).items()
+        }
         refuse_names([*watched, "learning_rate"], metrics)
         watched["learning_rate"] = opt_state.rate
         metrics = {**metrics, **jax.tree.map(lambda value: Mean(value, jnp.ones_like(value)), watched)}
