@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,14 @@ import pytest
 
 from fnet.gradcheck import check_layer
 from fnet.layers.children import apply
-from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
+from fnet.layers.pooling import (
+    adaptive_avg_pool,
+    adaptive_max_pool,
+    avg_pool,
+    global_avg_pool,
+    global_max_pool,
+    max_pool,
+)
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close
 
@@ -136,6 +144,56 @@ def test_global_pools_are_pools_over_one_window(layer, kind, shape, x64):
     assert_leaves_close((y, dx), autodiff, 1e-14)
 
 
+def numpy_adaptive_pool(kind, x, dy, sizes):
+    """Outputs and the inputs' gradient, part by part; the first of a tie in row-major order takes all."""
+    y, dx = np.zeros((x.shape[0], *sizes, x.shape[-1])), np.zeros(x.shape)
+    for b, *o, c in np.ndindex(*y.shape):
+        ends = zip(o, x.shape[1:-1], sizes, strict=True)
+        ranges = [range(math.floor(i * n / m), math.ceil((i + 1) * n / m)) for i, n, m in ends]
+        places, here = [(b, *at, c) for at in itertools.product(*ranges)], (b, *o, c)
+        values = np.array([x[at] for at in places])
+        if kind == "max":
+            y[here] = values.max()
+            dx[places[int(values.argmax())]] += dy[here]
+        else:
+            y[here] = values.mean()
+            for at in places:
+                dx[at] += dy[here] / len(places)
+    return y, dx
+
+
+ADAPTIVE = {
+    "time": ((2, 7, 3), (3,)),
+    "a divisor": ((1, 6, 4, 2), (3, 4)),
+    "none": ((2, 5, 7, 2), (3, 2)),
+    "more than there are": ((1, 2, 3, 2), (5, 4)),
+    "volumes": ((1, 3, 4, 2, 2), (2, 3, 2)),
+    "one": ((1, 3, 5, 2), (1, 1)),
+    "four axes": ((1, 2, 1, 3, 2, 1), (1, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_adaptive_pools_equal_numpy_and_autodiff_ties_included(name, kind, x64):
+    shape, sizes = ADAPTIVE[name]
+    layer = {"max": adaptive_max_pool, "avg": adaptive_avg_pool}[kind](sizes)
+    x = jnp.asarray(np.random.default_rng(1).integers(-1, 2, shape), jnp.float64)
+    dy = outputs_like(layer, x)
+    actual, autodiff = by_both(layer, x, dy)
+    assert_leaves_close(actual, numpy_adaptive_pool(kind, np.asarray(x), np.asarray(dy), sizes), 1e-14)
+    assert_leaves_close(actual, autodiff, 1e-14)
+
+
+def test_an_entry_that_is_not_finite_stays_in_the_parts_that_hold_it():
+    x = jnp.arange(7.0).at[3].set(jnp.inf).at[6].set(-jnp.inf).reshape(1, 7, 1)  # parts 0–2, 2–4 and 4–6
+    for layer, expected in (
+        (adaptive_max_pool((3,)), [2, np.inf, 5]),
+        (adaptive_avg_pool((3,)), [1, np.inf, -np.inf]),
+    ):
+        np.testing.assert_array_equal(np.ravel(layer.forward((), (), x)[0]), expected)
+
+
 LAYERS = {
     "max": max_pool((2, 2)),
     "max, padded": max_pool((3, 3), stride=2, padding="SAME"),
@@ -144,6 +202,8 @@ LAYERS = {
     "avg, ceil": avg_pool((2, 3), padding=((1, 0), (1, 1)), ceil_mode=True, count_padding=True),
     "global max": global_max_pool(),
     "global avg": global_avg_pool(),
+    "adaptive max": adaptive_max_pool((3, 2)),
+    "adaptive avg": adaptive_avg_pool((3, 7)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -199,7 +259,9 @@ def test_padding_never_wins_and_never_takes_the_gradient():
         np.testing.assert_array_equal(dx[0, :, :, 0], expected)
 
 
-@pytest.mark.parametrize("layer", [max_pool((2, 2)), global_max_pool()], ids=["windows", "global"])
+@pytest.mark.parametrize(
+    "layer", [max_pool((2, 2)), global_max_pool(), adaptive_max_pool((1, 1))], ids=["windows", "global", "adaptive"]
+)
 @pytest.mark.parametrize("place", range(4))
 def test_a_nan_passes_and_takes_the_gradient(layer, place):
     x = jnp.arange(4.0).at[place].set(jnp.nan).reshape(1, 2, 2, 1)
@@ -208,9 +270,18 @@ def test_a_nan_passes_and_takes_the_gradient(layer, place):
     assert np.flatnonzero(np.asarray(dx)).tolist() == [place]
 
 
+@pytest.mark.parametrize(
+    "layer", [max_pool((2, 2)), global_max_pool(), adaptive_max_pool((1, 1))], ids=["windows", "global", "adaptive"]
+)
+def test_of_several_nans_the_first_takes_the_gradient(layer):
+    x = jnp.asarray([3.0, jnp.nan, 4.0, jnp.nan]).reshape(1, 2, 2, 1)
+    for _, dx in by_both(layer, x, outputs_like(layer, x)):
+        assert np.flatnonzero(np.asarray(dx)).tolist() == [1]
+
+
 def test_other_entries_of_a_window_may_be_infinite():
     x = jnp.asarray([-jnp.inf, 2.0, 1.0, -jnp.inf]).reshape(1, 2, 2, 1)
-    for layer in (max_pool((2, 2)), global_max_pool()):
+    for layer in (max_pool((2, 2)), global_max_pool(), adaptive_max_pool((1, 1))):
         y, dx = by_hand(layer, x, outputs_like(layer, x))
         assert y.ravel()[0] == 2 and np.isfinite(dx).all()
 
@@ -254,6 +325,14 @@ def test_torch_computes_the_same():
                 lambda x: functional.max_pool2d(x, (3, 2), 2, (1, 0), 2, True),
             ),
             *(
+                (make(sizes), lambda x, function=function, sizes=sizes: function(x, sizes))
+                for sizes in ((2, 4), (9, 6), (1, 5))
+                for make, function in (
+                    (adaptive_avg_pool, functional.adaptive_avg_pool2d),
+                    (adaptive_max_pool, functional.adaptive_max_pool2d),
+                )
+            ),
+            *(
                 (
                     avg_pool((3, 2), stride=2, padding=pads, ceil_mode=True, count_padding=count),
                     lambda x, count=count: functional.avg_pool2d(x, (3, 2), 2, 1, True, count),
@@ -270,6 +349,8 @@ def test_torch_computes_the_same():
                 avg_pool((2, 2, 3), stride=2, padding=((0, 0), (1, 1), (1, 1)), ceil_mode=True, count_padding=True),
                 lambda x: functional.avg_pool3d(x, (2, 2, 3), 2, (0, 1, 1), ceil_mode=True),
             ),
+            (adaptive_avg_pool((2, 3, 4)), lambda x: functional.adaptive_avg_pool3d(x, (2, 3, 4))),
+            (adaptive_max_pool((2, 3, 4)), lambda x: functional.adaptive_max_pool3d(x, (2, 3, 4))),
         ]
         every = [((2, 7, 6, 3), *case) for case in images] + [((2, 3, 7, 6, 3), *case) for case in volumes]
         for shape, layer, function in every:
@@ -333,12 +414,25 @@ def test_arguments_that_do_not_fit_are_refused(make):
             make(window, **options)
 
 
+@pytest.mark.parametrize("make", [adaptive_max_pool, adaptive_avg_pool])
+@pytest.mark.parametrize("sizes", [3, (), (2, 0), (2.0,), "22", (True,)])
+def test_sizes_that_are_none_are_refused(make, sizes):
+    with pytest.raises(
+        ValueError, match=f"{make.__name__}: sizes = .*expected a tuple, one whole number of at least 1"
+    ):
+        make(sizes)
+
+
 def test_inputs_that_do_not_fit_are_refused():
     for layer, x, message in [
         (max_pool((2, 2)), jnp.ones((2, 5, 3)), r"expected \(B, H, W, C\) .*, got shape \(2, 5, 3\)"),
         (max_pool((6, 2)), jnp.ones((2, 5, 5, 3)), "do not fit into inputs of .*no output is left"),
         (avg_pool((2, 2)), jnp.ones((2, 5, 5, 3), jnp.int32), "expected floating inputs, got int32"),
         (max_pool((2, 2), padding=((2, 0), (0, 0))), jnp.ones((1, 4, 4, 1)), "see nothing but padding"),
+        (max_pool((2, 2, 2)), jnp.ones((2, 5, 5, 3)), r"expected \(B, D, H, W, C\)"),
+        (adaptive_avg_pool((2, 2)), jnp.ones((2, 5, 3)), r"expected a batch axis, 2 spatial and channels for \(2, 2\)"),
+        (adaptive_max_pool((2,)), jnp.ones((2, 5, 3), jnp.int32), "expected floating inputs, got int32"),
+        (adaptive_max_pool((2,)), jnp.ones((2, 0, 3)), r"got shape \(2, 0, 3\)"),
         (global_max_pool(), jnp.ones((2, 3)), r"such as \(B, H, W, C\), got shape \(2, 3\)"),
         (global_avg_pool(), jnp.ones((2, 0, 3)), r"got shape \(2, 0, 3\)"),
     ]:

@@ -1,4 +1,4 @@
-"""Pooling: the largest entry or the mean of each window, channel by channel. No layer has parameters.
+"""Pooling: the largest entry or the mean of each window or part, channel by channel. No layer has parameters.
 
 Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels,
 K positions of a window, n, m sizes of an input's and an output's axis.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.checks import require_array
+from fnet.core.checks import is_whole, require_array
 from fnet.core.numerics import wide
 from fnet.layers.masks import split_mask
 from fnet.layers.windows import (
@@ -40,7 +41,7 @@ def max_pool(
     ``window`` is a tuple with one size for each spatial axis, ``stride`` the same or a whole number, by default the
     window, ``dilation`` too; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded
     never counts. The whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A
-    NaN passes.
+    NaN passes, and the first takes the gradient (in PyTorch the last).
 
     Sizes are those of `conv`: a rest that no whole window fits into is left out. With ``ceil_mode`` one window more
     sees it and reaches beyond the padding, unless it would start behind the inputs (PyTorch the same, ONNX since its
@@ -124,6 +125,79 @@ def avg_pool(
         return (), channels_last(fold(d, over).astype(dy.dtype))
 
     return stateless("avg_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
+
+
+def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:
+    """``y (B, *sizes, C)``, the largest entry of each part of ``x (B, *S, C)``; parts are those of `adaptive_avg_pool`.
+
+    Ties and NaN are as in `max_pool`.
+
+    >>> x = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> adaptive_max_pool((2,)).forward((), (), x)[0].ravel().tolist()
+    [2.0, 4.0]
+    """
+    sizes = checked_sizes("adaptive_max_pool", sizes)
+
+    def forward(_, x):
+        shape = shape_to_part(x, sizes)
+        largest = jax.lax.stop_gradient(x)
+        first = jnp.broadcast_to(jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(1, *shape, 1), x.shape)
+        for axis, m in reversed(list(enumerate(sizes, 1))):  # the last first, so that ties go in row-major order
+            entries = in_parts(largest, axis, m, -jnp.inf)
+            place = jnp.argmax(entries, axis + 1, keepdims=True)
+            first = jnp.take_along_axis(in_parts(first, axis, m, -1), place, axis + 1).squeeze(axis + 1)
+            largest = entries.max(axis + 1)
+        flat = x.astype(wide(x.dtype)).reshape(x.shape[0], math.prod(shape), x.shape[-1])
+        places = first.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
+        y = jnp.take_along_axis(flat, places, 1).reshape(first.shape)
+        return y.astype(x.dtype), (first, jnp.zeros((0, *x.shape), x.dtype))
+
+    def backward(_, residuals, dy):
+        # ∂y_i / ∂x_j = [j is the first place of the maximum of part i], and the parts i that hold j are those in part j
+        # of n, see `adaptive_avg_pool`
+        first, empty = residuals
+        shape, d = empty.shape[2:-1], dy.astype(wide(dy.dtype))
+        for axis, n in reversed(list(enumerate(shape, 1))):
+            d, first = in_parts(d, axis, n, 0), in_parts(first, axis, n, -1)
+        spread = [size for n in shape for size in (n, 1)]  # beside each axis the one of its parts
+        here = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(1, *spread, 1)
+        dx = jnp.where(first == here, d, 0).sum([2 * axis for axis in range(1, len(shape) + 1)])
+        return (), dx.astype(dy.dtype)
+
+    return stateless("adaptive_max_pool", lambda key, x: nothing(shape_to_part(x, sizes)), forward, backward)
+
+
+def adaptive_avg_pool(sizes: tuple[int, ...]) -> Layer:
+    """``y (B, *sizes, C)``, the mean of each part of ``x (B, *S, C)``, whatever the size of its spatial axes.
+
+    Of n entries along an axis, part i of m holds those from ``⌊i·n/m⌋`` to before ``⌈(i + 1)·n/m⌉``: neighbours share
+    an entry at most, and none where m divides n; where m > n entries are repeated. PyTorch the same. ``sizes`` is a
+    tuple with one m for each spatial axis. Sums are taken in float32 at least.
+
+    Raises ValueError for sizes that are not whole numbers of at least 1, `LayerError` for inputs of another rank or
+    dtype, or without places.
+
+    >>> x = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> adaptive_avg_pool((2,)).forward((), (), x)[0].ravel().tolist()
+    [1.0, 3.0]
+    """
+    sizes = checked_sizes("adaptive_avg_pool", sizes)
+
+    def forward(_, x):
+        shape, y = shape_to_part(x, sizes), x.astype(wide(x.dtype))
+        for axis, (n, m) in enumerate(zip(shape, sizes, strict=True), 1):
+            y = in_parts(y, axis, m, 0).sum(axis + 1) / part_counts(n, m, axis, y)
+        return y.astype(x.dtype), jnp.zeros((0, *x.shape), x.dtype)
+
+    def backward(_, empty, dy):
+        # along each axis ∂y_i / ∂x_j = 1 / count_i where part i of m holds j: ⌊i n/m⌋ ≤ j < ⌈(i + 1) n/m⌉, that is
+        # ⌊j m/n⌋ ≤ i < ⌈(j + 1) m/n⌉. So dx_j is the sum of dy_i / count_i over part j of n
+        d = dy.astype(wide(dy.dtype))
+        for axis, (n, m) in enumerate(zip(empty.shape[2:-1], sizes, strict=True), 1):
+            d = in_parts(d / part_counts(n, m, axis, d), axis, n, 0).sum(axis + 1)
+        return (), d.astype(dy.dtype)
+
+    return stateless("adaptive_avg_pool", lambda key, x: nothing(shape_to_part(x, sizes)), forward, backward)
 
 
 def global_max_pool() -> Layer:
@@ -232,6 +306,49 @@ def true_entries(over: Windows, or_padded: bool = False) -> list[np.ndarray]:
     inside = np.ones([n + sum(p) for n, p in zip(over.inputs, pads, strict=True)], bool)
     inside = np.pad(inside, rest)[None, ..., None]
     return [inside[place] for place in seen_places(over)]
+
+
+def checked_sizes(what: str, given) -> tuple[int, ...]:
+    """How many parts each spatial axis has."""
+    if not isinstance(given, Sequence) or not given or not all(is_whole(size) for size in given):
+        raise ValueError(
+            f"{what}: sizes = {given!r}; expected a tuple, one whole number of at least 1 for each spatial axis, "
+            "such as (7, 7) for (B, H, W, C)"
+        )
+    return tuple(map(int, given))
+
+
+def shape_to_part(x, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the spatial axes of ``x (B, *S, C)``."""
+    one_spatial_axis_of(x)
+    if len(x.shape) != len(sizes) + 2:
+        raise LayerError(f"expected a batch axis, {len(sizes)} spatial and channels for {sizes}, got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(f"expected floating inputs, got {x.dtype}: convert them, say to float32")
+    return tuple(x.shape[1:-1])
+
+
+def part_ends(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of m parts of n entries begins, and before what it ends."""
+    parts = np.arange(m)
+    return parts * n // m, -(-(parts + 1) * n // m)
+
+
+def part_counts(n: int, m: int, axis: int, like: jax.Array) -> jax.Array:
+    """How many entries each part holds, along ``axis``, in the rank and dtype of ``like``."""
+    begin, end = part_ends(n, m)
+    return jnp.asarray((end - begin).reshape(-1, *(1,) * (like.ndim - axis - 1)), like.dtype)[(None,) * axis]
+
+
+def in_parts(x: jax.Array, axis: int, m: int, fill) -> jax.Array:
+    """An axis of n entries as two: m parts, and what each holds, with ``fill`` behind it where others hold more."""
+    n = x.shape[axis]
+    if n % m == 0:
+        return x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :])
+    begin, end = part_ends(n, m)
+    place = begin[:, None] + np.arange((end - begin).max())
+    held = (place < end[:, None]).reshape(*(1,) * axis, *place.shape, *(1,) * (x.ndim - axis - 1))
+    return jnp.where(held, jnp.take(x, np.minimum(place, n - 1), axis, mode="clip"), jnp.asarray(fill, x.dtype))
 
 
 def one_spatial_axis_of(x) -> tuple[int, int, int]:
