@@ -554,6 +554,15 @@ def test_weights_are_scaled_by_what_one_output_sees():
     np.testing.assert_allclose(params["w"].std(), np.sqrt(2 / (9 * 16)), rtol=0.03)
 
 
+def test_the_weights_of_a_grouped_transpose_are_drawn_group_by_group():
+    numbered = lambda key, shape, dtype: jnp.arange(np.prod(shape), dtype=dtype).reshape(shape)  # noqa: E731
+    like = jax.ShapeDtypeStruct((1, 5, 4), jnp.float32)
+    params, _ = conv_transpose(6, (2,), groups=2, weights=numbered, bias=None).init(jax.random.key(0), like)
+    drawn = np.arange(2 * 2 * 6).reshape(2, 2, 6)  # (*kernel, C/groups, features)
+    for group in range(2):
+        np.testing.assert_array_equal(params["w"][:, 2 * group :][:, :2], drawn[..., 3 * group :][..., :3])
+
+
 def test_sizes_under_every_padding_are_those_of_the_formulas():
     for n, k, s, d in itertools.product((5, 8), (1, 2, 3), (1, 2, 3), (1, 2)):
         x, extent = jax.ShapeDtypeStruct((1, n, 2), jnp.float32), (k - 1) * d + 1

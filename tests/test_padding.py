@@ -80,12 +80,12 @@ def test_the_audit_finds_nothing(name, key):
 
 
 def test_what_copies_give_to_an_entry_is_added_up_in_float32():
-    """Of nine parts one is 1 and eight are 2^-9, which in bfloat16 would be lost."""
-    layer, x = pad(((8, 0),), mode="replicate"), jnp.ones((1, 3, 1), jnp.bfloat16)
-    dy = jnp.full((1, 11, 1), 2.0**-9, jnp.bfloat16).at[0, 8].set(1)
+    """Of three parts one is 1 and two are 2^-8, each of which would be lost in bfloat16."""
+    layer, x = pad(((1, 1),), mode="reflect"), jnp.ones((1, 3, 1), jnp.bfloat16)
+    dy = jnp.asarray([2.0**-8, 0, 1, 0, 2.0**-8], jnp.bfloat16).reshape(1, 5, 1)
     for y, dx in by_both(layer, x, dy):
         assert y.dtype == dx.dtype == jnp.bfloat16
-        assert dx[0, 0, 0] == 1 + 2.0**-6
+        assert dx[0, 1, 0] == 1 + 2.0**-7
 
 
 def test_a_convolution_in_circles_moves_with_its_inputs(x64):

@@ -73,12 +73,12 @@ def pad(
         return y.astype(x.dtype), empty
 
     def backward(_, empty, dy):
-        # y_i = x_s(i), so dx_j = Σ_(i: s(i) = j) dy_i: what is copied gives its gradient to where it was copied from,
-        # the axes in reverse; y_i = value gives none
+        # y_i = x_s(i), so dx_j = Σ_(i: s(i) = j) dy_i along each axis: copies give to where they were copied from, and
+        # y_i = value gives to none
         if mode == "constant":
             return (), jax.lax.pad(dy, jnp.zeros((), dy.dtype), around([(-before, -after) for before, after in pairs]))
         d = dy.astype(wide(dy.dtype))
-        for axis, (before, after) in reversed(list(enumerate(pairs, 1))):
+        for axis, (before, after) in enumerate(pairs, 1):
             n = empty.shape[1 + axis]
             first, d, last = (part(d, axis, *at) for at in ((0, before), (before, n), (before + n, after)))
             if mode == "reflect":

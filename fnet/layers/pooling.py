@@ -145,7 +145,7 @@ def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:
         for axis, m in reversed(list(enumerate(sizes, 1))):  # the last first, so that ties go in row-major order
             entries = in_parts(largest, axis, m, -jnp.inf)
             place = jnp.argmax(entries, axis + 1, keepdims=True)
-            first = jnp.take_along_axis(in_parts(first, axis, m, -1), place, axis + 1).squeeze(axis + 1)
+            first = jnp.take_along_axis(in_parts(first, axis, m, 0), place, axis + 1).squeeze(axis + 1)
             largest = entries.max(axis + 1)
         flat = x.astype(wide(x.dtype)).reshape(x.shape[0], math.prod(shape), x.shape[-1])
         places = first.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
@@ -158,7 +158,7 @@ def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:
         first, empty = residuals
         shape, d = empty.shape[2:-1], dy.astype(wide(dy.dtype))
         for axis, n in reversed(list(enumerate(shape, 1))):
-            d, first = in_parts(d, axis, n, 0), in_parts(first, axis, n, -1)
+            d, first = in_parts(d, axis, n, 0), in_parts(first, axis, n, 0)
         spread = [size for n in shape for size in (n, 1)]  # beside each axis the one of its parts
         here = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(1, *spread, 1)
         dx = jnp.where(first == here, d, 0).sum([2 * axis for axis in range(1, len(shape) + 1)])
