@@ -147,22 +147,16 @@ def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:
             place = jnp.argmax(entries, axis + 1, keepdims=True)
             first = jnp.take_along_axis(in_parts(first, axis, m, 0), place, axis + 1).squeeze(axis + 1)
             largest = entries.max(axis + 1)
-        flat = x.astype(wide(x.dtype)).reshape(x.shape[0], math.prod(shape), x.shape[-1])
-        places = first.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
-        y = jnp.take_along_axis(flat, places, 1).reshape(first.shape)
-        return y.astype(x.dtype), (first, jnp.zeros((0, *x.shape), x.dtype))
+        flat, places = (a.reshape(a.shape[0], math.prod(a.shape[1:-1]), a.shape[-1]) for a in (x, first))
+        y = jnp.take_along_axis(flat.astype(wide(x.dtype)), places, 1).reshape(first.shape)
+        return y.astype(x.dtype), (places, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):
-        # ∂y_i / ∂x_j = [j is the first place of the maximum of part i], and the parts i that hold j are those in part j
-        # of n, see `adaptive_avg_pool`
-        first, empty = residuals
-        shape, d = empty.shape[2:-1], dy.astype(wide(dy.dtype))
-        for axis, n in reversed(list(enumerate(shape, 1))):
-            d, first = in_parts(d, axis, n, 0), in_parts(first, axis, n, 0)
-        spread = [size for n in shape for size in (n, 1)]  # beside each axis the one of its parts
-        here = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(1, *spread, 1)
-        dx = jnp.where(first == here, d, 0).sum([2 * axis for axis in range(1, len(shape) + 1)])
-        return (), dx.astype(dy.dtype)
+        # ∂y_i / ∂x_j = [j is the first place of the maximum of part i], for each example and channel
+        places, empty = residuals
+        shape, d = empty.shape[1:], dy.astype(wide(dy.dtype)).reshape(places.shape)
+        add = lambda d, places: jnp.zeros(math.prod(shape[1:-1]), d.dtype).at[places].add(d)  # noqa: E731
+        return (), jax.vmap(jax.vmap(add, -1, -1))(d, places).reshape(shape).astype(dy.dtype)
 
     return stateless("adaptive_max_pool", lambda key, x: nothing(shape_to_part(x, sizes)), forward, backward)
 
