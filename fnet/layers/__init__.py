@@ -43,6 +43,7 @@ from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
 from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
@@ -91,6 +92,8 @@ __all__ = [
     "mixed_precision",
     "multiply",
     "parallel",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "prelu",
     "reglu",
     "relative_positions",
@@ -99,6 +102,7 @@ __all__ = [
     "repeat",
     "reshape",
     "residual",
+    "resize",
     "rms_norm",
     "rnn",
     "rnn_cell",
