@@ -306,6 +306,7 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
             for name, (model, batch) in {
                 "lenet5": (fnet.models.lenet5(3), (photos, labels)),
                 "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
+                "unet": (fnet.models.unet(3, widths=(2, 3)), (photos[:, :4, :4], rng.integers(0, 3, (B, 4, 4)))),
                 "vit": (
                     fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
                     (photos[:, :8, :8], labels),
