@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.layers import batch_norm, conv, gru, lstm, models, resize, serial, sigmoid, stateless
+from fnet.layers import batch_norm, conv, conv_transpose, gru, lstm, models, resize, serial, sigmoid, stateless
 from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError
@@ -31,7 +31,8 @@ IMAGENET = specs(1, 224, 224, 3)
 # where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report; Llama's
 # files. ViT-B/16 has
 # 86,567,656 with a class token and its position, which the mean over the patches replaces. U-Net's paper gives none:
-# it is that of tf_unet and of Keras models with the paper's sizes
+# it is that of tf_unet and of Keras models with the paper's sizes. That of the 3-D U-Net's paper is without the
+# parameters of its batch normalization, and without biases in what goes up, as we find by adding up its figure
 PUBLISHED = {
     "lenet5": (models.lenet5(), specs(1, 28, 28, 1), 61_706),
     "ResNet-18": (
@@ -45,6 +46,17 @@ PUBLISHED = {
         25_557_032,
     ),
     "U-Net": (models.unet(2), specs(1, 32, 32, 1), 31_030_658),
+    "3-D U-Net": (
+        models.unet(
+            3,
+            dimensions=3,
+            widths=(64, 128, 256, 512),
+            up=lambda features: conv_transpose(features, (2, 2, 2), stride=2, bias=None),
+            early=True,
+        ),
+        specs(1, 16, 16, 16, 3),
+        19_069_955,
+    ),
     "GPT-2": (
         models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
         specs(1, 8, dtype="int32"),
@@ -177,40 +189,43 @@ def test_a_unet_that_normalizes_and_resizes_has_the_gradients_of_autodiff(key, x
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 * largest)
 
 
-def test_torch_computes_the_same_unet_with_the_same_weights(key, x64):
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_torch_computes_the_same_unet_with_the_same_weights(dimensions, key, x64):
     torch = pytest.importorskip("torch")
-    nn = torch.nn
+    nn, axes = torch.nn, tuple(range(dimensions))
+    Conv, Up = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[dimensions - 2]
+    pool = (nn.functional.max_pool2d, nn.functional.max_pool3d)[dimensions - 2]
 
     def twice(i, o):
-        return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.ReLU())
+        return nn.Sequential(Conv(i, o, 3, padding=1), nn.ReLU(), Conv(o, o, 3, padding=1), nn.ReLU())
 
     class UNet(nn.Module):
         def __init__(self, channels, classes, widths):
             super().__init__()
             self.down = nn.ModuleList(map(twice, (channels, *widths), widths))
-            self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in itertools.pairwise(widths))
+            self.up = nn.ModuleList(Up(b, a, 2, 2) for a, b in itertools.pairwise(widths))
             self.merge = nn.ModuleList(twice(2 * a, a) for a in widths[:-1])
-            self.head = nn.Conv2d(widths[0], classes, 1)
+            self.head = Conv(widths[0], classes, 1)
 
         def forward(self, x):
             kept = []
             for i, block in enumerate(self.down):
-                x = block(x if i == 0 else nn.functional.max_pool2d(x, 2))
+                x = block(x if i == 0 else pool(x, 2))
                 kept.append(x)
             for i in reversed(range(len(self.up))):
                 x = self.merge[i](torch.cat([kept[i], self.up[i](x)], 1))
             return self.head(x)
 
     widths = (3, 5, 4)
-    model, module = models.unet(2, widths=widths), UNet(2, 2, widths).double()
-    x = np.random.default_rng(1).normal(size=(2, 8, 12, 2))
+    model, module = models.unet(2, dimensions=dimensions, widths=widths), UNet(2, 2, widths).double()
+    x = np.random.default_rng(1).normal(size=(2, *(8, 12, 4)[:dimensions], 2))
     shapes, state = jax.eval_shape(model.init, key, jnp.asarray(x))
     params = drawn(shapes)
 
     def copy(into, p):
-        with torch.no_grad():  # (h, w, I, O) to (O, I, h, w), and of a transposed one to (I, O, h, w)
-            axes = (2, 3, 0, 1) if isinstance(into, nn.ConvTranspose2d) else (3, 2, 0, 1)
-            into.weight.copy_(torch.tensor(np.asarray(p["w"]).transpose(axes).copy()))
+        with torch.no_grad():  # (*S, I, O) to (O, I, *S), and of a transposed one to (I, O, *S)
+            channels = (dimensions, dimensions + 1)[:: 1 if isinstance(into, Up) else -1]
+            into.weight.copy_(torch.tensor(np.asarray(p["w"]).transpose(*channels, *axes).copy()))
             into.bias.copy_(torch.tensor(np.asarray(p["b"])))
 
     level = params["level"]

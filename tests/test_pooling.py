@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +17,31 @@ from fnet.types import LayerError
 from tests.oracles import assert_leaves_close
 
 
-def numpy_pool(kind, x, dy, window, stride, pads, count_padding=False):
+def outputs_of(n, pads, extent, stride, ceil_mode):
+    """How many windows an axis has, counted: those within the padding, and in ceil mode the next, where it is to be."""
+    starts = range(0, n + sum(pads), stride)
+    m = sum(start + extent <= n + sum(pads) for start in starts)
+    rest = n + sum(pads) > ((m - 1) * stride + extent if m else 0)
+    return m + (ceil_mode and rest and m * stride < n + pads[0])
+
+
+def numpy_pool(kind, x, dy, window, stride, pads, count_padding=False, dilation=None, ceil_mode=False):
     """Outputs and the inputs' gradient, window by window; the first of a tie in row-major order takes all."""
-    m = [(n + sum(p) - k) // s + 1 for n, p, k, s in zip(x.shape[1:-1], pads, window, stride, strict=True)]
+    dilation, sizes = dilation or (1,) * len(window), x.shape[1:-1]
+    extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    m = [outputs_of(n, p, e, s, ceil_mode) for n, p, e, s in zip(sizes, pads, extent, stride, strict=True)]
     y, dx = np.zeros((x.shape[0], *m, x.shape[-1])), np.zeros(x.shape)
     for b, *o, c in np.ndindex(*y.shape):
         starts = [i * s - low for i, s, (low, _) in zip(o, stride, pads, strict=True)]
-        true = [
-            (b, *at, c)
-            for at in (tuple(i + j for i, j in zip(starts, k, strict=True)) for k in np.ndindex(*window))
-            if all(0 <= j < n for j, n in zip(at, x.shape[1:-1], strict=True))
-        ]
+        seen = [tuple(i + j * d for i, j, d in zip(starts, k, dilation, strict=True)) for k in np.ndindex(*window)]
+        true = [(b, *at, c) for at in seen if all(0 <= j < n for j, n in zip(at, sizes, strict=True))]
+        padded = [at for at in seen if all(j < n + p[1] for j, n, p in zip(at, sizes, pads, strict=True))]
         values, here = np.array([x[at] for at in true]), (b, *o, c)
         if kind == "max":
             y[here] = values.max()
             dx[true[int(values.argmax())]] += dy[here]
         else:
-            count = np.prod(window) if count_padding else len(true)
+            count = len(padded if count_padding else true)
             y[here] = values.sum() / count
             for at in true:
                 dx[at] += dy[here] / count
@@ -49,6 +58,21 @@ POOLS = {
     "gaps": ((1, 8, 7, 2), (2, 1), {"stride": 3}, ((3, 3), ((0, 0), (0, 0)))),
     "explicit": ((1, 4, 4, 2), (3, 2), {"stride": 1, "padding": ((2, 1), (0, 1))}, ((1, 1), ((2, 1), (0, 1)))),
     "time": ((2, 7, 3), (3,), {"stride": 2, "padding": "SAME"}, ((2,), ((1, 1),))),
+    "dilated": ((1, 6, 7, 2), (2, 3), {"stride": 1, "dilation": (3, 2)}, ((1, 1), ((0, 0), (0, 0)))),
+    "ceil": ((1, 5, 7, 2), (2, 3), {"ceil_mode": True}, ((2, 3), ((0, 0), (0, 0)))),
+    "ceil, padded, dilated": (
+        (1, 6, 5, 2),
+        (3, 2),
+        {"stride": 3, "dilation": (1, 2), "padding": ((1, 1), (0, 1)), "ceil_mode": True},
+        ((3, 3), ((1, 1), (0, 1))),
+    ),
+    "volumes": (
+        (1, 3, 4, 4, 2),
+        (2, 2, 3),
+        {"stride": (1, 2, 2), "padding": "SAME"},
+        ((1, 2, 2), ((0, 1), (0, 0), (0, 1))),
+    ),
+    "volumes, side by side, ceil": ((1, 3, 2, 5, 1), (2, 1, 3), {"ceil_mode": True}, ((2, 1, 3), ((0, 0),) * 3)),
 }
 MAKE = {
     "max": max_pool,
@@ -91,7 +115,8 @@ def test_forward_and_gradients_equal_numpy_and_autodiff_ties_included(name, kind
     dy = outputs_like(layer, x)
     actual, autodiff = by_both(layer, x, dy)
     padded = kind == "avg, padding counts"
-    expected = numpy_pool(kind[:3], np.asarray(x), np.asarray(dy), window, numbers[0], numbers[1], padded)
+    more = {"dilation": options.get("dilation"), "ceil_mode": options.get("ceil_mode", False)}
+    expected = numpy_pool(kind[:3], np.asarray(x), np.asarray(dy), window, numbers[0], numbers[1], padded, **more)
     assert_leaves_close(actual, expected, 1e-14)
     assert_leaves_close(actual, autodiff, 1e-14)
 
@@ -99,7 +124,7 @@ def test_forward_and_gradients_equal_numpy_and_autodiff_ties_included(name, kind
 @pytest.mark.parametrize(
     ("layer", "kind"), [(global_max_pool(), "max"), (global_avg_pool(), "avg")], ids=["max", "avg"]
 )
-@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (2, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (2, 5, 3), (2, 2, 3, 2, 3)])
 def test_global_pools_are_pools_over_one_window(layer, kind, shape, x64):
     x = jnp.asarray(np.random.default_rng(1).integers(-1, 2, shape), jnp.float64)
     dy = outputs_like(layer, x)
@@ -115,6 +140,8 @@ LAYERS = {
     "max": max_pool((2, 2)),
     "max, padded": max_pool((3, 3), stride=2, padding="SAME"),
     "avg, padded": avg_pool((3, 3), stride=2, padding="SAME"),
+    "max, dilated, ceil": max_pool((2, 2), dilation=2, ceil_mode=True),
+    "avg, ceil": avg_pool((2, 3), padding=((1, 0), (1, 1)), ceil_mode=True, count_padding=True),
     "global max": global_max_pool(),
     "global avg": global_avg_pool(),
 }
@@ -209,7 +236,7 @@ def test_torch_computes_the_same():
     functional = torch.nn.functional
     pads = ((1, 1), (1, 1))
     with jax.enable_x64(True):
-        cases = [
+        images = [
             (max_pool((2, 2)), lambda x: functional.max_pool2d(x, 2)),
             (max_pool((3, 3), stride=2, padding=pads), lambda x: functional.max_pool2d(x, 3, 2, 1)),
             (avg_pool((2, 3)), lambda x: functional.avg_pool2d(x, (2, 3))),
@@ -222,10 +249,32 @@ def test_torch_computes_the_same():
                 lambda x: functional.avg_pool2d(x, 3, 2, 1),
             ),
             (global_avg_pool(), lambda x: x.mean((2, 3))),
+            (
+                max_pool((3, 2), stride=2, padding=((1, 1), (0, 0)), dilation=2, ceil_mode=True),
+                lambda x: functional.max_pool2d(x, (3, 2), 2, (1, 0), 2, True),
+            ),
+            *(
+                (
+                    avg_pool((3, 2), stride=2, padding=pads, ceil_mode=True, count_padding=count),
+                    lambda x, count=count: functional.avg_pool2d(x, (3, 2), 2, 1, True, count),
+                )
+                for count in (False, True)
+            ),
         ]
-        for layer, function in cases:
-            x = np.random.default_rng(0).normal(size=(2, 7, 6, 3))
-            leaf = torch.tensor(x.transpose(0, 3, 1, 2).copy(), dtype=torch.float64, requires_grad=True)
+        volumes = [
+            (
+                max_pool((2, 2, 3), stride=2, padding=((0, 0), (1, 1), (1, 1)), ceil_mode=True),
+                lambda x: functional.max_pool3d(x, (2, 2, 3), 2, (0, 1, 1), ceil_mode=True),
+            ),
+            (
+                avg_pool((2, 2, 3), stride=2, padding=((0, 0), (1, 1), (1, 1)), ceil_mode=True, count_padding=True),
+                lambda x: functional.avg_pool3d(x, (2, 2, 3), 2, (0, 1, 1), ceil_mode=True),
+            ),
+        ]
+        every = [((2, 7, 6, 3), *case) for case in images] + [((2, 3, 7, 6, 3), *case) for case in volumes]
+        for shape, layer, function in every:
+            x = np.random.default_rng(0).normal(size=shape)
+            leaf = torch.tensor(np.moveaxis(x, -1, 1).copy(), dtype=torch.float64, requires_grad=True)
             out = function(leaf)
             dy = np.random.default_rng(1).normal(size=tuple(out.shape))
             out.backward(torch.tensor(dy))
@@ -233,6 +282,37 @@ def test_torch_computes_the_same():
             y, dx = by_hand(layer, jnp.asarray(x), jnp.asarray(np.moveaxis(dy, 1, -1)))
             expected = np.moveaxis(out.detach().numpy(), 1, -1), np.moveaxis(leaf.grad.numpy(), 1, -1)
             assert_leaves_close((y, dx), expected, 1e-13)
+
+
+def test_torch_makes_the_same_sizes_and_means_in_ceil_mode():
+    """Over a grid; where torch has no output, or a window that sees nothing but padding, ours is refused."""
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    compared = refused = 0
+    for n, k, s, p, d in itertools.product((1, 2, 4, 5, 7), (1, 2, 3, 4), (1, 2, 3, 5), (0, 1, 2), (1, 2)):
+        if p > k // 2:  # which torch refuses
+            continue
+        x = np.random.default_rng(n).normal(size=n).astype(np.float32)
+        options = {"stride": s, "padding": ((p, p),), "ceil_mode": True}
+        cases = [(max_pool((k,), dilation=d, **options), functional.max_pool1d, (k, s, p, d, True))]
+        if d == 1:
+            for count in (False, True):
+                layer = avg_pool((k,), count_padding=count, **options)
+                cases.append((layer, functional.avg_pool1d, (k, s, p, True, count)))
+        for layer, function, arguments in cases:
+            try:
+                expected = function(torch.tensor(x)[None, None], *arguments).numpy()[0, 0]
+            except RuntimeError:
+                expected = np.array([-np.inf])
+            if np.isinf(expected).any():
+                refused += 1
+                with pytest.raises(LayerError):
+                    layer.init(jax.random.key(0), x[None, :, None])
+            else:
+                compared += 1
+                y = layer.forward((), (), jnp.asarray(x)[None, :, None])[0]
+                np.testing.assert_allclose(np.asarray(y)[0, :, 0], expected, rtol=1e-6, atol=1e-6)
+    assert compared > 400 and refused > 20
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -246,6 +326,8 @@ def test_arguments_that_do_not_fit_are_refused(make):
         ((2, 2), {"stride": 0}, "_pool: stride = 0; expected a whole number"),
         ((2,), {"padding": "CAUSAL"}, r"_pool: padding = 'CAUSAL'; expected one of \('SAME', 'VALID'\)"),
         ((2, 2), {"padding": ((1, 1),)}, "_pool: padding = .* expected 2 pairs"),
+        ((2, 2), {"dilation": 0}, "_pool: dilation = 0; expected a whole number"),
+        ((2, 2), {"padding": "SAME", "ceil_mode": True}, "_pool: ceil_mode = True with padding 'SAME', which has"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(window, **options)

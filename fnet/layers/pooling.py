@@ -1,7 +1,7 @@
 """Pooling: the largest entry or the mean of each window, channel by channel. No layer has parameters.
 
-Legend: B batch, T time, H W height and width, S spatial axes (T, or H and W), C channels, K positions of a window,
-n, m sizes of an input's and an output's axis.
+Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels,
+K positions of a window, n, m sizes of an input's and an output's axis.
 """
 
 from __future__ import annotations
@@ -32,19 +32,29 @@ from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
 
-def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID") -> Layer:
-    """``y_o = max_k x_(o·stride + k − low)`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+def max_pool(
+    window: tuple[int, ...], *, stride=None, dilation=1, padding: Padding = "VALID", ceil_mode: bool = False
+) -> Layer:
+    """``y_o = max_k x_(o·stride + k·dilation − low)`` over ``(B, T, C)``, ``(B, H, W, C)`` or ``(B, D, H, W, C)``.
 
     ``window`` is a tuple with one size for each spatial axis, ``stride`` the same or a whole number, by default the
-    window; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded never counts. The
-    whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A NaN passes.
-    Sizes and errors are those of `conv`; a window that lies in the padding alone is refused.
+    window, ``dilation`` too; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded
+    never counts. The whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A
+    NaN passes.
+
+    Sizes are those of `conv`: a rest that no whole window fits into is left out. With ``ceil_mode`` one window more
+    sees it and reaches beyond the padding, unless it would start behind the inputs (PyTorch the same, ONNX since its
+    version 22); not with ``"SAME"``, which leaves out nothing. Errors are those of `conv`; a window that lies in the
+    padding alone is refused.
 
     >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     >>> max_pool((2, 2)).forward((), (), x)[0].reshape(2, 2).tolist()
     [[5.0, 7.0], [13.0, 15.0]]
+    >>> max_pool((3, 3), ceil_mode=True).forward((), (), x)[0].reshape(2, 2).tolist()
+    [[10.0, 11.0], [14.0, 15.0]]
     """
-    windows = windows_of("max_pool", window, window if stride is None else stride, 1, padding, "window")
+    stride = window if stride is None else stride
+    windows = windows_of("max_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
         over = over_true_inputs(windows, x)
@@ -62,7 +72,7 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
         return channels_last(y.astype(x.dtype)), (first, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):
-        # ∂y_o / ∂x_(os+k) = [k is the first position at which the window of o has its maximum]
+        # ∂y_o / ∂x_(os+kd) = [k is the first position at which the window of o has its maximum]
         first, empty = residuals
         over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
         positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
@@ -74,12 +84,20 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
     return stateless("max_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
 
-def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID", count_padding: bool = False) -> Layer:
-    """``y_o = Σ_k x_(o·stride + k − low) / count_o`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+def avg_pool(
+    window: tuple[int, ...],
+    *,
+    stride=None,
+    dilation=1,
+    padding: Padding = "VALID",
+    ceil_mode: bool = False,
+    count_padding: bool = False,
+) -> Layer:
+    """``y_o = Σ_k x_(o·stride + k·dilation − low) / count_o``, the mean of each window.
 
     ``count_o`` is the number of true entries in the window, as in Keras; with ``count_padding=True`` padded zeros count
-    too, so that it is the size of the window, as by default in PyTorch (``count_include_pad``). Sums are taken in
-    float32 at least. Other arguments and errors are those of `max_pool`.
+    too, as by default in PyTorch (``count_include_pad``), but never what ``ceil_mode`` sees beyond them. Sums are taken
+    in float32 at least. Other arguments and errors are those of `max_pool`.
 
     >>> x = jnp.ones((1, 3, 1))
     >>> avg_pool((2,), padding="SAME").forward((), (), x)[0].ravel().tolist()
@@ -87,19 +105,19 @@ def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
     >>> avg_pool((2,), padding="SAME", count_padding=True).forward((), (), x)[0].ravel().tolist()
     [1.0, 0.5]
     """
-    windows = windows_of("avg_pool", window, window if stride is None else stride, 1, padding, "window")
+    stride = window if stride is None else stride
+    windows = windows_of("avg_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def counts(over: Windows, dtype):
         """How many entries each output is the mean of, ``(1, *m, 1)``."""
-        true = true_entries(over)
-        return jnp.asarray(np.full(true[0].shape, len(true)) if count_padding else np.sum(true, axis=0), dtype)
+        return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
         over, dtype = over_true_inputs(windows, x), wide(x.dtype)
         total = functools.reduce(jnp.add, taps(channels_first(x).astype(dtype), over, 0))
         return channels_last((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
 
-    def backward(_, empty, dy):  # ∂y_o / ∂x_(os+k) = 1 / count_o
+    def backward(_, empty, dy):  # ∂y_o / ∂x_(os+kd) = 1 / count_o
         over, dtype = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), wide(dy.dtype)
         share = channels_first(dy).astype(dtype) / counts(over, dtype)
         d = jnp.broadcast_to(share, (*over.kernel, *share.shape))
@@ -204,10 +222,15 @@ def seen_places(over: Windows) -> list[tuple[slice, ...]]:
     return [(slice(None), *(along(over, axis, k) for axis, k in enumerate(p))) for p in positions]
 
 
-def true_entries(over: Windows) -> list[np.ndarray]:
-    """For each position of a window whether what an output sees there is an input, ``(1, *m, 1)`` each."""
-    edges = [(low, max(high, 0)) for low, high in zip(over.low, over.high, strict=True)]
-    inside = np.pad(np.ones((1, *over.inputs, 1), bool), ((0, 0), *edges, (0, 0)))
+def true_entries(over: Windows, or_padded: bool = False) -> list[np.ndarray]:
+    """For each position of a window whether what an output sees there is an input, ``(1, *m, 1)`` each.
+
+    With ``or_padded`` whether it is an input or padded; ``ceil_mode`` sees beyond both.
+    """
+    pads = [(low, after) if or_padded else (0, 0) for low, after in zip(over.low, over.after, strict=True)]
+    rest = [(low - p, max(high - q, 0)) for low, high, (p, q) in zip(over.low, over.high, pads, strict=True)]
+    inside = np.ones([n + sum(p) for n, p in zip(over.inputs, pads, strict=True)], bool)
+    inside = np.pad(inside, rest)[None, ..., None]
     return [inside[place] for place in seen_places(over)]
 
 
