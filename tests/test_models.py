@@ -193,8 +193,10 @@ def test_a_unet_that_normalizes_and_resizes_has_the_gradients_of_autodiff(key, x
 def test_torch_computes_the_same_unet_with_the_same_weights(dimensions, key, x64):
     torch = pytest.importorskip("torch")
     nn, axes = torch.nn, tuple(range(dimensions))
-    Conv, Up = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[dimensions - 2]
-    pool = (nn.functional.max_pool2d, nn.functional.max_pool3d)[dimensions - 2]
+    Conv, Up, pool = {
+        2: (nn.Conv2d, nn.ConvTranspose2d, nn.functional.max_pool2d),
+        3: (nn.Conv3d, nn.ConvTranspose3d, nn.functional.max_pool3d),
+    }[dimensions]
 
     def twice(i, o):
         return nn.Sequential(Conv(i, o, 3, padding=1), nn.ReLU(), Conv(o, o, 3, padding=1), nn.ReLU())
