@@ -12,7 +12,8 @@ is the label. Equal logits rank by index, the lower class first (as argmax in Nu
 zeros predicts class 0. An example with a NaN among its logits is never right. Errors are the losses'.
 
 What is no mean over examples is computed of a whole set: `precision`, `recall`, `f1` and `intersection_over_union` of
-the counts that `confusion` adds up, `perplexity` of a mean loss, `roc_auc` and `r_squared` of all outputs, as `fnet.predict` gives them.
+the counts that `confusion` adds up, `perplexity` of a mean loss, `roc_auc` and `r_squared` of all outputs, as
+`fnet.predict` gives them.
 
 Legend: B batch, K classes, F features.
 """

@@ -499,15 +499,15 @@ def test_the_summary_counts_a_convolution_by_its_product_and_bias():
 
 def test_a_vision_transformer_refuses_images_that_are_not_whole_patches(key):
     model = models.vit(10, patch=4, layers=1, features=8, heads=2, positions=4)
-    with pytest.raises(LayerError, match=r"^patches/grid: expected images .* sides that 4 divides, got .*11, 11"):
+    with pytest.raises(LayerError, match=r"^patches/grid: expected .* sides that 4 divides, got .*11, 11"):
         model.init(key, specs(1, 11, 11, 1))
 
 
 def test_a_unet_names_the_divisor_of_sides_that_it_refuses(key):
     for dimensions, shape, message in [
-        (2, (1, 8, 6, 1), r"^grid: expected images \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 6, 1\)"),
-        (2, (1, 8, 1), r"^grid: expected images \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 1\)"),
-        (1, (1, 9, 1), r"^grid: expected \(B, \*S, C\) with 1 spatial axes, with sides that 4 divides"),
+        (2, (1, 8, 6, 1), r"^grid: expected \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 6, 1\)"),
+        (2, (1, 8, 1), r"^grid: expected \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 1\)"),
+        (1, (1, 9, 1), r"^grid: expected \(B, T, C\) with sides that 4 divides, got shape \(1, 9, 1\)"),
     ]:
         with pytest.raises(LayerError, match=message):
             models.unet(2, dimensions=dimensions, widths=(2, 2, 2)).init(key, specs(*shape))
@@ -518,6 +518,8 @@ def test_sizes_of_models_are_checked():
         models.unet(2, widths=())
     with pytest.raises(ValueError, match=r"unet: widths = \(4, 3\); expected at least one, each of them even"):
         models.unet(2, widths=(4, 3), early=True)
+    with pytest.raises(ValueError, match="unet: dimensions = 4; expected one of 1, 2, 3"):
+        models.unet(2, dimensions=4)
     with pytest.raises(ValueError, match=r"unet: widths\[1\] = 0; expected at least 1"):
         models.unet(2, widths=(4, 0))
     with pytest.raises(ValueError, match=r"resnet: blocks\[0\] = 0; expected at least 1"):

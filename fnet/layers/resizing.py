@@ -53,7 +53,7 @@ def resize(
 
     | here | PyTorch's ``interpolate`` | ONNX ``Resize`` | `jax.image.resize` | Keras |
     |---|---|---|---|---|
-    | linear | ``bilinear`` | ``linear``, ``half_pixel`` | ``linear``, antialias off | ``bilinear`` |
+    | linear | ``bilinear`` and its like | ``linear``, ``half_pixel`` | ``antialias=False`` | ``bilinear`` |
     | linear, align | ``align_corners=True`` | ``align_corners`` | | |
     | linear, antialias | ``antialias=True`` | ``antialias=1`` | ``linear``, its default | ``antialias=True`` |
     | cubic | ``bicubic`` | ``cubic`` | other: a = −½ | other: a = −½ |
@@ -126,7 +126,11 @@ def resize(
 
 def is_scale(number) -> bool:
     """Whether this is a finite number of Python or NumPy above 0."""
-    return isinstance(number, int | float | np.number) and not isinstance(number, bool) and bool(0 < number < math.inf)
+    return (
+        isinstance(number, int | float | np.integer | np.floating)
+        and not isinstance(number, bool)
+        and bool(0 < number < math.inf)
+    )
 
 
 def places(n: int, m: int, corners: Corners) -> tuple[np.ndarray, int]:

@@ -27,6 +27,7 @@ from fnet.layers import (
     serial,
 )
 from fnet.layers.models.language import transformer_block
+from fnet.layers.windows import AXES
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -148,9 +149,12 @@ def unet(
     features that it gets.
 
     ``unet(2)`` is that of Ronneberger et al., arXiv:1505.04597, with 31,030,658 parameters on one channel. Theirs pads
-    nothing and crops what it joins; here outputs are as large as inputs, and sides that ``2^(levels − 1)`` does not
-    divide are refused. ``unet(3, dimensions=3, widths=(64, 128, 256, 512), norm=batch_norm, early=True)`` is the 3-D
-    U-Net of Çiçek et al., arXiv:1606.06650.
+    nothing and crops what it joins; here outputs are as large as inputs, and a `LayerError` refuses sides that
+    ``2^(levels − 1)`` does not divide. ``unet(3, dimensions=3, widths=(64, 128, 256, 512), norm=batch_norm,
+    early=True)`` is the 3-D U-Net of Çiçek et al., arXiv:1606.06650; their 19,069,955 parameters, on three channels,
+    are those without ``norm`` and with an ``up`` without biases.
+
+    Raises ValueError for other than one to three ``dimensions``, for no ``widths`` and for odd ones with ``early``.
 
     >>> import jax
     >>> model, x = unet(4, widths=(8, 16)), jax.ShapeDtypeStruct((2, 6, 10, 3), "float32")
@@ -161,18 +165,17 @@ def unet(
     require_counts("unet", classes=classes, dimensions=dimensions, **{f"widths[{i}]": w for i, w in enumerate(widths)})
     if not widths or (early and any(width % 2 for width in widths)):
         raise ValueError(f"unet: widths = {widths!r}; expected at least one{', each of them even' if early else ''}")
-    axes = (1,) * dimensions
-    make_up = up or (lambda features: conv_transpose(features, tuple(2 * a for a in axes), stride=2))
+    if dimensions not in AXES:
+        raise ValueError(f"unet: dimensions = {dimensions}; expected one of {', '.join(map(str, AXES))}")
+    one, two, three = ((size,) * dimensions for size in (1, 2, 3))
+    make_up = up or (lambda features: conv_transpose(features, two, stride=2))
 
     def convolutions(*features: int) -> Layer:
-        kernel = tuple(3 * a for a in axes)
-        return serial(*(
-            layer
-            for width in features
-            for layer in (
-                [conv(width, kernel), relu()] if norm is None else [conv(width, kernel, bias=None), norm(), relu()]
-            )
-        ))  # fmt: skip
+        layers = []
+        for width in features:
+            layers += [conv(width, three)] if norm is None else [conv(width, three, bias=None), norm()]
+            layers.append(relu())
+        return serial(*layers)
 
     def level(i: int) -> Layer:
         width = widths[i]
@@ -180,7 +183,7 @@ def unet(
         if i == len(widths) - 1:
             return down
         below = serial(
-            ("pool", max_pool(tuple(2 * a for a in axes))),
+            ("pool", max_pool(two)),
             ("level", level(i + 1)),
             ("up", make_up(widths[i + 1] if early else width)),
         )
@@ -191,9 +194,8 @@ def unet(
             ("merge", convolutions(width, width)),
         )
 
-    return serial(
-        ("grid", _whole_patches(2 ** (len(widths) - 1), dimensions)), ("level", level(0)), ("head", conv(classes, axes))
-    )._replace(name="unet")
+    whole = _whole_patches(2 ** (len(widths) - 1), dimensions)
+    return serial(("grid", whole), ("level", level(0)), ("head", conv(classes, one)))._replace(name="unet")
 
 
 def vit(
@@ -229,8 +231,7 @@ def _whole_patches(patch: int, dimensions: int = 2) -> Layer:
 
     def forward(params, x):
         if len(x.shape) != dimensions + 2 or any(size % patch for size in x.shape[1:-1]):
-            axes = "images (B, H, W, C)" if dimensions == 2 else f"(B, *S, C) with {dimensions} spatial axes,"
-            raise LayerError(f"expected {axes} with sides that {patch} divides, got shape {x.shape}")
+            raise LayerError(f"expected {AXES[dimensions]} with sides that {patch} divides, got shape {x.shape}")
         return x, ()
 
     return stateless("whole_patches", lambda key, x: forward((), x)[1], forward, lambda params, residuals, dy: ((), dy))
