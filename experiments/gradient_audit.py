@@ -148,6 +148,13 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "pad, reflected": (make.pad(((4, 1), (0, 2)), mode="reflect"), pixels),
         "pad, replicated": (make.pad(((2, 1), (0, 6)), mode="replicate"), pixels),
         "pad, in circles": (make.pad(((1, 5), (2, 0)), mode="circular"), pixels),
+        "resize": (make.resize((8, 3)), pixels),
+        "resize, cubic, aligned": (make.resize(scale=1.4, method="cubic", corners="align"), pixels),
+        "resize, antialiased": (make.resize((2, 7), antialias=True), pixels),
+        "resize, nearest": (make.resize((3, 7), method="nearest"), pixels),
+        "resize, nearest, twice": (make.resize(scale=2, method="nearest"), pixels),
+        "pixel_shuffle": (make.pixel_shuffle(2), rng.standard_normal((2, 2, 3, 8)).astype(np.float32)),
+        "pixel_unshuffle": (make.pixel_unshuffle(2, order="DCR"), rng.standard_normal((2, 4, 2, 3)).astype(np.float32)),
         # normalization and noise
         "batch_norm": (make.batch_norm(), images),
         "batch_norm, masked": (make.batch_norm(), (sequence, ragged)),
@@ -315,6 +322,7 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
             for name, (model, batch) in {
                 "lenet5": (fnet.models.lenet5(3), (photos, labels)),
                 "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
+                "unet": (fnet.models.unet(3, widths=(2, 3)), (photos[:, :4, :4], rng.integers(0, 3, (B, 4, 4)))),
                 "vit": (
                     fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
                     (photos[:, :8, :8], labels),

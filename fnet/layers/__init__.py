@@ -51,6 +51,7 @@ from fnet.layers.pooling import (
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
 from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
@@ -102,6 +103,8 @@ __all__ = [
     "multiply",
     "pad",
     "parallel",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "prelu",
     "reglu",
     "relative_positions",
@@ -110,6 +113,7 @@ __all__ = [
     "repeat",
     "reshape",
     "residual",
+    "resize",
     "rms_norm",
     "rnn",
     "rnn_cell",
