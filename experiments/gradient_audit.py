@@ -70,6 +70,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
     x, sequence, images, pixels = (
         rng.standard_normal(s).astype(np.float32) for s in ((B, F), (B, T, F), (B, T, T, 2), (2, 5, 5, 2))
     )
+    volumes = pixels[:, :4, :4].reshape(2, 4, 2, 2, 2)
     on_kink = x.copy()
     on_kink[1, 2] = 0
     ids = rng.integers(0, K, (B, T))
@@ -124,14 +125,36 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "conv, depthwise, dilated": (make.conv(4, (2, 2), groups=2, dilation=2), pixels),
         "conv, by XLA": (make.conv(3, (3, 3), form="xla"), pixels),
         "conv, causal along time": (make.conv(3, (2,), padding="CAUSAL"), sequence),
+        "conv, over volumes": (make.conv(3, (3, 2, 2), stride=(2, 1, 1)), volumes),
+        "conv, over volumes, by XLA": (make.conv(4, (2, 2, 1), groups=2, form="xla"), volumes),
         "conv_transpose": (make.conv_transpose(3, (3, 3), stride=2), pixels),
+        "conv_transpose, grouped, larger at its end": (
+            make.conv_transpose(4, (2, 3), stride=2, groups=2, padding=((1, 1), (0, 1)), output_padding=(1, 0)),
+            pixels,
+        ),
         "max_pool": (make.max_pool((2, 2)), pixels),
+        "max_pool, dilated, in ceil mode": (make.max_pool((2, 2), dilation=3, ceil_mode=True), pixels),
         "max_pool, overlapping": (make.max_pool((3, 3), stride=2, padding="SAME"), pixels),
         "avg_pool": (make.avg_pool((2, 2), padding="SAME"), pixels),
+        "avg_pool, over volumes, in ceil mode": (make.avg_pool((3, 1, 2), stride=2, ceil_mode=True), volumes),
+        "adaptive_avg_pool": (make.adaptive_avg_pool((2, 7)), pixels),
+        "adaptive_max_pool": (make.adaptive_max_pool((3, 2)), pixels),
+        "adaptive_max_pool, over volumes": (make.adaptive_max_pool((3, 2, 3)), volumes),
         "global_max_pool": (make.global_max_pool(), pixels),
         "global_avg_pool": (make.global_avg_pool(), pixels),
         "global_max_pool, masked": (make.global_max_pool(), (sequence, ragged)),
         "global_avg_pool, masked": (make.global_avg_pool(), (sequence, ragged)),
+        "pad": (make.pad(((1, 0), (-2, 3)), value=0.5), pixels),
+        "pad, reflected": (make.pad(((4, 1), (0, 2)), mode="reflect"), pixels),
+        "pad, replicated": (make.pad(((2, 1), (0, 6)), mode="replicate"), pixels),
+        "pad, in circles": (make.pad(((1, 5), (2, 0)), mode="circular"), pixels),
+        "resize": (make.resize((8, 3)), pixels),
+        "resize, cubic, aligned": (make.resize(scale=1.4, method="cubic", corners="align"), pixels),
+        "resize, antialiased": (make.resize((2, 7), antialias=True), pixels),
+        "resize, nearest": (make.resize((3, 7), method="nearest"), pixels),
+        "resize, nearest, twice": (make.resize(scale=2, method="nearest"), pixels),
+        "pixel_shuffle": (make.pixel_shuffle(2), rng.standard_normal((2, 2, 3, 8)).astype(np.float32)),
+        "pixel_unshuffle": (make.pixel_unshuffle(2, order="DCR"), rng.standard_normal((2, 4, 2, 3)).astype(np.float32)),
         # normalization and noise
         "batch_norm": (make.batch_norm(), images),
         "batch_norm, masked": (make.batch_norm(), (sequence, ragged)),
@@ -299,6 +322,7 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
             for name, (model, batch) in {
                 "lenet5": (fnet.models.lenet5(3), (photos, labels)),
                 "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
+                "unet": (fnet.models.unet(3, widths=(2, 3)), (photos[:, :4, :4], rng.integers(0, 3, (B, 4, 4)))),
                 "vit": (
                     fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
                     (photos[:, :8, :8], labels),

@@ -11,8 +11,9 @@ Class metrics take logits ``(..., K)`` and integer labels ``(...)``, or probabil
 is the label. Equal logits rank by index, the lower class first (as argmax in NumPy, JAX and Keras), so that a head of
 zeros predicts class 0. An example with a NaN among its logits is never right. Errors are the losses'.
 
-What is no mean over examples is computed of a whole set: `precision`, `recall` and `f1` of the counts that `confusion`
-adds up, `perplexity` of a mean loss, `roc_auc` and `r_squared` of all outputs, as `fnet.predict` gives them.
+What is no mean over examples is computed of a whole set: `precision`, `recall`, `f1` and `intersection_over_union` of
+the counts that `confusion` adds up, `perplexity` of a mean loss, `roc_auc` and `r_squared` of all outputs, as
+`fnet.predict` gives them.
 
 Legend: B batch, K classes, F features.
 """
@@ -40,6 +41,7 @@ __all__ = [
     "f1",
     "gradient_histograms",
     "gradient_norms",
+    "intersection_over_union",
     "magnitude_edges",
     "merge",
     "perplexity",
@@ -152,19 +154,35 @@ def precision(counts, average: str | None = "macro") -> jax.Array:
     [0.8333, 0.75, 0.7333]
     """
     counts = _counts("precision", counts, average)
-    return _averaged(counts.diagonal(), counts.sum(0), counts, average)
+    return _averaged(counts.diagonal(), counts.sum(0), average)
 
 
 def recall(counts, average: str | None = "macro") -> jax.Array:
     """The share of a class k that is found, ``C_kk / Σ_j C_kj``; as `precision`."""
     counts = _counts("recall", counts, average)
-    return _averaged(counts.diagonal(), counts.sum(1), counts, average)
+    return _averaged(counts.diagonal(), counts.sum(1), average)
 
 
 def f1(counts, average: str | None = "macro") -> jax.Array:
     """``2 C_kk / (Σ_i C_ik + Σ_j C_kj)``, the harmonic mean of `precision` and `recall`; as these."""
     counts = _counts("f1", counts, average)
-    return _averaged(2 * counts.diagonal(), counts.sum(0) + counts.sum(1), counts, average)
+    return _averaged(2 * counts.diagonal(), counts.sum(0) + counts.sum(1), average)
+
+
+def intersection_over_union(counts, average: str | None = "macro") -> jax.Array:
+    """``C_kk / (Σ_i C_ik + Σ_j C_kj − C_kk)``, the share of what is k or answered k that is both; as `precision`.
+
+    The Jaccard index; of places such as pixels it is what segmentation is measured by. "micro" is ``Σ_k`` of one over
+    ``Σ_k`` of the other. A class that there is not and that is not predicted has 0 and counts in the mean over classes,
+    where Keras' ``MeanIoU`` leaves it out.
+
+    >>> counts = confusion(2)(jnp.eye(2)[jnp.array([0, 1, 1, 1])], jnp.array([0, 0, 1, 1])).sum(0)
+    >>> [round(float(score), 4) for score in intersection_over_union(counts, None)]
+    [0.5, 0.6667]
+    """
+    counts = _counts("intersection_over_union", counts, average)
+    both = counts.diagonal()
+    return _averaged(both, counts.sum(0) + counts.sum(1) - both, average)
 
 
 def _counts(who: str, counts, average) -> jax.Array:
@@ -176,12 +194,11 @@ def _counts(who: str, counts, average) -> jax.Array:
     return counts.astype(wide(counts.dtype))
 
 
-def _averaged(part, whole, counts, average) -> jax.Array:
-    each = jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))
+def _averaged(part, whole, average) -> jax.Array:
     if average == "micro":
-        total = counts.sum()
-        return counts.diagonal().sum() / jnp.where(total == 0, 1, total)
-    return each if average is None else each.mean()
+        part, whole = part.sum(), whole.sum()
+    each = jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))
+    return each.mean() if average == "macro" else each
 
 
 def perplexity(loss) -> jax.Array:

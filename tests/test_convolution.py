@@ -34,16 +34,18 @@ def numpy_conv(x, w, b, dy, stride, dilation, pads, groups=1):
     return y + b, dx[inner], dw, dy.sum(tuple(range(dy.ndim - 1)))
 
 
-def numpy_conv_transpose(x, w, b, dy, stride, dilation, sizes, low):
+def numpy_conv_transpose(x, w, b, dy, stride, dilation, sizes, low, groups=1):
     """The same of a transposed convolution: every input adds into a window of the outputs, which have the ``sizes``."""
-    y, dx, dw = np.zeros((x.shape[0], *sizes, w.shape[-1])), np.zeros(x.shape), np.zeros(w.shape)
-    for o, k in itertools.product(np.ndindex(*x.shape[1:-1]), np.ndindex(*w.shape[:-2])):
+    per, features = w.shape[-2] // groups, w.shape[-1]
+    y, dx, dw = np.zeros((x.shape[0], *sizes, groups * features)), np.zeros(x.shape), np.zeros(w.shape)
+    for o, k, g in itertools.product(np.ndindex(*x.shape[1:-1]), np.ndindex(*w.shape[:-2]), range(groups)):
         at = tuple(i * s + j * d - p for i, s, j, d, p in zip(o, stride, k, dilation, low, strict=True))
         if all(0 <= j < size for j, size in zip(at, sizes, strict=True)):
-            at, here = (slice(None), *at), (slice(None), *o)
-            y[at] += x[here] @ w[k]
-            dx[here] += dy[at] @ w[k].T
-            dw[k] += x[here].T @ dy[at]
+            channels = slice(g * per, (g + 1) * per)
+            at, here = (slice(None), *at, slice(g * features, (g + 1) * features)), (slice(None), *o, channels)
+            y[at] += x[here] @ w[k][channels]
+            dx[here] += dy[at] @ w[k][channels].T
+            dw[k][channels] += x[here].T @ dy[at]
     return y + b, dx, dw, dy.sum(tuple(range(dy.ndim - 1)))
 
 
@@ -79,8 +81,20 @@ CONVS = {
     "one by one with stride": ((2, 5, 4, 3), (1, 1), {"stride": 2}, ((2, 2), (1, 1), ((0, 0),) * 2, 1)),
     "causal over time": ((2, 6, 3), (3,), {"padding": "CAUSAL", "dilation": 2}, ((1,), (2,), ((4, 0),), 1)),
     "time, same, stride": ((1, 7, 3), (4,), {"stride": 2}, ((2,), (1,), ((1, 2),), 1)),
+    "volumes, same, grouped": (
+        (2, 3, 2, 4, 4),
+        (2, 3, 1),
+        {"groups": 2},
+        ((1, 1, 1), (1, 1, 1), ((0, 1), (1, 1), (0, 0)), 2),
+    ),
+    "volumes, explicit, strided, dilated": (
+        (1, 4, 3, 5, 2),
+        (2, 2, 3),
+        {"stride": (1, 2, 2), "dilation": (2, 1, 1), "padding": ((1, 0), (0, 1), (2, 0))},
+        ((1, 2, 2), (2, 1, 1), ((1, 0), (0, 1), (2, 0)), 1),
+    ),
 }
-# name: input shape, kernel, arguments, and for the oracle: strides, dilations, sizes of the output, zeros cut before
+# the same, and for the oracle: strides, dilations, sizes of the output, what is cut before, groups
 TRANSPOSES = {
     "same, doubled": ((2, 3, 2, 3), (4, 3), {"stride": 2}, ((2, 2), (1, 1), (6, 4), (1, 0))),
     "valid": ((1, 3, 2, 2), (3, 2), {"stride": (2, 1), "padding": "VALID"}, ((2, 1), (1, 1), (7, 3), (0, 0))),
@@ -92,6 +106,24 @@ TRANSPOSES = {
         ((2,), (2,), (7,), (1,)),
     ),
     "pieces side by side": ((2, 2, 3, 2), (2, 2), {"stride": 2}, ((2, 2), (1, 1), (4, 6), (0, 0))),
+    "grouped": (
+        (1, 3, 2, 6),
+        (2, 3),
+        {"stride": (1, 2), "groups": 2, "padding": "VALID"},
+        ((1, 2), (1, 1), (4, 5), (0, 0), 2),
+    ),
+    "larger at its end": (
+        (2, 3, 2, 2),
+        (2, 3),
+        {"stride": (3, 1), "dilation": (1, 2), "padding": ((0, 0), (1, 0)), "output_padding": (2, 1)},
+        ((3, 1), (1, 2), (10, 6), (0, 1)),
+    ),
+    "volumes, grouped, larger at their end": (
+        (1, 2, 3, 2, 4),
+        (2, 1, 3),
+        {"stride": 2, "groups": 4, "padding": ((0, 0), (0, 0), (1, 1)), "output_padding": (1, 0, 1)},
+        ((2, 2, 2), (1, 1, 1), (5, 5, 4), (0, 0, 1), 4),
+    ),
 }
 CASES = {
     **{f"conv, {name}": (conv, numpy_conv, *case) for name, case in CONVS.items()},
@@ -143,7 +175,9 @@ def test_forward_and_gradients_equal_the_sums_in_numpy_and_autodiff(name, form, 
     assert_leaves_close((y, dx, dparams["w"], dparams["b"]), expected, 1e-13)
 
 
-@pytest.mark.parametrize("name", ["conv, explicit, dilated, grouped", "transpose, explicit, dilated"])
+@pytest.mark.parametrize(
+    "name", ["conv, explicit, dilated, grouped", "transpose, explicit, dilated", "transpose, grouped"]
+)
 def test_the_sums_of_the_gradients_in_numpy_are_those_of_differences(name, x64):
     _, oracle, params, x, dy = at_random(name, "patches")
     p, x, dy = jax.tree.map(np.asarray, (params, x, dy))
@@ -204,6 +238,7 @@ def leftovers():
         ("conv, same", "xla"),
         ("conv, causal over time", "patches"),
         ("transpose, same, doubled", "patches"),
+        ("transpose, volumes, grouped, larger at their end", "patches"),
     ],
 )
 def test_the_audit_finds_nothing(name, form, key):
@@ -305,12 +340,21 @@ def test_groups_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": 2}, {"stride": 3, "padding": "VALID"}, {"padding": ((1, 0), (2, 1))}]
+    ("options", "rest"),
+    [
+        ({}, 0),
+        ({"stride": 2}, 0),
+        ({"stride": 3, "padding": "VALID"}, 0),
+        ({"padding": ((1, 0), (2, 1))}, 0),
+        ({"stride": 4, "padding": "VALID"}, (3, 1)),
+        ({"stride": 2, "groups": 2, "padding": ((1, 1), (1, 1))}, 1),
+    ],
 )
-def test_the_transpose_is_the_transpose_of_the_convolution(options, x64):
+def test_the_transpose_is_the_transpose_of_the_convolution(options, rest, x64):
     """``Σ y · conv(x) = Σ conv_transpose(y) · x`` with one weight, its two last axes swapped; sizes return."""
-    forward, back = conv(2, (3, 3), bias=None, **options), conv_transpose(3, (3, 3), bias=None, **options)
-    x = jax.random.normal(jax.random.key(1), (2, 6, 12, 3))
+    forward = conv(2, (3, 3), bias=None, **options)
+    back = conv_transpose(4, (3, 3), bias=None, output_padding=rest, **options)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 12, 4))
     params, _ = forward.init(jax.random.key(0), x)
     y = apply(forward, params, (), x)
     v = jax.random.normal(jax.random.key(2), y.shape)
@@ -347,7 +391,6 @@ def test_torch_computes_the_same():
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
     double = {"dtype": torch.float64, "requires_grad": True}
-    to_torch = {1: lambda a: a.transpose(0, 2, 1), 2: lambda a: a.transpose(0, 3, 1, 2)}
     with jax.enable_x64(True):
         cases = [
             (
@@ -382,14 +425,37 @@ def test_torch_computes_the_same():
                 functional.conv_transpose1d,
                 {"stride": 3, "dilation": 2},
             ),
+            (
+                conv(4, (3, 2, 2), stride=(1, 2, 2), dilation=(2, 1, 1), groups=2, padding=((2, 2), (0, 0), (1, 1))),
+                (2, 4, 3, 5, 4),
+                functional.conv3d,
+                {"stride": (1, 2, 2), "dilation": (2, 1, 1), "groups": 2, "padding": (2, 0, 1)},
+            ),
+            *(
+                (
+                    conv_transpose(
+                        4, (3,) * rank, stride=s, dilation=d, groups=g, padding=((p, p),) * rank, output_padding=q
+                    ),
+                    (2, *(4, 3, 2)[:rank], 4),
+                    getattr(functional, f"conv_transpose{rank}d"),
+                    {"stride": s, "dilation": d, "groups": g, "padding": p, "output_padding": q},
+                )
+                for rank, s, d, g, p, q in [
+                    (1, 4, 1, 1, 0, 3),
+                    (1, 1, 3, 4, 2, 2),
+                    (2, 2, 1, 2, 1, 1),
+                    (2, 3, 2, 4, 0, 2),
+                    (2, 2, 1, 2, 2, 0),
+                    (3, 2, 1, 2, 1, 1),
+                ]
+            ),
         ]
         for layer, shape, function, options in cases:
-            rank = len(shape) - 2
             x = np.random.default_rng(0).normal(size=shape)
             params, _ = layer.init(jax.random.key(0), jnp.asarray(x))
             axes = (-2, -1) if layer.name == "conv_transpose" else (-1, -2)
             w = np.moveaxis(np.asarray(params["w"]), axes, (0, 1))
-            leaves = [torch.tensor(a.copy(), **double) for a in (to_torch[rank](x), w, np.asarray(params["b"]))]
+            leaves = [torch.tensor(a.copy(), **double) for a in (np.moveaxis(x, -1, 1), w, np.asarray(params["b"]))]
             out = function(*leaves, **options)
             dy = np.random.default_rng(1).normal(size=tuple(out.shape))
             out.backward(torch.tensor(dy))
@@ -407,7 +473,7 @@ def test_torch_computes_the_same():
     ("arguments", "options", "message"),
     [
         ((4, 3), {}, r"conv: kernel_size = 3; expected a tuple, .*: \(3,\) for \(B, T, C\), \(3, 3\) for"),
-        ((4, (3, 3, 3)), {}, r"conv: kernel_size = \(3, 3, 3\); expected a tuple"),
+        ((4, (3, 3, 3, 3)), {}, r"conv: kernel_size = \(3, 3, 3, 3\); expected a tuple"),
         ((4, (3, 0)), {}, r"conv: kernel_size = \(3, 0\); expected a whole number of at least 1, or 2 of them"),
         ((4, (3, 3)), {"stride": 0}, "conv: stride = 0; expected a whole number"),
         ((4, (3, 3)), {"stride": 1.5}, "conv: stride = 1.5; expected a whole number"),
@@ -428,10 +494,30 @@ def test_arguments_that_do_not_fit_are_refused(arguments, options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 3}, "conv_transpose: groups = 3 with features = 4; expected a divisor of the features"),
+        ({"output_padding": -1}, "conv_transpose: output_padding = -1; expected a whole number of at least 0, or 2"),
+        ({"output_padding": (1, 0, 0)}, r"output_padding = \(1, 0, 0\); expected a whole number"),
+        ({"output_padding": 1}, "output_padding = 1 with padding 'SAME'.* expected 0, or padding VALID or pairs"),
+        (
+            {"output_padding": (2, 0), "stride": 2, "padding": "VALID"},
+            r"output_padding = \(2, 0\) with stride = 2 and dilation = 1; expected less than the larger",
+        ),
+    ],
+)
+def test_arguments_of_a_transpose_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        conv_transpose(4, (3, 3), **options)
+
+
+@pytest.mark.parametrize(
     ("layer", "shape", "dtype", "message"),
     [
         (conv(4, (3, 3)), (2, 5, 3), "float32", r"expected \(B, H, W, C\) for .* \(3, 3\), got shape \(2, 5, 3\)"),
         (conv(4, (3,)), (2, 5, 5, 3), "float32", r"expected \(B, T, C\)"),
+        (conv(4, (3, 3, 3)), (2, 5, 5, 3), "float32", r"expected \(B, D, H, W, C\)"),
+        (conv_transpose(4, (3,), groups=4), (2, 5, 6), "float32", "expected channels in 4 groups of one size, got 6"),
         (conv(4, (3, 3)), (2, 5, 5, 3), "uint8", "expected floating inputs, got uint8"),
         (conv(4, (3, 3), groups=2), (2, 5, 5, 3), "float32", "expected channels in 2 groups of one size, got 3"),
         (
@@ -463,6 +549,18 @@ def test_weights_are_scaled_by_what_one_output_sees():
     params, _ = conv(64, (3, 3), groups=8).init(jax.random.key(0), jnp.ones((1, 5, 5, 128)))
     assert params["w"].shape == (3, 3, 16, 64)
     np.testing.assert_allclose(params["w"].std(), np.sqrt(2 / (9 * 16)), rtol=0.03)  # 9,216 draws
+    params, _ = conv_transpose(64, (3, 3), groups=8).init(jax.random.key(0), jnp.ones((1, 5, 5, 128)))
+    assert params["w"].shape == (3, 3, 128, 8)
+    np.testing.assert_allclose(params["w"].std(), np.sqrt(2 / (9 * 16)), rtol=0.03)
+
+
+def test_the_weights_of_a_grouped_transpose_are_drawn_group_by_group():
+    numbered = lambda key, shape, dtype: jnp.arange(np.prod(shape), dtype=dtype).reshape(shape)  # noqa: E731
+    like = jax.ShapeDtypeStruct((1, 5, 4), jnp.float32)
+    params, _ = conv_transpose(6, (2,), groups=2, weights=numbered, bias=None).init(jax.random.key(0), like)
+    drawn = np.arange(2 * 2 * 6).reshape(2, 2, 6)  # (*kernel, C/groups, features)
+    for group in range(2):
+        np.testing.assert_array_equal(params["w"][:, 2 * group :][:, :2], drawn[..., 3 * group :][..., :3])
 
 
 def test_sizes_under_every_padding_are_those_of_the_formulas():

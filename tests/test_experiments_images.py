@@ -1,4 +1,4 @@
-"""The experiments on digits as images: LeNet-5, a residual network, saliency (S17), adversarial examples (S17)."""
+"""The experiments on images: LeNet-5, a residual network, saliency and adversarial examples (S17), segmentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 import fnet
-from experiments import adversarial, digits_lenet, digits_mlp, digits_resnet, saliency
+from experiments import adversarial, digits_lenet, digits_mlp, digits_resnet, saliency, segmentation
 from experiments.common import load_images
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
@@ -408,4 +408,72 @@ def test_the_pictures_show_the_digits_that_were_counted(fought):
 def test_an_epsilon_that_is_no_change_or_more_than_the_page_is_refused(tmp_path, wrong):
     with pytest.raises(SystemExit, match="expected numbers between 0 and 1"):
         adversarial.run(adversarial.Config(run_dir=tmp_path, **wrong))
+    assert not list(tmp_path.iterdir())
+
+
+# --- segmentation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory):
+    small = {"side": 16, "training": 40, "test": 8, "width": 2, "stack_width": 3, "batch_size": 8, "epochs": 1}
+    return run_quietly(segmentation, tmp_path_factory, **small)
+
+
+def test_shapes_have_the_area_of_a_disc_and_a_depth_that_is_a_distance():
+    y, x = np.indices((400, 400)) / 10 - 20
+    for kind in (1, 2, 3):
+        depth = segmentation.depth_within(kind, 8.0, 0.3, y, x)
+        assert (depth > 0).sum() / 100 == pytest.approx(np.pi * 64, rel=5e-3)
+        # within, a step of 0.1 changes it by 0.1 at most, and by that towards the border
+        slope = np.hypot(*np.gradient(depth, 0.1))[depth > 0.5]
+        assert slope.max() <= 1 + 1e-6 and np.median(slope) == pytest.approx(1, abs=1e-3)
+
+
+def test_inside_and_outside_look_alike_and_an_outline_lies_between():
+    data = segmentation.draw_images(60, 32, 0.0, (0,))
+    ink, labels = data.inputs[..., 0], data.targets
+    assert set(np.unique(labels)) == {0, 1, 2, 3} and ink.min() == 0 and ink.max() == 1
+    blank = ink == 0
+    assert (blank & (labels == 0)).any() and all((blank & (labels == k)).any() for k in (1, 2, 3))
+    for axis in (1, 2):  # from a pixel to its neighbour of another class: half the ink at least on both
+        a, b = (np.take(labels, range(i, 31 + i), axis) for i in (0, 1))
+        crossing = a != b
+        for i in (0, 1):
+            assert np.take(ink, range(i, 31 + i), axis)[crossing].min() >= 0.5 - 1e-6
+
+
+def test_images_are_a_function_of_the_seed():
+    a, b, c = (segmentation.draw_images(3, 16, 0.5, seed) for seed in ((0, 0), (0, 0), (0, 1)))
+    np.testing.assert_array_equal(a.inputs, b.inputs)
+    assert (a.inputs != c.inputs).all() and a.inputs.dtype == np.float32 and a.targets.shape == (3, 16, 16)
+
+
+def test_both_models_have_as_many_convolutions_and_nearly_as_many_parameters():
+    net, stack = segmentation.make_models(segmentation.Config()).values()
+    counts = [segmentation.parameters_of(model, 32) for model in (net, stack)]
+    assert abs(counts[0] - counts[1]) < 0.1 * counts[0]
+    assert [str(model).count("conv_") - str(model).count("conv_transpose") for model in (net, stack)] == [10, 11]
+
+
+def test_the_intersections_over_unions_are_those_of_the_answers_in_the_picture(segmented):
+    results, text, config = segmented
+    truth = segmentation.draw_images(8, 16, config.noise, (0, 1)).targets
+    for name, found in results["numbers"].items():
+        answers, each = results["answers"][name], []
+        for k in range(4):
+            both, either = (answers == k) & (truth == k), (answers == k) | (truth == k)
+            each.append(both.sum() / max(1, either.sum()))
+        np.testing.assert_allclose([found[f"IoU, {c}"] for c in segmentation.CLASSES], each, rtol=1e-5)
+        assert found["mean IoU"] == pytest.approx(np.mean(each), rel=1e-5)
+        assert found["test accuracy"] == pytest.approx((answers == truth).mean(), rel=1e-5)
+    ours, theirs = (results["numbers"][name]["mean IoU"] for name in ("U-Net", "plain stack"))
+    assert f"mean intersection over union {ours:.3f} by the U-Net, {theirs:.3f} by the stack" in text
+    assert files(results) == {"config.json", "results.json", "images.png"}
+
+
+@pytest.mark.parametrize("wrong", [{"side": 30}, {"side": 8}, {"training": 10, "batch_size": 20}])
+def test_sides_and_batches_that_will_not_do_are_refused(tmp_path, wrong):
+    with pytest.raises(SystemExit, match="expected"):
+        segmentation.run(segmentation.Config(run_dir=tmp_path, **wrong))
     assert not list(tmp_path.iterdir())

@@ -28,6 +28,7 @@ import fnet.export.inference as export_module
 from fnet.core.trees import named_leaves
 from fnet.export import (
     Conv1D,
+    ConvTranspose,
     ExportError,
     Flattened,
     Rule,
@@ -44,6 +45,7 @@ from fnet.layers import (
     batch_norm,
     bidirectional,
     conv,
+    conv_transpose,
     dense,
     dropout,
     embedding,
@@ -363,6 +365,30 @@ def normalized_in_torch(s, x):
     return (y - s["1.running_mean"]) * scale + s["1.bias"]
 
 
+def volumes_in_torch(
+    s, x
+):  # a convolution in two groups, and a transposed one with stride 2, padding and one entry more
+    x, w = np.moveaxis(x, -1, 1), s["0.weight"]  # w (O, C/groups, *kernel)
+    seen = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], (2, 3, 4))
+    parts = zip(np.split(seen, 2, 1), np.split(w, 2), strict=True)
+    x = np.concatenate([np.einsum("bcxyzijk,ocijk->boxyz", *part) for part in parts], 1)
+    x, w, k = x + s["0.bias"].reshape(-1, 1, 1, 1), s["1.weight"], s["1.weight"].shape[2:]  # w (C, O/groups, *kernel)
+    y = np.zeros((len(x), 2 * w.shape[1], *(2 * (m - 1) + j + 1 for m, j in zip(x.shape[2:], k, strict=True))))
+    for at in np.ndindex(*x.shape[2:]):
+        here = (..., *(slice(2 * i, 2 * i + j) for i, j in zip(at, k, strict=True)))
+        parts = zip(np.split(x[:, :, *at], 2, 1), np.split(w, 2), strict=True)
+        y[here] += np.concatenate([np.einsum("bc,coijk->boijk", *part) for part in parts], 1)
+    y = y[:, :, :, 1:-1, 1:-1] + s["1.bias"].reshape(-1, 1, 1, 1)
+    return np.moveaxis(y, 1, -1)
+
+
+def torch_volumes(torch):
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(2, 4, (2, 3, 2), groups=2),
+        torch.nn.ConvTranspose3d(4, 6, (2, 2, 3), 2, (0, 1, 1), output_padding=1, groups=2),
+    )
+
+
 def resnet_in_torch(s, x):  # of two stages with a block each; torchvision's names
     def norm(name, x):
         scale, mean, bias = (t[:, None, None] for t in (scales(name), s[f"{name}.running_mean"], s[f"{name}.bias"]))
@@ -665,6 +691,16 @@ CASES = {
         lenet_in_torch,
         torch_lenet,
     ),
+    "volumes": Case(
+        serial(
+            conv(4, (2, 3, 2), groups=2, padding="VALID"),
+            conv_transpose(6, (2, 2, 3), stride=2, groups=2, padding=((0, 0), (1, 1), (1, 1)), output_padding=1),
+        ),
+        (2, 3, 4, 3, 2),
+        {"params/conv_0": "0.*", "params/conv_transpose_0": ConvTranspose("1.*")},
+        volumes_in_torch,
+        torch_volumes,
+    ),
     "language model": Case(
         recurrent_lm(11, lstm(6), lstm(6), features=6),
         (3, 5),
@@ -761,12 +797,13 @@ def test_pytorch_computes_the_same_with_the_weights_of_a_file_and_back(name, tmp
     case = CASES[name]
     tree, names = parts_of(case, np.float32)
     x = inputs_of(case, np.float32)
-    given = torch.from_numpy(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x)
+    given = torch.from_numpy(np.moveaxis(x, -1, 1).copy() if x.ndim > 3 else x)
 
     def outputs(module):
         with torch.no_grad():
             y = module.eval()(given)
-        return (y[0] if isinstance(y, tuple) else y).numpy()
+        y = (y[0] if isinstance(y, tuple) else y).numpy()
+        return np.moveaxis(y, 1, -1) if y.ndim > 3 else y
 
     there = tmp_path / "there.safetensors"
     save_weights(there, tree, names)
@@ -1053,6 +1090,12 @@ def test_layers_that_a_repeat_stacks_are_refused_and_taken_apart_fit():
             "l is given Conv1D and has the leaves b, w; expected those of a",
         ),
         (conv(4, (3, 3)), (1, 5, 5, 2), Flattened("c.*", 2), "l is given Flattened and has the leaves b, w; expected"),
+        (
+            dense(4),
+            (1, 2),
+            ConvTranspose("c.*"),
+            "l is given ConvTranspose and has the leaves b, w; expected those of a",
+        ),
         (lstm(4), (1, 2, 3), Conv1D("c.*"), "l is given Conv1D and has the leaves b, input/w, recurrent/w; expected"),
         (dense(4), (1, 6), Flattened("c.*", 0), "l has 6 features in; expected a multiple of 0 channels"),
         (

@@ -287,7 +287,7 @@ def test_numbers_of_classes_that_do_not_fit_are_refused(metric, message):
 
 @pytest.mark.parametrize("average", ["macro", "micro", None])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_precision_recall_and_f1_are_scikit_learns(average, weighted):
+def test_precision_recall_f1_and_intersection_over_union_are_scikit_learns(average, weighted):
     rng = np.random.default_rng(3)
     logits, labels = rng.standard_normal((60, 4)), rng.integers(0, 3, 60)  # class 3 has no example
     logits[:, 2] -= 9  # and class 2 is never predicted
@@ -297,10 +297,21 @@ def test_precision_recall_and_f1_are_scikit_learns(average, weighted):
         (metrics.precision, sklearn.metrics.precision_score),
         (metrics.recall, sklearn.metrics.recall_score),
         (metrics.f1, sklearn.metrics.f1_score),
+        (metrics.intersection_over_union, sklearn.metrics.jaccard_score),
     ):
         options = {"labels": range(4), "average": average, "sample_weight": weights, "zero_division": 0}
         expected = theirs(labels, logits.argmax(1), **options)
         np.testing.assert_allclose(ours(counts, average), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_intersection_over_union_of_pixels_is_that_of_sets_of_places():
+    z, y = scores(2, 5, 6, 3), labels(2, 5, 6, classes=3)
+    counts = metrics.weighted_mean(confusion(3)(z, y), axes=3).sum
+    answers, found = z.argmax(-1), metrics.intersection_over_union(counts, None)
+    for k in range(3):
+        both, either = (answers == k) & (y == k), (answers == k) | (y == k)
+        np.testing.assert_allclose(found[k], both.sum() / either.sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics.intersection_over_union(counts), found.mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -339,7 +350,7 @@ def test_perplexity_is_that_of_as_many_equally_likely_ids():
 
 def test_counts_that_are_no_numbers_have_no_score():
     counts = jnp.array([[1.0, jnp.nan], [0.0, 2.0]])
-    for score in (metrics.precision, metrics.recall, metrics.f1):
+    for score in (metrics.precision, metrics.recall, metrics.f1, metrics.intersection_over_union):
         assert np.isnan(score(counts)) and np.isnan(score(counts, "micro"))
         assert np.isnan(np.asarray(score(counts, None))).any()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fnet
-from fnet.layers import gru, lstm, models, sigmoid, stateless
+from fnet.layers import batch_norm, conv, conv_transpose, gru, lstm, models, resize, serial, sigmoid, stateless
 from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError
@@ -28,7 +30,9 @@ def specs(*shape, dtype="float32"):
 IMAGENET = specs(1, 224, 224, 3)
 # where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report; Llama's
 # files. ViT-B/16 has
-# 86,567,656 with a class token and its position, which the mean over the patches replaces
+# 86,567,656 with a class token and its position, which the mean over the patches replaces. U-Net's paper gives none:
+# it is that of tf_unet and of Keras models with the paper's sizes. That of the 3-D U-Net's paper is without the
+# parameters of its batch normalization, and without biases in what goes up, as we find by adding up its figure
 PUBLISHED = {
     "lenet5": (models.lenet5(), specs(1, 28, 28, 1), 61_706),
     "ResNet-18": (
@@ -40,6 +44,18 @@ PUBLISHED = {
         ),
         IMAGENET,
         25_557_032,
+    ),
+    "U-Net": (models.unet(2), specs(1, 32, 32, 1), 31_030_658),
+    "3-D U-Net": (
+        models.unet(
+            3,
+            dimensions=3,
+            widths=(64, 128, 256, 512),
+            up=lambda features: conv_transpose(features, (2, 2, 2), stride=2, bias=None),
+            early=True,
+        ),
+        specs(1, 16, 16, 16, 3),
+        19_069_955,
     ),
     "GPT-2": (
         models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
@@ -80,6 +96,7 @@ SMALL = {
         (images(8), LABELS),
     ),
     "vit": (models.vit(3, patch=4, layers=1, features=8, heads=2, positions=4), (images(8), LABELS)),
+    "unet": (models.unet(3, widths=(2, 3)), (images(4), np.random.default_rng(0).integers(0, 3, (3, 4, 4)))),
     "recurrent_lm": (models.recurrent_lm(11, lstm(5), gru(6), features=6), TOKENS),
     "gpt": (models.gpt(11, length=8, layers=2, features=8, heads=2), TOKENS),
     "gpt, repeated": (models.gpt(11, length=8, layers=2, features=8, heads=2, repeated=True), TOKENS),
@@ -89,7 +106,7 @@ SMALL = {
 
 
 AUDITED = [name for name in SMALL if name != "gpt, repeated"]  # the unrolled one, as below
-SLOW = ("gpt", "vit", "resnet", "resnet of bottlenecks", "lenet5")
+SLOW = ("gpt", "vit", "resnet", "unet", "resnet of bottlenecks", "lenet5")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +118,132 @@ def test_the_audit_finds_nothing_wrong_in_a_model(name, key):
     # relu and pooling have kinks, and of thousands of entries some may lie near one
     assert {leaf.verdict for leaf in report.leaves} <= {"ok", "kink"}, str(report)
     assert report.ok
+
+
+def numpy_unet(params, x):
+    """Logits ``(B, T, classes)`` of a U-Net over sequences with two convolutions a level, output by output."""
+
+    def conv(p, x):
+        before = (len(p["w"]) - 1) // 2
+        padded = np.pad(x, ((0, 0), (before, len(p["w"]) - 1 - before), (0, 0)))
+        return sum(padded[:, k : k + x.shape[1]] @ w for k, w in enumerate(p["w"])) + p["b"]
+
+    def twice(p, x):
+        return np.maximum(conv(p["conv_1"], np.maximum(conv(p["conv_0"], x), 0)), 0)
+
+    def level(p, x):
+        if "fork" not in p:
+            return twice(p, x)
+        down, below = twice(p["down"], x), p["fork"]["below"]
+        pooled = np.maximum(down[:, 0::2], down[:, 1::2])
+        deep, up = level(below["level"], pooled), np.empty((*down.shape[:2], below["up"]["b"].size))
+        for k in range(2):  # every place below becomes two
+            up[:, k::2] = deep @ below["up"]["w"][k] + below["up"]["b"]
+        return twice(p["merge"], np.concatenate([down, up], 2))
+
+    return conv(params["head"], level(params["level"], x))
+
+
+def drawn(params, seed=2):
+    """Normal parameters, biases too, so that no part of a model is next to nothing."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / np.sqrt(max(1, p.size // 4))), params)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_unet_over_sequences_is_its_formulas_in_numpy(early, key, x64):
+    model, x = (
+        models.unet(3, dimensions=1, widths=(2, 4, 6), early=early),
+        np.random.default_rng(1).normal(size=(2, 8, 2)),
+    )
+    shapes, state = jax.eval_shape(model.init, key, jnp.asarray(x))
+    level = shapes["level"]
+    assert level["down"]["conv_0"]["w"].shape == ((3, 2, 1) if early else (3, 2, 2))
+    assert level["fork"]["below"]["up"]["w"].shape == ((2, 4, 4) if early else (2, 4, 2))
+    params = drawn(shapes)
+    expected = numpy_unet(jax.tree.map(np.asarray, params), x)
+    np.testing.assert_allclose(jax.jit(lambda p, x: apply(model, p, state, x))(params, x), expected, rtol=1e-11)
+
+
+def test_a_unet_that_normalizes_and_resizes_has_the_gradients_of_autodiff(key, x64):
+    def up(features):
+        return serial(resize(scale=2), conv(features, (3,)))
+
+    model = models.unet(3, dimensions=1, widths=(2, 3), norm=batch_norm, up=up)
+    x, dy = (jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, c))) for c in (2, 3))
+    shapes, state = jax.eval_shape(model.init, key, x)
+    level, state = shapes["level"]["down"], jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), state)
+    assert list(level) == ["batch_norm_0", "batch_norm_1", "conv_0", "conv_1", "relu_0", "relu_1"]
+    assert set(level["conv_0"]) == {"w"}
+
+    @jax.jit
+    def both(params, x):
+        y, pull = jax.vjp(lambda p, x: model.forward(p, state, x, train=True)[0], params, x)
+        _, _, residuals = model.forward(params, state, x, train=True)
+        return y, model.backward(params, residuals, dy), pull(dy)
+
+    y, by_hand, by_autodiff = both(drawn(shapes), x)
+    assert y.shape == (2, 4, 3)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(by_autodiff))
+    for actual, expected in zip(*map(jax.tree.leaves, (by_hand, by_autodiff)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 * largest)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_torch_computes_the_same_unet_with_the_same_weights(dimensions, key, x64):
+    torch = pytest.importorskip("torch")
+    nn, axes = torch.nn, tuple(range(dimensions))
+    Conv, Up, pool = {
+        2: (nn.Conv2d, nn.ConvTranspose2d, nn.functional.max_pool2d),
+        3: (nn.Conv3d, nn.ConvTranspose3d, nn.functional.max_pool3d),
+    }[dimensions]
+
+    def twice(i, o):
+        return nn.Sequential(Conv(i, o, 3, padding=1), nn.ReLU(), Conv(o, o, 3, padding=1), nn.ReLU())
+
+    class UNet(nn.Module):
+        def __init__(self, channels, classes, widths):
+            super().__init__()
+            self.down = nn.ModuleList(map(twice, (channels, *widths), widths))
+            self.up = nn.ModuleList(Up(b, a, 2, 2) for a, b in itertools.pairwise(widths))
+            self.merge = nn.ModuleList(twice(2 * a, a) for a in widths[:-1])
+            self.head = Conv(widths[0], classes, 1)
+
+        def forward(self, x):
+            kept = []
+            for i, block in enumerate(self.down):
+                x = block(x if i == 0 else pool(x, 2))
+                kept.append(x)
+            for i in reversed(range(len(self.up))):
+                x = self.merge[i](torch.cat([kept[i], self.up[i](x)], 1))
+            return self.head(x)
+
+    widths = (3, 5, 4)
+    model, module = models.unet(2, dimensions=dimensions, widths=widths), UNet(2, 2, widths).double()
+    x = np.random.default_rng(1).normal(size=(2, *(8, 12, 4)[:dimensions], 2))
+    shapes, state = jax.eval_shape(model.init, key, jnp.asarray(x))
+    params = drawn(shapes)
+
+    def copy(into, p):
+        with torch.no_grad():  # (*S, I, O) to (O, I, *S), and of a transposed one to (I, O, *S)
+            channels = (dimensions, dimensions + 1)[:: 1 if isinstance(into, Up) else -1]
+            into.weight.copy_(torch.tensor(np.asarray(p["w"]).transpose(*channels, *axes).copy()))
+            into.bias.copy_(torch.tensor(np.asarray(p["b"])))
+
+    level = params["level"]
+    for i in range(len(widths)):
+        last = i == len(widths) - 1
+        for k in range(2):
+            copy(module.down[i][2 * k], (level if last else level["down"])[f"conv_{k}"])
+            if not last:
+                copy(module.merge[i][2 * k], level["merge"][f"conv_{k}"])
+        if not last:
+            copy(module.up[i], level["fork"]["below"]["up"])
+            level = level["fork"]["below"]["level"]
+    copy(module.head, params["head"])
+    expected = np.moveaxis(module(torch.tensor(np.moveaxis(x, -1, 1).copy())).detach().numpy(), 1, -1)
+    y = np.asarray(jax.jit(lambda p, x: apply(model, p, state, x))(params, x))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
 
 
 def test_an_autoencoder_goes_down_to_its_code_and_mirrors_back(key):
@@ -356,11 +499,29 @@ def test_the_summary_counts_a_convolution_by_its_product_and_bias():
 
 def test_a_vision_transformer_refuses_images_that_are_not_whole_patches(key):
     model = models.vit(10, patch=4, layers=1, features=8, heads=2, positions=4)
-    with pytest.raises(LayerError, match=r"^patches/grid: expected images .* sides that 4 divides, got .*11, 11"):
+    with pytest.raises(LayerError, match=r"^patches/grid: expected .* sides that 4 divides, got .*11, 11"):
         model.init(key, specs(1, 11, 11, 1))
 
 
+def test_a_unet_names_the_divisor_of_sides_that_it_refuses(key):
+    for dimensions, shape, message in [
+        (2, (1, 8, 6, 1), r"^grid: expected \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 6, 1\)"),
+        (2, (1, 8, 1), r"^grid: expected \(B, H, W, C\) with sides that 4 divides, got shape \(1, 8, 1\)"),
+        (1, (1, 9, 1), r"^grid: expected \(B, T, C\) with sides that 4 divides, got shape \(1, 9, 1\)"),
+    ]:
+        with pytest.raises(LayerError, match=message):
+            models.unet(2, dimensions=dimensions, widths=(2, 2, 2)).init(key, specs(*shape))
+
+
 def test_sizes_of_models_are_checked():
+    with pytest.raises(ValueError, match=r"unet: widths = \(\); expected at least one"):
+        models.unet(2, widths=())
+    with pytest.raises(ValueError, match=r"unet: widths = \(4, 3\); expected at least one, each of them even"):
+        models.unet(2, widths=(4, 3), early=True)
+    with pytest.raises(ValueError, match="unet: dimensions = 4; expected one of 1, 2, 3"):
+        models.unet(2, dimensions=4)
+    with pytest.raises(ValueError, match=r"unet: widths\[1\] = 0; expected at least 1"):
+        models.unet(2, widths=(4, 0))
     with pytest.raises(ValueError, match=r"resnet: blocks\[0\] = 0; expected at least 1"):
         models.resnet(10, blocks=(0, 1))
     with pytest.raises(LayerError, match="body: expected a last layer of 4 units, as the table has features, got 5"):

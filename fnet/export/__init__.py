@@ -12,11 +12,12 @@ Imports types, core and layers alone.
 from fnet.export.files import ExportError
 from fnet.export.inference import Inference, export_inference, load_inference
 from fnet.export.lowering import lower
-from fnet.export.pytorch import Conv1D, Flattened, torch_names
+from fnet.export.pytorch import Conv1D, ConvTranspose, Flattened, torch_names
 from fnet.export.weights import Rule, Taken, from_tensors, load_weights, save_weights, to_tensors
 
 __all__ = [
     "Conv1D",
+    "ConvTranspose",
     "ExportError",
     "Flattened",
     "Inference",

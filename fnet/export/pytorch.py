@@ -37,10 +37,21 @@ class Conv1D(NamedTuple):
     name: str
 
 
+class ConvTranspose(NamedTuple):
+    """For `torch_names`: the name of a transposed convolution, whose weights PyTorch has as ``(C, O/groups, *kernel)``.
+
+    It is told and not guessed, since ours are named as those of a convolution and may have the same shape.
+    """
+
+    name: str
+
+
 INWARD = ("query", "key", "value")  # projections of an attention
 
 
-def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D | tuple[str, ...] | Rule]) -> list[Rule]:
+def torch_names(
+    params: PyTree, modules: Mapping[str, str | Flattened | Conv1D | ConvTranspose | tuple[str, ...] | Rule]
+) -> list[Rule]:
     """The name map between a tree and a ``state_dict`` of PyTorch, from the layers' paths and the modules' names.
 
     In a module's name ``*`` stands for its parameters', so ``"0.*"`` is ``0.weight`` and ``0.bias``:
@@ -55,8 +66,8 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
     What a layer is shows in its leaves; what is in none of them has to be the module's, such as the number of heads,
     their scale, ``eps`` and which form of gelu it is:
 
-    - dense, conv: PyTorch has features out first, ``(O, I)`` and ``(O, I, H, W)``. Behind `flatten` of a convolution
-      with C channels give ``Flattened("3.*", C)``.
+    - dense, conv: PyTorch has features out first, ``(O, I)`` and ``(O, I, *kernel)``. Behind `flatten` of a convolution
+      with C channels give ``Flattened("3.*", C)``. Of conv_transpose give ``ConvTranspose("3.*")``.
     - rnn, lstm, gru (``reset_after``): ``"lstm.*_l0"``, with ``_l1`` for the second of PyTorch's layers and
       ``_l0_reverse`` for its second direction. PyTorch has two biases, which add: ours goes to the first and the
       second is 0 (of a gru it holds that within the reset gate's product); read back, they are added.
@@ -69,9 +80,9 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
       ``("embedding.*", "head.*")``; read back, they must agree.
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
 
-    PyTorch takes images as (B, C, H, W). A transposed convolution has the leaves of a convolution, whose rule is wrong
-    for it: give its path a `Rule` of your own, as any layer that is not in this list. Raises ExportError for a path
-    that is not there, for leaves of no such layer, for leaves that no module has, and for layers that `repeat` stacks.
+    PyTorch takes images as (B, C, H, W). Give the path of any layer that is not in this list a `Rule` of your own.
+    Raises ExportError for a path that is not there, for leaves of no such layer, for leaves that no module has, and for
+    layers that `repeat` stacks.
     """
     stacked = dict(zip(dict(named_leaves(params)), stacked_axes(params), strict=True))
     rules, leaves = [], dict(named_leaves(params))
@@ -89,12 +100,12 @@ def torch_names(params: PyTree, modules: Mapping[str, str | Flattened | Conv1D |
                 f"torch_names: {start}{copies[0]} stacks the layers of a repeat, {list(within[copies[0]].shape)}; "
                 "expected each by itself, as PyTorch has them: take them apart (Copies.one), or write a Rule"
             )
-        one = given.name if isinstance(given, Flattened | Conv1D) else given
+        one = given.name if isinstance(given, Flattened | Conv1D | ConvTranspose) else given
         patterns = (one,) if isinstance(one, str) else one
         if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ExportError(
                 f"torch_names: {path} is given {given!r}; expected a name such as 'fc.*', a tuple of names, "
-                "Flattened(name, channels), Conv1D(name) or a Rule"
+                "Flattened(name, channels), Conv1D(name), ConvTranspose(name) or a Rule"
             )
         if {*within} == {""} and path.rpartition("/")[2] == "w" and not isinstance(given, Conv1D):
             raise ExportError(
@@ -119,7 +130,13 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], given: Any) -> list[Rule]
     channels = given.channels if isinstance(given, Flattened) else None
     weights = {f"{part}/w" for part in (*INWARD, "out")}
     attends = names >= weights and all(leaves[name].ndim == 2 for name in weights)
-    is_dense = names in ({"w"}, {"w", "b"}) and leaves["w"].ndim == 2
+    weighs = names in ({"w"}, {"w", "b"})
+    is_dense, is_conv = (weighs and leaves["w"].ndim == 2), (weighs and leaves["w"].ndim > 2)
+    if isinstance(given, ConvTranspose) and not is_conv:
+        raise ExportError(
+            f"torch_names: {path} is given ConvTranspose and has the leaves {', '.join(sorted(names))}; expected those "
+            "of a transposed convolution: give the module's name alone"
+        )
     if (as_ours and not (is_dense or attends or names == {""})) or (channels is not None and not is_dense):
         raise ExportError(
             f"torch_names: {path} is given {type(given).__name__} and has the leaves {', '.join(sorted(names))}; "
@@ -143,10 +160,10 @@ def _torch_rules(path: str, leaves: Mapping[str, Any], given: Any) -> list[Rule]
         return [*rules, Rule(("w",), ("weight",), flat, back)]
     if is_dense and as_ours:
         return [*rules, Rule(("w",), ("weight",))]
-    if names in ({"w"}, {"w", "b"}) and leaves["w"].ndim > 1:  # (*kernel, I, O) and (O, I, *kernel)
-        spatial = tuple(range(leaves["w"].ndim - 2))
-        axes = (len(spatial) + 1, len(spatial), *spatial)
-        return [*rules, _turned("w", "weight", axes)]
+    if is_dense or is_conv:  # (*kernel, I, O) and (O, I, *kernel), of a transposed convolution (I, O, *kernel)
+        *spatial, inward, outward = range(leaves["w"].ndim)
+        first = (inward, outward) if isinstance(given, ConvTranspose) else (outward, inward)
+        return [*rules, _turned("w", "weight", (*first, *spatial))]
     gates = leaves["recurrent/w"].shape[1] // leaves["recurrent/w"].shape[0] if "recurrent/w" in names else 0
     if gates and names >= {"input/w"}:
         weights = [_turned("input/w", "weight_ih", (1, 0)), _turned("recurrent/w", "weight_hh", (1, 0))]

@@ -39,16 +39,27 @@ from fnet.layers.embedding import (
 from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
-from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
+from fnet.layers.padding import pad
+from fnet.layers.pooling import (
+    adaptive_avg_pool,
+    adaptive_max_pool,
+    avg_pool,
+    global_avg_pool,
+    global_max_pool,
+    max_pool,
+)
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
 from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
 __all__ = [
     "Copies",
     "Policy",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "alibi",
     "attention",
     "avg_pool",
@@ -90,7 +101,10 @@ __all__ = [
     "mish",
     "mixed_precision",
     "multiply",
+    "pad",
     "parallel",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "prelu",
     "reglu",
     "relative_positions",
@@ -99,6 +113,7 @@ __all__ = [
     "repeat",
     "reshape",
     "residual",
+    "resize",
     "rms_norm",
     "rnn",
     "rnn_cell",

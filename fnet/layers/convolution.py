@@ -1,4 +1,4 @@
-"""Convolutions over sequences and images, and their transposes.
+"""Convolutions over sequences, images and volumes, and their transposes.
 
 A convolution here is the cross-correlation that all libraries call so: y at o is Σ_k w_k x at (o·stride + k·dilation).
 
@@ -6,8 +6,9 @@ Two forms compute the same: "patches" gathers the inputs that each output sees f
 it to `jax.lax.conv_general_dilated`. Patches are gathered with the batch as the last axis, so that copies and sums run
 over whole vectors instead of over a handful of channels.
 
-Legend: B batch, T time, H W height and width, S spatial axes (T, or H and W), C channels in, I channels in per group,
-G groups, O features out, K positions of the kernel, N = B · outputs; n, m sizes of an input's and an output's axis.
+Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels in,
+I channels in per group, G groups, O features out, K positions of the kernel, N = B · outputs; n, m sizes of an input's
+and an output's axis.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fnet.core.numerics import stream
 from fnet.layers.convolving import Form, convolution, input_gradient, weight_gradient
 from fnet.layers.dense import plus, product
 from fnet.layers.initializers import he_normal, require_initializers, zeros
-from fnet.layers.windows import Padding, Windows, channels_first, over_inputs, over_outputs, windows_of
+from fnet.layers.windows import Padding, Windows, channels_first, over_inputs, over_outputs, sizes, windows_of
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -39,17 +40,21 @@ def conv(
     bias=zeros(),
     form: Form = None,
 ) -> Layer:
-    """``y_o = Σ_k x_(o·stride + k·dilation − low) w_k + b`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+    """``y_o = Σ_k x_(o·stride + k·dilation − low) w_k + b`` over sequences, images or volumes.
 
-    ``kernel_size`` is a tuple with one size for each spatial axis, so ``(3,)`` is for sequences and ``(3, 3)`` for
-    images; ``stride`` and ``dilation`` are whole numbers or tuples like it. ``w`` has shape ``(*kernel_size,
-    C/groups, features)``, ``b (features,)``. ``padding`` is by zeros:
+    ``kernel_size`` is a tuple with one size for each spatial axis, so ``(3,)`` is for sequences ``(B, T, C)``,
+    ``(3, 3)`` for images ``(B, H, W, C)`` and ``(3, 3, 3)`` for volumes ``(B, D, H, W, C)``; ``stride`` and
+    ``dilation`` are whole numbers or tuples like it. ``w`` has shape ``(*kernel_size, C/groups, features)``, ``b
+    (features,)``. ``padding`` is by zeros:
 
     - ``"SAME"``: ``⌈n / stride⌉`` outputs, half of the zeros before, the odd one after (Keras and JAX the same; PyTorch
       too, but only for stride 1);
     - ``"VALID"``: none, so ``⌊(n − (k − 1)·dilation − 1) / stride⌋ + 1`` outputs;
     - ``"CAUSAL"``, over time only: ``(k − 1)·dilation`` before, so that no output sees later inputs;
     - pairs ``((before, after), ...)``, one for each spatial axis.
+
+    PyTorch's other ``padding_mode`` is a layer of its own before it, such as
+    ``serial(pad(((1, 1), (1, 1)), mode="circular"), conv(8, (3, 3), padding="VALID"))``.
 
     With ``groups`` > 1 each group of features sees its own group of channels, and ``groups`` = C is a depthwise
     convolution (features a multiple of C; those of one channel stand together).
@@ -68,16 +73,12 @@ def conv(
     ((5, 5, 1, 6), (8, 28, 28, 6))
     """
     windows = windows_of("conv", kernel_size, stride, dilation, padding)
-    check_arguments("conv", features, form, weights, bias)
+    check_arguments("conv", features, form, weights, bias, groups)
     shapes = shapes_of(windows, features, bias)
-    require_counts("conv", groups=groups)
-    if features % groups:
-        raise ValueError(f"conv: groups = {groups} with features = {features}; expected a divisor of the features")
 
     def init(key, x):
         over_inputs(windows, x)
-        if x.shape[-1] % groups:
-            raise LayerError(f"expected channels in {groups} groups of one size, got {x.shape[-1]} channels")
+        check_groups(x, groups)
         return parameters(key, x, (*windows.kernel, x.shape[-1] // groups, features), weights, bias)
 
     def forward(params, x):
@@ -103,23 +104,33 @@ def conv_transpose(
     stride=1,
     dilation=1,
     padding: Padding = "SAME",
+    output_padding=0,
+    groups: int = 1,
     weights=he_normal(),
     bias=zeros(),
     form: Form = None,
 ) -> Layer:
     """The transpose of `conv` as a linear map: ``y_j = Σ_(o, k: o·stride + k·dilation − low = j) x_o w_k + b``.
 
-    Every input adds its ``x_o w_k`` into a window of the outputs. ``x (B, *m, C)``, ``w (*kernel_size, C, features)``,
-    ``y (B, *n, features)``, where n is the size of inputs from which `conv` with the same arguments makes m:
+    Every input adds its ``x_o w_k`` into a window of the outputs. ``x (B, *m, C)``, ``w (*kernel_size, C,
+    features/groups)``, ``y (B, *n, features)``, where n is the size of inputs from which `conv` with the same arguments
+    makes m:
 
     - ``"SAME"``: ``n = m · stride`` (Keras and JAX the same);
     - ``"VALID"``: ``n = (m − 1)·stride + (k − 1)·dilation + 1``, the smallest such n. PyTorch with padding 0 the same;
       Keras and JAX add zeros up to ``m · stride`` where that is more;
-    - pairs: that n less ``before`` and ``after``. PyTorch's ``padding=p, output_padding=q`` is ``(p, p − q)``, q ≤ p.
+    - pairs: that n less ``before`` and ``after``. PyTorch's ``padding=p`` is the pair ``(p, p)``.
+
+    ``output_padding``, a whole number or one for each axis, makes n larger at its end, since `conv` makes m of several
+    n. What is there is computed like the rest, and is ``b`` where no window reaches. It is less than the larger of
+    ``stride`` and ``dilation``, as in PyTorch and ONNX, and 0 with ``"SAME"``, which takes the largest n.
+
+    With ``groups`` > 1 each group of channels adds into its own group of features. ``w`` is always that of the `conv`
+    whose transpose this is, its two last axes swapped; it is drawn for the ``C/groups`` channels that a feature sees.
 
     The kernel is not turned round: PyTorch and Keras the same; `jax.lax.conv_transpose` turns it unless told
-    ``transpose_kernel=True``. PyTorch stores ``(I, O, *kernel)``, Keras ``(*kernel, O, I)``. Other arguments and errors
-    are those of `conv`. Source: Dumoulin and Visin, arXiv:1603.07285.
+    ``transpose_kernel=True``. PyTorch stores ``(C, features/groups, *kernel)``, Keras ``(*kernel, O, I)``. Other
+    arguments and errors are those of `conv`. Source: Dumoulin and Visin, arXiv:1603.07285.
 
     >>> layer = conv_transpose(3, (4, 4), stride=2)
     >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 7, 7, 5), "float32"))
@@ -127,35 +138,56 @@ def conv_transpose(
     (8, 14, 14, 3)
     """
     windows = windows_of("conv_transpose", kernel_size, stride, dilation, padding)
-    check_arguments("conv_transpose", features, form, weights, bias)
-    shapes = shapes_of(windows, features, bias)
+    more = sizes("conv_transpose", "output_padding", output_padding, len(windows.kernel), least=0)
+    check_arguments("conv_transpose", features, form, weights, bias, groups)
+    if any(more) and padding == "SAME":
+        raise ValueError(
+            f"conv_transpose: output_padding = {output_padding} with padding 'SAME', whose outputs are the largest "
+            "already; expected 0, or padding VALID or pairs"
+        )
+    if any(q >= max(s, d) for q, s, d in zip(more, windows.stride, windows.dilation, strict=True)):
+        raise ValueError(
+            f"conv_transpose: output_padding = {output_padding} with stride = {stride} and dilation = {dilation}; "
+            "expected less than the larger of the two along each axis"
+        )
+    shapes = shapes_of(windows, features, bias, groups)
 
     def init(key, x):
-        over_outputs(windows, x)
-        return parameters(key, x, (*windows.kernel, x.shape[-1], features), weights, bias)
+        over_outputs(windows, x, more)
+        check_groups(x, groups)
+        params = parameters(key, x, (*windows.kernel, x.shape[-1] // groups, features), weights, bias)
+        return {**params, "w": by_channel(params["w"], groups)}
 
     def forward(params, x):
-        over = over_outputs(windows, x)
+        over = over_outputs(windows, x, more)
         require_params(params, **shapes)
         check_inputs(x, params["w"], channels=params["w"].shape[-2])
-        return with_bias(input_gradient(swapped(params["w"]), x, over, 1, form), params), x
+        return with_bias(input_gradient(swapped(params["w"]), x, over, groups, form), params), x
 
     def backward(params, x, dy):
         # y = Aᵀ x + b with A the convolution by w with its two last axes swapped, linear in w too:
         # dx = A dy, and dw is that of A with dy for its inputs and x for the gradient of its outputs
-        over, w = over_outputs(windows, x), params["w"]
-        dparams = {"w": swapped(weight_gradient(dy, x, over, 1, form))}
-        return with_bias_gradient(dparams, params, dy), convolution(dy, swapped(w), over, 1, form)
+        over, w = over_outputs(windows, x, more), params["w"]
+        dparams = {"w": swapped(weight_gradient(dy, x, over, groups, form))}
+        return with_bias_gradient(dparams, params, dy), convolution(dy, swapped(w), over, groups, form)
 
     return stateless("conv_transpose", init, forward, backward)
 
 
-def check_arguments(what: str, features: int, form: Form, weights, bias) -> None:
+def check_arguments(what: str, features: int, form: Form, weights, bias, groups: int) -> None:
     """The arguments that both layers share."""
-    require_counts(what, features=features)
+    require_counts(what, features=features, groups=groups)
+    if features % groups:
+        raise ValueError(f"{what}: groups = {groups} with features = {features}; expected a divisor of the features")
     require_initializers(what, "bias", weights=weights, bias=bias)
     if form not in (None, "patches", "xla"):
         raise ValueError(f"{what}: form = {form!r}; expected 'patches', 'xla' or None for the platform's")
+
+
+def check_groups(x, groups: int) -> None:
+    """Channels that can be split into the groups."""
+    if x.shape[-1] % groups:
+        raise LayerError(f"expected channels in {groups} groups of one size, got {x.shape[-1]} channels")
 
 
 def parameters(key, x, shape, weights, bias) -> dict:
@@ -166,9 +198,9 @@ def parameters(key, x, shape, weights, bias) -> dict:
     return params if bias is None else {**params, "b": bias(stream(key, "b"), shape[-1:], x.dtype)}
 
 
-def shapes_of(windows: Windows, features: int, bias) -> dict[str, tuple]:
-    """The shapes of `parameters`, None for the channels."""
-    shapes: dict[str, tuple] = {"w": (*windows.kernel, None, features)}
+def shapes_of(windows: Windows, features: int, bias, groups: int = 1) -> dict[str, tuple]:
+    """The shapes of `parameters`, None for the channels; with ``groups``, of those `by_channel`."""
+    shapes: dict[str, tuple] = {"w": (*windows.kernel, None, features // groups)}
     return shapes if bias is None else {**shapes, "b": (features,)}
 
 
@@ -197,3 +229,10 @@ def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
 def swapped(w: jax.Array) -> jax.Array:
     """``(*kernel, I, O)`` as ``(*kernel, O, I)``."""
     return jnp.swapaxes(w, -1, -2)
+
+
+def by_channel(w: jax.Array, groups: int) -> jax.Array:
+    """``(*kernel, C/groups, features)``, features by group, as ``(*kernel, C, features/groups)``, channels by group."""
+    *kernel, per, features = w.shape
+    parts = w.reshape(*kernel, per, groups, features // groups)
+    return jnp.swapaxes(parts, -3, -2).reshape(*kernel, per * groups, features // groups)

@@ -1,7 +1,7 @@
-"""Pooling: the largest entry or the mean of each window, channel by channel. No layer has parameters.
+"""Pooling: the largest entry or the mean of each window or part, channel by channel. No layer has parameters.
 
-Legend: B batch, T time, H W height and width, S spatial axes (T, or H and W), C channels, K positions of a window,
-n, m sizes of an input's and an output's axis.
+Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels,
+K positions of a window, n, m sizes of an input's and an output's axis.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.checks import require_array
+from fnet.core.checks import is_whole, require_array
 from fnet.core.numerics import wide
 from fnet.layers.masks import split_mask
 from fnet.layers.windows import (
@@ -32,19 +33,29 @@ from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
 
-def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID") -> Layer:
-    """``y_o = max_k x_(o·stride + k − low)`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+def max_pool(
+    window: tuple[int, ...], *, stride=None, dilation=1, padding: Padding = "VALID", ceil_mode: bool = False
+) -> Layer:
+    """``y_o = max_k x_(o·stride + k·dilation − low)`` over ``(B, T, C)``, ``(B, H, W, C)`` or ``(B, D, H, W, C)``.
 
     ``window`` is a tuple with one size for each spatial axis, ``stride`` the same or a whole number, by default the
-    window; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded never counts. The
-    whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A NaN passes.
-    Sizes and errors are those of `conv`; a window that lies in the padding alone is refused.
+    window, ``dilation`` too; ``padding`` is ``"VALID"``, ``"SAME"`` or pairs ``(before, after)``, and what is padded
+    never counts. The whole gradient goes to the first of equal entries in row-major order, by hand and by autodiff. A
+    NaN passes, and the first takes the gradient (in PyTorch the last).
+
+    Sizes are those of `conv`: a rest that no whole window fits into is left out. With ``ceil_mode`` one window more
+    sees it and reaches beyond the padding, unless it would start behind the inputs (PyTorch the same, ONNX since its
+    version 22); not with ``"SAME"``, which leaves out nothing. Errors are those of `conv`; a window that lies in the
+    padding alone is refused.
 
     >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     >>> max_pool((2, 2)).forward((), (), x)[0].reshape(2, 2).tolist()
     [[5.0, 7.0], [13.0, 15.0]]
+    >>> max_pool((3, 3), ceil_mode=True).forward((), (), x)[0].reshape(2, 2).tolist()
+    [[10.0, 11.0], [14.0, 15.0]]
     """
-    windows = windows_of("max_pool", window, window if stride is None else stride, 1, padding, "window")
+    stride = window if stride is None else stride
+    windows = windows_of("max_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
         over = over_true_inputs(windows, x)
@@ -62,7 +73,7 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
         return channels_last(y.astype(x.dtype)), (first, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):
-        # ∂y_o / ∂x_(os+k) = [k is the first position at which the window of o has its maximum]
+        # ∂y_o / ∂x_(os+kd) = [k is the first position at which the window of o has its maximum]
         first, empty = residuals
         over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
         positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
@@ -74,12 +85,20 @@ def max_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
     return stateless("max_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
 
-def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID", count_padding: bool = False) -> Layer:
-    """``y_o = Σ_k x_(o·stride + k − low) / count_o`` over sequences ``(B, T, C)`` or images ``(B, H, W, C)``.
+def avg_pool(
+    window: tuple[int, ...],
+    *,
+    stride=None,
+    dilation=1,
+    padding: Padding = "VALID",
+    ceil_mode: bool = False,
+    count_padding: bool = False,
+) -> Layer:
+    """``y_o = Σ_k x_(o·stride + k·dilation − low) / count_o``, the mean of each window.
 
     ``count_o`` is the number of true entries in the window, as in Keras; with ``count_padding=True`` padded zeros count
-    too, so that it is the size of the window, as by default in PyTorch (``count_include_pad``). Sums are taken in
-    float32 at least. Other arguments and errors are those of `max_pool`.
+    too, as by default in PyTorch (``count_include_pad``), but never what ``ceil_mode`` sees beyond them. Sums are taken
+    in float32 at least. Other arguments and errors are those of `max_pool`.
 
     >>> x = jnp.ones((1, 3, 1))
     >>> avg_pool((2,), padding="SAME").forward((), (), x)[0].ravel().tolist()
@@ -87,25 +106,92 @@ def avg_pool(window: tuple[int, ...], *, stride=None, padding: Padding = "VALID"
     >>> avg_pool((2,), padding="SAME", count_padding=True).forward((), (), x)[0].ravel().tolist()
     [1.0, 0.5]
     """
-    windows = windows_of("avg_pool", window, window if stride is None else stride, 1, padding, "window")
+    stride = window if stride is None else stride
+    windows = windows_of("avg_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def counts(over: Windows, dtype):
         """How many entries each output is the mean of, ``(1, *m, 1)``."""
-        true = true_entries(over)
-        return jnp.asarray(np.full(true[0].shape, len(true)) if count_padding else np.sum(true, axis=0), dtype)
+        return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
         over, dtype = over_true_inputs(windows, x), wide(x.dtype)
         total = functools.reduce(jnp.add, taps(channels_first(x).astype(dtype), over, 0))
         return channels_last((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
 
-    def backward(_, empty, dy):  # ∂y_o / ∂x_(os+k) = 1 / count_o
+    def backward(_, empty, dy):  # ∂y_o / ∂x_(os+kd) = 1 / count_o
         over, dtype = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), wide(dy.dtype)
         share = channels_first(dy).astype(dtype) / counts(over, dtype)
         d = jnp.broadcast_to(share, (*over.kernel, *share.shape))
         return (), channels_last(fold(d, over).astype(dy.dtype))
 
     return stateless("avg_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
+
+
+def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:
+    """``y (B, *sizes, C)``, the largest entry of each part of ``x (B, *S, C)``; parts are those of `adaptive_avg_pool`.
+
+    Ties and NaN are as in `max_pool`.
+
+    >>> x = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> adaptive_max_pool((2,)).forward((), (), x)[0].ravel().tolist()
+    [2.0, 4.0]
+    """
+    sizes = checked_sizes("adaptive_max_pool", sizes)
+
+    def forward(_, x):
+        shape = shape_to_part(x, sizes)
+        largest = jax.lax.stop_gradient(x)
+        first = jnp.broadcast_to(jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(1, *shape, 1), x.shape)
+        for axis, m in reversed(list(enumerate(sizes, 1))):  # the last first, so that ties go in row-major order
+            entries = in_parts(largest, axis, m, -jnp.inf)
+            place = jnp.argmax(entries, axis + 1, keepdims=True)
+            first = jnp.take_along_axis(in_parts(first, axis, m, 0), place, axis + 1).squeeze(axis + 1)
+            largest = entries.max(axis + 1)
+        flat, places = (a.reshape(a.shape[0], math.prod(a.shape[1:-1]), a.shape[-1]) for a in (x, first))
+        y = jnp.take_along_axis(flat.astype(wide(x.dtype)), places, 1).reshape(first.shape)
+        return y.astype(x.dtype), (places, jnp.zeros((0, *x.shape), x.dtype))
+
+    def backward(_, residuals, dy):
+        # ∂y_i / ∂x_j = [j is the first place of the maximum of part i], for each example and channel
+        places, empty = residuals
+        shape, d = empty.shape[1:], dy.astype(wide(dy.dtype)).reshape(places.shape)
+        add = lambda d, places: jnp.zeros(math.prod(shape[1:-1]), d.dtype).at[places].add(d)  # noqa: E731
+        return (), jax.vmap(jax.vmap(add, -1, -1))(d, places).reshape(shape).astype(dy.dtype)
+
+    return stateless("adaptive_max_pool", lambda key, x: nothing(shape_to_part(x, sizes)), forward, backward)
+
+
+def adaptive_avg_pool(sizes: tuple[int, ...]) -> Layer:
+    """``y (B, *sizes, C)``, the mean of each part of ``x (B, *S, C)``, whatever the size of its spatial axes.
+
+    Of n entries along an axis, part i of m holds those from ``⌊i·n/m⌋`` to before ``⌈(i + 1)·n/m⌉``: neighbours share
+    an entry at most, and none where m divides n; where m > n entries are repeated. PyTorch the same. ``sizes`` is a
+    tuple with one m for each spatial axis. Sums are taken in float32 at least.
+
+    Raises ValueError for sizes that are not whole numbers of at least 1, `LayerError` for inputs of another rank or
+    dtype, or without places.
+
+    >>> x = jnp.arange(5.0).reshape(1, 5, 1)
+    >>> adaptive_avg_pool((2,)).forward((), (), x)[0].ravel().tolist()
+    [1.0, 3.0]
+    """
+    sizes = checked_sizes("adaptive_avg_pool", sizes)
+
+    def forward(_, x):
+        shape, y = shape_to_part(x, sizes), x.astype(wide(x.dtype))
+        for axis, (n, m) in enumerate(zip(shape, sizes, strict=True), 1):
+            y = in_parts(y, axis, m, 0).sum(axis + 1) / part_counts(n, m, axis, y)
+        return y.astype(x.dtype), jnp.zeros((0, *x.shape), x.dtype)
+
+    def backward(_, empty, dy):
+        # along each axis ∂y_i / ∂x_j = 1 / count_i where part i of m holds j: ⌊i n/m⌋ ≤ j < ⌈(i + 1) n/m⌉, that is
+        # ⌊j m/n⌋ ≤ i < ⌈(j + 1) m/n⌉. So dx_j is the sum of dy_i / count_i over part j of n
+        d = dy.astype(wide(dy.dtype))
+        for axis, (n, m) in enumerate(zip(empty.shape[2:-1], sizes, strict=True), 1):
+            d = in_parts(d / part_counts(n, m, axis, d), axis, n, 0).sum(axis + 1)
+        return (), d.astype(dy.dtype)
+
+    return stateless("adaptive_avg_pool", lambda key, x: nothing(shape_to_part(x, sizes)), forward, backward)
 
 
 def global_max_pool() -> Layer:
@@ -204,11 +290,59 @@ def seen_places(over: Windows) -> list[tuple[slice, ...]]:
     return [(slice(None), *(along(over, axis, k) for axis, k in enumerate(p))) for p in positions]
 
 
-def true_entries(over: Windows) -> list[np.ndarray]:
-    """For each position of a window whether what an output sees there is an input, ``(1, *m, 1)`` each."""
-    edges = [(low, max(high, 0)) for low, high in zip(over.low, over.high, strict=True)]
-    inside = np.pad(np.ones((1, *over.inputs, 1), bool), ((0, 0), *edges, (0, 0)))
+def true_entries(over: Windows, or_padded: bool = False) -> list[np.ndarray]:
+    """For each position of a window whether what an output sees there is an input, ``(1, *m, 1)`` each.
+
+    With ``or_padded`` whether it is an input or padded; ``ceil_mode`` sees beyond both.
+    """
+    pads = [(low, after) if or_padded else (0, 0) for low, after in zip(over.low, over.after, strict=True)]
+    rest = [(low - p, max(high - q, 0)) for low, high, (p, q) in zip(over.low, over.high, pads, strict=True)]
+    inside = np.ones([n + sum(p) for n, p in zip(over.inputs, pads, strict=True)], bool)
+    inside = np.pad(inside, rest)[None, ..., None]
     return [inside[place] for place in seen_places(over)]
+
+
+def checked_sizes(what: str, given) -> tuple[int, ...]:
+    """How many parts each spatial axis has."""
+    if not isinstance(given, Sequence) or not given or not all(is_whole(size) for size in given):
+        raise ValueError(
+            f"{what}: sizes = {given!r}; expected a tuple, one whole number of at least 1 for each spatial axis, "
+            "such as (7, 7) for (B, H, W, C)"
+        )
+    return tuple(map(int, given))
+
+
+def shape_to_part(x, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the spatial axes of ``x (B, *S, C)``."""
+    one_spatial_axis_of(x)
+    if len(x.shape) != len(sizes) + 2:
+        raise LayerError(f"expected a batch axis, {len(sizes)} spatial and channels for {sizes}, got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayerError(f"expected floating inputs, got {x.dtype}: convert them, say to float32")
+    return tuple(x.shape[1:-1])
+
+
+def part_ends(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of m parts of n entries begins, and before what it ends."""
+    parts = np.arange(m)
+    return parts * n // m, -(-(parts + 1) * n // m)
+
+
+def part_counts(n: int, m: int, axis: int, like: jax.Array) -> jax.Array:
+    """How many entries each part holds, along ``axis``, in the rank and dtype of ``like``."""
+    begin, end = part_ends(n, m)
+    return jnp.asarray((end - begin).reshape(-1, *(1,) * (like.ndim - axis - 1)), like.dtype)[(None,) * axis]
+
+
+def in_parts(x: jax.Array, axis: int, m: int, fill) -> jax.Array:
+    """An axis of n entries as two: m parts, and what each holds, with ``fill`` behind it where others hold more."""
+    n = x.shape[axis]
+    if n % m == 0:
+        return x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :])
+    begin, end = part_ends(n, m)
+    place = begin[:, None] + np.arange((end - begin).max())
+    held = (place < end[:, None]).reshape(*(1,) * axis, *place.shape, *(1,) * (x.ndim - axis - 1))
+    return jnp.where(held, jnp.take(x, np.minimum(place, n - 1), axis, mode="clip"), jnp.asarray(fill, x.dtype))
 
 
 def one_spatial_axis_of(x) -> tuple[int, int, int]:

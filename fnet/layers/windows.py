@@ -19,7 +19,7 @@ from fnet.types import LayerError
 Padding = str | Sequence[tuple[int, int]]
 
 
-AXES = {1: "(B, T, C)", 2: "(B, H, W, C)"}
+AXES = {1: "(B, T, C)", 2: "(B, H, W, C)", 3: "(B, D, H, W, C)"}
 
 
 class Windows(NamedTuple):
@@ -29,9 +29,11 @@ class Windows(NamedTuple):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: Padding
+    ceil_mode: bool = False  # whether the last window may reach beyond the padding
     inputs: tuple[int, ...] = ()  # n: sizes, known once the inputs are
     outputs: tuple[int, ...] = ()  # m
-    low: tuple[int, ...] = ()
+    low: tuple[int, ...] = ()  # what is padded before the inputs
+    after: tuple[int, ...] = ()  # and after them by ``padding``: windows may reach further or less far, see `high`
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -45,11 +47,13 @@ class Windows(NamedTuple):
 
     @property
     def high(self) -> tuple[int, ...]:
-        """What is padded after the inputs; negative where the last inputs are seen by no window."""
+        """What the windows see after the inputs; negative where they do not see the last inputs."""
         return tuple(c - n - low for c, n, low in zip(self.span, self.inputs, self.low, strict=True))
 
 
-def windows_of(what: str, kernel, stride, dilation, padding: Padding, name: str = "kernel_size") -> Windows:
+def windows_of(
+    what: str, kernel, stride, dilation, padding: Padding, name: str = "kernel_size", ceil_mode: bool = False
+) -> Windows:
     """The windows of a layer, their static arguments checked; ``what`` and ``name`` are for the messages."""
     if not isinstance(kernel, Sequence) or isinstance(kernel, str) or len(kernel) not in AXES:
         examples = ", ".join(f"{(3,) * n} for {axes}" for n, axes in AXES.items())
@@ -71,17 +75,22 @@ def windows_of(what: str, kernel, stride, dilation, padding: Padding, name: str 
                 f"{what}: padding = {padding!r}; expected {n} pairs (before, after) of at least 0, one an axis"
             )
         padding = tuple((operator.index(before), operator.index(after)) for before, after in pairs)
-    return Windows(kernel, stride, dilation, padding)
+    if ceil_mode and padding == "SAME":
+        raise ValueError(
+            f"{what}: ceil_mode = {ceil_mode} with padding 'SAME', which has ⌈n / stride⌉ outputs anyway; expected "
+            "False, or padding VALID or pairs"
+        )
+    return Windows(kernel, stride, dilation, padding, ceil_mode)
 
 
-def sizes(what: str, name: str, given, n: int) -> tuple[int, ...]:
-    """``given``, a whole number or one for each of n axes, as a tuple of n."""
+def sizes(what: str, name: str, given, n: int, least: int = 1) -> tuple[int, ...]:
+    """``given``, a whole number of at least ``least`` or one for each of n axes, as a tuple of n."""
     try:
         values = tuple(operator.index(v) for v in (given if isinstance(given, Sequence) else (given,) * n))
     except TypeError:
         values = ()
-    if len(values) != n or min(values) < 1:
-        raise ValueError(f"{what}: {name} = {given!r}; expected a whole number of at least 1, or {n} of them")
+    if len(values) != n or min(values) < least:
+        raise ValueError(f"{what}: {name} = {given!r}; expected a whole number of at least {least}, or {n} of them")
     return values
 
 
@@ -98,24 +107,29 @@ def over_inputs(windows: Windows, x) -> Windows:
     n, padding = spatial_sizes(x, windows), windows.padding
     if padding == "SAME":
         m = tuple(-(-size // s) for size, s in zip(n, windows.stride, strict=True))
-        total = [c - size for c, size in zip(windows._replace(outputs=m).span, n, strict=True)]
-        low = tuple(max(t, 0) // 2 for t in total)
+        total = [max(c - size, 0) for c, size in zip(windows._replace(outputs=m).span, n, strict=True)]
+        pads = tuple((t // 2, t - t // 2) for t in total)
     else:
         before_after = tuple((e - 1, 0) if padding == "CAUSAL" else (0, 0) for e in windows.extent)
         pads = before_after if isinstance(padding, str) else padding
-        low = tuple(before for before, _ in pads)
         room = [size + sum(p) - e for size, p, e in zip(n, pads, windows.extent, strict=True)]
         m = tuple(r // s + 1 for r, s in zip(room, windows.stride, strict=True))
+        if windows.ceil_mode:  # a window for the rest, and none that starts behind the inputs
+            starts = [size + before for size, (before, _) in zip(n, pads, strict=True)]
+            m = tuple(min(-(-r // s) + 1, -(-b // s)) for r, s, b in zip(room, windows.stride, starts, strict=True))
     if min(m) < 1:
         raise LayerError(
             f"windows that reach over {windows.extent} do not fit into inputs of {n} with padding {padding!r}: "
             f"no output is left; take {'' if padding == 'SAME' else 'a smaller window, padding SAME, or '}larger inputs"
         )
-    return windows._replace(inputs=n, outputs=m, low=low)
+    return windows._replace(inputs=n, outputs=m, low=tuple(b for b, _ in pads), after=tuple(a for _, a in pads))
 
 
-def over_outputs(windows: Windows, y) -> Windows:
-    """The windows whose outputs are ``y (B, *S, O)``; their inputs are what a transposed convolution gives."""
+def over_outputs(windows: Windows, y, more: tuple[int, ...]) -> Windows:
+    """The windows whose outputs are ``y (B, *S, O)``; their inputs are what a transposed convolution gives.
+
+    ``more`` is added to the size of each axis at its end.
+    """
     m, padding = spatial_sizes(y, windows), windows.padding
     windows = windows._replace(outputs=m)
     if padding == "SAME":
@@ -123,7 +137,7 @@ def over_outputs(windows: Windows, y) -> Windows:
         low = tuple(max(c - size, 0) // 2 for c, size in zip(windows.span, n, strict=True))
     else:
         pads = ((0, 0),) * len(m) if isinstance(padding, str) else padding
-        n = tuple(c - sum(p) for c, p in zip(windows.span, pads, strict=True))
+        n = tuple(c - sum(p) + q for c, p, q in zip(windows.span, pads, more, strict=True))
         low = tuple(before for before, _ in pads)
     if min(m) < 1 or min(n) < 1:
         raise LayerError(f"inputs of {m} with padding {padding!r} leave no output: the sizes would be {n}")

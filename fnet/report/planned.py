@@ -46,9 +46,9 @@ def model_of(options: argparse.Namespace) -> tuple[Layer, Any]:
         size = options.block if 0 < options.block < options.length else None
         block = models.transformer_block(options.features, options.heads, causal=True, block_size=size)
         stack = layers.repeat(layers.remat(block) if options.remat else block, options.layers)
-        positions, norm = models.learned_positions(options.length), layers.layer_norm()
+        positions, norm = layers.learned_positions(options.length), layers.layer_norm()
         body = layers.serial(("positions", positions), ("blocks", stack), ("norm", norm))
-        model = models.tied_embedding(options.vocabulary, options.features, body)
+        model = layers.tied_embedding(options.vocabulary, options.features, body)
     return layers.mixed_precision(model) if options.precision == "bfloat16" else model, x
 
 

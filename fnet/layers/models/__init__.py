@@ -3,7 +3,7 @@
 `plain`: dense layers one after another; `images`; `language`.
 """
 
-from fnet.layers.models.images import basic_block, bottleneck_block, imagenet_stem, lenet5, resnet, vit
+from fnet.layers.models.images import basic_block, bottleneck_block, imagenet_stem, lenet5, resnet, unet, vit
 from fnet.layers.models.language import gpt, llama, llama_block, recurrent_lm, transformer_block
 from fnet.layers.models.plain import autoencoder, mlp
 
@@ -20,5 +20,6 @@ __all__ = [
     "recurrent_lm",
     "resnet",
     "transformer_block",
+    "unet",
     "vit",
 ]

@@ -1,6 +1,6 @@
-"""Models of images: convolutions, residual networks, vision transformers.
+"""Models of images: convolutions, residual networks, U-Nets, vision transformers.
 
-Legend: B batch, H W height and width, C channels, D features.
+Legend: B batch, H W height and width, S spatial axes, C channels, D features.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from collections.abc import Callable, Sequence
 from fnet.core.checks import require_counts
 from fnet.layers import (
     batch_norm,
+    concatenate,
     conv,
+    conv_transpose,
     dense,
     flatten,
     global_avg_pool,
+    identity,
     layer_norm,
     learned_positions,
     max_pool,
+    parallel,
     relu,
     reshape,
     residual,
     serial,
 )
 from fnet.layers.models.language import transformer_block
+from fnet.layers.windows import AXES
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -124,6 +129,75 @@ def _projection(features: int, stride: int) -> Layer:
     return serial(conv(features, (1, 1), stride=stride, padding="VALID", bias=None), batch_norm())
 
 
+def unet(
+    classes: int,
+    *,
+    dimensions: int = 2,
+    widths: Sequence[int] = (64, 128, 256, 512, 1024),
+    norm: Callable[[], Layer] | None = None,
+    up: Callable[[int], Layer] | None = None,
+    early: bool = False,
+) -> Layer:
+    """A U-Net on ``(B, *S, C)``: logits of every place, ``(B, *S, classes)``, with the details of the way down.
+
+    A level is two convolutions by 3 along each of the ``dimensions`` spatial axes, with ``widths`` features from the
+    top to the bottom. Between levels stand max pooling by 2 on the way down and ``up(features)`` on the way up, a layer
+    that doubles the sides, by default a transposed convolution by 2; there what the level made on the way down is
+    joined before what comes up, and two convolutions follow. A last one by 1 makes the classes. ``norm`` makes the
+    normalization between a convolution, then without a bias, and its relu. With ``early`` features double before the
+    pooling, not behind it: on the way down the first convolution of a level has half its width, and ``up`` keeps the
+    features that it gets.
+
+    ``unet(2)`` is that of Ronneberger et al., arXiv:1505.04597, with 31,030,658 parameters on one channel. Theirs pads
+    nothing and crops what it joins; here outputs are as large as inputs, and a `LayerError` refuses sides that
+    ``2^(levels − 1)`` does not divide. ``unet(3, dimensions=3, widths=(64, 128, 256, 512), norm=batch_norm,
+    early=True)`` is the 3-D U-Net of Çiçek et al., arXiv:1606.06650; their 19,069,955 parameters, on three channels,
+    are those without ``norm`` and with an ``up`` without biases.
+
+    Raises ValueError for other than one to three ``dimensions``, for no ``widths`` and for odd ones with ``early``.
+
+    >>> import jax
+    >>> model, x = unet(4, widths=(8, 16)), jax.ShapeDtypeStruct((2, 6, 10, 3), "float32")
+    >>> params, state = model.init(jax.random.key(0), x)
+    >>> jax.eval_shape(model.forward, params, state, x)[0].shape
+    (2, 6, 10, 4)
+    """
+    require_counts("unet", classes=classes, dimensions=dimensions, **{f"widths[{i}]": w for i, w in enumerate(widths)})
+    if not widths or (early and any(width % 2 for width in widths)):
+        raise ValueError(f"unet: widths = {widths!r}; expected at least one{', each of them even' if early else ''}")
+    if dimensions not in AXES:
+        raise ValueError(f"unet: dimensions = {dimensions}; expected one of {', '.join(map(str, AXES))}")
+    one, two, three = ((size,) * dimensions for size in (1, 2, 3))
+    make_up = up or (lambda features: conv_transpose(features, two, stride=2))
+
+    def convolutions(*features: int) -> Layer:
+        layers = []
+        for width in features:
+            layers += [conv(width, three)] if norm is None else [conv(width, three, bias=None), norm()]
+            layers.append(relu())
+        return serial(*layers)
+
+    def level(i: int) -> Layer:
+        width = widths[i]
+        down = convolutions(width // 2 if early else width, width)
+        if i == len(widths) - 1:
+            return down
+        below = serial(
+            ("pool", max_pool(two)),
+            ("level", level(i + 1)),
+            ("up", make_up(widths[i + 1] if early else width)),
+        )
+        return serial(
+            ("down", down),
+            ("fork", parallel(("skip", identity()), ("below", below))),
+            ("join", concatenate()),
+            ("merge", convolutions(width, width)),
+        )
+
+    whole = _whole_patches(2 ** (len(widths) - 1), dimensions)
+    return serial(("grid", whole), ("level", level(0)), ("head", conv(classes, one)))._replace(name="unet")
+
+
 def vit(
     classes: int, *, patch: int, layers: int, features: int, heads: int, positions: int, dropout_rate=None
 ) -> Layer:
@@ -152,12 +226,12 @@ def vit(
     )._replace(name="vit")
 
 
-def _whole_patches(patch: int) -> Layer:
-    """Images as they are, refused unless both sides are multiples of ``patch``."""
+def _whole_patches(patch: int, dimensions: int = 2) -> Layer:
+    """Images as they are, refused unless all sides are multiples of ``patch``."""
 
     def forward(params, x):
-        if len(x.shape) != 4 or x.shape[1] % patch or x.shape[2] % patch:
-            raise LayerError(f"expected images (B, H, W, C) with sides that {patch} divides, got shape {x.shape}")
+        if len(x.shape) != dimensions + 2 or any(size % patch for size in x.shape[1:-1]):
+            raise LayerError(f"expected {AXES[dimensions]} with sides that {patch} divides, got shape {x.shape}")
         return x, ()
 
     return stateless("whole_patches", lambda key, x: forward((), x)[1], forward, lambda params, residuals, dy: ((), dy))
