@@ -41,10 +41,13 @@ class Backward(Protocol):
     def __call__(self, params: PyTree, residuals: PyTree, dy: PyTree, /) -> tuple[PyTree, PyTree]: ...
 
 
-class SquareNorms(Protocol):
-    """A tree like ``params``: ``‖dparams‖²`` of each example by itself, ``(B,)``, without making the B gradients."""
+class Outer(Protocol):
+    """By a parameter's name ``x (B, N, I), d (B, N, O)``: the gradient of example b is ``Σ_n x_bn d_bnᵀ``, reshaped.
 
-    def __call__(self, params: PyTree, residuals: PyTree, dy: PyTree, /) -> PyTree: ...
+    ``x`` may be integers ``(B, N)``, which stand for rows that are 1 there and 0 elsewhere; −1 for rows of zeros.
+    """
+
+    def __call__(self, params: PyTree, residuals: PyTree, dy: PyTree, /) -> dict[str, tuple[jax.Array, jax.Array]]: ...
 
 
 class Layer(NamedTuple):
@@ -52,8 +55,8 @@ class Layer(NamedTuple):
 
     ``state`` holds statistics that do not depend on the batch (running means) and nothing else; it carries no gradient.
     ``residuals`` are what the backward needs of the forward, a pytree of arrays; parameters are not copied into them.
-    ``children`` are told by layers that are made of others, and shown where one is printed. ``square_norms`` is a
-    layer's short way to what `fnet.clip_per_example` asks, if it has one; with another backward it goes.
+    ``children`` are told by layers that are made of others, and shown where one is printed. ``outer`` says of
+    what outer products a gradient is the sum, if it is one, for norms of each example's and for K-FAC.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Layer(NamedTuple):
     forward: Forward
     backward: Backward
     children: tuple[tuple[str, Any], ...] = ()  # names and layers
-    square_norms: SquareNorms | None = None  # None: by the backward of each example
+    outer: Outer | None = None
 
     def __repr__(self) -> str:
         """A tree of names; `fnet.report.summary` is the table with shapes and parameters."""

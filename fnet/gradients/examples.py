@@ -113,9 +113,9 @@ class Norms(NamedTuple):
 def norms_by_hand(made, params, state, batch, key) -> Norms:
     """Squared norms of each example's part ``wᵢ gᵢ / Σ w`` of the gradient, by the residuals of one forward.
 
-    Each layer gives them by its `Layer.square_norms`; where it has none, its backward is run for each example with what
-    the forward kept of it (by `jax.vmap`), so at most one layer's gradients are there B times. A layer whose noise is
-    drawn anew in its backward is refused.
+    Of a layer whose gradient is a sum of outer products (`Layer.outer`) they are had from these; of others the backward
+    is run for each example with what the forward kept of it (by `jax.vmap`), so at most one layer's gradients are there
+    B times. A layer whose noise is drawn anew in its backward is refused.
     """
     model, loss, metrics = made.model, made.loss, made.metrics
     batch = checked("clip_per_example", batch, key)
@@ -143,9 +143,13 @@ def norms_by_hand(made, params, state, batch, key) -> Norms:
         return dparams, dx
 
     def of_layer(back: Back, own) -> dict[str, jax.Array]:
-        rule, names = back.layer.square_norms, [name for name, _ in named_leaves(own)]
-        found = rule(back.params, back.residuals, back.dy) if rule is not None else by_vmap(back, calls[back.path])
-        found = dict(named_leaves(found))
+        names = [name for name, _ in named_leaves(own)]
+        products = {} if back.layer.outer is None else back.layer.outer(back.params, back.residuals, back.dy)
+        found = {
+            name: norms_of_sums(*products[name]) for name in names if name in products and is_short(*products[name])
+        }
+        if not {*names} <= {*found}:
+            found = {**dict(named_leaves(by_vmap(back, calls[back.path]))), **found}
         return {name: found[name] for name in names}
 
     with watch(seen, separate):
@@ -171,6 +175,24 @@ def shares(loss: Loss, outputs, batch: Batch) -> jax.Array:
     own = weights.sum(tuple(range(1, weights.ndim)))
     total = own.sum()
     return own / jnp.where(total == 0, 1, total)
+
+
+def is_short(x: jax.Array, d: jax.Array) -> bool:
+    """Whether products of N positions with each other are fewer numbers than the gradients themselves."""
+    return x.shape[1] == 1 or x.ndim == 2 or x.shape[1] * (x.shape[2] + d.shape[2]) < x.shape[2] * d.shape[2]
+
+
+def norms_of_sums(x: jax.Array, d: jax.Array) -> jax.Array:
+    """``‖Σ_n x_n d_nᵀ‖²`` of each example, of ``x (B, N, I)`` or integers ``(B, N)`` and ``d (B, N, O)``, ``(B,)``."""
+    # ‖Σ_n x_n d_nᵀ‖² = Σ_(n, m) (x_n · x_m) (d_n · d_m), which for one n is ‖x‖² ‖d‖²
+    d = d.astype(wide(d.dtype))
+    if x.ndim == 2:
+        alike = (x[:, :, None] == x[:, None, :]) & (x >= 0)[:, :, None]
+        return jnp.where(alike, jnp.einsum("bno,bmo->bnm", d, d), 0).sum((1, 2))
+    x = x.astype(d.dtype)
+    if x.shape[1] == 1:
+        return jnp.square(x).sum((1, 2)) * jnp.square(d).sum((1, 2))
+    return (jnp.einsum("bni,bmi->bnm", x, x) * jnp.einsum("bno,bmo->bnm", d, d)).sum((1, 2))
 
 
 def by_vmap(back: Back, call: Call) -> PyTree:
@@ -237,8 +259,9 @@ def clip_per_example(
     through the batch in so many parts, as `fnet.accumulate` does, and adds the noise once. ``metrics`` have ``clipped``
     besides, the share of the examples that were.
 
-    Of `fnet.backprop` each norm comes from the residuals of the forward: dense layers and embeddings have a rule
-    (`Layer.square_norms`), others run their backward for each example; then one backward adds up what is clipped.
+    Of `fnet.backprop` each norm comes from the residuals of the forward: of dense layers, convolutions and embeddings
+    from the outer products that a gradient is the sum of (`Layer.outer`), of others by their backward for each example;
+    then one backward adds up what is clipped.
     Any other engine goes by `per_example`. Errors are those of `per_example`, and a layer that draws noise in its
     backward is refused by hand.
 

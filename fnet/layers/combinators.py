@@ -371,7 +371,7 @@ def remat(layer: Layer) -> Layer:
             _, _, again = layer.forward(params, state, x, key=key, train=mode == "train")
         return layer.backward(params, again, dy)
 
-    return layer._replace(forward=forward, backward=backward, square_norms=None)
+    return layer._replace(forward=forward, backward=backward, outer=None)
 
 
 def require_children(what: str, tree, children) -> None:

@@ -51,7 +51,7 @@ def dense(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
         return affine(params, x)
 
     layer = stateless("dense", init, forward, affine_backward)
-    return by_position(layer._replace(square_norms=affine_square_norms))
+    return by_position(layer._replace(outer=affine_outer))
 
 
 def affine(params, x):
@@ -79,23 +79,12 @@ def affine_backward(params, x, dy):
     return dparams, product_with_rows(dy_rows, w).reshape(x.shape)
 
 
-def affine_square_norms(params, x, dy):
-    """``‖dw‖²`` and ``‖db‖²`` of each example, ``(B,)``."""
+def affine_outer(params, x, dy):
+    """``dw = Σ_n x_n dy_nᵀ`` and ``db = Σ_n 1 · dy_n``, the positions of an example along N."""
     steps = math.prod(x.shape[1:-1])
-    x, dy = (a.reshape(a.shape[0], steps, a.shape[-1]).astype(wide(a.dtype)) for a in (x, dy))
-    squares = {"w": outer_square_norms(x, dy)}
-    return {**squares, "b": jnp.square(dy.sum(1)).sum(1)} if "b" in params else squares
-
-
-def outer_square_norms(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """``‖Σ_n x_n dy_nᵀ‖²`` of each example, ``x (B, N, I)``, ``dy (B, N, O)``, whichever way is the shorter one."""
-    # ‖Σ_n x_n dy_nᵀ‖² = Σ_(n, m) (x_n · x_m) (dy_n · dy_m), which for one n is ‖x‖² ‖dy‖²
-    steps, wide_in, wide_out = x.shape[1], x.shape[2], dy.shape[2]
-    if steps == 1:
-        return jnp.square(x).sum((1, 2)) * jnp.square(dy).sum((1, 2))
-    if steps * (wide_in + wide_out) < wide_in * wide_out:
-        return (jnp.einsum("bni,bmi->bnm", x, x) * jnp.einsum("bno,bmo->bnm", dy, dy)).sum((1, 2))
-    return jnp.square(jnp.einsum("bni,bno->bio", x, dy)).sum((1, 2))
+    x, dy = (a.reshape(a.shape[0], steps, a.shape[-1]) for a in (x, dy))
+    found = {"w": (x, dy)}
+    return {**found, "b": (jnp.ones((*x.shape[:2], 1), x.dtype), dy)} if "b" in params else found
 
 
 def rows(x: jax.Array) -> jax.Array:

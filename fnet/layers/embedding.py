@@ -5,6 +5,8 @@ Legend: B batch, T length, H heads, D features of a position or a head, V vocabu
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,12 @@ def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp
     def backward(params, ids, dy):  # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i; ids have no gradient
         return {"table": scatter(ids, dy, vocabulary).astype(params["table"].dtype)}, None
 
-    return by_position(stateless("embedding", init, forward, backward))
+    def outer(params, ids, dy):  # of a row that is 1 at the id, and dy
+        steps = math.prod(ids.shape[1:])
+        known = jnp.where((ids >= 0) & (ids < vocabulary), ids, -1)
+        return {"table": (known.reshape(ids.shape[0], steps), dy.reshape(ids.shape[0], steps, features))}
+
+    return by_position(stateless("embedding", init, forward, backward)._replace(outer=outer))
 
 
 def tied_embedding(

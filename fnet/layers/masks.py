@@ -74,12 +74,12 @@ def by_position(layer: Layer) -> Layer:
         dparams, dx = layer.backward(params, residuals, dy[0])
         return dparams, (dx, None)
 
-    def square_norms(params, residuals, dy):
-        assert layer.square_norms is not None
-        return layer.square_norms(params, residuals, dy[0] if isinstance(dy, tuple) else dy)
+    def outer(params, residuals, dy):
+        assert layer.outer is not None
+        return layer.outer(params, residuals, dy[0] if isinstance(dy, tuple) else dy)
 
-    rule = None if layer.square_norms is None else square_norms
-    return layer._replace(init=init, forward=forward, backward=backward, square_norms=rule)
+    own = None if layer.outer is None else outer
+    return layer._replace(init=init, forward=forward, backward=backward, outer=own)
 
 
 def drop_mask() -> Layer:

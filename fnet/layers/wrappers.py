@@ -109,7 +109,7 @@ def freeze(layer: Layer) -> Layer:
             _, dx = layer.backward(params, residuals, dy)
         return jax.tree.map(jnp.zeros_like, params), dx
 
-    return layer._replace(forward=forward, backward=backward, square_norms=None)
+    return layer._replace(forward=forward, backward=backward, outer=None)
 
 
 class Policy(NamedTuple):
@@ -168,7 +168,7 @@ def mixed_precision(layer: Layer, policy: Policy = Policy()) -> Layer:
         dparams, dx = layer.backward(cast(params, policy.compute), residuals, cast_like(dy, y_dtypes))
         return cast_like(dparams, params), cast_like(dx, x_dtypes)
 
-    return layer._replace(init=init, forward=forward, backward=backward, square_norms=None)
+    return layer._replace(init=init, forward=forward, backward=backward, outer=None)
 
 
 def cast(tree: PyTree, dtype) -> Any:
