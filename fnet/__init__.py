@@ -33,7 +33,7 @@ NAMES = {
     ),
     "gradients": (
         *("accumulate", "autodiff", "backprop", "clip_per_example", "from_loss", "gradient_moments", "gradient_noise"),
-        *("intermediate_gradients", "per_example", "tap"),
+        *("curvature", "intermediate_gradients", "per_example", "tap"),
     ),
     "gradcheck": ("check_gradients", "check_layer", "check_model", "record", "record_function"),
     "training.sharding": ("mesh", "placement"),
@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # the same names, for those who read and do not run; a test c
         autodiff,
         backprop,
         clip_per_example,
+        curvature,
         from_loss,
         gradient_moments,
         gradient_noise,

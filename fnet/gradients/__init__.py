@@ -2,6 +2,7 @@
 
 - `engines`: `autodiff`, `backprop` (the backward by hand), `from_loss`, and `accumulate` of any of them; one signature
 - `examples`: gradients of each example, their norms, their clipped mean, how they scatter
+- `curvature`: products with the Hessian, Gauss–Newton and Fisher matrix, and eigenvalues, traces, spectra from them
 - `intermediates`: `tap` names a value within a function, `intermediate_gradients` are those by it
 
 Imports types, core, layers and data; nothing that updates or runs.
