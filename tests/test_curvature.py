@@ -271,7 +271,9 @@ def test_second_derivatives_by_hand_are_autodiffs_and_symmetric(name, x64):
 
     @jax.jit
     def products(params, state, batch, u, v):
-        inner = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
+        inner = lambda a, b: sum(
+            jnp.vdot(x, y).astype(float) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        )  # noqa: E731
         found = []
         for make in (fnet.autodiff, fnet.backprop):
             matrix = curvature.hessian(make(model, SQUARED))
