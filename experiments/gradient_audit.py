@@ -181,6 +181,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             ),
             sequence,
         ),
+        "attention, a score function": (make.attention(2, score=make.softsign(), block_size=2), (sequence, ragged)),
         "attention, alibi, a mask for each head": (
             make.attention(2, relative=make.alibi(2), softcap=3.0),
             (sequence, rng.random((B, 2, T, T)) < 0.7),

@@ -10,20 +10,43 @@ import numpy as np
 import pytest
 
 from fnet.gradcheck import check_layer
+from fnet.layers.activation import softplus, softsign, tanh
 from fnet.layers.attention import attention
 from fnet.layers.children import apply, init, parameter_paths, watch
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
+from fnet.layers.dropout import dropout
 from fnet.layers.embedding import rotate
 from fnet.layers.initializers import normal
+from fnet.layers.pooling import global_max_pool
+from fnet.layers.rectifiers import prelu
 from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.wrappers import stateless
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 # --- the formulas in NumPy -------------------------------------------------------------------------------------------
 
 
+FUNCTIONS = {  # of scores, by the layer's name
+    "softsign": lambda z: z / (1 + np.abs(z)),
+    "softplus": lambda z: np.log1p(np.exp(z)),
+}
+
+
 def numpy_core(
-    q, k, v, mask=None, causal=False, scale=None, bias=None, window=None, offset=0, softcap=None, kept=None, rate=0
+    q,
+    k,
+    v,
+    mask=None,
+    causal=False,
+    scale=None,
+    bias=None,
+    window=None,
+    offset=0,
+    softcap=None,
+    score=None,
+    kept=None,
+    rate=0,
 ):
     """One query after another, one head after another."""
     (batch, queries, heads, size), (_, memory, kv_heads, _) = q.shape, k.shape
@@ -39,6 +62,7 @@ def numpy_core(
             keys, values = k[b, counts, h // (heads // kv_heads)], v[b, counts, h // (heads // kv_heads)]
             z = keys @ q[b, t, h] * (size**-0.5 if scale is None else scale)
             z = z if softcap is None else softcap * np.tanh(z / softcap)
+            z = z if score is None else FUNCTIONS[score.name](z)
             z = z if bias is None else z + (bias[h, t] if bias.ndim == 3 else bias[b % len(bias), h, t])[counts]
             e = np.exp(z - z.max())
             p = e / e.sum()
@@ -267,7 +291,7 @@ forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwis
 # --- blockwise is plain ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "scale", "block_size"))
+@functools.partial(jax.jit, static_argnames=("causal", "window", "score", "scale", "block_size"))
 def core(q, k, v, do, mask=None, bias=None, **options):
     o, residuals = dot_product_attention(q, k, v, mask, bias, **options)
     return o, *dot_product_attention_backward(residuals, do, mask, bias, **options)
@@ -289,6 +313,14 @@ SCORES = {  # queries, memory, shapes of bias and mask, options
     "masks by heads, causal": (7, 7, None, (2, 4, 7, 7), {"causal": True}),
     "window": (9, 9, None, None, {"window": 3}),
     "window, causal, offset, bias": (4, 9, (4, 4, 9), None, {"window": 4, "causal": True, "offset": 4}),
+    "score": (5, 6, None, None, {"score": softplus(), "scale": 1.5}),
+    "score, all else": (
+        6,
+        7,
+        (4, 6, 7),
+        (2, 4, 6, 7),
+        {"window": 5, "causal": True, "offset": 1, "score": softsign(), "scale": 0.4},
+    ),
     "offset before the memory": (5, 4, None, None, {"causal": True, "offset": -2}),
     "all": (
         6,
@@ -326,9 +358,26 @@ def test_biases_masks_windows_caps_and_offsets_are_the_formula_forward_and_backw
         np.testing.assert_allclose(claimed, slope, rtol=1e-7, atol=1e-8)
     for size in (2, 4) if name == "all" else (2,):  # they do not divide all lengths
         assert_leaves_close(core(*arrays, **options, block_size=size), (o, *plain), 1e-13)
-    for size in (None, 2) if name == "all" else (None,):
+    for size in (None, 2) if "all" in name else (None,):
         claimed = tuple(jax.tree.leaves(plain))
         assert_leaves_close(by_autodiff(size, *map(jnp.asarray, given)), claimed, 1e-12)
+
+
+def test_a_softcap_is_the_score_function_of_its_formula_and_its_backward_is_the_layers(x64):
+    capped = stateless(
+        "capped",
+        lambda key, z: (),
+        lambda params, z: (2 * jnp.tanh(z / 2), z),
+        lambda params, z, dy: ((), dy / jnp.cosh(z / 2) ** 2),
+    )
+    q, k, v, do, *_ = map(lambda a: a if a is None else jnp.asarray(a), drawn_core(5, 6))
+    for block_size in (None, 2):
+        expected = core(q, k, v, do, softcap=2.0, block_size=block_size)
+        assert_leaves_close(core(q, k, v, do, score=capped, block_size=block_size), expected, 1e-13)
+        flat = capped._replace(backward=lambda params, z, dy: ((), 0 * dy))  # so says its backward, which is called
+        o, dq, dk, dv, _ = core(q, k, v, do, score=flat, block_size=block_size)
+        assert_leaves_close((o, dv), (expected[0], expected[3]), 1e-13)
+        assert not dq.any() and not dk.any()
 
 
 @forms
@@ -757,6 +806,10 @@ def test_parameters_have_readable_paths_their_own_keys_and_the_dtype_of_the_inpu
         ({"heads": 4, "kv_heads": 3}, "4 heads cannot share kv_heads = 3; it must divide heads"),
         ({"heads": 2, "window": 0}, "window = 0; expected at least 1"),
         ({"heads": 2, "softcap": 0.0}, "softcap = 0.0; expected above 0, or None for none"),
+        ({"heads": 2, "softcap": 1.0, "score": tanh()}, "softcap beside score = the layer tanh; expected one"),
+        ({"heads": 2, "score": prelu()}, "score is the layer prelu; expected a function of each score, without param"),
+        ({"heads": 2, "score": dropout(0.1)}, "score is the layer dropout; expected a function of each score"),
+        ({"heads": 2, "score": global_max_pool()}, "score is the layer global_max_pool; expected a function"),
         ({"heads": 2, "dropout_rate": 1.0}, "dropout_rate = 1.0; expected 0 <= dropout_rate < 1"),
         ({"heads": 2, "value_features": 0}, "value_features = 0; expected at least 1"),
         ({"heads": 3, "features": 8}, "3 heads do not divide features = 8; give head_features"),

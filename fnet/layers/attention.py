@@ -48,6 +48,7 @@ def attention(
     interleaved: bool = False,
     relative: Layer | None = None,
     softcap=None,
+    score: Layer | None = None,
     dropout_rate=None,
     scale=None,
     weights=glorot_uniform(),
@@ -71,8 +72,8 @@ def attention(
     - ``features``: O, that of the query by default. ``head_features``: D, ``O / heads`` by default.
       ``value_features``: E, D by default.
     - ``kv_heads``: K, ``heads`` by default; fewer are shared by G heads in a row (grouped queries, 1 is multi-query).
-    - ``window``, ``offset``, ``softcap``: those of `dot_product_attention`. The offset, where queries begin, counts for
-      ``rotary`` and ``relative`` too.
+    - ``window``, ``offset``, ``softcap``, ``score``: those of `dot_product_attention`. The offset, where queries begin,
+      counts for ``rotary`` and ``relative`` too.
     - ``relative``: a layer of the positions of queries and memory to a bias, `relative_positions` or `alibi`, of which
       the parameters are those called ``relative``. (A bias of one's own goes to `dot_product_attention`.)
     - ``dropout_rate``: which probabilities are 0 in training, as there; it needs a key.
@@ -98,7 +99,7 @@ def attention(
     kv_heads = heads if kv_heads is None else kv_heads
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
     require_counts("attention", **given, value_features=value_features, block_size=block_size)
-    require_scores("attention", window, softcap, dropout_rate)
+    require_scores("attention", window, softcap, dropout_rate, score)
     if relative is not None:
         require_layer("attention: relative", relative)
     require_initializers("attention", "bias", weights=weights, bias=bias)
@@ -108,7 +109,7 @@ def attention(
     if features is not None and head_features is None and features % heads:
         raise ValueError(f"attention: {heads} heads do not divide features = {features}; give head_features")
     options = {"causal": causal, "window": window, "offset": offset, "softcap": softcap, "dropout_rate": dropout_rate}
-    options |= {"scale": scale, "block_size": block_size}
+    options |= {"score": score, "scale": scale, "block_size": block_size}
 
     def turn(x, at):
         return x if rotary is None else rotate(x, at, rotary, interleaved=interleaved)
