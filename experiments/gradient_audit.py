@@ -65,6 +65,11 @@ def constructors(fault: str | None) -> SimpleNamespace:
     return found
 
 
+def waves(*shape: int) -> np.ndarray:
+    """Numbers between -1 and 1 that are drawn from nothing."""
+    return np.sin(np.arange(1, 1 + np.prod(shape), dtype=np.float32)).reshape(shape)
+
+
 def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTree]]:
     """Every layer and its inputs."""
     x, sequence, images, pixels = (
@@ -78,6 +83,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
     memory = rng.standard_normal((B, T + 1, 4)).astype(np.float32)
     seen = np.arange(T + 1)[None] < np.array([1, T, 2, T + 1])[:, None]
     block = make.residual(make.dense(F), make.tanh())
+    shared = waves(1, 2, T, T)
     return {
         "dense": (make.dense(K), x),
         "dense, without bias": (make.dense(K, bias=None), x),
@@ -182,6 +188,10 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             sequence,
         ),
         "attention, a score function": (make.attention(2, score=make.softsign(), block_size=2), (sequence, ragged)),
+        "attention, a bias of each example": (
+            make.attention(2, causal=True, bias=None),
+            (sequence, ragged, waves(B, 2, T, T)),
+        ),
         "attention, alibi, a mask for each head": (
             make.attention(2, relative=make.alibi(2), softcap=3.0),
             (sequence, rng.random((B, 2, T, T)) < 0.7),
@@ -190,6 +200,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             make.relative_positions(2, buckets=8, max_distance=5),
             (rng.integers(0, 9, (B, T)), rng.integers(0, 9, (B, T + 2))),
         ),
+        "biased": (make.biased(make.relative_positions(2), make.attention(2, bias=None)), (sequence, ragged)),
         # layers of layers
         "serial": (
             make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),
@@ -218,6 +229,8 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
         "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
         "llama_block": (fnet.models.llama_block(F, F // 2, kv_heads=1, hidden=5), sequence),
+        "t5_block": (fnet.models.t5_block(F, 2, hidden=5), (sequence, shared)),
+        "t5_block, gated, padded": (fnet.models.t5_block(F, 2, hidden=5, gated=True), (sequence, ragged, shared)),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
     }
 
@@ -306,6 +319,13 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
                 ),
                 "recurrent_lm": (fnet.models.recurrent_lm(K, make.lstm(F), features=F), (ids, ids[::-1])),
                 "gpt": (fnet.models.gpt(K, length=T, layers=2, features=F, heads=2), (ids, ids[::-1])),
+                "t5_encoder": (
+                    make.serial(
+                        fnet.models.t5_encoder(K, layers=2, features=F, heads=2, hidden=5, buckets=4, max_distance=3),
+                        make.dense(K),
+                    ),
+                    (ids, ids[::-1]),
+                ),
                 "llama": (
                     fnet.models.llama(K, layers=1, features=8, heads=2, kv_heads=1, hidden=6),
                     (ids, ids[::-1]),

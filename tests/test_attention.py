@@ -19,7 +19,7 @@ from fnet.layers.embedding import rotate
 from fnet.layers.initializers import normal
 from fnet.layers.pooling import global_max_pool
 from fnet.layers.rectifiers import prelu
-from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.relative import alibi, biased, relative_positions
 from fnet.layers.wrappers import stateless
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
@@ -445,6 +445,61 @@ def test_who_watches_sees_the_probabilities_of_every_head_whatever_changes_them(
     np.testing.assert_array_equal(seen["attention"][0, 0] > 0, near)
 
 
+@pytest.mark.parametrize("form", ["self", "self, padded", "cross", "cross, padded"])
+def test_a_bias_after_the_inputs_is_the_formulas_and_has_its_gradient(form, x64):
+    rng = np.random.default_rng(8)
+    values = tuple(rng.standard_normal((2, n, 4)) for n in ((5,) if "self" in form else (5, 3)))
+    mask = None if "padded" not in form else PADDING if "self" in form else MEMORY_PADDING
+    bias = rng.standard_normal((1 if "self" in form else 2, 2, 5, values[-1].shape[1]))
+    layer = attention(2, bias=None, scale=1.0, block_size=2 if "padded" in form else None)
+    params = layer.init(jax.random.key(7), (*map(jnp.asarray, (*values, bias)),))[0]
+    dy = rng.standard_normal((2, 5, 4))
+
+    def joined(values, bias):
+        return (*values, *([] if mask is None else [jnp.asarray(mask)]), bias)
+
+    @jax.jit
+    def run(params, values, bias):
+        y, _, residuals = layer.forward(params, (), joined(values, bias))
+        d = (jnp.asarray(dy), None) if isinstance(y, tuple) else jnp.asarray(dy)
+        by_hand = layer.backward(params, residuals, d)
+        outputs = lambda *a: jax.tree.leaves(layer.forward(a[0], (), joined(*a[1:]))[0])[0]  # noqa: E731
+        return jax.tree.leaves(y)[0], by_hand, jax.vjp(outputs, params, values, bias)[1](jnp.asarray(dy))
+
+    y, (dparams, dx), by_autodiff = run(params, tuple(map(jnp.asarray, values)), jnp.asarray(bias))
+    assert len(dx) == len(joined(values, bias))
+    p = jax.tree.map(np.asarray, params)
+
+    def formula(bias):
+        def of_pairs(p, queries, memory):
+            return np.broadcast_to(bias, (2, *bias.shape[1:]))
+
+        return numpy_attention(p, values, mask, 2, scale=1.0, relative=of_pairs)
+
+    np.testing.assert_allclose(y, formula(bias), rtol=1e-12, atol=1e-13)
+    slope = numerical_gradient(lambda b: (formula(b) * dy).sum(), bias)
+    np.testing.assert_allclose(dx[-1], slope, rtol=1e-7, atol=1e-8)
+    assert_leaves_close((dparams, tuple(d for d in dx[:-1] if d is not None), dx[-1]), by_autodiff, 1e-12)
+
+
+def test_attention_biased_is_attention_with_a_relative_of_its_own(key, x64):
+    x, dy = jax.random.normal(key, (2, 2, 5, 4))
+    relative = relative_positions(2, buckets=8, max_distance=4)
+    own, apart = attention(2, relative=relative), biased(relative, attention(2))
+    params = drawn(own, x)
+    y, dparams, dx = compiled(own, params, x, dy)
+    body = {name: p for name, p in params.items() if name != "relative"}
+    given = {"relative": params["relative"], "body": body}
+
+    @jax.jit
+    def run(params, x, dy):
+        y, _, residuals = apart.forward(params, {"relative": (), "body": ()}, x)
+        return y, *apart.backward(params, residuals, dy)
+
+    z, dgiven, dz = run(given, x, dy)
+    assert_leaves_close((z, {**dgiven["body"], "relative": dgiven["relative"]}, dz), (y, dparams, dx), 1e-13)
+
+
 @pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 20)])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_the_buckets_of_distances_are_t5s(buckets, furthest, bidirectional, x64):
@@ -831,6 +886,7 @@ X, MEMORY = jnp.zeros((2, 5, 4)), jnp.zeros((2, 3, 4))
         ((X, jnp.zeros((2, 5))), r"expected a memory of axes \(batch, length, features\), got shape \(2, 5\)"),
         ((X, MEMORY, X), r"expected x, \(x, mask\), .* with a boolean mask, got float32, float32, float32"),
         ((X, MEMORY[:1]), "expected query and memory of one batch and dtype, got 2 of float32 and 1 of float32"),
+        ((X, X[None]), r"expected a bias of shape \(2, 5, 5\) or \(2, 2, 5, 5\), got \(1, 2, 5, 4\)"),
         ((X, X > 0), r"expected a mask of shape \(2, 5\) or \(2, 5, 5\), got \(2, 5, 4\)"),
         ((X, MEMORY, jnp.ones((2, 5), bool)), r"expected a mask of shape \(2, 3\) or \(2, 5, 3\), got \(2, 5\)"),
         (jnp.zeros((2, 5, 6)), "query: expected 4 features, got 6"),
@@ -871,6 +927,12 @@ def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
     layer = attention(2, relative=relative_positions(2))
     with pytest.raises(LayerError, match="expected params of relative too, got"):
         apply(layer, params, (), X)
+    with pytest.raises(LayerError, match="expected one bias, got one in the inputs beside relative"):
+        layer.init(jax.random.key(0), (X, jnp.zeros((1, 2, 5, 5))))
+    with pytest.raises(LayerError, match=r"expected a bias of shape \(2, 5, 5\) .* got \(1, 3, 5, 5\)"):
+        attention(2).init(jax.random.key(0), (X, jnp.zeros((1, 3, 5, 5))))
+    with pytest.raises(LayerError, match=r"expected inputs \(batch, length, features\), got shape \(2, 5\)"):
+        biased(relative_positions(2), attention(2)).init(jax.random.key(0), X[:, :, 0])
     with pytest.raises(LayerError, match="expected positions of queries and memory, signed integers"):
         apply(alibi(2), (), (), X)
     for make, message in (

@@ -75,7 +75,14 @@ OTHERS = {
     "yarn_scale",
 }
 OTHERS |= {"by_position", "stateless", "zero_carry"}
-BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "llama_block", "transformer_block"}  # of models
+BLOCKS = {
+    "basic_block",
+    "bottleneck_block",
+    "imagenet_stem",
+    "llama_block",
+    "t5_block",
+    "transformer_block",
+}  # of models
 
 
 def test_every_layer_loss_and_model_is_audited(cases):

@@ -42,7 +42,7 @@ from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_no
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
-from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.relative import alibi, biased, relative_positions
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
@@ -53,6 +53,7 @@ __all__ = [
     "attention",
     "avg_pool",
     "batch_norm",
+    "biased",
     "bidirectional",
     "by_position",
     "celu",

@@ -1,6 +1,7 @@
 """Biases of scores by how far apart two positions stand, for `attention`'s ``relative``.
 
-They are layers of positions, ``(t (B, T), s (B, S))`` of queries and memory, integers, to a bias ``(B, H, T, S)``.
+They are layers of positions, ``(t (B, T), s (B, S))`` of queries and memory, integers, to a bias ``(B, H, T, S)``. Each
+attention has its own, or by `biased` many have one.
 
 Legend: B batch, T queries, S positions of the memory, H heads.
 """
@@ -13,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.checks import require_counts, require_params
-from fnet.core.numerics import stream
+from fnet.core.checks import require_array, require_counts, require_layer, require_params
+from fnet.core.numerics import stream, wide
+from fnet.layers.children import backward_child, forward_child, init_child
+from fnet.layers.combinators import output_shape, require_children
 from fnet.layers.embedding import lookup, scatter
 from fnet.layers.initializers import normal, require_initializers
+from fnet.layers.masks import split_bias, split_mask, with_bias
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -37,7 +41,7 @@ def relative_positions(
     With ``bidirectional`` the first half of all buckets is for ``s <= t`` and the second for ``s > t``, each laid out
     so; without, for causal attention, all are for ``s <= t``, and ``s > t`` counts as 0.
 
-    T5 scales no scores (``scale=1.0``) and has one table for all layers; here each attention has its own.
+    T5 scales no scores (``scale=1.0``) and has one table for all layers: `biased`.
     Raises ValueError for buckets that do not fit. Source: Raffel et al., arXiv:1910.10683; the formula is their code's.
 
     >>> layer = relative_positions(2, buckets=8)
@@ -113,6 +117,71 @@ def alibi(heads: int, slopes=None) -> Layer:
         return (), (None, None)
 
     return stateless("alibi", lambda key, x: (), forward, backward, several=True)
+
+
+def biased(relative: Layer, body: Layer) -> Layer:
+    """``body(x, bias)`` with the bias of ``relative`` at the positions 0, 1, … of ``x (B, T, ...)``, computed once.
+
+    The body is given ``(x, bias)``, or ``(x, mask, bias)`` of ``(x, mask)``. It is an `attention`, or layers that each
+    take the bias and hand it on, ``(x, bias)`` to ``(y, bias)``, as ``fnet.models.t5_block`` does; here the bias ends.
+    It is in float32 at least, since the gradients of all who read it are added up. Raises `LayerError` for inputs
+    without a time axis. Source: Raffel et al., arXiv:1910.10683.
+
+    >>> from fnet.layers.attention import attention
+    >>> x = jnp.ones((1, 5, 4))
+    >>> params, state = biased(relative_positions(2), attention(2)).init(jax.random.key(0), x)
+    >>> sorted(params), params["relative"]["table"].shape
+    (['body', 'relative'], (32, 2))
+    """
+    require_layer("biased: relative", relative)
+    require_layer("biased: body", body)
+    children = (("relative", relative), ("body", body))
+
+    def places(x):
+        values = split_mask(x)[0]
+        require_array(values)
+        if len(values.shape) < 3:
+            raise LayerError(f"expected inputs (batch, length, features), got shape {tuple(values.shape)}")
+        at = jnp.arange(values.shape[1], dtype=jnp.int32)[None]
+        return at, at
+
+    def widened(bias):
+        return bias.astype(wide(bias.dtype))
+
+    def init(key, x):
+        at, params, state = places(x), {}, {}
+        params["relative"], state["relative"] = init_child("relative", relative, key, at)
+        bias = output_shape(relative, params["relative"], state["relative"], at)
+        bias = jax.ShapeDtypeStruct(bias.shape, wide(bias.dtype))
+        params["body"], state["body"] = init_child("body", body, key, with_bias(x, bias))
+        return params, state
+
+    def forward(params, state, x, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        run, new_state, residuals = {"key": key, "train": train}, {}, {}
+        bias, new_state["relative"], residuals["relative"] = forward_child(
+            "relative", relative, params["relative"], state["relative"], places(x), **run
+        )
+        given = with_bias(x, widened(bias))
+        y, new_state["body"], residuals["body"] = forward_child(
+            "body", body, params["body"], state["body"], given, **run
+        )
+        y, passed = split_bias(y)
+        # beside them the bias' dtype in an empty array, and what is handed on, if anything is
+        return y, new_state, (residuals, jnp.zeros(0, bias.dtype), passed)
+
+    def backward(params, residuals, dy):
+        # y = f(x, b(θ)):  dx and db by f's backward, 0 having come for the bias at its end;  dθ by b's of db
+        residuals, like, passed = residuals
+        dy = dy if passed is None else with_bias(dy, jnp.zeros_like(passed))
+        dbody, dx = backward_child("body", body, params["body"], residuals["body"], dy)
+        dx, dbias = split_bias(dx)
+        dbias = dbias.astype(like.dtype)
+        drelative, _ = backward_child("relative", relative, params["relative"], residuals["relative"], dbias)
+        return {"relative": drelative, "body": dbody}, dx
+
+    return Layer("biased", init, forward, backward, children)
 
 
 def require_positions(x) -> tuple[jax.Array, jax.Array]:

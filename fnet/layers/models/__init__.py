@@ -4,7 +4,15 @@
 """
 
 from fnet.layers.models.images import basic_block, bottleneck_block, imagenet_stem, lenet5, resnet, vit
-from fnet.layers.models.language import gpt, llama, llama_block, recurrent_lm, transformer_block
+from fnet.layers.models.language import (
+    gpt,
+    llama,
+    llama_block,
+    recurrent_lm,
+    t5_block,
+    t5_encoder,
+    transformer_block,
+)
 from fnet.layers.models.plain import autoencoder, mlp
 
 __all__ = [
@@ -19,6 +27,8 @@ __all__ = [
     "mlp",
     "recurrent_lm",
     "resnet",
+    "t5_block",
+    "t5_encoder",
     "transformer_block",
     "vit",
 ]
