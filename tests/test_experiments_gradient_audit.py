@@ -80,6 +80,8 @@ BLOCKS = {
     "bottleneck_block",
     "imagenet_stem",
     "llama_block",
+    "patch_merging",
+    "swin_block",
     "t5_block",
     "transformer_block",
 }  # of models

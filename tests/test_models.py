@@ -67,6 +67,7 @@ PUBLISHED = {
         # buckets for 8 heads, and a norm
         60_506_624 - 6 * (3 * 512 + 8 * 512**2 + 2 * 512 * 2048) - 32 * 8 - 512,
     ),
+    "Swin-T": (models.swin(1000), IMAGENET, 28_288_354),
     "ViT-B/16": (
         models.vit(1000, patch=16, layers=12, features=768, heads=12, positions=196), IMAGENET, 86_567_656 - 2 * 768,
     ),

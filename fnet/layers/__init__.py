@@ -39,10 +39,11 @@ from fnet.layers.embedding import (
 from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from fnet.layers.patches import windowed
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
-from fnet.layers.relative import alibi, biased, relative_positions
+from fnet.layers.relative import alibi, biased, relative_positions, relative_positions_2d
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
@@ -95,6 +96,7 @@ __all__ = [
     "prelu",
     "reglu",
     "relative_positions",
+    "relative_positions_2d",
     "relu",
     "remat",
     "repeat",
@@ -120,6 +122,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "tied_embedding",
+    "windowed",
     "with_hand_backward",
     "yarn_frequencies",
     "yarn_scale",

@@ -87,6 +87,48 @@ def relative_positions(
     return stateless("relative_positions", init, forward, backward, several=True)
 
 
+def relative_positions_2d(heads: int, window: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:
+    """``bias[h, t, s] = table[(Δi + M − 1)(2M − 1) + Δj + M − 1, h]``, Swin's bias by the offsets of two pixels.
+
+    Positions are those of a window of M × M pixels row by row, ``t = i M + j``; M is ``window``, ``Δi, Δj`` what t has
+    more than s, and ``table ((2M − 1)², H)``. Positions that are not in the window are refused or, where they are
+    traced, have the bias NaN. Source: Liu et al., arXiv:2103.14030; the table stands as in their code.
+
+    >>> layer = relative_positions_2d(3, 2)
+    >>> at = jnp.arange(4)[None]
+    >>> params, state = layer.init(jax.random.key(0), (at, at))
+    >>> params["table"].shape, layer.forward(params, state, (at, at))[0].shape
+    ((9, 3), (1, 3, 4, 4))
+    """
+    require_counts("relative_positions_2d", heads=heads, window=window)
+    require_initializers("relative_positions_2d", weights=weights)
+    side = 2 * window - 1
+
+    def ids(x):
+        t, s = require_positions(x)
+        if max(t.shape[1], s.shape[1]) > window * window:
+            raise LayerError(f"expected at most {window}² positions, got {max(t.shape[1], s.shape[1])}")
+        t, s = t[:, :, None], s[:, None]
+        down, right = t // window - s // window, t % window - s % window  # (B, T, S)
+        inside = (t >= 0) & (t < window * window) & (s >= 0) & (s < window * window)
+        return jnp.where(inside, (down + window - 1) * side + right + window - 1, side * side)
+
+    def init(key, x):
+        require_positions(x)
+        return {"table": weights(stream(key, "table"), (side * side, heads), dtype)}
+
+    def forward(params, x):
+        require_params(params, table=(side * side, heads))
+        found = ids(x)
+        return jnp.moveaxis(lookup(params["table"], found), 3, 1), found
+
+    def backward(params, ids, dy):  # dtable[u, h] = Σ_{b, t, s: the offset is u} dy[b, h, t, s], as above
+        dtable = scatter(ids, jnp.moveaxis(dy, 1, 3), side * side)
+        return {"table": dtable.astype(params["table"].dtype)}, (None, None)
+
+    return stateless("relative_positions_2d", init, forward, backward, several=True)
+
+
 def alibi(heads: int, slopes=None) -> Layer:
     """``bias[h, t, s] = −slope_h · |t − s|``, attention with linear biases; no parameters.
 

@@ -3,7 +3,17 @@
 `plain`: dense layers one after another; `images`; `language`.
 """
 
-from fnet.layers.models.images import basic_block, bottleneck_block, imagenet_stem, lenet5, resnet, vit
+from fnet.layers.models.images import (
+    basic_block,
+    bottleneck_block,
+    imagenet_stem,
+    lenet5,
+    patch_merging,
+    resnet,
+    swin,
+    swin_block,
+    vit,
+)
 from fnet.layers.models.language import (
     gpt,
     llama,
@@ -25,8 +35,11 @@ __all__ = [
     "llama",
     "llama_block",
     "mlp",
+    "patch_merging",
     "recurrent_lm",
     "resnet",
+    "swin",
+    "swin_block",
     "t5_block",
     "t5_encoder",
     "transformer_block",
