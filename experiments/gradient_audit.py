@@ -244,6 +244,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "t5_block": (fnet.models.t5_block(F, 2, hidden=5), (sequence, shared)),
         "t5_block, gated, padded": (fnet.models.t5_block(F, 2, hidden=5, gated=True), (sequence, ragged, shared)),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
+        "wavenet_block": (fnet.models.wavenet_block(F, skip=4, dilation=2), (sequence, drawn(B, T, 4))),
+        "wavenet_block, the first and last": (
+            fnet.models.wavenet_block(F, skip=4, kernel_size=3, last=True),
+            sequence,
+        ),
     }
 
 
@@ -340,6 +345,10 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
                         fnet.models.t5_encoder(K, layers=2, features=F, heads=2, hidden=5, buckets=4, max_distance=3),
                         make.dense(K),
                     ),
+                    (ids, ids[::-1]),
+                ),
+                "wavenet": (
+                    fnet.models.wavenet(K, channels=4, skip=3, dilations=(1, 2)),
                     (ids, ids[::-1]),
                 ),
                 "llama": (

@@ -84,6 +84,7 @@ BLOCKS = {
     "swin_block",
     "t5_block",
     "transformer_block",
+    "wavenet_block",
 }  # of models
 
 

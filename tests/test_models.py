@@ -9,7 +9,7 @@ import pytest
 
 import fnet
 from fnet.export import from_tensors, torch_names
-from fnet.layers import gru, lstm, models, sigmoid, stateless
+from fnet.layers import gru, lstm, models, serial, sigmoid, stateless
 from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError
@@ -317,6 +317,94 @@ def test_t5s_encoder_is_hugging_faces_with_its_weights(gated, key, x64):
     y, _ = apply(model, jax.tree.map(jnp.asarray, params), state, (jnp.asarray(IDS), jnp.asarray(LENGTHS)))
     # its norms and probabilities are in float32 whatever the dtype: to some dozens of 2^-24 of entries of order 1
     np.testing.assert_allclose(y[LENGTHS], expected[LENGTHS], rtol=0, atol=5e-6)
+
+
+WAVENET = {"channels": 4, "skip": 3, "dilations": (1, 3, 1), "kernel_size": 3}
+
+
+def wavenet_in_numpy(params, ids, dilations):
+    """Logits by the formulas of arXiv:1609.03499, position by position."""
+
+    def causal(p, x, dilation):
+        y, taps = np.tile(p["b"], (len(x), 1)), len(p["w"])
+        for t, i in np.ndindex(len(x), taps):
+            at = t - (taps - 1 - i) * dilation
+            y[t] += x[at] @ p["w"][i] if at >= 0 else 0
+        return y
+
+    def affine(p, x):
+        return x @ p["w"] + p["b"]
+
+    logits = []
+    for row in ids:
+        x, total = params["embedding"]["table"][row], 0
+        for i, dilation in enumerate(dilations):
+            p = params[f"block_{i}"]["unit"]
+            f, g = (causal(p["branches"][name]["conv_0"], x, dilation) for name in ("filter", "gate"))
+            z = np.tanh(f) / (1 + np.exp(-g))
+            total = total + affine(p["outward"]["skip"], z)
+            x = x + affine(p["outward"]["residual"], z) if i < len(dilations) - 1 else None
+        h = np.maximum(affine(params["head"]["dense_0"], np.maximum(total, 0)), 0)
+        logits.append(affine(params["head"]["dense_1"], h))
+    return np.stack(logits)
+
+
+def test_a_wavenet_is_its_formulas_in_numpy_and_its_gradients_are_autodiffs(key, x64):
+    model = models.wavenet(11, **WAVENET)
+    params, state = model.init(key, IDS)
+    params, dy = drawn_like(params, 3), jnp.asarray(np.random.default_rng(4).normal(size=(3, 7, 11)))
+
+    @jax.jit
+    def run(params):
+        y, _, residuals = model.forward(params, state, jnp.asarray(IDS))
+        outputs = lambda params: apply(model, params, state, jnp.asarray(IDS))  # noqa: E731
+        return y, model.backward(params, residuals, dy)[0], jax.vjp(outputs, params)[1](dy)[0]
+
+    y, by_hand, by_autodiff = run(params)
+    p = jax.tree.map(np.asarray, params)
+    np.testing.assert_allclose(y, wavenet_in_numpy(p, IDS, (1, 3, 1)), rtol=1e-11, atol=1e-12)
+    assert_leaves_close(by_hand, by_autodiff, 1e-12)
+    table = p["embedding"]["table"]
+
+    def total(table):
+        return (wavenet_in_numpy({**p, "embedding": {"table": table}}, IDS, (1, 3, 1)) * np.asarray(dy)).sum()
+
+    slope = numerical_gradient(total, table)
+    np.testing.assert_allclose(by_hand["embedding"]["table"], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wavenet_sees_exactly_its_dilations_and_no_later_sample(key):
+    first, last = (models.wavenet_block(4, skip=3, dilation=d, kernel_size=3, last=d == 3) for d in (1, 3))
+    model, x = serial(("first", first), ("last", last)), jax.random.normal(key, (1, 20, 4))
+    params, state = model.init(key, x)
+
+    @jax.jit
+    def run(dy):
+        return model.backward(params, model.forward(params, state, x)[2], dy)[1]
+
+    reached = np.flatnonzero(np.abs(run(jnp.zeros((1, 20, 3)).at[0, 16].set(1.0))[0]).max(1))
+    assert reached.tolist() == [*range(16 - 2 * (1 + 3), 17)]  # 1 + (k − 1) Σ d of them
+
+
+def test_a_wavenets_parameters_are_those_of_its_formulas():
+    v, c, s, k, layers = 256, 16, 32, 2, 4  # a table; f and g, skip; residual but in the last; two dense layers
+    expected = v * c + layers * (2 * (k * c * c + c) + c * s + s) + (layers - 1) * (c * c + c) + (s + v) * (s + 1)
+    model = models.wavenet(v, channels=c, skip=s, dilations=(1, 2, 4, 8))
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), specs(1, 4, dtype="int32"))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+
+
+def test_what_does_not_fit_a_wavenet_is_refused(key):
+    with pytest.raises(ValueError, match=r"wavenet: dilations\[1\] = 0; expected at least 1"):
+        models.wavenet(3, channels=2, skip=2, dilations=(1, 0))
+    with pytest.raises(ValueError, match="wavenet: dilations are none; expected at least one"):
+        models.wavenet(3, channels=2, skip=2, dilations=())
+    block, x = models.wavenet_block(2, skip=3), jnp.ones((1, 4, 2))
+    with pytest.raises(LayerError, match=r"expected x \(B, T, 2\) or \(x, total\), got float32\[1, 4, 3\]"):
+        block.init(key, jnp.ones((1, 4, 3)))
+    params, state = block.init(key, x)
+    with pytest.raises(LayerError, match=r"expected a sum of shape \(1, 4, 3\), got \(1, 4, 2\)"):
+        block.forward(params, state, (x, x))
 
 
 def test_a_language_model_does_not_see_the_future(key):

@@ -1,6 +1,6 @@
 """Models: compositions of layers, and nothing else.
 
-`plain`: dense layers one after another; `images`; `language`.
+`plain`: dense layers one after another; `images`; `language`; `sequences`: causal convolutions.
 """
 
 from fnet.layers.models.images import (
@@ -24,6 +24,7 @@ from fnet.layers.models.language import (
     transformer_block,
 )
 from fnet.layers.models.plain import autoencoder, mlp
+from fnet.layers.models.sequences import wavenet, wavenet_block
 
 __all__ = [
     "autoencoder",
@@ -44,4 +45,6 @@ __all__ = [
     "t5_encoder",
     "transformer_block",
     "vit",
+    "wavenet",
+    "wavenet_block",
 ]
