@@ -45,7 +45,7 @@ def public(module, kind) -> set[str]:
     """The public names of a module that are of a kind, or functions written there that return it."""
 
     def made(value):
-        here = inspect.isfunction(value) and value.__module__ == module.__name__
+        here = inspect.isfunction(value) and value.__module__.startswith(module.__name__)
         return isinstance(value, kind) or (here and get_type_hints(value).get("return") is kind)
 
     return {name for name, value in vars(module).items() if not name.startswith("_") and made(value)}

@@ -121,9 +121,10 @@ def test_what_does_not_fit_in_windows_is_refused(key):
         models.swin(3, blocks=(1, 1), heads=(1,))
 
 
-def test_merged_patches_stand_by_columns(key):
+def test_merged_patches_stand_by_columns_and_their_gradients_go_back_there(key):
     x = jnp.arange(16.0).reshape(1, 2, 4, 2)
-    params, state = models.patch_merging(3).init(key, x)
+    layer = models.patch_merging(3)
+    params, state = layer.init(key, x)
     seen = {}
 
     def keep(call, y):
@@ -131,8 +132,11 @@ def test_merged_patches_stand_by_columns(key):
         return y
 
     with watch(keep):
-        models.patch_merging(3).forward(params, state, x)
+        y, _, residuals = layer.forward(params, state, x)
     assert seen["merge"].tolist() == [[[[0, 1, 8, 9, 2, 3, 10, 11], [4, 5, 12, 13, 6, 7, 14, 15]]]]
+    dy = jnp.arange(6.0).reshape(y.shape)
+    by_autodiff = jax.vjp(lambda x: apply(layer, params, state, x), x)[1](dy)[0]
+    np.testing.assert_allclose(layer.backward(params, residuals, dy)[1], by_autodiff, rtol=1e-4, atol=1e-5)
 
 
 def test_depth_is_random_for_each_example_in_training_alone(key):

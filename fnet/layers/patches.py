@@ -17,8 +17,8 @@ from fnet.types import Layer, LayerError
 def windowed(layer: Layer, window: int, *, shift: int = 0) -> Layer:
     """The layer on each window of M × M pixels as a sequence of M²: images ``(B, H, W, C)`` to ``(B, H, W, O)``.
 
-    ``window`` is M; it divides H and W. The layer maps ``(B N, M², C)`` to ``(B N, M², O)``; its name and parameters
-    stay as they are. With a ``shift`` from 1 to M − 1 the windows begin so many pixels further down and to the right,
+    ``window`` is M; it divides H and W. The layer maps ``(B N, M², C)`` to ``(B N, M², O)``; its parameters stay as
+    they are. With a ``shift`` from 1 to M − 1 the windows begin so many pixels further down and to the right,
     and those beyond the edge wrap round. What was no neighbour does not see each other there: the layer is given
     ``(x, mask (B N, M², M²))``, as `attention` takes it, and returns ``(y, mask)``. An axis of one window is not
     shifted. Raises ValueError for a shift that does not fit, `LayerError` for images that do not.
@@ -90,4 +90,4 @@ def windowed(layer: Layer, window: int, *, shift: int = 0) -> Layer:
         if len(x.shape) != 4 or x.shape[1] % window or x.shape[2] % window or not x.shape[1] or not x.shape[2]:
             raise LayerError(f"expected images (B, H, W, C) with sides that {window} divides, got shape {x.shape}")
 
-    return layer._replace(init=init, forward=forward, backward=backward)
+    return Layer("windowed", init, forward, backward, layer.children)
