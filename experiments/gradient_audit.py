@@ -205,6 +205,10 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             make.relative_positions_2d(2, 3),
             (np.arange(4 * B).reshape(B, 4) % 9, np.arange(T * B).reshape(B, T) % 9),
         ),
+        "biased, blocks by scan": (
+            make.biased(make.relative_positions(2), make.repeat(fnet.models.t5_block(F, 2, hidden=5), 2)),
+            sequence,
+        ),
         # layers of layers
         "serial": (
             make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),

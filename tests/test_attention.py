@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from fnet.gradcheck import check_layer
-from fnet.layers.activation import softplus, softsign, tanh
+from fnet.layers.activation import identity, softplus, softsign, tanh
 from fnet.layers.attention import attention
 from fnet.layers.children import apply, init, parameter_paths, watch
+from fnet.layers.combinators import serial
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
 from fnet.layers.dropout import dropout
 from fnet.layers.embedding import rotate
@@ -373,7 +374,8 @@ def test_a_softcap_is_the_score_function_of_its_formula_and_its_backward_is_the_
     q, k, v, do, *_ = map(lambda a: a if a is None else jnp.asarray(a), drawn_core(5, 6))
     for block_size in (None, 2):
         expected = core(q, k, v, do, softcap=2.0, block_size=block_size)
-        assert_leaves_close(core(q, k, v, do, score=capped, block_size=block_size), expected, 1e-13)
+        for score in (capped, serial(identity(), capped)):
+            assert_leaves_close(core(q, k, v, do, score=score, block_size=block_size), expected, 1e-13)
         flat = capped._replace(backward=lambda params, z, dy: ((), 0 * dy))  # so says its backward, which is called
         o, dq, dk, dv, _ = core(q, k, v, do, score=flat, block_size=block_size)
         assert_leaves_close((o, dv), (expected[0], expected[3]), 1e-13)
@@ -837,6 +839,19 @@ def test_a_bias_and_its_gradient_are_those_of_torchs_attention_mask(block_size, 
     np.testing.assert_allclose(ours, o.transpose(1, 2).detach().numpy(), rtol=1e-11, atol=1e-13)
     for a, tensor in zip(grads, tensors, strict=True):
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@forms
+def test_a_score_function_is_that_of_torchs_flex_attention(block_size, x64):
+    torch = pytest.importorskip("torch")
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q, k, v, do, *_ = drawn_core(5, 6)
+    tensors = [torch.tensor(a).transpose(1, 2) for a in (q, k, v)]
+    options = {"score_mod": lambda s, b, h, t, at: s / (1 + s.abs()), "scale": 0.7, "enable_gqa": True}
+    expected = flex_attention(*tensors, **options).transpose(1, 2)  # on a CPU it has no backward
+    ours = core(*map(jnp.asarray, (q, k, v, do)), score=softsign(), scale=0.7, block_size=block_size)[0]
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-11, atol=1e-13)
 
 
 # --- parameters and errors -------------------------------------------------------------------------------------------

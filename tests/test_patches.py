@@ -117,6 +117,8 @@ def test_what_does_not_fit_in_windows_is_refused(key):
         apply(relative_positions_2d(1, 2), {"table": jnp.ones((9, 1))}, (), (at[:, 3:], at[:, :2]))
     with pytest.raises(LayerError, match=r"expected images \(B, H, W, C\) of even sides, got shape \(1, 3, 4, 2\)"):
         models.patch_merging(4).init(key, jnp.ones((1, 3, 4, 2)))
+    with pytest.raises(ValueError, match=r"drop_path = 0.1 with one block; expected two or more"):
+        models.swin(3, blocks=(1,), heads=(1,), drop_path=0.1)
     with pytest.raises(ValueError, match="expected a number of each for every stage"):
         models.swin(3, blocks=(1, 1), heads=(1,))
 

@@ -370,8 +370,16 @@ def by_products(ds, of_score, rule: Rule, q) -> jax.Array:
 
 def function_of(score: Layer | None, softcap) -> Layer | None:
     """The score function f, None for ``f(z) = z``; that of a ``softcap`` is ``cap · tanh(z / cap)``."""
+    if score is not None:
+        params, state = kept_by(score)
+
+        def run(z):
+            y, _, residuals = score.forward(params, state, z)
+            return y, residuals
+
+        return without_parameters(score.name, run, lambda residuals, ds: score.backward(params, residuals, ds)[1])
     if softcap is None:
-        return score
+        return None
 
     def forward(z):
         cap = jnp.asarray(softcap, z.dtype)
@@ -497,15 +505,21 @@ def require_scores(who: str, window, softcap, dropout_rate, score) -> None:
         )
 
 
+SOME_SCORES = jax.ShapeDtypeStruct((1, 1, 2, 3), jnp.float32)
+
+
 def is_function(layer: Layer) -> bool:
     """Whether a layer needs nothing but its inputs, and returns outputs like them."""
-    z = jax.ShapeDtypeStruct((1, 1, 2, 3), jnp.float32)
-
-    def run(key, z):
-        return layer.init(key, z), layer.forward((), (), z, train=True)[0]
-
     try:
-        kept, y = jax.eval_shape(run, jax.random.key(0), z)
+        params, state = kept_by(layer)
+        if jax.tree.leaves((params, state)):
+            return False
+        y = jax.eval_shape(lambda z: layer.forward(params, state, z, train=True)[0], SOME_SCORES)
     except LayerError:
         return False
-    return not jax.tree.leaves(kept) and (y.shape, y.dtype) == (z.shape, z.dtype)
+    return (y.shape, y.dtype) == (SOME_SCORES.shape, SOME_SCORES.dtype)
+
+
+def kept_by(layer: Layer):
+    """Parameters and state of a layer of scores: trees without a leaf, if it is a function."""
+    return jax.eval_shape(lambda z: layer.init(jax.random.key(0), z), SOME_SCORES)

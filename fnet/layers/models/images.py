@@ -242,6 +242,8 @@ def swin(
     require_counts("swin", features=features, patch=patch, **{f"blocks[{i}]": n for i, n in enumerate(blocks)})
     if len(blocks) != len(heads) or not len(blocks):
         raise ValueError(f"swin: blocks = {blocks}, heads = {heads}; expected a number of each for every stage")
+    if drop_path is not None and sum(blocks) == 1:
+        raise ValueError(f"swin: drop_path = {drop_path} with one block; expected two or more, over which it rises")
     first = [
         ("grid", _whole_patches(patch)),
         ("project", conv(features, (patch, patch), stride=patch, padding="VALID")),
