@@ -65,6 +65,11 @@ def constructors(fault: str | None) -> SimpleNamespace:
     return found
 
 
+def drawn(*shape: int) -> np.ndarray:
+    """Gaussian numbers of a generator of its own, so that a new row changes no other."""
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
 def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTree]]:
     """Every layer and its inputs."""
     x, sequence, images, pixels = (
@@ -79,6 +84,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
     memory = rng.standard_normal((B, T + 1, 4)).astype(np.float32)
     seen = np.arange(T + 1)[None] < np.array([1, T, 2, T + 1])[:, None]
     block = make.residual(make.dense(F), make.tanh())
+    shared = drawn(1, 2, T, T)
     return {
         "dense": (make.dense(K), x),
         "dense, without bias": (make.dense(K, bias=None), x),
@@ -204,6 +210,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             ),
             sequence,
         ),
+        "attention, a score function": (make.attention(2, score=make.softsign(), block_size=2), (sequence, ragged)),
+        "attention, a bias of each example": (
+            make.attention(2, causal=True, bias=None),
+            (sequence, ragged, drawn(B, 2, T, T)),
+        ),
         "attention, alibi, a mask for each head": (
             make.attention(2, relative=make.alibi(2), softcap=3.0),
             (sequence, rng.random((B, 2, T, T)) < 0.7),
@@ -211,6 +222,15 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "relative_positions": (
             make.relative_positions(2, buckets=8, max_distance=5),
             (rng.integers(0, 9, (B, T)), rng.integers(0, 9, (B, T + 2))),
+        ),
+        "biased": (make.biased(make.relative_positions(2), make.attention(2, bias=None)), (sequence, ragged)),
+        "relative_positions_2d": (
+            make.relative_positions_2d(2, 3),
+            (np.arange(4 * B).reshape(B, 4) % 9, np.arange(T * B).reshape(B, T) % 9),
+        ),
+        "biased, blocks by scan": (
+            make.biased(make.relative_positions(2), make.repeat(fnet.models.t5_block(F, 2, hidden=5), 2)),
+            sequence,
         ),
         # layers of layers
         "serial": (
@@ -234,13 +254,28 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             ),
             (sequence, ragged),
         ),
+        "windowed": (make.windowed(make.attention(1, bias=None), 3), drawn(2, 3, 6, 4)),
+        "windowed, shifted": (make.windowed(make.attention(1, bias=None), 2, shift=1), drawn(2, 4, 6, 4)),
         "drop_mask": (make.drop_mask(), (sequence, ragged)),
         # the blocks of models
         "basic_block": (fnet.models.basic_block(3, project=True), pixels),
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
         "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
         "llama_block": (fnet.models.llama_block(F, F // 2, kv_heads=1, hidden=5), sequence),
+        "patch_merging": (fnet.models.patch_merging(3), drawn(2, 4, 6, 2)),
+        "swin_block": (fnet.models.swin_block(8, 2, window=2, expansion=2), drawn(4, 2, 4, 8)),
+        "swin_block, shifted, of random depth": (
+            fnet.models.swin_block(8, 2, window=2, shift=1, expansion=1, drop_path=0.5),
+            drawn(4, 4, 2, 8),
+        ),
+        "t5_block": (fnet.models.t5_block(F, 2, hidden=5), (sequence, shared)),
+        "t5_block, gated, padded": (fnet.models.t5_block(F, 2, hidden=5, gated=True), (sequence, ragged, shared)),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
+        "wavenet_block": (fnet.models.wavenet_block(F, skip=4, dilation=2), (sequence, drawn(B, T, 4))),
+        "wavenet_block, the first and last": (
+            fnet.models.wavenet_block(F, skip=4, kernel_size=3, last=True),
+            sequence,
+        ),
     }
 
 
@@ -323,18 +358,31 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
                 "lenet5": (fnet.models.lenet5(3), (photos, labels)),
                 "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
                 "unet": (fnet.models.unet(3, widths=(2, 3)), (photos[:, :4, :4], rng.integers(0, 3, (B, 4, 4)))),
+                "swin": (
+                    fnet.models.swin(3, features=4, blocks=(2, 1), heads=(1, 2), window=2, patch=2, drop_path=0.3),
+                    (photos[:, :8, :8], labels),
+                ),
                 "vit": (
                     fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
                     (photos[:, :8, :8], labels),
                 ),
                 "recurrent_lm": (fnet.models.recurrent_lm(K, make.lstm(F), features=F), (ids, ids[::-1])),
                 "gpt": (fnet.models.gpt(K, length=T, layers=2, features=F, heads=2), (ids, ids[::-1])),
+                "wavenet": (
+                    fnet.models.wavenet(K, channels=4, skip=3, dilations=(1, 2)),
+                    (ids, ids[::-1]),
+                ),
                 "llama": (
                     fnet.models.llama(K, layers=1, features=8, heads=2, kv_heads=1, hidden=6),
                     (ids, ids[::-1]),
                 ),
             }.items()
         },
+        "t5_encoder": (
+            fnet.models.t5_encoder(K, layers=2, features=F, heads=2, hidden=5, buckets=4, max_distance=3),
+            losses.squared_error,
+            lambda: fnet.Batch(ids, drawn(B, T, F)),
+        ),
         "autoencoder": (
             fnet.models.autoencoder(F, 4, 2, activation=make.tanh()),
             losses.squared_error,

@@ -75,7 +75,17 @@ OTHERS = {
     "yarn_scale",
 }
 OTHERS |= {"by_position", "stateless", "zero_carry"}
-BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "llama_block", "transformer_block"}  # of models
+BLOCKS = {
+    "basic_block",
+    "bottleneck_block",
+    "imagenet_stem",
+    "llama_block",
+    "patch_merging",
+    "swin_block",
+    "t5_block",
+    "transformer_block",
+    "wavenet_block",
+}  # of models
 
 
 def test_every_layer_loss_and_model_is_audited(cases):

@@ -40,6 +40,7 @@ from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu,
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fnet.layers.padding import pad
+from fnet.layers.patches import windowed
 from fnet.layers.pooling import (
     adaptive_avg_pool,
     adaptive_max_pool,
@@ -50,7 +51,7 @@ from fnet.layers.pooling import (
 )
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
-from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.relative import alibi, biased, relative_positions, relative_positions_2d
 from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
@@ -64,6 +65,7 @@ __all__ = [
     "attention",
     "avg_pool",
     "batch_norm",
+    "biased",
     "bidirectional",
     "by_position",
     "celu",
@@ -108,6 +110,7 @@ __all__ = [
     "prelu",
     "reglu",
     "relative_positions",
+    "relative_positions_2d",
     "relu",
     "remat",
     "repeat",
@@ -134,6 +137,7 @@ __all__ = [
     "swiglu",
     "tanh",
     "tied_embedding",
+    "windowed",
     "with_hand_backward",
     "yarn_frequencies",
     "yarn_scale",
