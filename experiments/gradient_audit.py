@@ -139,9 +139,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "rms_norm": (make.rms_norm(), sequence),
         "group_norm": (make.group_norm(2), rng.standard_normal((2, T, T, 4)).astype(np.float32)),
         "group_norm, masked": (make.group_norm(2), (sequence, ragged)),
+        "l2_normalize": (make.l2_normalize(), sequence),
         "dropout": (make.dropout(0.4), x),
         # sequences
         "embedding": (make.embedding(K, F), ids),
+        "embedding, one row for padding": (make.embedding(K, F, padding_idx=1), ids),
         "tied_embedding": (make.tied_embedding(K, F, make.dense(F)), ids),
         "learned_positions": (make.learned_positions(T + 2), sequence),
         "sinusoidal_positions": (make.sinusoidal_positions(), sequence),

@@ -412,6 +412,7 @@ BY_POSITION = {
     "parallel, multiplied": serial(parallel(dense(3), dense(3), dense(3)), layers.multiply()),
     "layer_norm": layer_norm(),
     "rms_norm": rms_norm(),
+    "l2_normalize": layers.l2_normalize(),
     "dropout": dropout(0.5),
     "learned_positions": learned_positions(T),
     "sinusoidal_positions": sinusoidal_positions(),

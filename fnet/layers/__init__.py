@@ -38,7 +38,7 @@ from fnet.layers.embedding import (
 )
 from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
 from fnet.layers.masks import by_position, drop_mask
-from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
@@ -79,6 +79,7 @@ __all__ = [
     "hard_sigmoid",
     "hard_swish",
     "identity",
+    "l2_normalize",
     "layer_norm",
     "leaky_relu",
     "learned_positions",
