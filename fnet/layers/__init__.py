@@ -43,6 +43,7 @@ from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
 from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.reparametrized import fold_spectral_norm, fold_weight_norm, spectral_norm, weight_norm
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
@@ -66,6 +67,8 @@ __all__ = [
     "elu",
     "embedding",
     "flatten",
+    "fold_spectral_norm",
+    "fold_weight_norm",
     "freeze",
     "gated",
     "geglu",
@@ -114,12 +117,14 @@ __all__ = [
     "softmax",
     "softplus",
     "softsign",
+    "spectral_norm",
     "stacked",
     "stateless",
     "step",
     "swiglu",
     "tanh",
     "tied_embedding",
+    "weight_norm",
     "with_hand_backward",
     "yarn_frequencies",
     "yarn_scale",

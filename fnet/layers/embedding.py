@@ -33,8 +33,9 @@ def embedding(
     negative ids). PyTorch's initial table is normal with standard deviation 1, flax' ``1/√D``, GPT-2's 0.02.
 
     The row ``padding_idx``, an id, is 0 at the start and has the gradient 0, by hand and by autodiff; ``y`` is the row
-    as it stands. So is PyTorch's, which also takes −V to −1 for rows counted from the end: here they are refused
-    (ValueError). `tied_embedding` has no such row, since its logits would move it.
+    as it stands. (So the audit, which knows of nothing held, calls that row wrong where an id meets it.) PyTorch the
+    same; it also takes −V to −1 for rows counted from the end, which are refused here, by ValueError. `tied_embedding`
+    has no such row, since its logits would move it.
 
     >>> layer = embedding(100, 4)
     >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16), "int32"))
