@@ -208,7 +208,9 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "residual, with a shortcut": (make.residual(make.tanh(), make.dense(K), shortcut=make.dense(K)), x),
         "parallel": (make.parallel(make.dense(K), make.tanh()), x),
         "concatenate": (make.concatenate(), (x, rng.standard_normal((B, K)).astype(np.float32))),
+        "add": (make.add(), (sequence, sequence[:, :1], sequence[:, :, :1])),
         "multiply": (make.multiply(), tuple(rng.standard_normal((3, B, K)).astype(np.float32))),
+        "multiply, broadcast": (make.multiply(), (pixels, pixels[:, :1, :1], pixels[:, :, :1, :1])),
         "repeat": (make.repeat(block, 2), x),
         "serial, padded, to its mask's end": (
             make.serial(

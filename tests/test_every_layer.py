@@ -410,6 +410,7 @@ BY_POSITION = {
     "glu": layers.glu(),
     "swiglu": layers.swiglu(3),
     "parallel, multiplied": serial(parallel(dense(3), dense(3), dense(3)), layers.multiply()),
+    "parallel, added": serial(parallel(dense(3), dense(1)), layers.add()),
     "layer_norm": layer_norm(),
     "rms_norm": rms_norm(),
     "l2_normalize": layers.l2_normalize(),

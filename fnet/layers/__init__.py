@@ -19,7 +19,7 @@ from fnet.layers.activation import (
     tanh,
 )
 from fnet.layers.attention import attention
-from fnet.layers.combinators import concatenate, multiply, parallel, remat, repeat, residual, serial
+from fnet.layers.combinators import add, concatenate, multiply, parallel, remat, repeat, residual, serial
 from fnet.layers.convolution import conv, conv_transpose
 from fnet.layers.dense import dense, flatten, reshape
 from fnet.layers.dot_product import dot_product_attention
@@ -50,6 +50,7 @@ from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, wit
 __all__ = [
     "Copies",
     "Policy",
+    "add",
     "alibi",
     "attention",
     "avg_pool",
