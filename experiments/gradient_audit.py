@@ -116,6 +116,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "softplus": (make.softplus(), x),
         "softsign": (make.softsign(), x),
         "step": (make.step(), x),
+        "squeeze_and_excitation": (make.squeeze_and_excitation(2, 3), pixels),
         "swiglu": (make.swiglu(K), sequence),
         "tanh": (make.tanh(), x),
         # images
@@ -132,6 +133,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "avg_pool": (make.avg_pool((2, 2), padding="SAME"), pixels),
         "global_max_pool": (make.global_max_pool(), pixels),
         "global_avg_pool": (make.global_avg_pool(), pixels),
+        "global_avg_pool, its axes kept": (make.global_avg_pool(keepdims=True), pixels),
         "global_max_pool, masked": (make.global_max_pool(), (sequence, ragged)),
         "global_avg_pool, masked": (make.global_avg_pool(), (sequence, ragged)),
         # normalization and noise
@@ -227,6 +229,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "basic_block": (fnet.models.basic_block(3, project=True), pixels),
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
         "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
+        "inverted_residual": (
+            fnet.models.inverted_residual(2, 4, 2, squeeze=3, activation=make.hard_swish()),
+            pixels,
+        ),
+        "inverted_residual, strided, not expanded": (fnet.models.inverted_residual(2, 2, 3, stride=2), pixels),
         "llama_block": (fnet.models.llama_block(F, F // 2, kv_heads=1, hidden=5), sequence),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
     }

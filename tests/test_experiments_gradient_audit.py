@@ -79,7 +79,9 @@ OTHERS = {
     "yarn_scale",
 }
 OTHERS |= {"by_position", "stateless", "zero_carry"}
-BLOCKS = {"basic_block", "bottleneck_block", "imagenet_stem", "llama_block", "transformer_block"}  # of models
+BLOCKS = {  # of models
+    *("basic_block", "bottleneck_block", "imagenet_stem", "inverted_residual", "llama_block", "transformer_block")
+}
 
 
 def test_every_layer_loss_and_model_is_audited(cases):

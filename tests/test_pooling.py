@@ -111,6 +111,16 @@ def test_global_pools_are_pools_over_one_window(layer, kind, shape, x64):
     assert_leaves_close((y, dx), autodiff, 1e-14)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (2, 5, 3)])
+def test_a_mean_that_keeps_its_axes_is_the_mean(shape, x64):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+    dy = outputs_like(global_avg_pool(), x)
+    kept, (y, dx) = dy.reshape(2, *(1,) * (len(shape) - 2), 3), by_hand(global_avg_pool(), x, dy)
+    (y_kept, dx_kept), autodiff = by_both(global_avg_pool(keepdims=True), x, kept)
+    assert y_kept.shape == kept.shape and (y_kept.reshape(2, 3) == y).all() and (dx_kept == dx).all()
+    assert_leaves_close((y_kept, dx_kept), autodiff, 1e-14)
+
+
 LAYERS = {
     "max": max_pool((2, 2)),
     "max, padded": max_pool((3, 3), stride=2, padding="SAME"),

@@ -36,7 +36,7 @@ from fnet.layers.embedding import (
     yarn_frequencies,
     yarn_scale,
 )
-from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
+from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, squeeze_and_excitation, swiglu
 from fnet.layers.masks import by_position, drop_mask
 from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
 from fnet.layers.pooling import avg_pool, global_avg_pool, global_max_pool, max_pool
@@ -119,6 +119,7 @@ __all__ = [
     "softplus",
     "softsign",
     "spectral_norm",
+    "squeeze_and_excitation",
     "stacked",
     "stateless",
     "step",
