@@ -326,6 +326,9 @@ def test_examples_that_do_not_come_to_rest_are_nan_and_the_others_are_not():
     z, steps = jax.jit(lambda z: equilibrium.fixed_point(lambda z: spread * z + 1, z, None, 60))(jnp.zeros((2, 1)))
     np.testing.assert_allclose(z, [[2.0], [np.nan]], rtol=1e-5)
     assert steps == 60
+    # one entry is at rest long before the other
+    z, _ = equilibrium.fixed_point(lambda z: z * jnp.array([[0.1, 0.8]]) + 1, jnp.zeros((1, 2)), None, 100)
+    np.testing.assert_allclose(z, [[10 / 9, 5.0]], rtol=1e-4)
     z, steps = equilibrium.fixed_point(lambda z: 0.5 * z + jnp.nan, jnp.zeros((1, 1)), None, 5)
     assert np.isnan(z).all() and steps == 5
     z, steps = equilibrium.fixed_point(lambda z: 0.5 * z, jnp.zeros((2, 1)), None, 60)  # at rest from the start

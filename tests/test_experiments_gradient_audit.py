@@ -45,7 +45,7 @@ def public(module, kind) -> set[str]:
     """The public names of a module that are of a kind, or functions written there that return it."""
 
     def made(value):
-        here = inspect.isfunction(value) and value.__module__ == module.__name__
+        here = inspect.isfunction(value) and value.__module__.startswith(module.__name__)
         return isinstance(value, kind) or (here and get_type_hints(value).get("return") is kind)
 
     return {name for name, value in vars(module).items() if not name.startswith("_") and made(value)}
@@ -82,13 +82,14 @@ OTHERS |= {"by_position", "stateless", "zero_carry"}
 BLOCKS = {  # of models
     *("basic_block", "bottleneck_block", "imagenet_stem", "inverted_residual", "llama_block", "transformer_block")
 }
+FIXED = {"mobilenet_v3_small"}  # models of fixed widths, too wide to be audited whole: their blocks are
 
 
 def test_every_layer_loss_and_model_is_audited(cases):
     layers, losses, models = cases
     assert heads(layers) == set(fnet.layers.__all__) - OTHERS | BLOCKS
     assert heads(losses) == set(fnet.losses.__all__) - {"CTCTargets", "per_output"}
-    assert heads(models) == public(fnet.models, Layer) - BLOCKS >= {"mlp", "gpt"}
+    assert heads(models) == public(fnet.models, Layer) - BLOCKS - FIXED >= {"mlp", "gpt"}
     assert set(audit.audits(audit.Config())) == {*layers, *losses, *models}
 
 

@@ -231,7 +231,7 @@ def add() -> Layer:
     """
 
     def forward(params, x):
-        parts = stretched("add", x)
+        parts = of_one_rank("add", x)
         return functools.reduce(operator.add, parts).astype(x[0].dtype), shapes_in(x)
 
     def backward(params, carriers, dy):  # ∂(Σ_j x_j)/∂x_i = 1, and what was broadcast is met by several entries of dy
@@ -253,12 +253,12 @@ def multiply() -> Layer:
     """
 
     def forward(params, x):
-        return functools.reduce(operator.mul, stretched("multiply", x)).astype(x[0].dtype), x
+        return functools.reduce(operator.mul, of_one_rank("multiply", x)).astype(x[0].dtype), x
 
     def backward(params, x, dy):
         # ∂(Π_j x_j)/∂x_i = Π_{j≠i} x_j, what stands before times what stands after: a quotient would not do for a 0;
         # and the sum of it over what was broadcast
-        factors, d = stretched("multiply", x), dy.astype(wide(dy.dtype))
+        factors, d = of_one_rank("multiply", x), dy.astype(wide(dy.dtype))
         before = itertools.accumulate(factors[:-1], operator.mul, initial=d)
         after = [*itertools.accumulate(reversed(factors[1:]), operator.mul, initial=1)]
         parts = zip(before, reversed(after), x, strict=True)
@@ -267,7 +267,7 @@ def multiply() -> Layer:
     return by_position(stateless("multiply", lambda key, x: (), forward, backward, several=True))
 
 
-def stretched(verb: str, x) -> list:
+def of_one_rank(verb: str, x) -> list:
     """The arrays with axes of 1 before those that they have, so that all have as many; in float32 at least.
 
     In 16 bits the product of some may overflow that of all does not; and autodiff sums over what is broadcast in the

@@ -1,4 +1,4 @@
-"""Models of images: convolutions, residual networks, small networks for telephones, vision transformers.
+"""Models of images: convolutions, residual networks, MobileNet, vision transformers.
 
 Legend: B batch, H W height and width, C channels, D features.
 """
