@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.export import from_tensors, torch_names
-from fnet.layers import batch_norm, conv, conv_transpose, gru, lstm, models, resize, serial, sigmoid, stateless
+from fnet.core.trees import named_leaves
+from fnet.export import Rule, from_tensors, torch_names
+from fnet.layers import (
+    batch_norm,
+    conv,
+    conv_transpose,
+    gru,
+    hard_swish,
+    lstm,
+    models,
+    resize,
+    serial,
+    sigmoid,
+    stateless,
+)
 from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError
@@ -59,6 +72,7 @@ PUBLISHED = {
         specs(1, 16, 16, 16, 3),
         19_069_955,
     ),
+    "MobileNetV3-Small": (models.mobilenet_v3_small(), IMAGENET, 2_542_856),
     "GPT-2": (
         models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
         specs(1, 8, dtype="int32"),
@@ -95,6 +109,95 @@ def test_the_number_of_parameters_is_the_published_one_and_nothing_is_allocated_
     model, x, published = PUBLISHED[name]
     params, _ = jax.eval_shape(model.init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
+
+
+def numpy_conv(x, w, stride):
+    """A convolution of images by ``w (k, k, I, O)``, half a kernel of zeros on every side; I is 1: a filter each."""
+    k, n = w.shape[0], -(-x.shape[1] // stride)
+    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    y = np.zeros((len(x), n, n, w.shape[-1]))
+    for i, j in np.ndindex(n, n):
+        window = padded[:, i * stride : i * stride + k, j * stride : j * stride + k]
+        each = w.shape[2] == 1 and x.shape[-1] > 1
+        y[:, i, j] = np.einsum("bklc,klc->bc", window, w[:, :, 0]) if each else np.einsum("bkli,klio->bo", window, w)
+    return y
+
+
+@pytest.mark.parametrize(("sizes", "stride"), [((3, 5, 3), 1), ((3, 3, 4), 1), ((3, 5, 3), 2)])
+def test_an_inverted_residual_is_its_formula_in_numpy(sizes, stride, x64, key):
+    inputs, expanded, features = sizes
+    block = models.inverted_residual(*sizes, stride=stride, squeeze=2, activation=hard_swish())
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 4, inputs))
+    drawn = block.init(key, jnp.asarray(x))
+    params, state = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape)), drawn)
+    p, s = jax.tree.map(np.asarray, (params, state))
+    assert ("expand" in p) == (expanded != inputs)
+
+    def normed(name, x, swish=True, stride=1):
+        norm, of = p[name]["batch_norm_0"], s[name]["batch_norm_0"]
+        z = (numpy_conv(x, p[name]["conv_0"]["w"], stride) - of["mean"]) / np.sqrt(of["var"] + 1e-3)
+        z = norm["scale"] * z + norm["bias"]
+        return z * np.clip(z + 3, 0, 6) / 6 if swish else z
+
+    h = normed("depthwise", normed("expand", x) if "expand" in p else x, stride=stride)
+    gate = p["squeeze"]["branches"]["gate"]
+    hidden = np.maximum(h.mean((1, 2)) @ gate["dense_0"]["w"] + gate["dense_0"]["b"], 0)
+    h = h * np.clip(hidden @ gate["dense_1"]["w"] + gate["dense_1"]["b"] + 3, 0, 6)[:, None, None] / 6
+    expected = normed("project", h, swish=False) + (x if stride == 1 and inputs == features else 0)
+    np.testing.assert_allclose(apply(block, params, state, jnp.asarray(x)), expected, rtol=1e-12)
+
+
+def names_of_torchvision():
+    """The modules of torchvision's mobilenet_v3_small by the paths of ours."""
+    params, state = jax.eval_shape(models.mobilenet_v3_small().init, jax.random.key(0), IMAGENET)
+    tree, modules = {"params": params, "state": state}, {}
+
+    def normed(path, module):
+        modules[f"params/{path}/conv_0"] = f"{module}.0.*"
+        modules.update({f"{part}/{path}/batch_norm_0": f"{module}.1.*" for part in tree})
+
+    def squeezed(path, module):
+        for i in range(2):  # convolutions of 1×1 there
+            layer, name = f"params/{path}/branches/gate/dense_{i}", f"{module}.fc{i + 1}"
+            turn, back = lambda w: (w.T[..., None, None],), lambda w: (w[..., 0, 0].T,)
+            modules[f"{layer}/w"] = Rule((f"{layer}/w",), (f"{name}.weight",), turn, back)
+            modules[f"{layer}/b"] = Rule((f"{layer}/b",), (f"{name}.bias",))
+
+    normed("stem", "features.0")
+    normed("last", "features.12")
+    for i in range(11):
+        parts = [part for part in ("expand", "depthwise", "squeeze", "project") if part in params[f"block_{i}"]]
+        for j, part in enumerate(parts):
+            (squeezed if part == "squeeze" else normed)(f"block_{i}/{part}", f"features.{i + 1}.block.{j}")
+    modules |= {"params/hidden": "classifier.0.*", "params/head": "classifier.3.*"}
+    return tree, torch_names(tree, modules)
+
+
+def test_every_leaf_of_a_mobilenet_has_its_tensor_in_torchvisions():
+    tree, names = names_of_torchvision()
+    assert {path for rule in names for path in rule.paths} == {path for path, _ in named_leaves(tree)}
+
+
+@pytest.mark.long
+def test_a_mobilenet_has_the_outputs_of_torchvisions_with_its_weights(x64):
+    torchvision, torch = pytest.importorskip("torchvision"), pytest.importorskip("torch")
+    theirs, rng = torchvision.models.mobilenet_v3_small().double().eval(), np.random.default_rng(0)
+    with torch.no_grad():
+        for module in theirs.modules():  # no statistics of 0 and 1
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for leaf in (module.weight, module.running_var):
+                    leaf.uniform_(0.5, 1.5)
+                for leaf in (module.bias, module.running_mean):
+                    leaf.normal_()
+    tree, names = names_of_torchvision()
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape), tree)
+    taken = from_tensors({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, tree, names)
+    x = rng.normal(size=(2, 32, 32, 3))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+    y = jax.jit(lambda taken, x: apply(models.mobilenet_v3_small(), taken["params"], taken["state"], x))(taken, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-11 * np.abs(expected).max())
 
 
 TOKENS = (IDS, (IDS + 1) % 11)

@@ -1,4 +1,4 @@
-"""Models of images: convolutions, residual networks, U-Nets, vision transformers, shifted windows.
+"""Models of images: convolutions, residual networks, MobileNet, U-Nets, vision transformers, shifted windows.
 
 Legend: B batch, H W height and width, S spatial axes, C channels, D features.
 """
@@ -19,6 +19,8 @@ from fnet.layers import (
     flatten,
     gelu,
     global_avg_pool,
+    hard_sigmoid,
+    hard_swish,
     identity,
     layer_norm,
     learned_positions,
@@ -29,6 +31,7 @@ from fnet.layers import (
     reshape,
     residual,
     serial,
+    squeeze_and_excitation,
     windowed,
 )
 from fnet.layers.initializers import normal
@@ -133,6 +136,85 @@ def _conv3x3(features: int, stride: int) -> Layer:
 def _projection(features: int, stride: int) -> Layer:
     """The shortcut where shapes change: a 1×1 convolution and its normalisation."""
     return serial(conv(features, (1, 1), stride=stride, padding="VALID", bias=None), batch_norm())
+
+
+def mobilenet_v3_small(classes: int = 1000, *, dropout_rate=0.2) -> Layer:
+    """MobileNetV3-Small on images ``(B, H, W, 3)``: a stem, eleven `inverted_residual` blocks, two dense layers.
+
+    2,542,856 parameters for 1,000 classes, 1,615,848 of them in the two dense layers. Widths, ε = 0.001, decay 0.99 and
+    the stored unbiased variance are torchvision's; ``dropout_rate=None`` leaves the dropout before the last layer out.
+    Source: Howard et al., arXiv:1905.02244, table 2.
+
+    >>> import jax
+    >>> image = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
+    >>> params, _ = jax.eval_shape(mobilenet_v3_small(10).init, jax.random.key(0), image)
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+    1528106
+    """
+    swish = hard_swish()
+    blocks = [  # widths in, between and out, that of the squeeze, and what else
+        inverted_residual(16, 16, 16, squeeze=8, stride=2),
+        inverted_residual(16, 72, 24, stride=2),
+        inverted_residual(24, 88, 24),
+        inverted_residual(24, 96, 40, squeeze=24, kernel_size=5, stride=2, activation=swish),
+        inverted_residual(40, 240, 40, squeeze=64, kernel_size=5, activation=swish),
+        inverted_residual(40, 240, 40, squeeze=64, kernel_size=5, activation=swish),
+        inverted_residual(40, 120, 48, squeeze=32, kernel_size=5, activation=swish),
+        inverted_residual(48, 144, 48, squeeze=40, kernel_size=5, activation=swish),
+        inverted_residual(48, 288, 96, squeeze=72, kernel_size=5, stride=2, activation=swish),
+        inverted_residual(96, 576, 96, squeeze=144, kernel_size=5, activation=swish),
+        inverted_residual(96, 576, 96, squeeze=144, kernel_size=5, activation=swish),
+    ]
+    drop = [] if dropout_rate is None else [("dropout", dropout(dropout_rate))]
+    return serial(
+        ("stem", _normed_conv(16, 3, stride=2, activation=swish)),
+        *((f"block_{i}", block) for i, block in enumerate(blocks)),
+        ("last", _normed_conv(576, 1, activation=swish)),
+        ("pool", global_avg_pool()),
+        ("hidden", dense(1024)),
+        ("hard_swish", hard_swish()),
+        *drop,
+        ("head", dense(classes)),
+    )._replace(name="mobilenet_v3_small")
+
+
+def inverted_residual(
+    inputs: int,
+    expanded: int,
+    features: int,
+    *,
+    kernel_size: int = 3,
+    stride: int = 1,
+    squeeze: int | None = None,
+    activation: Layer = relu(),
+) -> Layer:
+    """A block of MobileNetV3 from ``inputs`` to ``features`` maps: 1×1 to ``expanded``, one filter each, 1×1 back.
+
+    Children are ``expand`` (none where ``expanded`` is ``inputs``), ``depthwise``, ``squeeze`` and ``project``. With
+    ``squeeze`` a `squeeze_and_excitation` of that width, its gate `hard_sigmoid`, stands before the last. ``x`` is
+    added where nothing changes its shape: stride 1 and ``inputs`` equal to ``features``. Source: Howard et al.,
+    arXiv:1905.02244; Sandler et al., arXiv:1801.04381.
+    """
+    require_counts(
+        "inverted_residual", inputs=inputs, expanded=expanded, features=features, kernel_size=kernel_size, stride=stride
+    )
+    branch = [("expand", _normed_conv(expanded, 1, activation=activation))] if expanded != inputs else []
+    branch.append(
+        ("depthwise", _normed_conv(expanded, kernel_size, stride=stride, groups=expanded, activation=activation))
+    )
+    if squeeze is not None:
+        branch.append(("squeeze", squeeze_and_excitation(expanded, squeeze, gate=hard_sigmoid())))
+    branch.append(("project", _normed_conv(features, 1)))
+    block = residual if stride == 1 and inputs == features else serial
+    return block(*branch)._replace(name="inverted_residual")
+
+
+def _normed_conv(features: int, size: int, *, stride: int = 1, groups: int = 1, activation: Layer | None = None):
+    """A convolution without bias, half a kernel of zeros on every side, its normalisation and an activation."""
+    edge = (size - 1) // 2
+    first = conv(features, (size, size), stride=stride, padding=((edge, edge), (edge, edge)), groups=groups, bias=None)
+    norm = batch_norm(decay=0.99, eps=0.001, variance="unbiased")
+    return serial(first, norm, *([] if activation is None else [activation]))
 
 
 def unet(
