@@ -65,6 +65,11 @@ def constructors(fault: str | None) -> SimpleNamespace:
     return found
 
 
+def drawn(*shape: int) -> np.ndarray:
+    """Gaussian numbers of a generator of its own, so that a new row changes no other."""
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
 def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTree]]:
     """Every layer and its inputs."""
     x, sequence, images, pixels = (
@@ -79,6 +84,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
     memory = rng.standard_normal((B, T + 1, 4)).astype(np.float32)
     seen = np.arange(T + 1)[None] < np.array([1, T, 2, T + 1])[:, None]
     block = make.residual(make.dense(F), make.tanh())
+    shared = drawn(1, 2, T, T)
     return {
         "dense": (make.dense(K), x),
         "dense, without bias": (make.dense(K, bias=None), x),
@@ -117,6 +123,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "softplus": (make.softplus(), x),
         "softsign": (make.softsign(), x),
         "step": (make.step(), x),
+        "squeeze_and_excitation": (make.squeeze_and_excitation(2, 3), pixels),
         "swiglu": (make.swiglu(K), sequence),
         "tanh": (make.tanh(), x),
         # images
@@ -124,6 +131,8 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "conv, strided, valid": (make.conv(3, (2, 3), stride=2, padding="VALID"), pixels),
         "conv, depthwise, dilated": (make.conv(4, (2, 2), groups=2, dilation=2), pixels),
         "conv, by XLA": (make.conv(3, (3, 3), form="xla"), pixels),
+        "conv, weights by length and direction": (make.weight_norm(make.conv(3, (2, 2))), pixels),
+        "conv, weights by their largest gain": (make.spectral_norm(make.conv(3, (2, 2)), iterations=200), pixels),
         "conv, causal along time": (make.conv(3, (2,), padding="CAUSAL"), sequence),
         "conv, over volumes": (make.conv(3, (3, 2, 2), stride=(2, 1, 1)), volumes),
         "conv, over volumes, by XLA": (make.conv(4, (2, 2, 1), groups=2, form="xla"), volumes),
@@ -142,6 +151,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "adaptive_max_pool, over volumes": (make.adaptive_max_pool((3, 2, 3)), volumes),
         "global_max_pool": (make.global_max_pool(), pixels),
         "global_avg_pool": (make.global_avg_pool(), pixels),
+        "global_avg_pool, its axes kept": (make.global_avg_pool(keepdims=True), pixels),
         "global_max_pool, masked": (make.global_max_pool(), (sequence, ragged)),
         "global_avg_pool, masked": (make.global_avg_pool(), (sequence, ragged)),
         "pad": (make.pad(((1, 0), (-2, 3)), value=0.5), pixels),
@@ -162,9 +172,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "rms_norm": (make.rms_norm(), sequence),
         "group_norm": (make.group_norm(2), rng.standard_normal((2, T, T, 4)).astype(np.float32)),
         "group_norm, masked": (make.group_norm(2), (sequence, ragged)),
+        "l2_normalize": (make.l2_normalize(), sequence),
         "dropout": (make.dropout(0.4), x),
         # sequences
         "embedding": (make.embedding(K, F), ids),
+        "embedding, a row for padding that no id meets": (make.embedding(K, F, padding_idx=1), ids + (ids == 1)),
         "tied_embedding": (make.tied_embedding(K, F, make.dense(F)), ids),
         "learned_positions": (make.learned_positions(T + 2), sequence),
         "sinusoidal_positions": (make.sinusoidal_positions(), sequence),
@@ -177,6 +189,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "rnn, ragged, reversed": (make.rnn(K, reverse=True), (sequence, h, ragged)),
         "gru, ragged": (make.gru(K), (sequence, ragged)),
         "gru": (make.gru(K), (sequence, h)),
+        "gru, weights by length and direction": (make.weight_norm(make.gru(2), "recurrent/w"), sequence),
         "gru, reset before": (make.gru(K, reset_after=False), (sequence, h)),
         "lstm": (make.lstm(K), (sequence, LSTMCarry(h, c))),
         "lstm, ragged": (make.lstm(K), (sequence, LSTMCarry(h, c), ragged)),
@@ -204,6 +217,11 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             ),
             sequence,
         ),
+        "attention, a score function": (make.attention(2, score=make.softsign(), block_size=2), (sequence, ragged)),
+        "attention, a bias of each example": (
+            make.attention(2, causal=True, bias=None),
+            (sequence, ragged, drawn(B, 2, T, T)),
+        ),
         "attention, alibi, a mask for each head": (
             make.attention(2, relative=make.alibi(2), softcap=3.0),
             (sequence, rng.random((B, 2, T, T)) < 0.7),
@@ -212,6 +230,15 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             make.relative_positions(2, buckets=8, max_distance=5),
             (rng.integers(0, 9, (B, T)), rng.integers(0, 9, (B, T + 2))),
         ),
+        "biased": (make.biased(make.relative_positions(2), make.attention(2, bias=None)), (sequence, ragged)),
+        "relative_positions_2d": (
+            make.relative_positions_2d(2, 3),
+            (np.arange(4 * B).reshape(B, 4) % 9, np.arange(T * B).reshape(B, T) % 9),
+        ),
+        "biased, blocks by scan": (
+            make.biased(make.relative_positions(2), make.repeat(fnet.models.t5_block(F, 2, hidden=5), 2)),
+            sequence,
+        ),
         # layers of layers
         "serial": (
             make.serial(make.flatten(), make.dense(K), make.tanh(), ("last", make.dense(3, bias=None)), make.softmax()),
@@ -219,10 +246,16 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         ),
         "serial, computed again": (make.remat(make.serial(make.dense(K), make.tanh())), x),
         "residual": (block, x),
+        "residual, weights by their largest gain": (
+            make.spectral_norm(block, "dense_0/w", iterations=200),
+            x,
+        ),
         "residual, with a shortcut": (make.residual(make.tanh(), make.dense(K), shortcut=make.dense(K)), x),
         "parallel": (make.parallel(make.dense(K), make.tanh()), x),
         "concatenate": (make.concatenate(), (x, rng.standard_normal((B, K)).astype(np.float32))),
+        "add": (make.add(), (sequence, sequence[:, :1], sequence[:, :, :1])),
         "multiply": (make.multiply(), tuple(rng.standard_normal((3, B, K)).astype(np.float32))),
+        "multiply, broadcast": (make.multiply(), (pixels, pixels[:, :1, :1], pixels[:, :, :1, :1])),
         "repeat": (make.repeat(block, 2), x),
         "serial, padded, to its mask's end": (
             make.serial(
@@ -234,13 +267,33 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
             ),
             (sequence, ragged),
         ),
+        "windowed": (make.windowed(make.attention(1, bias=None), 3), drawn(2, 3, 6, 4)),
+        "windowed, shifted": (make.windowed(make.attention(1, bias=None), 2, shift=1), drawn(2, 4, 6, 4)),
         "drop_mask": (make.drop_mask(), (sequence, ragged)),
         # the blocks of models
         "basic_block": (fnet.models.basic_block(3, project=True), pixels),
         "bottleneck_block": (fnet.models.bottleneck_block(2, project=True, expansion=2), pixels),
         "imagenet_stem": (fnet.models.imagenet_stem(2), rng.standard_normal((2, 8, 8, 1)).astype(np.float32)),
+        "inverted_residual": (
+            fnet.models.inverted_residual(2, 4, 2, squeeze=3, activation=make.hard_swish()),
+            pixels,
+        ),
+        "inverted_residual, strided, not expanded": (fnet.models.inverted_residual(2, 2, 3, stride=2), pixels),
         "llama_block": (fnet.models.llama_block(F, F // 2, kv_heads=1, hidden=5), sequence),
+        "patch_merging": (fnet.models.patch_merging(3), drawn(2, 4, 6, 2)),
+        "swin_block": (fnet.models.swin_block(8, 2, window=2, expansion=2), drawn(4, 2, 4, 8)),
+        "swin_block, shifted, of random depth": (
+            fnet.models.swin_block(8, 2, window=2, shift=1, expansion=1, drop_path=0.5),
+            drawn(4, 4, 2, 8),
+        ),
+        "t5_block": (fnet.models.t5_block(F, 2, hidden=5), (sequence, shared)),
+        "t5_block, gated, padded": (fnet.models.t5_block(F, 2, hidden=5, gated=True), (sequence, ragged, shared)),
         "transformer_block": (fnet.models.transformer_block(F, 2, causal=True, expansion=2), sequence),
+        "wavenet_block": (fnet.models.wavenet_block(F, skip=4, dilation=2), (sequence, drawn(B, T, 4))),
+        "wavenet_block, the first and last": (
+            fnet.models.wavenet_block(F, skip=4, kernel_size=3, last=True),
+            sequence,
+        ),
     }
 
 
@@ -323,18 +376,31 @@ def model_cases(make: SimpleNamespace, rng, config: Config) -> dict[str, tuple[f
                 "lenet5": (fnet.models.lenet5(3), (photos, labels)),
                 "resnet": (fnet.models.resnet(3, blocks=(1, 1), width=2), (photos[:, :8, :8], labels)),
                 "unet": (fnet.models.unet(3, widths=(2, 3)), (photos[:, :4, :4], rng.integers(0, 3, (B, 4, 4)))),
+                "swin": (
+                    fnet.models.swin(3, features=4, blocks=(2, 1), heads=(1, 2), window=2, patch=2, drop_path=0.3),
+                    (photos[:, :8, :8], labels),
+                ),
                 "vit": (
                     fnet.models.vit(3, patch=4, layers=1, features=F, heads=2, positions=4),
                     (photos[:, :8, :8], labels),
                 ),
                 "recurrent_lm": (fnet.models.recurrent_lm(K, make.lstm(F), features=F), (ids, ids[::-1])),
                 "gpt": (fnet.models.gpt(K, length=T, layers=2, features=F, heads=2), (ids, ids[::-1])),
+                "wavenet": (
+                    fnet.models.wavenet(K, channels=4, skip=3, dilations=(1, 2)),
+                    (ids, ids[::-1]),
+                ),
                 "llama": (
                     fnet.models.llama(K, layers=1, features=8, heads=2, kv_heads=1, hidden=6),
                     (ids, ids[::-1]),
                 ),
             }.items()
         },
+        "t5_encoder": (
+            fnet.models.t5_encoder(K, layers=2, features=F, heads=2, hidden=5, buckets=4, max_distance=3),
+            losses.squared_error,
+            lambda: fnet.Batch(ids, drawn(B, T, F)),
+        ),
         "autoencoder": (
             fnet.models.autoencoder(F, 4, 2, activation=make.tanh()),
             losses.squared_error,

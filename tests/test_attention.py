@@ -10,20 +10,44 @@ import numpy as np
 import pytest
 
 from fnet.gradcheck import check_layer
+from fnet.layers.activation import identity, softplus, softsign, tanh
 from fnet.layers.attention import attention
 from fnet.layers.children import apply, init, parameter_paths, watch
+from fnet.layers.combinators import serial
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
+from fnet.layers.dropout import dropout
 from fnet.layers.embedding import rotate
 from fnet.layers.initializers import normal
-from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.pooling import global_max_pool
+from fnet.layers.rectifiers import prelu
+from fnet.layers.relative import alibi, biased, relative_positions
+from fnet.layers.wrappers import stateless
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
 # --- the formulas in NumPy -------------------------------------------------------------------------------------------
 
 
+FUNCTIONS = {  # of scores, by the layer's name
+    "softsign": lambda z: z / (1 + np.abs(z)),
+    "softplus": lambda z: np.log1p(np.exp(z)),
+}
+
+
 def numpy_core(
-    q, k, v, mask=None, causal=False, scale=None, bias=None, window=None, offset=0, softcap=None, kept=None, rate=0
+    q,
+    k,
+    v,
+    mask=None,
+    causal=False,
+    scale=None,
+    bias=None,
+    window=None,
+    offset=0,
+    softcap=None,
+    score=None,
+    kept=None,
+    rate=0,
 ):
     """One query after another, one head after another."""
     (batch, queries, heads, size), (_, memory, kv_heads, _) = q.shape, k.shape
@@ -39,6 +63,7 @@ def numpy_core(
             keys, values = k[b, counts, h // (heads // kv_heads)], v[b, counts, h // (heads // kv_heads)]
             z = keys @ q[b, t, h] * (size**-0.5 if scale is None else scale)
             z = z if softcap is None else softcap * np.tanh(z / softcap)
+            z = z if score is None else FUNCTIONS[score.name](z)
             z = z if bias is None else z + (bias[h, t] if bias.ndim == 3 else bias[b % len(bias), h, t])[counts]
             e = np.exp(z - z.max())
             p = e / e.sum()
@@ -267,7 +292,7 @@ forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwis
 # --- blockwise is plain ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "scale", "block_size"))
+@functools.partial(jax.jit, static_argnames=("causal", "window", "score", "scale", "block_size"))
 def core(q, k, v, do, mask=None, bias=None, **options):
     o, residuals = dot_product_attention(q, k, v, mask, bias, **options)
     return o, *dot_product_attention_backward(residuals, do, mask, bias, **options)
@@ -289,6 +314,14 @@ SCORES = {  # queries, memory, shapes of bias and mask, options
     "masks by heads, causal": (7, 7, None, (2, 4, 7, 7), {"causal": True}),
     "window": (9, 9, None, None, {"window": 3}),
     "window, causal, offset, bias": (4, 9, (4, 4, 9), None, {"window": 4, "causal": True, "offset": 4}),
+    "score": (5, 6, None, None, {"score": softplus(), "scale": 1.5}),
+    "score, all else": (
+        6,
+        7,
+        (4, 6, 7),
+        (2, 4, 6, 7),
+        {"window": 5, "causal": True, "offset": 1, "score": softsign(), "scale": 0.4},
+    ),
     "offset before the memory": (5, 4, None, None, {"causal": True, "offset": -2}),
     "all": (
         6,
@@ -326,9 +359,27 @@ def test_biases_masks_windows_caps_and_offsets_are_the_formula_forward_and_backw
         np.testing.assert_allclose(claimed, slope, rtol=1e-7, atol=1e-8)
     for size in (2, 4) if name == "all" else (2,):  # they do not divide all lengths
         assert_leaves_close(core(*arrays, **options, block_size=size), (o, *plain), 1e-13)
-    for size in (None, 2) if name == "all" else (None,):
+    for size in (None, 2) if "all" in name else (None,):
         claimed = tuple(jax.tree.leaves(plain))
         assert_leaves_close(by_autodiff(size, *map(jnp.asarray, given)), claimed, 1e-12)
+
+
+def test_a_softcap_is_the_score_function_of_its_formula_and_its_backward_is_the_layers(x64):
+    capped = stateless(
+        "capped",
+        lambda key, z: (),
+        lambda params, z: (2 * jnp.tanh(z / 2), z),
+        lambda params, z, dy: ((), dy / jnp.cosh(z / 2) ** 2),
+    )
+    q, k, v, do, *_ = map(lambda a: a if a is None else jnp.asarray(a), drawn_core(5, 6))
+    for block_size in (None, 2):
+        expected = core(q, k, v, do, softcap=2.0, block_size=block_size)
+        for score in (capped, serial(identity(), capped)):
+            assert_leaves_close(core(q, k, v, do, score=score, block_size=block_size), expected, 1e-13)
+        flat = capped._replace(backward=lambda params, z, dy: ((), 0 * dy))  # so says its backward, which is called
+        o, dq, dk, dv, _ = core(q, k, v, do, score=flat, block_size=block_size)
+        assert_leaves_close((o, dv), (expected[0], expected[3]), 1e-13)
+        assert not dq.any() and not dk.any()
 
 
 @forms
@@ -394,6 +445,61 @@ def test_who_watches_sees_the_probabilities_of_every_head_whatever_changes_them(
     assert list(seen) == ["attention"] and seen["attention"].shape == (1, 2, 4, 4)
     near = np.abs(np.arange(4)[:, None] - np.arange(4)) < 2
     np.testing.assert_array_equal(seen["attention"][0, 0] > 0, near)
+
+
+@pytest.mark.parametrize("form", ["self", "self, padded", "cross", "cross, padded"])
+def test_a_bias_after_the_inputs_is_the_formulas_and_has_its_gradient(form, x64):
+    rng = np.random.default_rng(8)
+    values = tuple(rng.standard_normal((2, n, 4)) for n in ((5,) if "self" in form else (5, 3)))
+    mask = None if "padded" not in form else PADDING if "self" in form else MEMORY_PADDING
+    bias = rng.standard_normal((1 if "self" in form else 2, 2, 5, values[-1].shape[1]))
+    layer = attention(2, bias=None, scale=1.0, block_size=2 if "padded" in form else None)
+    params = layer.init(jax.random.key(7), (*map(jnp.asarray, (*values, bias)),))[0]
+    dy = rng.standard_normal((2, 5, 4))
+
+    def joined(values, bias):
+        return (*values, *([] if mask is None else [jnp.asarray(mask)]), bias)
+
+    @jax.jit
+    def run(params, values, bias):
+        y, _, residuals = layer.forward(params, (), joined(values, bias))
+        d = (jnp.asarray(dy), None) if isinstance(y, tuple) else jnp.asarray(dy)
+        by_hand = layer.backward(params, residuals, d)
+        outputs = lambda *a: jax.tree.leaves(layer.forward(a[0], (), joined(*a[1:]))[0])[0]  # noqa: E731
+        return jax.tree.leaves(y)[0], by_hand, jax.vjp(outputs, params, values, bias)[1](jnp.asarray(dy))
+
+    y, (dparams, dx), by_autodiff = run(params, tuple(map(jnp.asarray, values)), jnp.asarray(bias))
+    assert len(dx) == len(joined(values, bias))
+    p = jax.tree.map(np.asarray, params)
+
+    def formula(bias):
+        def of_pairs(p, queries, memory):
+            return np.broadcast_to(bias, (2, *bias.shape[1:]))
+
+        return numpy_attention(p, values, mask, 2, scale=1.0, relative=of_pairs)
+
+    np.testing.assert_allclose(y, formula(bias), rtol=1e-12, atol=1e-13)
+    slope = numerical_gradient(lambda b: (formula(b) * dy).sum(), bias)
+    np.testing.assert_allclose(dx[-1], slope, rtol=1e-7, atol=1e-8)
+    assert_leaves_close((dparams, tuple(d for d in dx[:-1] if d is not None), dx[-1]), by_autodiff, 1e-12)
+
+
+def test_attention_biased_is_attention_with_a_relative_of_its_own(key, x64):
+    x, dy = jax.random.normal(key, (2, 2, 5, 4))
+    relative = relative_positions(2, buckets=8, max_distance=4)
+    own, apart = attention(2, relative=relative), biased(relative, attention(2))
+    params = drawn(own, x)
+    y, dparams, dx = compiled(own, params, x, dy)
+    body = {name: p for name, p in params.items() if name != "relative"}
+    given = {"relative": params["relative"], "body": body}
+
+    @jax.jit
+    def run(params, x, dy):
+        y, _, residuals = apart.forward(params, {"relative": (), "body": ()}, x)
+        return y, *apart.backward(params, residuals, dy)
+
+    z, dgiven, dz = run(given, x, dy)
+    assert_leaves_close((z, {**dgiven["body"], "relative": dgiven["relative"]}, dz), (y, dparams, dx), 1e-13)
 
 
 @pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 20)])
@@ -735,6 +841,19 @@ def test_a_bias_and_its_gradient_are_those_of_torchs_attention_mask(block_size, 
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@forms
+def test_a_score_function_is_that_of_torchs_flex_attention(block_size, x64):
+    torch = pytest.importorskip("torch")
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    q, k, v, do, *_ = drawn_core(5, 6)
+    tensors = [torch.tensor(a).transpose(1, 2) for a in (q, k, v)]
+    options = {"score_mod": lambda s, b, h, t, at: s / (1 + s.abs()), "scale": 0.7, "enable_gqa": True}
+    expected = flex_attention(*tensors, **options).transpose(1, 2)  # on a CPU it has no backward
+    ours = core(*map(jnp.asarray, (q, k, v, do)), score=softsign(), scale=0.7, block_size=block_size)[0]
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-11, atol=1e-13)
+
+
 # --- parameters and errors -------------------------------------------------------------------------------------------
 
 
@@ -757,6 +876,10 @@ def test_parameters_have_readable_paths_their_own_keys_and_the_dtype_of_the_inpu
         ({"heads": 4, "kv_heads": 3}, "4 heads cannot share kv_heads = 3; it must divide heads"),
         ({"heads": 2, "window": 0}, "window = 0; expected at least 1"),
         ({"heads": 2, "softcap": 0.0}, "softcap = 0.0; expected above 0, or None for none"),
+        ({"heads": 2, "softcap": 1.0, "score": tanh()}, "softcap beside score = the layer tanh; expected one"),
+        ({"heads": 2, "score": prelu()}, "score is the layer prelu; expected a function of each score, without param"),
+        ({"heads": 2, "score": dropout(0.1)}, "score is the layer dropout; expected a function of each score"),
+        ({"heads": 2, "score": global_max_pool()}, "score is the layer global_max_pool; expected a function"),
         ({"heads": 2, "dropout_rate": 1.0}, "dropout_rate = 1.0; expected 0 <= dropout_rate < 1"),
         ({"heads": 2, "value_features": 0}, "value_features = 0; expected at least 1"),
         ({"heads": 3, "features": 8}, "3 heads do not divide features = 8; give head_features"),
@@ -778,6 +901,7 @@ X, MEMORY = jnp.zeros((2, 5, 4)), jnp.zeros((2, 3, 4))
         ((X, jnp.zeros((2, 5))), r"expected a memory of axes \(batch, length, features\), got shape \(2, 5\)"),
         ((X, MEMORY, X), r"expected x, \(x, mask\), .* with a boolean mask, got float32, float32, float32"),
         ((X, MEMORY[:1]), "expected query and memory of one batch and dtype, got 2 of float32 and 1 of float32"),
+        ((X, X[None]), r"expected a bias of shape \(2, 5, 5\) or \(2, 2, 5, 5\), got \(1, 2, 5, 4\)"),
         ((X, X > 0), r"expected a mask of shape \(2, 5\) or \(2, 5, 5\), got \(2, 5, 4\)"),
         ((X, MEMORY, jnp.ones((2, 5), bool)), r"expected a mask of shape \(2, 3\) or \(2, 5, 3\), got \(2, 5\)"),
         (jnp.zeros((2, 5, 6)), "query: expected 4 features, got 6"),
@@ -818,6 +942,12 @@ def test_parameters_and_head_sizes_that_do_not_fit_are_refused():
     layer = attention(2, relative=relative_positions(2))
     with pytest.raises(LayerError, match="expected params of relative too, got"):
         apply(layer, params, (), X)
+    with pytest.raises(LayerError, match="expected one bias, got one in the inputs beside relative"):
+        layer.init(jax.random.key(0), (X, jnp.zeros((1, 2, 5, 5))))
+    with pytest.raises(LayerError, match=r"expected a bias of shape \(2, 5, 5\) .* got \(1, 3, 5, 5\)"):
+        attention(2).init(jax.random.key(0), (X, jnp.zeros((1, 3, 5, 5))))
+    with pytest.raises(LayerError, match=r"expected inputs \(batch, length, features\), got shape \(2, 5\)"):
+        biased(relative_positions(2), attention(2)).init(jax.random.key(0), X[:, :, 0])
     with pytest.raises(LayerError, match="expected positions of queries and memory, signed integers"):
         apply(alibi(2), (), (), X)
     for make, message in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from fnet.core.numerics import stream
 from fnet.gradcheck import check_layer, check_model
 from fnet.layers import conv, dense, freeze, gelu, mixed_precision, relu, serial, stateless, tanh
 from fnet.layers.children import apply
-from fnet.layers.combinators import concatenate, multiply, parallel, remat, repeat, residual
+from fnet.layers.combinators import add, concatenate, multiply, parallel, remat, repeat, residual
 from fnet.layers.initializers import normal
 from fnet.types import Layer, LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
@@ -242,14 +244,45 @@ def test_a_product_in_16_bits_is_rounded_once():
     assert {a.dtype for a in (y, *dx)} == {jnp.dtype("float16")}
 
 
-def test_only_like_arrays_are_multiplied():
-    with pytest.raises(LayerError) as error:
-        apply(multiply(), (), (), (jnp.ones((2, 4)), jnp.ones((2, 1))))
-    assert str(error.value) == (
-        "cannot multiply float32[2, 4], float32[2, 1]: expected arrays alike in shape and dtype"
-    )
+BROADCAST = [[(2, 3, 4), (2, 1, 4), (2, 3, 1)], [(2, 1, 4), (3, 1)], [(2, 3), (2, 3)], [(4,), (2, 1, 1), (3, 1)]]
+
+
+@pytest.mark.parametrize("shapes", BROADCAST, ids=str)
+@pytest.mark.parametrize(("layer", "oracle"), [(add(), np.add), (multiply(), np.multiply)], ids=["add", "multiply"])
+def test_shapes_broadcast_as_numpys_and_gradients_are_summed_over_what_was_broadcast(layer, oracle, shapes, x64):
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=shape) for shape in shapes]
+    y, _, residuals = layer.forward((), (), tuple(map(jnp.asarray, x)))
+    dy = rng.normal(size=y.shape)
+    np.testing.assert_allclose(y, functools.reduce(oracle, x), rtol=1e-14)
+    _, dx = layer.backward((), residuals, jnp.asarray(dy))
+    for i, d in enumerate(dx):
+        slope = numerical_gradient(lambda v, i=i: (functools.reduce(oracle, [*x[:i], v, *x[i + 1 :]]) * dy).sum(), x[i])
+        np.testing.assert_allclose(d, slope, rtol=1e-7, atol=1e-8)
+    auto = jax.vjp(lambda x: layer.forward((), (), x)[0], tuple(map(jnp.asarray, x)))[1](jnp.asarray(dy))[0]
+    assert_leaves_close(dx, auto, 1e-14)
+
+
+@pytest.mark.parametrize("layer", [add(), multiply()], ids=["add", "multiply"])
+def test_what_a_number_in_bfloat16_is_broadcast_along_is_summed_in_float32(layer):
+    # 1000 ones: in bfloat16 the sum would stop at 256
+    x = (jnp.ones((1000, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
+    y, _, residuals = layer.forward((), (), x)
+    _, by_hand = layer.backward((), residuals, jnp.ones_like(y))
+    (by_autodiff,) = jax.vjp(lambda x: layer.forward((), (), x)[0], x)[1](jnp.ones_like(y))
+    assert by_hand[1].tolist() == by_autodiff[1].tolist() == [[1000.0]] and by_hand[1].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("layer", [add(), multiply()], ids=["add", "multiply"])
+def test_arrays_whose_shapes_do_not_broadcast_and_of_several_dtypes_are_refused(layer):
+    for other, given in (
+        (jnp.ones((2, 3)), r"float32\[2, 4\], float32\[2, 3\]"),
+        (jnp.ones((2, 4), jnp.float16), r"float32\[2, 4\], float16\[2, 4\]"),
+    ):
+        with pytest.raises(LayerError, match=f"^cannot {layer.name} {given}: expected arrays alike in dtype, whose"):
+            apply(layer, (), (), (jnp.ones((2, 4)), other))
     with pytest.raises(LayerError, match="expected a tuple of arrays, as parallel"):
-        apply(multiply(), (), (), jnp.ones((2, 4)))
+        apply(layer, (), (), jnp.ones((2, 4)))
 
 
 def test_a_child_may_not_take_the_shortcuts_name():

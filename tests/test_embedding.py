@@ -467,6 +467,35 @@ def test_rows_beyond_the_input_have_zero_gradient(key):
     np.testing.assert_array_equal(dx, x)
 
 
+def test_the_row_for_padding_is_0_at_the_start_and_has_no_gradient_by_either_engine(x64):
+    layer, dy = embedding(5, 4, padding_idx=2), jnp.ones((2, 3, 4))
+    params, state = layer.init(jax.random.key(0), IDS)
+    assert (params["table"][2] == 0).all() and (params["table"][np.array([0, 1, 3, 4])] != 0).all()
+    moved = {"table": params["table"].at[2].set(7)}  # as another optimizer may have left it: it is read as it stands
+    y, (dparams, _) = by_hand(layer, moved, state, IDS, dy.astype(jnp.float32))
+    assert (y == np.asarray(moved["table"])[IDS]).all()
+    expected = np.array([1, 1, 0, 0, 1])[:, None] * np.ones((1, 4))
+    np.testing.assert_array_equal(dparams["table"], expected)
+    auto, _ = by_autodiff(layer, moved, state, jnp.asarray(IDS, jnp.uint8), dy.astype(jnp.float32))
+    np.testing.assert_array_equal(auto["table"], expected)
+
+
+def test_the_row_for_padding_is_torchs(x64):
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.Embedding(5, 4, padding_idx=2, dtype=torch.float64)
+    layer, dy = embedding(5, 4, padding_idx=2, dtype=jnp.float64), np.random.default_rng(0).normal(size=(2, 3, 4))
+    params, state = layer.init(jax.random.key(0), IDS)
+    assert not theirs.weight[2].any()
+    params = {"table": params["table"].at[2].set(1)}
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(np.asarray(params["table"])))
+    outputs = theirs(torch.tensor(IDS))
+    outputs.backward(torch.tensor(dy))
+    y, (dparams, _) = by_hand(layer, params, state, IDS, jnp.asarray(dy))
+    np.testing.assert_array_equal(y, outputs.detach())
+    np.testing.assert_allclose(dparams["table"], theirs.weight.grad, rtol=1e-15)
+
+
 # --- against torch ---------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +581,8 @@ def test_constructors_and_init_refuse_what_cannot_be():
     for make, message in (
         (lambda: embedding(0, 4), "embedding: vocabulary = 0; expected at least 1"),
         (lambda: embedding(5, 0), "embedding: features = 0; expected at least 1"),
+        (lambda: embedding(5, 4, padding_idx=5), "embedding: padding_idx = 5; expected an id from 0 to 4, or None"),
+        (lambda: embedding(5, 4, padding_idx=-1), "embedding: padding_idx = -1; expected an id from 0 to 4"),
         (lambda: tied_embedding(0, 4, BODY), "tied_embedding: vocabulary = 0"),
         (lambda: learned_positions(0), "learned_positions: length = 0"),
     ):

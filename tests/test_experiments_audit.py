@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import fnet
 from experiments import backprop_by_hand as hand
+from experiments import deep_equilibrium as equilibrium
 from experiments import textbook_backprop as textbook
+from fnet.layers import dense
 
 pytestmark = pytest.mark.long
 
@@ -282,3 +285,89 @@ def test_what_the_texts_squared_error_lacks_is_twice_the_slope_of_the_sigmoid(te
 def test_nothing_comes_back_through_the_step(textbook_run):
     largest = textbook_run[0]["through the step"]
     assert largest["layer_1"] == 0 and largest["layer_2"] > 0.01
+
+
+# --- a layer that is a fixed point -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def equilibrium_run():
+    return printed(equilibrium, epochs=2, limits=(25, 100), tolerances=(1e-1, 1e-14), features=8)
+
+
+def test_a_fixed_point_and_its_gradients_are_those_of_the_solved_equations(x64):
+    rng, features = np.random.default_rng(0), 3
+    layer = equilibrium.deep_equilibrium(equilibrium.cell(dense(features)))
+    x, dy = rng.normal(size=(2, 4, features))
+    w, b = 0.3 * rng.normal(size=(2 * features, features)), rng.normal(size=features)
+    params = {"inner": {"concatenate_0": (), "dense_0": {"w": w, "b": b}, "tanh_0": ()}}
+    _, state = layer.init(jax.random.key(0), jnp.asarray(x))
+    params = jax.tree.map(jnp.asarray, params)
+    y, _, residuals = layer.forward(params, state, jnp.asarray(x))
+    z = np.asarray(y)
+    np.testing.assert_allclose(z, np.tanh(np.concatenate([z, x], 1) @ w + b), rtol=1e-13)
+    dw, db, dx = np.zeros_like(w), np.zeros_like(b), np.zeros_like(x)
+    for i in range(len(x)):
+        slope = 1 - z[i] ** 2  # z = tanh(a), a = z W + x V + b, so that ∂f/∂z = W diag(slope)
+        u = np.linalg.solve(np.eye(features) - w[:features] * slope, dy[i])
+        dw += np.outer(np.concatenate([z[i], x[i]]), slope * u)
+        db += slope * u
+        dx[i] = w[features:] @ (slope * u)
+    by_hand = layer.backward(params, residuals, jnp.asarray(dy))
+    by_autodiff = jax.vjp(lambda p, x: layer.forward(p, state, x)[0], params, jnp.asarray(x))[1](jnp.asarray(dy))
+    for dparams, d in (by_hand, by_autodiff):
+        found = dparams["inner"]["dense_0"]
+        for actual, expected in ((found["w"], dw), (found["b"], db), (d, dx)):
+            np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_examples_that_do_not_come_to_rest_are_nan_and_the_others_are_not():
+    spread = jnp.array([[0.5], [1.5]])
+    z, steps = jax.jit(lambda z: equilibrium.fixed_point(lambda z: spread * z + 1, z, None, 60))(jnp.zeros((2, 1)))
+    np.testing.assert_allclose(z, [[2.0], [np.nan]], rtol=1e-5)
+    assert steps == 60
+    # one entry is at rest long before the other
+    z, _ = equilibrium.fixed_point(lambda z: z * jnp.array([[0.1, 0.8]]) + 1, jnp.zeros((1, 2)), None, 100)
+    np.testing.assert_allclose(z, [[10 / 9, 5.0]], rtol=1e-4)
+    z, steps = equilibrium.fixed_point(lambda z: 0.5 * z + jnp.nan, jnp.zeros((1, 1)), None, 5)
+    assert np.isnan(z).all() and steps == 5
+    z, steps = equilibrium.fixed_point(lambda z: 0.5 * z, jnp.zeros((2, 1)), None, 60)  # at rest from the start
+    assert not z.any() and steps == 1
+    slope = jax.grad(lambda a: equilibrium.fixed_point(lambda z: a * z + 1, jnp.zeros((1, 1)), None, 20)[0].sum())
+    assert np.isnan(slope(1.5)) and np.isfinite(slope(0.1))
+
+
+def test_the_audit_passes_the_solved_gradient_and_names_the_one_that_is_not(equilibrium_run):
+    result, text = equilibrium_run
+    assert {name: report.ok for name, report in result["reports"].items()} == {
+        "solved": True,
+        "solved, in a model": True,
+        "u = dy": False,
+        "u = dy, in a model": False,
+    }
+    assert result["reports"]["u = dy, in a model"].first_wrong == "equilibrium/inputs"
+    assert "truncated through" in text and text.count("passes") == text.count("rejected") == 2
+
+
+def test_the_steps_gradient_nears_that_of_the_point_and_by_hand_no_memory_grows(equilibrium_run):
+    result, _ = equilibrium_run
+    steps, apart = zip(*result["apart"].values(), strict=True)
+    assert list(steps) == sorted(steps) and list(apart) == sorted(apart, reverse=True)
+    assert apart[0] > 1e-3 and apart[-1] < 1e-13
+    memory = {key: bytes_held for key, (bytes_held, _) in result["cost"].items()}
+    assert memory[25, "by hand"] == memory[100, "by hand"] < memory[25, "by autodiff"] / 2
+    assert memory[100, "by autodiff"] > 3 * memory[25, "by autodiff"]
+
+
+def test_both_right_gradients_train_alike(equilibrium_run):
+    trained = equilibrium_run[0]["trained"]
+    np.testing.assert_allclose(trained["by hand"]["loss"], trained["by autodiff"]["loss"], rtol=1e-4)
+    assert all(r["loss"][1] < r["loss"][0] < np.log(10) + 0.3 for r in trained.values())
+
+
+def test_a_layer_that_changes_the_shape_has_no_fixed_point(key):
+    layer = fnet.serial(("still", equilibrium.deep_equilibrium(equilibrium.cell(dense(5)))))
+    with pytest.raises(fnet.LayerError, match=r"^still: expected outputs like the inputs"):
+        layer.init(key, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="deep_equilibrium: limit = 0; expected at least 1"):
+        equilibrium.deep_equilibrium(dense(4), limit=0)

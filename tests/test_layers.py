@@ -35,6 +35,20 @@ def hard_swish64(z):
     return z * np.clip(z + 3, 0, 6) / 6
 
 
+def numpy_squeezed(f, g):
+    """Of ``x (B, *S, C)``, example by example."""
+
+    def oracle(p, x):
+        p, y = p["branches"]["gate"], np.zeros_like(x)
+        for i, example in enumerate(x):
+            means = example.reshape(-1, x.shape[-1]).mean(0)
+            hidden = f(means @ p["dense_0"]["w"] + p["dense_0"].get("b", 0.0))
+            y[i] = example * g(hidden @ p["dense_1"]["w"] + p["dense_1"].get("b", 0.0))
+        return y
+
+    return oracle
+
+
 # name: layer, input shape, the forward in NumPy float64 from the formula (parameters first)
 LAYERS = {
     "dense": (dense(3, bias=normal(1.0)), (5, 4), lambda p, x: x @ p["w"] + p["b"]),
@@ -112,6 +126,16 @@ LAYERS = {
         layers.gated(3, layers.tanh(), bias=None),
         (4, 5),
         lambda p, x: (x @ p["branches"]["up"]["w"]) * np.tanh(x @ p["branches"]["gate"]["dense_0"]["w"]),
+    ),
+    "squeeze_and_excitation": (
+        layers.squeeze_and_excitation(4, 3, bias=normal(1.0)),
+        (2, 3, 2, 4),
+        numpy_squeezed(lambda z: np.maximum(z, 0), lambda z: 1 / (1 + np.exp(-z))),
+    ),
+    "squeeze_and_excitation of sequences": (
+        layers.squeeze_and_excitation(4, 2, activation=layers.tanh(), gate=layers.hard_sigmoid(), bias=None),
+        (2, 3, 4),
+        numpy_squeezed(np.tanh, lambda z: np.clip(z + 3, 0, 6) / 6),
     ),
     "serial": (
         serial(flatten(), dense(4, bias=normal(1.0)), layers.tanh(), ("head", dense(2, bias=normal(1.0)))),
@@ -323,6 +347,19 @@ def test_gated_units_have_the_parameters_of_two_dense_layers():
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
         total = next(line for line in str(summary(layer, x)).splitlines() if line.startswith("total"))
         assert total.split()[5] == str(expected)
+
+
+def test_channels_that_a_gate_would_be_broadcast_along_are_refused(key):
+    for features, channels in ((1, 4), (4, 1), (4, 3)):
+        message = rf"branches/inputs: expected {features} features, got shape \(2, 3, 3, {channels}\)"
+        with pytest.raises(LayerError, match=message):
+            fnet.init(layers.squeeze_and_excitation(features, 2), key, jnp.ones((2, 3, 3, channels)))
+    x, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool)
+    layer = layers.squeeze_and_excitation(4, 2)
+    with pytest.raises(LayerError, match="branches: gate ends the mask and the others do not"):
+        layer.forward(*layer.init(key, x), (x, mask))
+    with pytest.raises(ValueError, match="squeeze_and_excitation: hidden = 0; expected at least 1"):
+        layers.squeeze_and_excitation(4, 0)
 
 
 def test_torch_computes_the_same_activations_and_gradients(x64):

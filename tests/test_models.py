@@ -10,10 +10,25 @@ import numpy as np
 import pytest
 
 import fnet
-from fnet.layers import batch_norm, conv, conv_transpose, gru, lstm, models, resize, serial, sigmoid, stateless
+from fnet.core.trees import named_leaves
+from fnet.export import Rule, from_tensors, torch_names
+from fnet.layers import (
+    batch_norm,
+    conv,
+    conv_transpose,
+    gru,
+    hard_swish,
+    lstm,
+    models,
+    resize,
+    serial,
+    sigmoid,
+    stateless,
+)
 from fnet.layers.children import apply
 from fnet.report import summary
 from fnet.types import Layer, LayerError
+from tests.oracles import assert_leaves_close, numerical_gradient
 
 LABELS = np.array([0, 2, 1])
 IDS = np.random.default_rng(0).integers(0, 11, (3, 7))
@@ -29,10 +44,10 @@ def specs(*shape, dtype="float32"):
 
 IMAGENET = specs(1, 224, 224, 3)
 # where the number is published: LeCun et al. with full connections; torchvision's models; GPT-2's report; Llama's
-# files. ViT-B/16 has
-# 86,567,656 with a class token and its position, which the mean over the patches replaces. U-Net's paper gives none:
-# it is that of tf_unet and of Keras models with the paper's sizes. That of the 3-D U-Net's paper is without the
-# parameters of its batch normalization, and without biases in what goes up, as we find by adding up its figure
+# files; Hugging Face's t5-small. ViT-B/16 has 86,567,656 with a class token and its position, which the mean over the
+# patches replaces. U-Net's paper gives none: it is that of tf_unet and of Keras models with the paper's sizes. That of
+# the 3-D U-Net's paper is without the parameters of its batch normalization, and without biases in what goes up, as we
+# find by adding up its figure
 PUBLISHED = {
     "lenet5": (models.lenet5(), specs(1, 28, 28, 1), 61_706),
     "ResNet-18": (
@@ -57,6 +72,7 @@ PUBLISHED = {
         specs(1, 16, 16, 16, 3),
         19_069_955,
     ),
+    "MobileNetV3-Small": (models.mobilenet_v3_small(), IMAGENET, 2_542_856),
     "GPT-2": (
         models.gpt(50257, length=1024, layers=12, features=768, heads=12, repeated=True),
         specs(1, 8, dtype="int32"),
@@ -74,6 +90,14 @@ PUBLISHED = {
         specs(1, 8, dtype="int32"),
         8_030_261_248,
     ),
+    "T5 small's encoder": (
+        models.t5_encoder(32128, layers=6, features=512, heads=8, hidden=2048, repeated=True),
+        specs(1, 8, dtype="int32"),
+        # its decoder has 6 more blocks, with a norm and the four matrices of cross-attention besides, a table of 32
+        # buckets for 8 heads, and a norm
+        60_506_624 - 6 * (3 * 512 + 8 * 512**2 + 2 * 512 * 2048) - 32 * 8 - 512,
+    ),
+    "Swin-T": (models.swin(1000), IMAGENET, 28_288_354),
     "ViT-B/16": (
         models.vit(1000, patch=16, layers=12, features=768, heads=12, positions=196), IMAGENET, 86_567_656 - 2 * 768,
     ),
@@ -85,6 +109,95 @@ def test_the_number_of_parameters_is_the_published_one_and_nothing_is_allocated_
     model, x, published = PUBLISHED[name]
     params, _ = jax.eval_shape(model.init, jax.random.key(0), x)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
+
+
+def numpy_conv(x, w, stride):
+    """A convolution of images by ``w (k, k, I, O)``, half a kernel of zeros on every side; I is 1: a filter each."""
+    k, n = w.shape[0], -(-x.shape[1] // stride)
+    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    y = np.zeros((len(x), n, n, w.shape[-1]))
+    for i, j in np.ndindex(n, n):
+        window = padded[:, i * stride : i * stride + k, j * stride : j * stride + k]
+        each = w.shape[2] == 1 and x.shape[-1] > 1
+        y[:, i, j] = np.einsum("bklc,klc->bc", window, w[:, :, 0]) if each else np.einsum("bkli,klio->bo", window, w)
+    return y
+
+
+@pytest.mark.parametrize(("sizes", "stride"), [((3, 5, 3), 1), ((3, 3, 4), 1), ((3, 5, 3), 2)])
+def test_an_inverted_residual_is_its_formula_in_numpy(sizes, stride, x64, key):
+    inputs, expanded, features = sizes
+    block = models.inverted_residual(*sizes, stride=stride, squeeze=2, activation=hard_swish())
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 4, inputs))
+    drawn = block.init(key, jnp.asarray(x))
+    params, state = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape)), drawn)
+    p, s = jax.tree.map(np.asarray, (params, state))
+    assert ("expand" in p) == (expanded != inputs)
+
+    def normed(name, x, swish=True, stride=1):
+        norm, of = p[name]["batch_norm_0"], s[name]["batch_norm_0"]
+        z = (numpy_conv(x, p[name]["conv_0"]["w"], stride) - of["mean"]) / np.sqrt(of["var"] + 1e-3)
+        z = norm["scale"] * z + norm["bias"]
+        return z * np.clip(z + 3, 0, 6) / 6 if swish else z
+
+    h = normed("depthwise", normed("expand", x) if "expand" in p else x, stride=stride)
+    gate = p["squeeze"]["branches"]["gate"]
+    hidden = np.maximum(h.mean((1, 2)) @ gate["dense_0"]["w"] + gate["dense_0"]["b"], 0)
+    h = h * np.clip(hidden @ gate["dense_1"]["w"] + gate["dense_1"]["b"] + 3, 0, 6)[:, None, None] / 6
+    expected = normed("project", h, swish=False) + (x if stride == 1 and inputs == features else 0)
+    np.testing.assert_allclose(apply(block, params, state, jnp.asarray(x)), expected, rtol=1e-12)
+
+
+def names_of_torchvision():
+    """The modules of torchvision's mobilenet_v3_small by the paths of ours."""
+    params, state = jax.eval_shape(models.mobilenet_v3_small().init, jax.random.key(0), IMAGENET)
+    tree, modules = {"params": params, "state": state}, {}
+
+    def normed(path, module):
+        modules[f"params/{path}/conv_0"] = f"{module}.0.*"
+        modules.update({f"{part}/{path}/batch_norm_0": f"{module}.1.*" for part in tree})
+
+    def squeezed(path, module):
+        for i in range(2):  # convolutions of 1×1 there
+            layer, name = f"params/{path}/branches/gate/dense_{i}", f"{module}.fc{i + 1}"
+            turn, back = lambda w: (w.T[..., None, None],), lambda w: (w[..., 0, 0].T,)
+            modules[f"{layer}/w"] = Rule((f"{layer}/w",), (f"{name}.weight",), turn, back)
+            modules[f"{layer}/b"] = Rule((f"{layer}/b",), (f"{name}.bias",))
+
+    normed("stem", "features.0")
+    normed("last", "features.12")
+    for i in range(11):
+        parts = [part for part in ("expand", "depthwise", "squeeze", "project") if part in params[f"block_{i}"]]
+        for j, part in enumerate(parts):
+            (squeezed if part == "squeeze" else normed)(f"block_{i}/{part}", f"features.{i + 1}.block.{j}")
+    modules |= {"params/hidden": "classifier.0.*", "params/head": "classifier.3.*"}
+    return tree, torch_names(tree, modules)
+
+
+def test_every_leaf_of_a_mobilenet_has_its_tensor_in_torchvisions():
+    tree, names = names_of_torchvision()
+    assert {path for rule in names for path in rule.paths} == {path for path, _ in named_leaves(tree)}
+
+
+@pytest.mark.long
+def test_a_mobilenet_has_the_outputs_of_torchvisions_with_its_weights(x64):
+    torchvision, torch = pytest.importorskip("torchvision"), pytest.importorskip("torch")
+    theirs, rng = torchvision.models.mobilenet_v3_small().double().eval(), np.random.default_rng(0)
+    with torch.no_grad():
+        for module in theirs.modules():  # no statistics of 0 and 1
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for leaf in (module.weight, module.running_var):
+                    leaf.uniform_(0.5, 1.5)
+                for leaf in (module.bias, module.running_mean):
+                    leaf.normal_()
+    tree, names = names_of_torchvision()
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape), tree)
+    taken = from_tensors({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, tree, names)
+    x = rng.normal(size=(2, 32, 32, 3))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+    y = jax.jit(lambda taken, x: apply(models.mobilenet_v3_small(), taken["params"], taken["state"], x))(taken, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-11 * np.abs(expected).max())
 
 
 TOKENS = (IDS, (IDS + 1) % 11)
@@ -316,6 +429,228 @@ def test_a_llama_is_its_formulas_in_numpy(key, x64):
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
     expected = llama_in_numpy(jax.tree.map(np.asarray, params), IDS, heads=4, kv_heads=2)
     np.testing.assert_allclose(apply(model, params, state, IDS), expected, rtol=1e-10, atol=1e-12)
+
+
+def t5_in_numpy(params, ids, mask, heads, buckets, furthest, eps=1e-6):
+    """The encoder's outputs by the formulas of arXiv:1910.10683 and its code, gated if the parameters are."""
+
+    def norm(p, x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"]
+
+    def bucket(far):  # of s − t: half of the buckets for each side, and half of these for single distances
+        n, half = abs(far), buckets // 4
+        if n >= half:
+            n = min(half + int(np.log(n / half) / np.log(furthest / half) * half), 2 * half - 1)
+        return n + 2 * half * (far > 0)
+
+    def mlp(p, x):
+        if "gated" not in p:
+            return np.maximum(x @ p["wide"]["w"], 0) @ p["narrow"]["w"]
+        z = x @ p["gated"]["branches"]["gate"]["dense_0"]["w"]
+        gelu = z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+        return (x @ p["gated"]["branches"]["up"]["w"] * gelu) @ p["narrow"]["w"]
+
+    table, blocks = params["blocks"]["relative"]["table"], params["blocks"]["body"]
+    outputs = []
+    for row, seen in zip(ids, mask, strict=True):
+        x = params["embedding"]["table"][row]
+        bias = np.stack([[table[bucket(s - t)] for s in range(len(row))] for t in range(len(row))])
+        for name in sorted(blocks):
+            p, out = blocks[name], []
+            q, k, v = (norm(p["norm"], x) @ p["attention"][part]["w"] for part in ("query", "key", "value"))
+            for h in range(heads):
+                own = slice(h * q.shape[1] // heads, (h + 1) * q.shape[1] // heads)
+                s = np.where(seen, q[:, own] @ k[:, own].T + bias[:, :, h], -np.inf)
+                e = np.exp(s - s.max(1, keepdims=True))
+                out.append(e / e.sum(1, keepdims=True) @ v[:, own])
+            x = x + np.concatenate(out, 1) @ p["attention"]["out"]["w"]
+            x = x + mlp(p["mlp"], norm(p["mlp"]["norm"], x))
+        outputs.append(norm(params["norm"], x))
+    return np.stack(outputs)
+
+
+T5 = {"layers": 2, "features": 6, "heads": 2, "head_features": 2, "hidden": 5, "buckets": 8, "max_distance": 5}
+LENGTHS = np.arange(7) < np.array([7, 3, 5])[:, None]  # real ids in each row of `IDS`
+
+
+def drawn_like(params, seed):
+    """Larger weights, so that no part of a model is next to nothing, in float64."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_t5s_encoder_is_its_formulas_in_numpy_and_its_gradients_are_autodiffs(gated, key, x64):
+    model = models.t5_encoder(11, gated=gated, block_size=3 if gated else None, **T5)
+    x = jnp.asarray(IDS), jnp.asarray(LENGTHS)
+    params, state = model.init(key, x)
+    params = drawn_like(params, 3)
+    dy = jnp.asarray(np.random.default_rng(4).normal(size=(3, 7, 6)) * LENGTHS[:, :, None])
+
+    @jax.jit
+    def run(params):
+        y, _, residuals = model.forward(params, state, x)
+        outputs = lambda params: model.forward(params, state, x)[0][0]  # noqa: E731
+        return y[0], model.backward(params, residuals, (dy, None))[0], jax.vjp(outputs, params)[1](dy)[0]
+
+    y, by_hand, by_autodiff = run(params)
+    expected = t5_in_numpy(jax.tree.map(np.asarray, params), IDS, LENGTHS, 2, 8, 5)
+    np.testing.assert_allclose(y[LENGTHS], expected[LENGTHS], rtol=1e-10, atol=1e-12)
+    assert_leaves_close(by_hand, by_autodiff, 1e-11)
+
+    def total(table):
+        p = jax.tree.map(np.asarray, params)
+        p["blocks"]["relative"]["table"] = table
+        return (t5_in_numpy(p, IDS, LENGTHS, 2, 8, 5) * np.asarray(dy)).sum()
+
+    slope = numerical_gradient(total, params["blocks"]["relative"]["table"])
+    np.testing.assert_allclose(by_hand["blocks"]["relative"]["table"], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_repeated_blocks_of_t5_add_up_the_one_bias_gradient_as_unrolled_ones_do(key, x64):
+    unrolled, repeated = (models.t5_encoder(11, repeated=repeated, **T5) for repeated in (False, True))
+    params, state = unrolled.init(key, IDS)
+    params = drawn_like(params, 3)
+    body = params["blocks"]["body"]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), body["block_0"], body["block_1"])
+    stacked = {**params, "blocks": {**params["blocks"], "body": stack}}
+    dy = jnp.asarray(np.random.default_rng(4).normal(size=(3, 7, 6)))
+
+    def run(model, params, state):
+        y, _, residuals = jax.jit(model.forward)(params, state, jnp.asarray(IDS))
+        dparams = jax.jit(model.backward)(params, residuals, dy)[0]
+        return y, dparams["blocks"]["relative"], dparams["embedding"]
+
+    again = run(repeated, stacked, jax.eval_shape(repeated.init, key, IDS)[1])
+    assert_leaves_close(again, run(unrolled, params, state), 1e-12)
+
+
+def test_a_block_of_t5_without_a_bias_says_what_gives_one(key):
+    block = models.t5_block(8, 2, hidden=5)
+    with pytest.raises(LayerError, match=r"expected \(x, bias\) or \(x, mask, bias\), got float32\[1, 3, 8\]: biased"):
+        block.init(key, jnp.ones((1, 3, 8)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_t5s_encoder_is_hugging_faces_with_its_weights(gated, key, x64):
+    transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
+    config = transformers.T5Config(
+        vocab_size=11, d_model=6, d_kv=2, d_ff=5, num_layers=2, num_heads=2, dropout_rate=0.0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=5,
+        feed_forward_proj="gated-gelu" if gated else "relu", attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.T5EncoderModel(config).to(torch.float64).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_()
+    model = models.t5_encoder(11, gated=gated, **T5)
+    params, state = model.init(key, IDS)
+    params = drawn_like(params, 3)  # in float64
+    modules = {"embedding": ("shared.weight", "encoder.embed_tokens.weight"), "norm": "encoder.final_layer_norm.*"}
+    modules["blocks/relative"] = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.*"
+    for i in range(2):
+        ours, at = f"blocks/body/block_{i}", f"encoder.block.{i}.layer"
+        modules |= {f"{ours}/norm": f"{at}.0.layer_norm.*", f"{ours}/mlp/norm": f"{at}.1.layer_norm.*"}
+        for name in ("query", "key", "value", "out"):
+            modules[f"{ours}/attention/{name}"] = f"{at}.0.SelfAttention.{name[0]}.*"
+        first = {"gated/branches/gate/dense_0": "wi_0", "gated/branches/up": "wi_1"} if gated else {"wide": "wi"}
+        for name, module in {**first, "narrow": "wo"}.items():
+            modules[f"{ours}/mlp/{name}"] = f"{at}.1.DenseReluDense.{module}.*"
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    params = from_tensors(tensors, params, torch_names(params, modules))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(LENGTHS)).last_hidden_state.numpy()
+    y, _ = apply(model, jax.tree.map(jnp.asarray, params), state, (jnp.asarray(IDS), jnp.asarray(LENGTHS)))
+    # its norms and probabilities are in float32 whatever the dtype: to some dozens of 2^-24 of entries of order 1
+    np.testing.assert_allclose(y[LENGTHS], expected[LENGTHS], rtol=0, atol=5e-6)
+
+
+WAVENET = {"channels": 4, "skip": 3, "dilations": (1, 3, 1), "kernel_size": 3}
+
+
+def wavenet_in_numpy(params, ids, dilations):
+    """Logits by the formulas of arXiv:1609.03499, position by position."""
+
+    def causal(p, x, dilation):
+        y, taps = np.tile(p["b"], (len(x), 1)), len(p["w"])
+        for t, i in np.ndindex(len(x), taps):
+            at = t - (taps - 1 - i) * dilation
+            y[t] += x[at] @ p["w"][i] if at >= 0 else 0
+        return y
+
+    def affine(p, x):
+        return x @ p["w"] + p["b"]
+
+    logits = []
+    for row in ids:
+        x, total = params["embedding"]["table"][row], 0
+        for i, dilation in enumerate(dilations):
+            p = params[f"block_{i}"]["unit"]
+            f, g = (causal(p["branches"][name]["conv_0"], x, dilation) for name in ("filter", "gate"))
+            z = np.tanh(f) / (1 + np.exp(-g))
+            total = total + affine(p["outward"]["skip"], z)
+            x = x + affine(p["outward"]["residual"], z) if i < len(dilations) - 1 else None
+        h = np.maximum(affine(params["head"]["dense_0"], np.maximum(total, 0)), 0)
+        logits.append(affine(params["head"]["dense_1"], h))
+    return np.stack(logits)
+
+
+def test_a_wavenet_is_its_formulas_in_numpy_and_its_gradients_are_autodiffs(key, x64):
+    model = models.wavenet(11, **WAVENET)
+    params, state = model.init(key, IDS)
+    params, dy = drawn_like(params, 3), jnp.asarray(np.random.default_rng(4).normal(size=(3, 7, 11)))
+
+    @jax.jit
+    def run(params):
+        y, _, residuals = model.forward(params, state, jnp.asarray(IDS))
+        outputs = lambda params: apply(model, params, state, jnp.asarray(IDS))  # noqa: E731
+        return y, model.backward(params, residuals, dy)[0], jax.vjp(outputs, params)[1](dy)[0]
+
+    y, by_hand, by_autodiff = run(params)
+    p = jax.tree.map(np.asarray, params)
+    np.testing.assert_allclose(y, wavenet_in_numpy(p, IDS, (1, 3, 1)), rtol=1e-11, atol=1e-12)
+    assert_leaves_close(by_hand, by_autodiff, 1e-12)
+    table = p["embedding"]["table"]
+
+    def total(table):
+        return (wavenet_in_numpy({**p, "embedding": {"table": table}}, IDS, (1, 3, 1)) * np.asarray(dy)).sum()
+
+    slope = numerical_gradient(total, table)
+    np.testing.assert_allclose(by_hand["embedding"]["table"], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wavenet_sees_exactly_its_dilations_and_no_later_sample(key):
+    first, last = (models.wavenet_block(4, skip=3, dilation=d, kernel_size=3, last=d == 3) for d in (1, 3))
+    model, x = serial(("first", first), ("last", last)), jax.random.normal(key, (1, 20, 4))
+    params, state = model.init(key, x)
+
+    @jax.jit
+    def run(dy):
+        return model.backward(params, model.forward(params, state, x)[2], dy)[1]
+
+    reached = np.flatnonzero(np.abs(run(jnp.zeros((1, 20, 3)).at[0, 16].set(1.0))[0]).max(1))
+    assert reached.tolist() == [*range(16 - 2 * (1 + 3), 17)]  # 1 + (k − 1) Σ d of them
+
+
+def test_a_wavenets_parameters_are_those_of_its_formulas():
+    v, c, s, k, layers = 256, 16, 32, 2, 4  # a table; f and g, skip; residual but in the last; two dense layers
+    expected = v * c + layers * (2 * (k * c * c + c) + c * s + s) + (layers - 1) * (c * c + c) + (s + v) * (s + 1)
+    model = models.wavenet(v, channels=c, skip=s, dilations=(1, 2, 4, 8))
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), specs(1, 4, dtype="int32"))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+
+
+def test_what_does_not_fit_a_wavenet_is_refused(key):
+    with pytest.raises(ValueError, match=r"wavenet: dilations\[1\] = 0; expected at least 1"):
+        models.wavenet(3, channels=2, skip=2, dilations=(1, 0))
+    with pytest.raises(ValueError, match="wavenet: dilations are none; expected at least one"):
+        models.wavenet(3, channels=2, skip=2, dilations=())
+    block, x = models.wavenet_block(2, skip=3), jnp.ones((1, 4, 2))
+    with pytest.raises(LayerError, match=r"expected x \(B, T, 2\) or \(x, total\), got float32\[1, 4, 3\]"):
+        block.init(key, jnp.ones((1, 4, 3)))
+    params, state = block.init(key, x)
+    with pytest.raises(LayerError, match=r"expected a sum of shape \(1, 4, 3\), got \(1, 4, 2\)"):
+        block.forward(params, state, (x, x))
 
 
 def test_a_language_model_does_not_see_the_future(key):

@@ -13,7 +13,7 @@ from fnet.gradcheck import check_layer
 from fnet.layers import dense, serial
 from fnet.layers.children import init
 from fnet.layers.initializers import normal
-from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
@@ -56,6 +56,13 @@ def numpy_group_norm(groups):
     return oracle
 
 
+def numpy_l2_normalize(axis, eps=1e-12):
+    def oracle(p, state, x, train):
+        return x / np.maximum(np.sqrt((x * x).sum(axis, keepdims=True)), eps)
+
+    return oracle
+
+
 # name: layer, shape of x, mask, the forward in NumPy from the formula
 LAYERS = {
     "batch_norm": (batch_norm(**DRAWN), (5, 3), None, numpy_batch_norm),
@@ -88,6 +95,13 @@ LAYERS = {
     "group_norm of sequences": (group_norm(3, **DRAWN), (2, 3, 6), None, numpy_group_norm(3)),
     "group_norm of vectors": (group_norm(2, **DRAWN), (2, 6), None, numpy_group_norm(2)),
     "group_norm, instances": (group_norm(3, **DRAWN), (2, 4, 3), None, numpy_group_norm(3)),
+    "l2_normalize": (l2_normalize(), (2, 3, 4), None, numpy_l2_normalize(-1)),
+    "l2_normalize along time, with eps among the norms": (
+        l2_normalize(1, eps=3.0),
+        (2, 3, 4),
+        None,
+        numpy_l2_normalize(1, 3.0),
+    ),
 }
 CASES = [(name, train) for name in LAYERS for train in (True, False) if train or name.startswith("batch_norm")]
 every_case = pytest.mark.parametrize(
@@ -151,7 +165,9 @@ def test_forward_and_backward_equal_the_formula_in_numpy_and_autodiff(name, trai
         np.testing.assert_allclose(dparams[leaf], slope, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["batch_norm, masked", "layer_norm", "rms_norm", "group_norm of images"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm, masked", "layer_norm", "rms_norm", "group_norm of images", "l2_normalize"]
+)
 def test_the_audit_finds_nothing_in_train_and_eval_mode(name, key):
     layer, _, _, state, x, _ = drawn(name, jnp.float32)
     report = check_layer(layer, x, key=key, state=state, precisions=(), cost=False)
@@ -176,11 +192,22 @@ def test_a_backward_that_forgets_that_the_variance_depends_on_x_is_found(key):
     assert [leaf.verdict for leaf in report.leaves if leaf.path.endswith("inputs")] == ["wrong", "wrong"]
 
 
+@pytest.mark.parametrize(("x", "slope"), [(0.0, 2.0), (0.3, 2.0), (0.5, 0.0), (0.7, 0.0)])
+def test_a_vector_shorter_than_eps_is_divided_by_it_and_at_the_kink_it_counts_as_longer(x, slope, x64):
+    layer, x, dy = l2_normalize(eps=0.5), jnp.array([[x, 0.0]]), jnp.ones((1, 2))
+    _, _, (_, by_hand_dx) = by_hand(layer, (), (), x, dy)
+    _, by_autodiff_dx = by_autodiff(layer, (), (), x, dy)
+    for dx in (by_hand_dx, by_autodiff_dx):  # along itself, and across: 1 / max(‖x‖, ε)
+        np.testing.assert_allclose(dx[0], [slope, 1 / max(float(x[0, 0]), 0.5)], rtol=1e-15, atol=1e-15)
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["batch_norm", "batch_norm, masked", "layer_norm", "rms_norm", "group_norm of images"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "batch_norm, masked", "layer_norm", "rms_norm", "group_norm of images", "l2_normalize"]
+)
 def test_low_precision_keeps_dtypes_and_is_the_float32_result_up_to_its_rounding(name, train):
     layer, _, params, state, x, dy = drawn(name, jnp.float32)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, (params, x, dy))
@@ -387,13 +414,27 @@ def test_running_statistics_outputs_and_gradients_are_those_of_torch_batch_norm(
             np.testing.assert_allclose(a, b.numpy(), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "group_norm"])
+@pytest.mark.parametrize("eps", [1e-12, 2.0])
+def test_unit_vectors_and_their_gradients_are_those_of_torch_at_0_too(eps, x64):
+    torch = pytest.importorskip("torch")
+    x, dy = np.random.default_rng(0).normal(size=(2, 4, 3, 2))
+    x[1] = 0
+    theirs = torch.tensor(x, requires_grad=True)
+    outputs = torch.nn.functional.normalize(theirs, dim=1, eps=eps)
+    outputs.backward(torch.tensor(dy))
+    y, _, (_, dx) = by_hand(l2_normalize(1, eps=eps), (), (), jnp.asarray(x), jnp.asarray(dy))
+    np.testing.assert_allclose(y, outputs.detach(), rtol=1e-14)
+    np.testing.assert_allclose(dx, theirs.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "group_norm", "instance norm"])
 def test_outputs_and_gradients_are_those_of_torch(kind, x64):
     torch = pytest.importorskip("torch")
     theirs, ours = {
         "layer_norm": lambda: (torch.nn.LayerNorm(4), layer_norm(**DRAWN)),
         "rms_norm": lambda: (torch.nn.RMSNorm(4, eps=1e-6), rms_norm(scale=normal(1.0))),
         "group_norm": lambda: (torch.nn.GroupNorm(2, 4), group_norm(2, **DRAWN)),
+        "instance norm": lambda: (torch.nn.InstanceNorm1d(4), group_norm(4, scale=None, bias=None)),
     }[kind]()
     theirs = theirs.double()
     x, dy = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 5, 4))  # (B, T, C)
@@ -401,7 +442,7 @@ def test_outputs_and_gradients_are_those_of_torch(kind, x64):
     with torch.no_grad():
         for name, leaf in params.items():
             getattr(theirs, {"scale": "weight"}.get(name, name)).copy_(torch.tensor(np.asarray(leaf)))
-    turn = (0, 2, 1) if kind == "group_norm" else (0, 1, 2)  # torch's channels come second
+    turn = (0, 2, 1) if kind in ("group_norm", "instance norm") else (0, 1, 2)  # torch's channels come second
     their_x = torch.tensor(x.transpose(turn), requires_grad=True)
     their_y = theirs(their_x)
     their_y.backward(torch.tensor(dy.transpose(turn)))
@@ -452,6 +493,8 @@ def test_constructors_and_init_refuse_what_cannot_be():
         (lambda: batch_norm(variance="sample"), "batch_norm: variance = 'sample'; expected 'biased' or 'unbiased'"),
         (lambda: layer_norm(eps=-1.0), "layer_norm: eps = -1.0"),
         (lambda: group_norm(0), "group_norm: groups = 0; expected at least 1"),
+        (lambda: l2_normalize(0.5), "l2_normalize: axis = 0.5; expected a whole number, such as -1"),
+        (lambda: l2_normalize(eps=0), "l2_normalize: eps = 0; expected above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -459,5 +502,8 @@ def test_constructors_and_init_refuse_what_cannot_be():
         serial(group_norm(4), dense(2)).init(jax.random.key(0), jnp.zeros((2, 6)))
     with pytest.raises(LayerError, match=r"expected the state {'mean', 'var'}, got \(\): pass what init returned"):
         batch_norm().forward({}, (), jnp.zeros((2, 6)))
+    for axis in (0, -2, 2):
+        with pytest.raises(LayerError, match=f"expected axis {axis} among 2, and not the batch's"):
+            l2_normalize(axis).forward((), (), jnp.zeros((2, 6)))
     with pytest.raises(LayerError, match="batch_norm_0: expected floating features, got uint8"):
         serial(batch_norm()).init(jax.random.key(0), jax.ShapeDtypeStruct((2, 6), jnp.uint8))

@@ -194,6 +194,16 @@ def test_an_entry_that_is_not_finite_stays_in_the_parts_that_hold_it():
         np.testing.assert_array_equal(np.ravel(layer.forward((), (), x)[0]), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (2, 5, 3)])
+def test_a_mean_that_keeps_its_axes_is_the_mean(shape, x64):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+    dy = outputs_like(global_avg_pool(), x)
+    kept, (y, dx) = dy.reshape(2, *(1,) * (len(shape) - 2), 3), by_hand(global_avg_pool(), x, dy)
+    (y_kept, dx_kept), autodiff = by_both(global_avg_pool(keepdims=True), x, kept)
+    assert y_kept.shape == kept.shape and (y_kept.reshape(2, 3) == y).all() and (dx_kept == dx).all()
+    assert_leaves_close((y_kept, dx_kept), autodiff, 1e-14)
+
+
 LAYERS = {
     "max": max_pool((2, 2)),
     "max, padded": max_pool((3, 3), stride=2, padding="SAME"),

@@ -78,6 +78,7 @@ def torch_names(
     - prelu: as it is, one slope (``shared``) or one a channel.
     - embedding, or a leaf by itself that is no ``w``: as it is. A table that PyTorch holds twice has two names,
       ``("embedding.*", "head.*")``; read back, they must agree.
+    - a layer within `weight_norm` or `spectral_norm`: its weights by `fold_weight_norm` or `fold_spectral_norm` first.
     - normalizations; and their statistics, where the tree holds the model's state too, with ``num_batches_tracked`` 0.
 
     PyTorch takes images as (B, C, H, W). Give the path of any layer that is not in this list a `Rule` of your own.

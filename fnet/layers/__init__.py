@@ -19,7 +19,7 @@ from fnet.layers.activation import (
     tanh,
 )
 from fnet.layers.attention import attention
-from fnet.layers.combinators import concatenate, multiply, parallel, remat, repeat, residual, serial
+from fnet.layers.combinators import add, concatenate, multiply, parallel, remat, repeat, residual, serial
 from fnet.layers.convolution import conv, conv_transpose
 from fnet.layers.dense import dense, flatten, reshape
 from fnet.layers.dot_product import dot_product_attention
@@ -36,10 +36,11 @@ from fnet.layers.embedding import (
     yarn_frequencies,
     yarn_scale,
 )
-from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, swiglu
+from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, squeeze_and_excitation, swiglu
 from fnet.layers.masks import by_position, drop_mask
-from fnet.layers.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
 from fnet.layers.padding import pad
+from fnet.layers.patches import windowed
 from fnet.layers.pooling import (
     adaptive_avg_pool,
     adaptive_max_pool,
@@ -50,7 +51,8 @@ from fnet.layers.pooling import (
 )
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
 from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, zero_carry
-from fnet.layers.relative import alibi, relative_positions
+from fnet.layers.relative import alibi, biased, relative_positions, relative_positions_2d
+from fnet.layers.reparametrized import fold_spectral_norm, fold_weight_norm, spectral_norm, weight_norm
 from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
@@ -60,10 +62,12 @@ __all__ = [
     "Policy",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "add",
     "alibi",
     "attention",
     "avg_pool",
     "batch_norm",
+    "biased",
     "bidirectional",
     "by_position",
     "celu",
@@ -77,6 +81,8 @@ __all__ = [
     "elu",
     "embedding",
     "flatten",
+    "fold_spectral_norm",
+    "fold_weight_norm",
     "freeze",
     "gated",
     "geglu",
@@ -90,6 +96,7 @@ __all__ = [
     "hard_sigmoid",
     "hard_swish",
     "identity",
+    "l2_normalize",
     "layer_norm",
     "leaky_relu",
     "learned_positions",
@@ -108,6 +115,7 @@ __all__ = [
     "prelu",
     "reglu",
     "relative_positions",
+    "relative_positions_2d",
     "relu",
     "remat",
     "repeat",
@@ -128,12 +136,16 @@ __all__ = [
     "softmax",
     "softplus",
     "softsign",
+    "spectral_norm",
+    "squeeze_and_excitation",
     "stacked",
     "stateless",
     "step",
     "swiglu",
     "tanh",
     "tied_embedding",
+    "weight_norm",
+    "windowed",
     "with_hand_backward",
     "yarn_frequencies",
     "yarn_scale",

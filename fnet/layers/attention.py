@@ -24,12 +24,13 @@ from fnet.layers.dot_product import (
     dot_product_attention,
     dot_product_attention_backward,
     in_int32,
+    require_bias,
     require_mask,
     require_scores,
 )
 from fnet.layers.embedding import require_rotary, rotate
 from fnet.layers.initializers import glorot_uniform, require_initializers, zeros
-from fnet.layers.masks import is_masked, with_mask
+from fnet.layers.masks import is_masked, split_bias, with_bias, with_mask
 from fnet.types import Layer, LayerError
 
 
@@ -48,6 +49,7 @@ def attention(
     interleaved: bool = False,
     relative: Layer | None = None,
     softcap=None,
+    score: Layer | None = None,
     dropout_rate=None,
     scale=None,
     weights=glorot_uniform(),
@@ -60,7 +62,9 @@ def attention(
     - ``x (B, T, I)``: self-attention, the memory is ``x``;
     - ``(x, mask)``: the same with padding; ``x`` counts as 0 where a mask ``(B, T)`` is False; it gives ``(y, mask)``;
     - ``(query (B, T, I), memory (B, S, M))``, or with a third, ``mask``: cross-attention. The mask is the memory's, and
-      ends here.
+      ends here;
+    - any of these with a bias of the scores last, ``(B or 1, H, T, S)``, known by its four axes: ``(x, bias)``, ``(x,
+      mask, bias)`` and so on. It ends here and has a gradient; `biased` gives one to many layers.
 
     A mask is boolean, True = may be attended to: ``(B, S)`` for the memory's padding, ``(B, T, S)`` for each pair, or
     ``(B, H, T, S)`` for each head's. With ``causal`` position t attends to positions ``s <= t`` alone, besides. What
@@ -71,10 +75,10 @@ def attention(
     - ``features``: O, that of the query by default. ``head_features``: D, ``O / heads`` by default.
       ``value_features``: E, D by default.
     - ``kv_heads``: K, ``heads`` by default; fewer are shared by G heads in a row (grouped queries, 1 is multi-query).
-    - ``window``, ``offset``, ``softcap``: those of `dot_product_attention`. The offset, where queries begin, counts for
-      ``rotary`` and ``relative`` too.
+    - ``window``, ``offset``, ``softcap``, ``score``: those of `dot_product_attention`. The offset, where queries begin,
+      counts for ``rotary`` and ``relative`` too.
     - ``relative``: a layer of the positions of queries and memory to a bias, `relative_positions` or `alibi`, of which
-      the parameters are those called ``relative``. (A bias of one's own goes to `dot_product_attention`.)
+      the parameters are those called ``relative``.
     - ``dropout_rate``: which probabilities are 0 in training, as there; it needs a key.
     - ``block_size``: None computes all scores at once and keeps the probabilities ``(B, H, T, S)`` for the backward; a
       number takes blocks of so many positions, and memory linear in T and S both ways.
@@ -98,7 +102,7 @@ def attention(
     kv_heads = heads if kv_heads is None else kv_heads
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
     require_counts("attention", **given, value_features=value_features, block_size=block_size)
-    require_scores("attention", window, softcap, dropout_rate)
+    require_scores("attention", window, softcap, dropout_rate, score)
     if relative is not None:
         require_layer("attention: relative", relative)
     require_initializers("attention", "bias", weights=weights, bias=bias)
@@ -108,13 +112,21 @@ def attention(
     if features is not None and head_features is None and features % heads:
         raise ValueError(f"attention: {heads} heads do not divide features = {features}; give head_features")
     options = {"causal": causal, "window": window, "offset": offset, "softcap": softcap, "dropout_rate": dropout_rate}
-    options |= {"scale": scale, "block_size": block_size}
+    options |= {"score": score, "scale": scale, "block_size": block_size}
+
+    def without_bias(x):
+        x, bias = split_bias(x)
+        if bias is not None and relative is not None:
+            raise LayerError("expected one bias, got one in the inputs beside relative")
+        return x, bias
 
     def turn(x, at):
         return x if rotary is None else rotate(x, at, rotary, interleaved=interleaved)
 
     def init(key, x):
+        x, given = without_bias(x)
         query, memory, _ = inputs(x)
+        require_bias(given, query.shape[0], heads, query.shape[1], memory.shape[1])
         out = query.shape[-1] if features is None else features
         if head_features is None and out % heads:
             raise LayerError(f"{heads} heads do not divide the query's {out} features: give head_features")
@@ -143,6 +155,7 @@ def attention(
         return params, ()
 
     def forward(params, state, x, *, key=None, train=False):
+        x, bias = without_bias(x)
         query, memory, mask = clean(x)
         if dropout_rate is None or not train:
             key = None
@@ -162,7 +175,7 @@ def attention(
         if is_decoding() and is_self(x):
             require_causal(causal, mask)
             k, v = remembered(k, v)
-        bias, of_relative = None, None
+        of_relative = None
         if relative is not None:
             require_relative(params)
             at = places(query, first), places(k)
@@ -180,17 +193,18 @@ def attention(
         dparams["out"], do = project_backward(params["out"], o, dy)
         do = do.reshape(*do.shape[:2], heads, do.shape[2] // heads)
         dq, dk, dv, dbias = dot_product_attention_backward(kept, do, mask, bias, key=key, **options)
+        given = None if relative is not None else dbias
         # a rotation's transpose is the rotation back
         dq, dk = turn(dq, -(positions(dq) + in_int32(offset))), turn(dk, -positions(dk))
         if relative is not None:
             dparams["relative"], _ = backward_child("relative", relative, params["relative"], of_relative, dbias)
         if is_joined(params, x):
             own, dx = project_all_backward(params, query, dq, dk, dv)
-            return {**dparams, **own}, clean_backward(x, dx, None)
+            return {**dparams, **own}, with_bias(clean_backward(x, dx, None), given)
         dparams["query"], dquery = project_backward(params["query"], query, dq)
         dparams["key"], by_key = project_backward(params["key"], memory, dk)
         dparams["value"], by_value = project_backward(params["value"], memory, dv)
-        return dparams, clean_backward(x, dquery, by_key + by_value)
+        return dparams, with_bias(clean_backward(x, dquery, by_key + by_value), given)
 
     return Layer("attention", init, forward, backward, () if relative is None else (("relative", relative),))
 

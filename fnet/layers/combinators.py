@@ -214,8 +214,7 @@ def concatenate(axis: int = -1) -> Layer:
             raise LayerError(
                 f"cannot join {listed(x)} along axis {axis}: expected arrays alike in dtype and other axes"
             )
-        # the residuals are empty arrays that carry the shapes
-        return jnp.concatenate(x, axis), [jnp.zeros((0, *shape)) for shape in shapes]
+        return jnp.concatenate(x, axis), shapes_in(x)
 
     def backward(params, carriers, dy):  # each part of y is one of the inputs, and so is its gradient
         ends = np.cumsum([carrier.shape[1:][axis] for carrier in carriers])
@@ -224,30 +223,77 @@ def concatenate(axis: int = -1) -> Layer:
     return by_position(stateless("concatenate", lambda key, x: (), forward, backward, several=True))
 
 
-def multiply() -> Layer:
-    """A tuple of arrays to their product, entry by entry; they are alike in shape and dtype.
+def add() -> Layer:
+    """A tuple of arrays to their sum; of one dtype, and of shapes that broadcast as NumPy's do.
 
-    >>> multiply().forward((), (), (jnp.array([[2.0, 3.0]]), jnp.array([[5.0, 0.0]])))[0].tolist()
-    [[10.0, 0.0]]
+    >>> add().forward((), (), (jnp.array([[2.0, 3.0]]), jnp.array([[5.0]])))[0].tolist()
+    [[7.0, 8.0]]
     """
 
     def forward(params, x):
-        require_branches(x)
-        if len({(part.shape, part.dtype) for part in x}) > 1:
-            raise LayerError(f"cannot multiply {listed(x)}: expected arrays alike in shape and dtype")
-        return functools.reduce(operator.mul, widened(x)).astype(x[0].dtype), x
+        parts = of_one_rank("add", x)
+        return functools.reduce(operator.add, parts).astype(x[0].dtype), shapes_in(x)
+
+    def backward(params, carriers, dy):  # ∂(Σ_j x_j)/∂x_i = 1, and what was broadcast is met by several entries of dy
+        return (), tuple(met_by(dy, carrier.shape[1:]) for carrier in carriers)
+
+    return by_position(stateless("add", lambda key, x: (), forward, backward, several=True))
+
+
+def multiply() -> Layer:
+    """A tuple of arrays to their product, entry by entry; of one dtype, and of shapes that broadcast as NumPy's do.
+
+    Axes are matched from the last to the first, so that images ``(B, H, W, C)`` are scaled by ``(B, 1, 1, C)``, and by
+    ``(C,)``; the gradient is summed over what was broadcast, in float32 at least.
+
+    >>> multiply().forward((), (), (jnp.array([[2.0, 3.0]]), jnp.array([[5.0, 0.0]])))[0].tolist()
+    [[10.0, 0.0]]
+    >>> multiply().forward((), (), (jnp.array([[2.0, 3.0]]), jnp.array([[5.0]])))[0].tolist()
+    [[10.0, 15.0]]
+    """
+
+    def forward(params, x):
+        return functools.reduce(operator.mul, of_one_rank("multiply", x)).astype(x[0].dtype), x
 
     def backward(params, x, dy):
-        # ∂(Π_j x_j)/∂x_i = Π_{j≠i} x_j, what stands before times what stands after: a quotient would not do for a 0
-        factors, d = widened(x), dy.astype(wide(dy.dtype))
+        # ∂(Π_j x_j)/∂x_i = Π_{j≠i} x_j, what stands before times what stands after: a quotient would not do for a 0;
+        # and the sum of it over what was broadcast
+        factors, d = of_one_rank("multiply", x), dy.astype(wide(dy.dtype))
         before = itertools.accumulate(factors[:-1], operator.mul, initial=d)
         after = [*itertools.accumulate(reversed(factors[1:]), operator.mul, initial=1)]
-        return (), tuple((b * a).astype(dy.dtype) for b, a in zip(before, reversed(after), strict=True))
-
-    def widened(x):  # in 16 bits the product of some may overflow that of all does not
-        return [part.astype(wide(part.dtype)) for part in x]
+        parts = zip(before, reversed(after), x, strict=True)
+        return (), tuple(met_by(b * a, part.shape).astype(dy.dtype) for b, a, part in parts)
 
     return by_position(stateless("multiply", lambda key, x: (), forward, backward, several=True))
+
+
+def of_one_rank(verb: str, x) -> list:
+    """The arrays with axes of 1 before those that they have, so that all have as many; in float32 at least.
+
+    In 16 bits the product of some may overflow that of all does not; and autodiff sums over what is broadcast in the
+    dtype in which it is broadcast. Raises `LayerError` for what is no tuple, for several dtypes, and for shapes that do
+    not broadcast.
+    """
+    require_branches(x)
+    try:
+        rank = len(np.broadcast_shapes(*(part.shape for part in x)))
+    except ValueError:
+        rank = None
+    if rank is None or len({part.dtype for part in x}) > 1:
+        raise LayerError(f"cannot {verb} {listed(x)}: expected arrays alike in dtype, whose shapes broadcast")
+    return [part.astype(wide(part.dtype)).reshape((1,) * (rank - part.ndim) + part.shape) for part in x]
+
+
+def met_by(d: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A gradient summed over what an array of this shape was broadcast along, in float32 at least."""
+    padded = (1,) * (d.ndim - len(shape)) + shape
+    axes = tuple(i for i, size in enumerate(padded) if size == 1 and d.shape[i] != 1)
+    return d.astype(wide(d.dtype)).sum(axes, keepdims=True).astype(d.dtype).reshape(shape) if axes else d.reshape(shape)
+
+
+def shapes_in(x) -> list[jax.Array]:
+    """Empty arrays that carry the shapes, as residuals that keep nothing else."""
+    return [jnp.zeros((0, *part.shape)) for part in x]
 
 
 def require_branches(x) -> None:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnet.core.checks import require, require_counts
+from fnet.core.checks import described, require, require_counts, require_layer
 from fnet.core.numerics import wide
+from fnet.layers.activation import without_parameters
 from fnet.layers.children import show, watched
-from fnet.types import LayerError
+from fnet.types import Layer, LayerError
 
 
 def dot_product_attention(
@@ -30,6 +31,7 @@ def dot_product_attention(
     window=None,
     offset=0,
     softcap=None,
+    score=None,
     dropout_rate=None,
     key=None,
     scale=None,
@@ -45,7 +47,10 @@ def dot_product_attention(
     - ``offset``: query t stands at the position ``offset + t`` of the memory; it may be traced. This is what the next
       two go by: with ``causal`` it attends to positions up to its own, with ``window`` w to those less than w away, so
       that with both it sees the last w, its own among them.
-    - ``softcap``: ``softcap · tanh(score / softcap)`` in the place of a score, before the bias (Gemma 2).
+    - ``score``: f of a layer without parameters, ``f(scale · q kᵀ) + bias`` in the place of a score; its backward is
+      what the backward here calls, for each block. It acts on each number by itself (which is not looked into), and is
+      finite at 0 too, which stands in padding. What goes by positions as well is a bias, a mask or a window.
+    - ``softcap``: the score function ``softcap · tanh(score / softcap)`` (Gemma 2).
     - ``dropout_rate``: p; with a ``key`` each probability is 0 with probability p and else divided by ``1 − p``. What
       is drawn depends on the key and the shape, and not on ``block_size``. Without a key nothing is dropped.
     - ``scale``: ``1/√D`` by default. ``block_size``: None, or the positions of a block, as in `attention`.
@@ -66,6 +71,7 @@ def dot_product_attention(
     | ``causal``: query t at ``offset + t`` | ``is_causal``: at t | a mask |
     | K heads are shared by H | with ``enable_gqa=True`` | H = K |
     | ``window``, ``softcap`` | in ``flex_attention`` | a mask; no |
+    | ``score``: a layer, of the score alone | in ``flex_attention``: ``score_mod``, of indices too, by autodiff | no |
     | nothing to attend to: 0, and gradients of 0 | NaN before 2.5 | the mean of all values |
     | dropout draws for each example and head | same | one draw for all, by ``broadcast_dropout`` |
 
@@ -88,8 +94,8 @@ def dot_product_attention(
         )
     require_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
     require_bias(bias, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    require_scores("dot_product_attention", window, softcap, dropout_rate)
-    rule = Rule(mask, bias, causal, window, in_int32(offset), softcap, dropout_rate, key, scale)
+    require_scores("dot_product_attention", window, softcap, dropout_rate, score)
+    rule = Rule(mask, bias, causal, window, in_int32(offset), function_of(score, softcap), dropout_rate, key, scale)
     if block_size is None:
         return plain(q, k, v, rule)
     return blockwise(q, k, v, rule, block_size)
@@ -105,13 +111,14 @@ def dot_product_attention_backward(
     window=None,
     offset=0,
     softcap=None,
+    score=None,
     dropout_rate=None,
     key=None,
     scale=None,
     block_size=None,
 ):
     """``dq, dk, dv, dbias`` for the gradient ``do (B, T, H, E)`` by ``o``; all else as it was given to the forward."""
-    rule = Rule(mask, bias, causal, window, in_int32(offset), softcap, dropout_rate, key, scale)
+    rule = Rule(mask, bias, causal, window, in_int32(offset), function_of(score, softcap), dropout_rate, key, scale)
     if block_size is None:
         return plain_backward(residuals, do, rule)
     return blockwise_backward(residuals, do, rule, block_size)
@@ -125,7 +132,7 @@ class Rule(NamedTuple):
     causal: bool
     window: int | None
     offset: Any
-    softcap: Any
+    score: Layer | None
     rate: Any
     key: Any
     scale: Any
@@ -158,15 +165,15 @@ def plain_backward(residuals, do, rule: Rule):
     """Of all scores at once."""
     # o = (P ⊙ m) v with m of dropout,  P = softmax(s),  s = f(z) + bias,  z = scale · q kᵀ, P = 0 where masked:
     #   dv = (P ⊙ m)ᵀ do,  dP = m ⊙ (do vᵀ),  ds = P ⊙ (dP − Σ_s dP ⊙ P),  dbias = ds (summed over B if it is shared)
-    #   dz = f'(z) ds with f'(z) = 1 − tanh²(z / cap), 1 without a cap;  dq = scale · dz k,  dk = scale · dzᵀ q
+    #   dz = f'(z) ds, by the backward of f;  dq = scale · dz k,  dk = scale · dzᵀ q
     q, k, v, p, kept = residuals
     (length, heads), groups = do.shape[1:3], do.shape[2] // k.shape[1]
     do = blocks(do, length, groups)[0]
     dv = einsum("bkts,bktd->bksd", dropped(p, kept, rule).astype(do.dtype), do).astype(v.dtype)
     dp = by_heads(dropped(einsum("bktd,bksd->bkts", do, v), kept, rule), length, is_gradient=True)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True))
-    slope = None if rule.softcap is None else scores(q, k, rule._replace(mask=None, bias=None), 0, 0, groups)[1]
-    dz = by_products(ds, slope, rule, q)
+    of_score = None if rule.score is None else scores(q, k, rule._replace(mask=None, bias=None), 0, 0, groups)[1]
+    dz = by_products(ds, of_score, rule, q)
     dq = einsum("bkts,bksd->bktd", dz, k).astype(q.dtype)
     dk = einsum("bkts,bktd->bksd", dz, q).astype(k.dtype)
     memory, dbias = (k.shape[2], k.shape[1]), None
@@ -243,10 +250,10 @@ def blockwise_backward(residuals, do, rule: Rule, block_size):
             j, k, v = block
 
             def update(dq):
-                s, slope = scores(q, k, rule, i, j, groups)
+                s, of_score = scores(q, k, rule, i, j, groups)
                 p, m = jnp.exp(s - lse), part_of(kept, j, b)
                 ds = p * (dropped(einsum("bktd,bksd->bkts", do, v), m, rule) - mean)
-                dz = by_products(ds, slope, rule, q)
+                dz = by_products(ds, of_score, rule, q)
                 dk = einsum("bkts,bktd->bksd", dz, q)
                 dv = einsum("bkts,bktd->bksd", dropped(p, m, rule).astype(do.dtype), do)
                 dbias = None if bias is None else of_bias(ds, rule.bias)
@@ -338,18 +345,16 @@ def allowed(rule: Rule, i, j, c: int, b: int, groups: int):
 
 
 def scores(q, k, rule: Rule, i, j, groups: int):
-    """``s = f(scale · q kᵀ) + bias`` in float32 at least, −∞ where a pair does not count; and f', None for no cap."""
+    """``s = f(scale · q kᵀ) + bias`` in float32 at least, −∞ where a pair does not count; and f's residuals."""
     c, b = q.shape[2] // groups, k.shape[2]
-    s, slope = einsum("bktd,bksd->bkts", q, k), None
+    s, of_score = einsum("bktd,bksd->bkts", q, k), None
     s = s * scale_of(rule, q, s.dtype)
-    if rule.softcap is not None:
-        cap = jnp.asarray(rule.softcap, s.dtype)
-        turned = jnp.tanh(s / cap)
-        s, slope = cap * turned, 1 - turned * turned
+    if rule.score is not None:
+        s, _, of_score = rule.score.forward((), (), s)
     if rule.bias is not None:
         s = s + cut(rule.bias.astype(s.dtype), i, j, c, b, groups)
     count = allowed(rule, i, j, c, b, groups)
-    return s if count is None else jnp.where(count, s, -jnp.inf), slope
+    return s if count is None else jnp.where(count, s, -jnp.inf), of_score
 
 
 def scale_of(rule: Rule, q: jax.Array, dtype) -> jax.Array:
@@ -357,10 +362,34 @@ def scale_of(rule: Rule, q: jax.Array, dtype) -> jax.Array:
     return jnp.asarray(q.shape[-1] ** -0.5 if rule.scale is None else rule.scale, dtype)
 
 
-def by_products(ds, slope, rule: Rule, q) -> jax.Array:
+def by_products(ds, of_score, rule: Rule, q) -> jax.Array:
     """``scale · f' ds``, the gradient by ``q kᵀ``, in the dtype of the products."""
-    ds = ds if slope is None else ds * slope
+    ds = ds if rule.score is None else rule.score.backward((), of_score, ds)[1]
     return (ds * scale_of(rule, q, ds.dtype)).astype(q.dtype)
+
+
+def function_of(score: Layer | None, softcap) -> Layer | None:
+    """The score function f, None for ``f(z) = z``; that of a ``softcap`` is ``cap · tanh(z / cap)``."""
+    if score is not None:
+        params, state = kept_by(score)
+
+        def run(z):
+            y, _, residuals = score.forward(params, state, z)
+            return y, residuals
+
+        return without_parameters(score.name, run, lambda residuals, ds: score.backward(params, residuals, ds)[1])
+    if softcap is None:
+        return None
+
+    def forward(z):
+        cap = jnp.asarray(softcap, z.dtype)
+        turned = jnp.tanh(z / cap)
+        return cap * turned, turned
+
+    def backward(turned, ds):  # f' = 1 − tanh²(z / cap)
+        return ds * (1 - turned * turned)
+
+    return without_parameters("softcap", forward, backward)
 
 
 def of_bias(ds: jax.Array, bias: jax.Array) -> jax.Array:
@@ -458,9 +487,39 @@ def require_bias(bias, batch: int, heads: int, queries: int, memory: int) -> Non
         raise LayerError(f"expected a bias of shape {each} or {(batch, *each)}, got {bias.shape}")
 
 
-def require_scores(who: str, window, softcap, dropout_rate) -> None:
-    """Raise ValueError unless each is None or what it may be."""
+def require_scores(who: str, window, softcap, dropout_rate, score) -> None:
+    """Raise ValueError unless each is None or what it may be; TypeError for a score that is no layer."""
     require_counts(who, window=window)
     require(softcap is None or softcap > 0, f"{who}: softcap = {softcap}; expected above 0, or None for none")
     fits = dropout_rate is None or (dropout_rate >= 0) & (dropout_rate < 1)
     require(fits, f"{who}: dropout_rate = {dropout_rate}; expected 0 <= dropout_rate < 1")
+    if score is None:
+        return
+    require_layer(f"{who}: score", score)
+    if softcap is not None:
+        raise ValueError(f"{who}: softcap beside score = {described(score)}; expected one, since both are f of a score")
+    if not is_function(score):
+        raise ValueError(
+            f"{who}: score is {described(score)}; expected a function of each score, without parameters, state or "
+            "key, such as softsign()"
+        )
+
+
+SOME_SCORES = jax.ShapeDtypeStruct((1, 1, 2, 3), jnp.float32)
+
+
+def is_function(layer: Layer) -> bool:
+    """Whether a layer needs nothing but its inputs, and returns outputs like them."""
+    try:
+        params, state = kept_by(layer)
+        if jax.tree.leaves((params, state)):
+            return False
+        y = jax.eval_shape(lambda z: layer.forward(params, state, z, train=True)[0], SOME_SCORES)
+    except LayerError:
+        return False
+    return (y.shape, y.dtype) == (SOME_SCORES.shape, SOME_SCORES.dtype)
+
+
+def kept_by(layer: Layer):
+    """Parameters and state of a layer of scores: trees without a leaf, if it is a function."""
+    return jax.eval_shape(lambda z: layer.init(jax.random.key(0), z), SOME_SCORES)

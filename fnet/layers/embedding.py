@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from fnet.core.checks import require, require_array, require_counts, require_layer, require_params
+from fnet.core.checks import is_whole, require, require_array, require_counts, require_layer, require_params
 from fnet.core.numerics import stream, wide
 from fnet.core.splitting import by_examples
 from fnet.layers.children import backward_child, forward_child, init_child
@@ -25,12 +25,19 @@ from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
 
-def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:
+def embedding(
+    vocabulary: int, features: int, *, padding_idx: int | None = None, weights=normal(0.02), dtype=jnp.float32
+) -> Layer:
     """``y = table[ids]`` with integer ``ids (B, ...)``, ``table (V, D)``, ``y (B, ..., D)``; D is ``features``.
 
     Raises `LayerError` where ids are not integers and, if they are concrete, where one is not from 0 to V − 1. Traced
     ids out of that range, negative ones too, give NaN and have no gradient: nothing is clamped or wrapped (flax wraps
     negative ids). PyTorch's initial table is normal with standard deviation 1, flax' ``1/√D``, GPT-2's 0.02.
+
+    The row ``padding_idx``, an id, is 0 at the start and has the gradient 0, by hand and by autodiff; ``y`` is the row
+    as it stands. (So the audit, which knows of nothing held, calls that row wrong where an id meets it.) PyTorch the
+    same; it also takes −V to −1 for rows counted from the end, which are refused here, by ValueError. `tied_embedding`
+    has no such row, since its logits would move it.
 
     >>> layer = embedding(100, 4)
     >>> params, state = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 16), "int32"))
@@ -39,17 +46,27 @@ def embedding(vocabulary: int, features: int, *, weights=normal(0.02), dtype=jnp
     """
     require_counts("embedding", vocabulary=vocabulary, features=features)
     require_initializers("embedding", weights=weights)
+    if padding_idx is not None and not (is_whole(padding_idx, 0) and padding_idx < vocabulary):
+        raise ValueError(
+            f"embedding: padding_idx = {padding_idx!r}; expected an id from 0 to {vocabulary - 1}, or None"
+        )
 
     def init(key, ids):
         require_ids(ids, vocabulary)
-        return {"table": weights(stream(key, "table"), (vocabulary, features), dtype)}
+        table = weights(stream(key, "table"), (vocabulary, features), dtype)
+        return {"table": table if padding_idx is None else table.at[padding_idx].set(0)}
 
     def forward(params, ids):
         require_params(params, table=(vocabulary, features))
-        return lookup(params["table"], ids), ids
+        y = lookup(params["table"], ids)
+        if padding_idx is not None:
+            y = jnp.where((ids.astype(jnp.int32) == padding_idx)[..., None], jax.lax.stop_gradient(y), y)
+        return y, ids
 
-    def backward(params, ids, dy):  # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i; ids have no gradient
-        return {"table": scatter(ids, dy, vocabulary).astype(params["table"].dtype)}, None
+    # y_i = table[ids_i]:  dtable[v] = Σ_{i: ids_i = v} dy_i, and 0 for the row that is held; ids have no gradient
+    def backward(params, ids, dy):
+        dtable = scatter(ids, dy, vocabulary).astype(params["table"].dtype)
+        return {"table": dtable if padding_idx is None else dtable.at[padding_idx].set(0)}, None
 
     def outer(params, ids, dy):  # of a row that is 1 at the id, and dy
         steps = math.prod(ids.shape[1:])

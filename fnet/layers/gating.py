@@ -18,6 +18,7 @@ from fnet.layers.activation import logistic, sigmoid, without_parameters
 from fnet.layers.combinators import multiply, parallel, serial
 from fnet.layers.dense import dense
 from fnet.layers.initializers import he_normal, zeros
+from fnet.layers.pooling import global_avg_pool
 from fnet.layers.rectifiers import relu
 from fnet.types import Layer, LayerError
 
@@ -209,3 +210,47 @@ def geglu(units: int, *, approximate: bool = False, weights=he_normal(), bias=ze
 def reglu(units: int, *, weights=he_normal(), bias=zeros()) -> Layer:
     """`gated` by `relu`: ``y = (x V + c) ⊙ relu(x W + b)``. Source: Shazeer, arXiv:2002.05202."""
     return gated(units, relu(), weights=weights, bias=bias)._replace(name="reglu")
+
+
+def squeeze_and_excitation(
+    features: int,
+    hidden: int,
+    *,
+    activation: Layer = relu(),
+    gate: Layer = sigmoid(),
+    weights=he_normal(),
+    bias=zeros(),
+) -> Layer:
+    """``y = x ⊙ g(f(m W + b) V + c)`` with ``m`` the mean over space: ``x (B, *S, C)`` to ``y`` alike.
+
+    Each channel is scaled by a gate that sees the means of all. ``features`` is C and ``hidden`` the width between,
+    C/16 in the paper; ``f`` is the ``activation``, ``g`` the ``gate``. ``W, b`` is the child ``branches/gate/dense_0``
+    and ``V, c`` ``branches/gate/dense_1``, with the initializers of `dense`. Raises `LayerError` for inputs of other
+    channels, and for a mask, which the mean ends.
+
+    Source: Hu et al., arXiv:1709.01507. torchvision's ``SqueezeExcitation(C, hidden)``, whose two layers are
+    convolutions of 1×1; MobileNetV3 has ``gate=hard_sigmoid()``.
+
+    >>> layer = squeeze_and_excitation(16, 4)
+    >>> params, _ = layer.init(jax.random.key(0), jax.ShapeDtypeStruct((8, 5, 5, 16), "float32"))
+    >>> jax.tree.map(jnp.shape, params["branches"]["gate"]["dense_0"])
+    {'b': (4,), 'w': (16, 4)}
+    """
+    require_counts("squeeze_and_excitation", features=features, hidden=hidden)
+    require_layer("squeeze_and_excitation: activation", activation)
+    require_layer("squeeze_and_excitation: gate", gate)
+    squeeze, excite = (dense(units, weights=weights, bias=bias) for units in (hidden, features))
+    gates = serial(("squeeze", global_avg_pool(keepdims=True)), squeeze, activation, excite, gate)
+    branches = parallel(("inputs", of_features(features)), ("gate", gates))
+    return serial(("branches", branches), multiply())._replace(name="squeeze_and_excitation")
+
+
+def of_features(features: int) -> Layer:
+    """`identity` of inputs ``(B, ..., C)`` with so many features; `LayerError` for others."""
+
+    def forward(x):
+        if x.shape[-1:] != (features,):
+            raise LayerError(f"expected {features} features, got shape {tuple(x.shape)}")
+        return x, ()
+
+    return without_parameters("identity", forward, lambda residuals, dy: dy)

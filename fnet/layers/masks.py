@@ -43,6 +43,19 @@ def with_mask(y: PyTree, mask) -> PyTree:
     return y if mask is None else (y, mask)
 
 
+def split_bias(x: PyTree) -> tuple[Any, Any]:
+    """``x, bias`` where a tuple ends with a bias of scores, floating with four axes; else ``x, None``."""
+    last: Any = x[-1] if isinstance(x, tuple) and len(x) > 1 else None
+    if len(getattr(last, "shape", ())) != 4 or not jnp.issubdtype(last.dtype, jnp.floating):
+        return x, None
+    return (x[0] if len(x) == 2 else x[:-1]), last
+
+
+def with_bias(x: PyTree, bias) -> PyTree:
+    """What `split_bias` took apart."""
+    return x if bias is None else (*x, bias) if isinstance(x, tuple) else (x, bias)
+
+
 def by_position(layer: Layer) -> Layer:
     """The layer, which acts on each position by itself, on ``(x, mask)`` as well: it returns ``(y, mask)``.
 

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.core.checks import described, require, require_array, require_counts, require_params
+from fnet.core.checks import described, is_whole, require, require_array, require_counts, require_params
 from fnet.core.numerics import stream, wide
 from fnet.core.trees import cast_like
 from fnet.layers.dense import rows
@@ -146,10 +146,11 @@ def rms_norm(*, eps=1e-6, scale=constant(1)) -> Layer:
 def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Layer:
     """Each example's features in ``groups`` of neighbours, each normalised over its features and all positions.
 
-    ``x (B, ..., C)`` to ``y`` alike; scale and bias ``(C,)``. One group normalises the whole example, C groups are
-    instance normalization. ``(x, mask)`` gives ``(y, mask)``: of each example only the positions where the mask is True
-    count, and elsewhere ``y`` and ``dx`` are 0. Arguments and errors as in `layer_norm`; `LayerError` also where C is
-    no multiple of ``groups``, and for a mask that does not fit.
+    ``x (B, ..., C)`` to ``y`` alike; scale and bias ``(C,)``. One group normalises the whole example; C groups are
+    instance normalization, ``group_norm(C, scale=None, bias=None)`` PyTorch's ``InstanceNorm`` as it comes.
+    ``(x, mask)`` gives ``(y, mask)``: of each example only the positions where the mask is True count, and elsewhere
+    ``y`` and ``dx`` are 0. Arguments and errors as in `layer_norm`; `LayerError` also where C is no multiple of
+    ``groups``, and for a mask that does not fit.
     Source: Wu and He, arXiv:1803.08494. PyTorch's ε is 1e-5 as well, flax' 1e-6.
 
     >>> layer = group_norm(2)
@@ -174,6 +175,47 @@ def group_norm(groups: int, *, eps=1e-5, scale=constant(1), bias=zeros()) -> Lay
         return jnp.repeat(by_group, v.shape[-1] // groups, 1).reshape(by_feature.shape)
 
     return _within("group_norm", mean, True, eps, scale, bias, check)
+
+
+def l2_normalize(axis: int = -1, *, eps=1e-12) -> Layer:
+    """``y = x / max(‖x‖, ε)`` with the Euclidean norm along ``axis``: ``x (B, ..., C)`` to ``y`` alike.
+
+    Vectors shorter than ``eps``, which may be traced, are divided by it: their derivative is 1/ε, at 0 too. At the
+    kink, where ``‖x‖ = ε``, it is that of longer ones. ``(x, mask)`` gives ``(y, mask)`` along the last axis, which is
+    named -1 for it. Raises ValueError unless ε is above 0, and `LayerError` for an axis that is not there or is the
+    batch's, and for inputs that are not floating. PyTorch's ``functional.normalize`` is along axis 1, else the same.
+
+    >>> l2_normalize().forward((), (), jnp.array([[3.0, 4.0], [0.0, 0.0]]))[0].round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    if not is_whole(axis, axis):
+        raise ValueError(f"l2_normalize: axis = {axis!r}; expected a whole number, such as -1")
+    require(eps > 0, f"l2_normalize: eps = {eps}; expected above 0")
+
+    def init(key, x):
+        require_features(x)
+        if not -len(x.shape) <= axis < len(x.shape) or axis % len(x.shape) == 0:
+            raise LayerError(f"expected axis {axis} among {len(x.shape)}, and not the batch's, got shape {x.shape}")
+        return ()
+
+    def forward(params, x):
+        init(None, x)
+        z, least = x.astype(wide(x.dtype)), jnp.asarray(eps, wide(x.dtype))
+        squares = (z * z).sum(axis, keepdims=True)
+        length = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # of 0, autodiff would take the root's slope
+        length = jnp.where(squares > 0, length, 0)
+        y = (z / jnp.where(length >= least, length, least)).astype(x.dtype)
+        return y, (y, length)
+
+    def backward(params, residuals, dy):
+        # y = x/n with n = ‖x‖:  ∂y_i/∂x_j = ([i = j] − y_i y_j)/n, so dx = (dy − y Σ y dy)/n;  dy/ε where n < ε
+        y, length = residuals
+        y, d, least = y.astype(length.dtype), dy.astype(length.dtype), jnp.asarray(eps, length.dtype)
+        along = jnp.where(length >= least, (y * d).sum(axis, keepdims=True), 0)
+        return (), ((d - y * along) / jnp.where(length >= least, length, least)).astype(dy.dtype)
+
+    layer = stateless("l2_normalize", init, forward, backward)
+    return by_position(layer) if axis == -1 else layer
 
 
 def over_features(v, counted):

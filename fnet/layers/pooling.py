@@ -219,10 +219,11 @@ def global_max_pool() -> Layer:
     return stateless("global_max_pool", init_of_places, forward, backward, several=True)
 
 
-def global_avg_pool() -> Layer:
+def global_avg_pool(*, keepdims: bool = False) -> Layer:
     """``y (B, C)``, the mean of each channel of ``x (B, *S, C)``, summed in float32 at least.
 
     Of ``(x, mask)``, with a mask ``(B, *S)``, the mean of the places where it is True; 0 where it never is.
+    With ``keepdims`` ``y`` is ``(B, 1, ..., C)``, of as many axes as ``x``.
 
     >>> x, mask = jnp.array([[[1.0], [3.0], [8.0]]]), jnp.array([[True, True, False]])
     >>> print(global_avg_pool().forward((), (), (x, mask))[0], global_avg_pool().forward((), (), x)[0])
@@ -233,13 +234,17 @@ def global_avg_pool() -> Layer:
         x, mask = split_mask(x)
         entries, counted, empty = one_spatial_axis(x), counted_places(x, mask), jnp.zeros((0, *x.shape), x.dtype)
         if counted is None:
-            return entries.mean(1, dtype=wide(x.dtype)).astype(x.dtype), (None, empty)
-        total = jnp.where(counted, entries, 0).sum(1, dtype=wide(x.dtype))
-        return (total / number_of(counted, total.dtype)).astype(x.dtype), (counted, empty)
+            mean = entries.mean(1, dtype=wide(x.dtype))
+        else:
+            total = jnp.where(counted, entries, 0).sum(1, dtype=wide(x.dtype))
+            mean = total / number_of(counted, total.dtype)
+        y = mean.astype(x.dtype)
+        return y.reshape(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1]) if keepdims else y, (counted, empty)
 
     def backward(_, residuals, dy):  # ∂y / ∂x_s = 1 / number of places, 0 at those that are not counted
         counted, empty = residuals
-        shape, d = empty.shape[1:], dy.astype(wide(dy.dtype))
+        shape = empty.shape[1:]
+        d = dy.reshape(shape[0], shape[-1]).astype(wide(dy.dtype))
         if counted is None:
             share = (d / math.prod(shape[1:-1])).astype(dy.dtype)
             return (), jnp.broadcast_to(share.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1]), shape)

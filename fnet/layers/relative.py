@@ -1,6 +1,7 @@
 """Biases of scores by how far apart two positions stand, for `attention`'s ``relative``.
 
-They are layers of positions, ``(t (B, T), s (B, S))`` of queries and memory, integers, to a bias ``(B, H, T, S)``.
+They are layers of positions, ``(t (B, T), s (B, S))`` of queries and memory, integers, to a bias ``(B, H, T, S)``. Each
+attention has its own, or by `biased` many have one.
 
 Legend: B batch, T queries, S positions of the memory, H heads.
 """
@@ -13,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.checks import require_counts, require_params
-from fnet.core.numerics import stream
+from fnet.core.checks import require_array, require_counts, require_layer, require_params
+from fnet.core.numerics import stream, wide
+from fnet.layers.children import backward_child, forward_child, init_child
+from fnet.layers.combinators import output_shape, require_children
 from fnet.layers.embedding import lookup, scatter
 from fnet.layers.initializers import normal, require_initializers
+from fnet.layers.masks import split_bias, split_mask, with_bias
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -37,7 +41,7 @@ def relative_positions(
     With ``bidirectional`` the first half of all buckets is for ``s <= t`` and the second for ``s > t``, each laid out
     so; without, for causal attention, all are for ``s <= t``, and ``s > t`` counts as 0.
 
-    T5 scales no scores (``scale=1.0``) and has one table for all layers; here each attention has its own.
+    T5 scales no scores (``scale=1.0``) and has one table for all layers: `biased`.
     Raises ValueError for buckets that do not fit. Source: Raffel et al., arXiv:1910.10683; the formula is their code's.
 
     >>> layer = relative_positions(2, buckets=8)
@@ -83,6 +87,48 @@ def relative_positions(
     return stateless("relative_positions", init, forward, backward, several=True)
 
 
+def relative_positions_2d(heads: int, window: int, *, weights=normal(0.02), dtype=jnp.float32) -> Layer:
+    """``bias[h, t, s] = table[(Δi + M − 1)(2M − 1) + Δj + M − 1, h]``, Swin's bias by the offsets of two pixels.
+
+    Positions are those of a window of M × M pixels row by row, ``t = i M + j``; M is ``window``, ``Δi, Δj`` what t has
+    more than s, and ``table ((2M − 1)², H)``. Positions that are not in the window are refused or, where they are
+    traced, have the bias NaN. Source: Liu et al., arXiv:2103.14030; the table stands as in their code.
+
+    >>> layer = relative_positions_2d(3, 2)
+    >>> at = jnp.arange(4)[None]
+    >>> params, state = layer.init(jax.random.key(0), (at, at))
+    >>> params["table"].shape, layer.forward(params, state, (at, at))[0].shape
+    ((9, 3), (1, 3, 4, 4))
+    """
+    require_counts("relative_positions_2d", heads=heads, window=window)
+    require_initializers("relative_positions_2d", weights=weights)
+    side = 2 * window - 1
+
+    def ids(x):
+        t, s = require_positions(x)
+        if max(t.shape[1], s.shape[1]) > window * window:
+            raise LayerError(f"expected at most {window}² positions, got {max(t.shape[1], s.shape[1])}")
+        t, s = t[:, :, None], s[:, None]
+        down, right = t // window - s // window, t % window - s % window  # (B, T, S)
+        inside = (t >= 0) & (t < window * window) & (s >= 0) & (s < window * window)
+        return jnp.where(inside, (down + window - 1) * side + right + window - 1, side * side)
+
+    def init(key, x):
+        require_positions(x)
+        return {"table": weights(stream(key, "table"), (side * side, heads), dtype)}
+
+    def forward(params, x):
+        require_params(params, table=(side * side, heads))
+        found = ids(x)
+        return jnp.moveaxis(lookup(params["table"], found), 3, 1), found
+
+    def backward(params, ids, dy):  # dtable[u, h] = Σ_{b, t, s: the offset is u} dy[b, h, t, s], as above
+        dtable = scatter(ids, jnp.moveaxis(dy, 1, 3), side * side)
+        return {"table": dtable.astype(params["table"].dtype)}, (None, None)
+
+    return stateless("relative_positions_2d", init, forward, backward, several=True)
+
+
 def alibi(heads: int, slopes=None) -> Layer:
     """``bias[h, t, s] = −slope_h · |t − s|``, attention with linear biases; no parameters.
 
@@ -113,6 +159,71 @@ def alibi(heads: int, slopes=None) -> Layer:
         return (), (None, None)
 
     return stateless("alibi", lambda key, x: (), forward, backward, several=True)
+
+
+def biased(relative: Layer, body: Layer) -> Layer:
+    """``body(x, bias)`` with the bias of ``relative`` at the positions 0, 1, … of ``x (B, T, ...)``, computed once.
+
+    The body is given ``(x, bias)``, or ``(x, mask, bias)`` of ``(x, mask)``. It is an `attention`, or layers that each
+    take the bias and hand it on, ``(x, bias)`` to ``(y, bias)``, as ``fnet.models.t5_block`` does; here the bias ends.
+    It is in float32 at least, since the gradients of all who read it are added up. Raises `LayerError` for inputs
+    without a time axis. Source: Raffel et al., arXiv:1910.10683.
+
+    >>> from fnet.layers.attention import attention
+    >>> x = jnp.ones((1, 5, 4))
+    >>> params, state = biased(relative_positions(2), attention(2)).init(jax.random.key(0), x)
+    >>> sorted(params), params["relative"]["table"].shape
+    (['body', 'relative'], (32, 2))
+    """
+    require_layer("biased: relative", relative)
+    require_layer("biased: body", body)
+    children = (("relative", relative), ("body", body))
+
+    def places(x):
+        values = split_mask(x)[0]
+        require_array(values)
+        if len(values.shape) < 3:
+            raise LayerError(f"expected inputs (batch, length, features), got shape {tuple(values.shape)}")
+        at = jnp.arange(values.shape[1], dtype=jnp.int32)[None]
+        return at, at
+
+    def widened(bias):
+        return bias.astype(wide(bias.dtype))
+
+    def init(key, x):
+        at, params, state = places(x), {}, {}
+        params["relative"], state["relative"] = init_child("relative", relative, key, at)
+        bias = output_shape(relative, params["relative"], state["relative"], at)
+        bias = jax.ShapeDtypeStruct(bias.shape, wide(bias.dtype))
+        params["body"], state["body"] = init_child("body", body, key, with_bias(x, bias))
+        return params, state
+
+    def forward(params, state, x, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        run, new_state, residuals = {"key": key, "train": train}, {}, {}
+        bias, new_state["relative"], residuals["relative"] = forward_child(
+            "relative", relative, params["relative"], state["relative"], places(x), **run
+        )
+        given = with_bias(x, widened(bias))
+        y, new_state["body"], residuals["body"] = forward_child(
+            "body", body, params["body"], state["body"], given, **run
+        )
+        y, passed = split_bias(y)
+        # beside them the bias' dtype in an empty array, and what is handed on, if anything is
+        return y, new_state, (residuals, jnp.zeros(0, bias.dtype), passed)
+
+    def backward(params, residuals, dy):
+        # y = f(x, b(θ)):  dx and db by f's backward, 0 having come for the bias at its end;  dθ by b's of db
+        residuals, like, passed = residuals
+        dy = dy if passed is None else with_bias(dy, jnp.zeros_like(passed))
+        dbody, dx = backward_child("body", body, params["body"], residuals["body"], dy)
+        dx, dbias = split_bias(dx)
+        dbias = dbias.astype(like.dtype)
+        drelative, _ = backward_child("relative", relative, params["relative"], residuals["relative"], dbias)
+        return {"relative": drelative, "body": dbody}, dx
+
+    return Layer("biased", init, forward, backward, children)
 
 
 def require_positions(x) -> tuple[jax.Array, jax.Array]:

@@ -5,14 +5,22 @@ Legend: B batch, T time, V vocabulary, D features.
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
+from fnet.core.checks import described, require_counts
 from fnet.layers import (
     attention,
+    biased,
     dense,
     dropout,
     embedding,
+    geglu,
     gelu,
     layer_norm,
     learned_positions,
+    relative_positions,
+    relu,
     repeat,
     residual,
     rms_norm,
@@ -21,8 +29,10 @@ from fnet.layers import (
     swiglu,
     tied_embedding,
 )
-from fnet.layers.combinators import output_shape
+from fnet.layers.children import backward_child, forward_child, init_child
+from fnet.layers.combinators import output_shape, require_children
 from fnet.layers.initializers import normal
+from fnet.layers.masks import split_bias, split_mask, with_bias, with_mask
 from fnet.types import Layer, LayerError
 
 
@@ -152,6 +162,119 @@ def llama(
         return tied_embedding(vocabulary, features, serial(*body))._replace(name="llama")
     output = ("output", dense(vocabulary, weights=normal(0.02), bias=None))
     return serial(("embedding", embedding(vocabulary, features)), *body, output)._replace(name="llama")
+
+
+def t5_block(
+    features: int,
+    heads: int,
+    *,
+    hidden: int,
+    head_features: int | None = None,
+    gated: bool = False,
+    eps=1e-6,
+    block_size: int | None = None,
+) -> Layer:
+    """``u = x + attention(norm(x), bias)``, then ``u + mlp(norm(u))``, on ``(x (B, T, D), bias)``; no other biases.
+
+    ``bias (B or 1, H, T, T)`` is added to the scores, which are not scaled, and handed on: ``(y, bias)``; ``(x, mask,
+    bias)`` gives ``(y, mask, bias)``. So blocks stand one after another, and each adds to the one bias' gradient. Norms
+    are `rms_norm`; the mlp is relu of ``hidden`` units and a dense layer, or with ``gated`` `geglu` with gelu's tanh
+    form, as in T5 1.1. Raises `LayerError` for inputs without a bias. Source: Raffel et al., arXiv:1910.10683; gated,
+    Shazeer, arXiv:2002.05202.
+    """
+    small = normal(0.02)
+    units = (
+        [("gated", geglu(hidden, approximate=True, weights=small, bias=None))]
+        if gated
+        else [("wide", dense(hidden, weights=small, bias=None)), relu()]
+    )
+    options = {"features": features, "head_features": head_features, "block_size": block_size, "scale": 1.0}
+    norm, attend = rms_norm(eps=eps), attention(heads, weights=small, bias=None, **options)
+    mlp = residual(("norm", rms_norm(eps=eps)), *units, ("narrow", dense(features, weights=small, bias=None)))
+    children = (("norm", norm), ("attention", attend), ("mlp", mlp))
+
+    def split(given):
+        x, bias = split_bias(given)
+        if bias is None:
+            raise LayerError(f"expected (x, bias) or (x, mask, bias), got {described(given)}: biased(...) adds a bias")
+        return x, bias
+
+    def init(key, given):
+        x, _ = split(given)
+        shapes = {"norm": x, "attention": given, "mlp": x}
+        made = {name: init_child(name, layer, key, shapes[name]) for name, layer in children}
+        return {name: params for name, (params, _) in made.items()}, {name: state for name, (_, state) in made.items()}
+
+    def forward(params, state, given, *, key=None, train=False):
+        require_children("params", params, children)
+        require_children("state", state, children)
+        x, bias = split(given)
+        new_state, residuals = {}, {}
+
+        def run(name, layer, x):
+            y, new_state[name], residuals[name] = forward_child(
+                name, layer, params[name], state[name], x, key=key, train=train
+            )
+            return y
+
+        a, mask = split_mask(run("attention", attend, with_bias(run("norm", norm, x), bias)))
+        y = run("mlp", mlp, with_mask(split_mask(x)[0] + a, mask))
+        return with_bias(y, bias), new_state, residuals
+
+    def backward(params, residuals, dy):
+        # y = m(u), u = x + a(n(x), b), and b once more beside y:  du by m, dn and db by a of du;
+        # dx = du + that by n of dn, and db adds to what came for the bias
+        dparams = {}
+        dy, dlater = split_bias(dy)
+        dparams["mlp"], du = backward_child("mlp", mlp, params["mlp"], residuals["mlp"], dy)
+        dparams["attention"], dn = backward_child("attention", attend, params["attention"], residuals["attention"], du)
+        dn, dbias = split_bias(dn)
+        dparams["norm"], dx = backward_child("norm", norm, params["norm"], residuals["norm"], dn)
+        return dparams, with_bias(jax.tree.map(jnp.add, dx, du), dbias + dlater)
+
+    return Layer("t5_block", init, forward, backward, children)
+
+
+def t5_encoder(
+    vocabulary: int,
+    *,
+    layers: int,
+    features: int,
+    heads: int,
+    hidden: int,
+    head_features: int | None = None,
+    gated: bool = False,
+    buckets: int = 32,
+    max_distance: int = 128,
+    eps=1e-6,
+    block_size: int | None = None,
+    repeated: bool = False,
+) -> Layer:
+    """T5's encoder: ids ``(B, T)`` to features ``(B, T, D)``, or ``(ids, mask)`` to ``(features, mask)``.
+
+    Token embeddings, ``layers`` of `t5_block` with one table of `relative_positions` for all, and a last `rms_norm`.
+    With ``vocabulary=32128, layers=6, features=512, heads=8, hidden=2048`` it is t5-small's, 35,330,816 of the
+    60,506,624 parameters that it has with its decoder. Where heads do not have D/H features give ``head_features``:
+    128 in t5-3b and t5-11b, 64 in T5 1.1, which is ``gated``. ``repeated`` as in `gpt`. T5's dropout is left out, and
+    weights are drawn as `gpt` draws them. Source: Raffel et al., arXiv:1910.10683.
+
+    >>> import jax
+    >>> model = t5_encoder(100, layers=2, features=16, heads=4, hidden=24)
+    >>> params, state = model.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8), "int32"))
+    >>> list(params), list(params["blocks"]), params["blocks"]["relative"]["table"].shape
+    (['embedding', 'blocks', 'norm'], ['relative', 'body'], (32, 4))
+    """
+    require_counts("t5_encoder", layers=layers)
+    block = t5_block(
+        features, heads, hidden=hidden, head_features=head_features, gated=gated, eps=eps, block_size=block_size
+    )
+    body = repeat(block, layers) if repeated else serial(*((f"block_{i}", block) for i in range(layers)))
+    relative = relative_positions(heads, buckets=buckets, max_distance=max_distance)
+    return serial(
+        ("embedding", embedding(vocabulary, features)),
+        ("blocks", biased(relative, body)),
+        ("norm", rms_norm(eps=eps)),
+    )._replace(name="t5_encoder")
 
 
 def recurrent_lm(vocabulary: int, *layers: Layer, features: int) -> Layer:
