@@ -124,7 +124,8 @@ def test_the_largest_eigenvalues_and_their_vectors_are_those_of_the_dense_matrix
     engine = fnet.backprop(MODEL, loss)
     values, vectors = np.linalg.eigh(dense_of(curvature.hessian(engine), at))
     for count in (3, vector.size):
-        found, trees = jax.jit(lambda *at, n=count: curvature.top_eigenvalues(engine, *at, n, steps=vector.size))(*at)
+        largest = lambda *at, n=count: curvature.top_eigenvalues(engine, *at, count=n, steps=vector.size)  # noqa: E731
+        found, trees = jax.jit(largest)(*at)
         np.testing.assert_allclose(found, values[::-1][:count], rtol=0, atol=1e-12)
         np.testing.assert_allclose(curvature.sharpness(engine, steps=vector.size)(*at), values[-1], rtol=1e-12)
     flat = np.stack([ravel_pytree(jax.tree.map(lambda a, i=i: a[i], trees))[0] for i in range(vector.size)])
@@ -260,7 +261,9 @@ def test_factors_with_targets_drawn_are_those_of_the_fisher_matrix_on_average(x6
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if "as jax's rule" not in name and not name.startswith("t5_block")]
+)  # jax has no second derivative of a rule
 def test_second_derivatives_by_hand_are_autodiffs_and_symmetric(name, x64):
     model, params, state, batch = problem(name)
     if not jax.tree.leaves(params):
@@ -271,9 +274,10 @@ def test_second_derivatives_by_hand_are_autodiffs_and_symmetric(name, x64):
 
     @jax.jit
     def products(params, state, batch, u, v):
-        inner = lambda a, b: sum(
-            jnp.vdot(x, y).astype(float) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        )  # noqa: E731
+        def inner(a, b):
+            pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+            return sum(jnp.vdot(x, y).astype(float) for x, y in pairs)
+
         found = []
         for make in (fnet.autodiff, fnet.backprop):
             matrix = curvature.hessian(make(model, SQUARED))

@@ -27,7 +27,7 @@ from fnet.core.checks import require_counts
 from fnet.core.numerics import stream, wide
 from fnet.gradients.engines import Gradient, check_engine, checked, loss_gradient, measure
 from fnet.gradients.examples import along, require_engine, shares
-from fnet.layers.children import Back, backward_of, forward_of, watch
+from fnet.layers.children import Back, backward_of, forward_of, is_rewritten, watch
 from fnet.optimizers.which import Mask, decaying
 from fnet.types import Batch, Layer, Loss, PyTree
 
@@ -413,7 +413,7 @@ def kronecker_factors(model: Layer, loss: Loss, *, empirical: bool = False) -> C
         found: dict[str, Factors] = {}
 
         def keep(back: Back, dparams=None, dx=None):
-            if back.layer.outer is None:
+            if back.layer.outer is None or is_rewritten():
                 return dparams, dx
             for name, (x, d) in back.layer.outer(back.params, back.residuals, back.dy).items():
                 if x.ndim == 3:  # of an embedding the inputs are one-hot rows

@@ -13,7 +13,7 @@ Legend: B batch, P entries of all parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from fnet.core.numerics import is_key, stream, wide
 from fnet.core.trees import Copies, named_leaves
 from fnet.data.arrays import as_arrays
 from fnet.gradients.engines import Gradient, accumulate, checked, counted, loss_gradient, measure
-from fnet.layers.children import Back, Call, backward_of, forward_of, is_frozen, unwatched, watch
+from fnet.layers.children import Back, Call, backward_of, forward_of, is_rewritten, unwatched, watch
 from fnet.types import Batch, Layer, LayerError, Loss, Mean, PyTree
 
 REMEDY = "take group_norm, layer_norm or rms_norm in its place"
@@ -127,6 +127,8 @@ def norms_by_hand(made, params, state, batch, key) -> Norms:
         return y
 
     def separate(back: Back, dparams=None, dx=None):
+        if is_rewritten():
+            return dparams, dx
         path, n = back.path, share.shape[0]
         inner = [p for p in squares if p[: len(path)] == path and len(p) > len(path)]
         if any(leaf.shape[:1] != (n,) for leaf in jax.tree.leaves(back.dy)):
@@ -139,7 +141,7 @@ def norms_by_hand(made, params, state, batch, key) -> Norms:
             own = ()
         elif isinstance(own, dict):
             own = {name: leaf for name, leaf in own.items() if name not in children}
-        squares[path] = {} if is_frozen() or not jax.tree.leaves(own) else of_layer(back, own)
+        squares[path] = of_layer(back, own) if jax.tree.leaves(own) else {}
         return dparams, dx
 
     def of_layer(back: Back, own) -> dict[str, jax.Array]:
@@ -196,32 +198,63 @@ def norms_of_sums(x: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def by_vmap(back: Back, call: Call) -> PyTree:
-    """``‖dparams‖²`` of each example by the layer's own backward, leaf by leaf, ``(B,)``."""
-    axes = example_axes(back, call)
+    """``‖dparams‖²`` of each example by the layer's own backward, leaf by leaf, ``(B,)``.
+
+    With what the forward kept of each example, or where that lies otherwise, by a forward of each.
+    """
     flat, tree = jax.tree.flatten(back.residuals)
+    axes = example_axes(back, call)
+    if axes is None:
+        return by_forwards(back, call)
 
     def one(own, dy):
-        own = [jnp.expand_dims(leaf, axis) for leaf, axis in zip(own, apart_axes, strict=True)]
         given = iter(own)
         residuals = [leaf if axis is None else next(given) for leaf, axis in zip(flat, axes, strict=True)]
-        with unwatched():
-            dparams, _ = back.layer.backward(
-                back.params, jax.tree.unflatten(tree, residuals), jax.tree.map(lambda d: d[None], dy)
-            )
-        return jax.tree.map(square, dparams)
+        return squares_of(back, jax.tree.unflatten(tree, residuals), dy)
 
-    apart_axes = [axis for axis in axes if axis is not None]
-    own = [leaf for leaf, axis in zip(flat, axes, strict=True) if axis is not None]
-    return jax.vmap(one, (apart_axes, 0))(own, back.dy)
+    # each keeps the axis, of length 1, where it was
+    own = [jnp.expand_dims(leaf, axis + 1) for leaf, axis in zip(flat, axes, strict=True) if axis is not None]
+    return jax.vmap(one, ([axis for axis in axes if axis is not None], 0))(own, back.dy)
 
 
-def example_axes(back: Back, call: Call) -> list[int | None]:
-    """Which axis of each residual counts the examples: the one that is longer for a longer batch."""
+def by_forwards(back: Back, call: Call) -> PyTree:
+    """The same, of a layer that draws no noise: LayerError for one that does."""
+    n = jax.tree.leaves(back.dy)[0].shape[0]
+    leaves, tree = jax.tree.flatten(call.x)
+    apart = [leaf.shape[:1] == (n,) for leaf in leaves]
+
+    def one(own, dy):
+        given = iter(own)
+        x = jax.tree.unflatten(
+            tree, [next(given)[None] if on else leaf for leaf, on in zip(leaves, apart, strict=True)]
+        )
+        try:
+            residuals = call.layer.forward(call.params, call.state, x, key=None, train=call.train)[2]
+        except LayerError as error:
+            raise LayerError(
+                "draws noise, and what it keeps of its forward cannot be taken apart by examples: take fnet.autodiff",
+                back.path,
+            ) from error
+        return squares_of(back, residuals, dy)
+
+    with unwatched():
+        return jax.vmap(one)([leaf for leaf, on in zip(leaves, apart, strict=True) if on], back.dy)
+
+
+def squares_of(back: Back, residuals: PyTree, dy: PyTree) -> PyTree:
+    """Of one example, whose residuals are those of a batch of one."""
+    with unwatched():
+        dparams, _ = back.layer.backward(back.params, residuals, jax.tree.map(lambda d: d[None], dy))
+    return jax.tree.map(square, dparams)
+
+
+def example_axes(back: Back, call: Call) -> list[int | None] | None:
+    """Which axis of each residual counts the examples, the one that is longer for a longer batch; None if none does."""
     n = jax.tree.leaves(back.dy)[0].shape[0]
 
-    def shapes(n_more):
+    def shapes(length):
         def longer(a):
-            return jax.ShapeDtypeStruct((n_more, *a.shape[1:]) if a.shape[:1] == (n,) else a.shape, a.dtype)
+            return jax.ShapeDtypeStruct((length, *a.shape[1:]) if a.shape[:1] == (n,) else a.shape, a.dtype)
 
         def residuals(params, state, x):
             return call.layer.forward(params, state, x, key=call.key, train=call.train)[2]
@@ -233,13 +266,16 @@ def example_axes(back: Back, call: Call) -> list[int | None]:
     for leaf, more in zip(shapes(n), shapes(n + 1), strict=True):
         longer = [axis for axis, (a, b) in enumerate(zip(leaf.shape, more.shape, strict=True)) if a != b]
         if is_key(leaf) or len(longer) > 1 or any(leaf.shape[axis] != n for axis in longer):
-            what = "a key, by which noise is drawn anew" if is_key(leaf) else f"{leaf.dtype}{list(leaf.shape)}"
-            raise LayerError(
-                f"keeps {what}, for its backward, which cannot be taken apart by examples: take fnet.autodiff",
-                back.path,
-            )
+            return None
         axes.append(longer[0] if longer else None)
     return axes
+
+
+def added(squares: Iterable[jax.Array]) -> jax.Array:
+    """Their sum, in the widest of their dtypes."""
+    squares = [*squares]
+    dtype = wide(*(s.dtype for s in squares))
+    return sum((s.astype(dtype) for s in squares), jnp.zeros((), dtype))
 
 
 def square(a: jax.Array) -> jax.Array:
@@ -280,7 +316,7 @@ def clip_per_example(
         if jax.tree.leaves(state):
             jax.eval_shape(lambda *given: apart(gradient, *given), params, state, batch, key)
         found = norms_by_hand(made, params, state, batch, key)
-        factors = limits(sum(found.squares.values(), jnp.zeros(())), found.share)
+        factors = limits(added(found.squares.values()), found.share)
         dy = jax.tree.map(lambda d: d * along(factors * (1 if scale is None else scale), d), found.dy)
         dparams, _ = backward_of(made.model, params, found.residuals, dy)
         return dparams, found.state, with_clipped(found.metrics, factors, found.share)
@@ -288,9 +324,7 @@ def clip_per_example(
     def mean_of_clipped(grads, state, metrics, scale):
         weights = metrics["loss"].count
         share = weights / jnp.where(weights.sum() == 0, 1, weights.sum())
-        factors = limits(
-            sum((jax.vmap(square)(g) for g in jax.tree.leaves(grads)), jnp.zeros(())), jnp.ones_like(share)
-        )
+        factors = limits(added(jax.vmap(square)(g) for g in jax.tree.leaves(grads)), jnp.ones_like(share))
         by = factors * share * (1 if scale is None else scale)
         total = jax.tree.map(lambda g: (g * along(by, g)).sum(0, dtype=wide(g.dtype)).astype(g.dtype), grads)
         return total, state, with_clipped(jax.tree.map(lambda a: a.sum(0), metrics), factors, share)
@@ -453,8 +487,7 @@ def by_leaf(squares: dict[str, jax.Array], params: PyTree) -> dict[str, jax.Arra
 
 def noise_of(traces: dict[str, jax.Array], norms: dict[str, jax.Array], effective) -> Noise:
     """From ``tr Σ`` and ``‖ḡ‖²`` by leaf, and ``1 / B``."""
-    traces = {**traces, "all": sum(traces.values(), jnp.zeros(()))}
-    norms = {**norms, "all": sum(norms.values(), jnp.zeros(()))}
+    traces, norms = {**traces, "all": added(traces.values())}, {**norms, "all": added(norms.values())}
     signals = {path: norms[path] - traces[path] * effective for path in traces}
     return Noise(
         {path: traces[path] / signals[path] for path in traces},

@@ -193,17 +193,20 @@ def shapes_known() -> AbstractContextManager[None]:
     return holding(_shapes, {})
 
 
-_frozen: ContextVar[bool] = ContextVar("frozen", default=False)
+_rewriting: ContextVar[bool] = ContextVar("rewriting", default=False)
 
 
-def frozen() -> AbstractContextManager[None]:
-    """Within a backward: the parameters count as constants, whatever gradient the layers within return for them."""
-    return holding(_frozen, True)
+def rewriting() -> AbstractContextManager[None]:
+    """Within, the ``dparams`` that layers return are not their parameters' gradients: who calls makes these of them.
+
+    A frozen layer makes zeros of them, one of another parametrization gradients of other parameters.
+    """
+    return holding(_rewriting, True)
 
 
-def is_frozen() -> bool:
-    """Whether the parameters of the layer whose backward runs count as constants."""
-    return _frozen.get()
+def is_rewritten() -> bool:
+    """Whether the layer whose backward runs stands within one that is `rewriting` its gradients."""
+    return _rewriting.get()
 
 
 # --- watching --------------------------------------------------------------------------------------------------------

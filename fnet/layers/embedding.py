@@ -70,7 +70,9 @@ def embedding(
 
     def outer(params, ids, dy):  # of a row that is 1 at the id, and dy
         steps = math.prod(ids.shape[1:])
-        known = jnp.where((ids >= 0) & (ids < vocabulary), ids, -1)
+        ids = ids.astype(jnp.int32)
+        counted = (ids >= 0) & (ids < vocabulary)
+        known = jnp.where(counted if padding_idx is None else counted & (ids != padding_idx), ids, -1)
         return {"table": (known.reshape(ids.shape[0], steps), dy.reshape(ids.shape[0], steps, features))}
 
     return by_position(stateless("embedding", init, forward, backward)._replace(outer=outer))

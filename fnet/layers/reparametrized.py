@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from fnet.core.checks import require, require_counts, require_layer
 from fnet.core.numerics import stream, wide
 from fnet.core.trees import Copies, named_leaves
+from fnet.layers.children import rewriting
 from fnet.layers.dense import rows
 from fnet.types import Layer, LayerError, PyTree
 
@@ -57,7 +58,8 @@ def weight_norm(layer: Layer, name: str = "w") -> Layer:
         return layer.forward(fold_weight_norm(params, name), state, x, key=key, train=train)
 
     def backward(params, residuals, dy):
-        dparams, dx = layer.backward(fold_weight_norm(params, name), residuals, dy)
+        with rewriting():
+            dparams, dx = layer.backward(fold_weight_norm(params, name), residuals, dy)
         g, v = parts(params, name)
         dtype = wide(v.dtype)
         dw, unit, n = leaf_at(dparams, name).astype(dtype), *directions(v)
@@ -66,7 +68,7 @@ def weight_norm(layer: Layer, name: str = "w") -> Layer:
         dv = per_output(g.astype(dtype) / n, dw) * (dw - unit * per_output(dg, dw))
         return replaced(dparams, name, {"g": dg.astype(g.dtype), "v": dv.astype(v.dtype)}), dx
 
-    return layer._replace(init=init, forward=forward, backward=backward)
+    return layer._replace(init=init, forward=forward, backward=backward, outer=None)
 
 
 def fold_weight_norm(params: PyTree, name: str = "w") -> Any:
@@ -138,7 +140,8 @@ def spectral_norm(layer: Layer, name: str = "w", *, iterations: int = 1, eps=1e-
     def backward(params, residuals, dy):
         residuals, u, v = residuals
         plain, _ = fold_spectral_norm(params, {"layer": (), "u": u, "v": v}, name)
-        dparams, dx = layer.backward(plain, residuals, dy)
+        with rewriting():
+            dparams, dx = layer.backward(plain, residuals, dy)
         w, dw = weights_at(params, name), as_matrix(leaf_at(dparams, name))
         matrix = as_matrix(w)
         sigma = u @ matrix @ v
@@ -146,7 +149,7 @@ def spectral_norm(layer: Layer, name: str = "w", *, iterations: int = 1, eps=1e-
         dmatrix = (dw - (dw * matrix).sum() / sigma * jnp.outer(u, v)) / sigma
         return replaced(dparams, name, dmatrix.T.reshape(w.shape).astype(w.dtype)), dx
 
-    return layer._replace(init=init, forward=forward, backward=backward)
+    return layer._replace(init=init, forward=forward, backward=backward, outer=None)
 
 
 def fold_spectral_norm(params: PyTree, state: PyTree, name: str = "w") -> tuple[Any, Any]:

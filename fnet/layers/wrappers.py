@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from fnet.core.checks import described, require_array, require_layer, takes
 from fnet.core.numerics import is_floating_dtype, wide
 from fnet.core.trees import cast_like, join, split_floating
-from fnet.layers.children import frozen
+from fnet.layers.children import rewriting
 from fnet.layers.decoding import is_decoding
 from fnet.types import Layer, LayerError, PyTree
 
@@ -105,7 +105,7 @@ def freeze(layer: Layer) -> Layer:
         return layer.forward(jax.lax.stop_gradient(params), state, x, key=key, train=train)
 
     def backward(params, residuals, dy):  # the parameters count as constants
-        with frozen():
+        with rewriting():
             _, dx = layer.backward(params, residuals, dy)
         return jax.tree.map(jnp.zeros_like, params), dx
 
