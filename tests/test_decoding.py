@@ -57,9 +57,10 @@ MODELS = {
     "sinusoidal": lambda: of(sinusoidal_positions(), attention(2, causal=True)),
     "guises": lambda: of(remat(llama()), freeze(llama()), with_hand_backward(llama()), repeat(llama(), 2)),
 }
+QUICK = ("gpt, repeated", "window, cap, wide values", "T5", "sinusoidal")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n not in QUICK)) for n in MODELS])
 def test_pieces_with_a_cache_give_what_the_whole_gives(name, key, x64):
     model, ids = MODELS[name](), jnp.asarray(IDS)
     params, state = fnet.init(model, key, ids)
@@ -106,6 +107,7 @@ def test_one_more_id_is_one_program_that_costs_one_position(key):
     assert len(traced) == 2  # of which the first begins with nothing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt", "rotary, grouped"])
 @pytest.mark.parametrize("context", [9, 6])
 def test_generate_draws_with_a_cache_what_it_draws_without_and_goes_on_beyond_the_context(name, context, key, x64):

@@ -473,7 +473,9 @@ def record_fault(derivation, fault):
     )
 
 
-@pytest.mark.parametrize("fault", [None, *backprop_by_hand.FAULTS])
+@pytest.mark.parametrize(
+    "fault", [None, "tanh", *(pytest.param(f, marks=pytest.mark.long) for f in backprop_by_hand.FAULTS if f != "tanh")]
+)
 def test_a_wrong_line_of_a_derivation_is_named_as_the_audit_names_it(derivation, fault, x64):
     found = record_fault(derivation, fault).first_wrong
     assert (found or "") == backprop_by_hand.audit(*derivation, fault=fault).first_wrong
@@ -530,7 +532,12 @@ FAULTY = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTY)
+def some(cases, *quick):
+    """All cases, those that are not ``quick`` marked as long."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in cases]
+
+
+@pytest.mark.parametrize("name", some(FAULTY, "dx", "dw", "in a residual"))
 def test_a_wrong_layer_is_named_as_the_audit_names_it(name):
     model, loss, expected = FAULTY[name]
     batch, loss = Batch(floats(3, 2), floats(3, 2)), loss or losses.squared_error
@@ -558,7 +565,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", some(COMPOSED, "the first of it, within", "a residual"))
 def test_a_wrong_composition_of_right_layers_is_named_as_the_audit_names_it(name):
     model, expected = COMPOSED[name]
     batch = Batch(floats(3, 2), floats(3, 2))
