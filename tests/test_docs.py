@@ -16,8 +16,9 @@ pytestmark = pytest.mark.long
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["training", "extending"])
-def test_the_pages_code_runs(page, capsys):
+@pytest.mark.parametrize("page", ["training", "extending", "instruments"])
+def test_the_pages_code_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = blocks_of(DOCS / f"{page}.md")
     assert len(blocks) >= 4
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -26,6 +27,8 @@ def test_the_pages_code_runs(page, capsys):
     if page == "training":
         assert "epoch 5/5" in printed and "forward of dense_0: dot_general gives" in printed
         assert "explain: run_chunk compiled in" in printed and "batch_size was 32 and is 16" in printed
+    elif page == "instruments":
+        assert "batch_norm_0: mixes the examples of a batch" in printed and (tmp_path / "spectrum.png").exists()
     else:
         assert not re.search(r"\bwrong\b", printed) and "scale_and_shift_0/a" in printed
 

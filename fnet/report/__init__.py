@@ -11,7 +11,7 @@ Imports any room; libraries are imported where they are used.
 from fnet.report.explorer import write_explorer
 from fnet.report.folder import save_audit, save_evaluation
 from fnet.report.model import summary
-from fnet.report.plots import plot_confusion, plot_curves, plot_rate_curve, plot_schedules
+from fnet.report.plots import plot_confusion, plot_curves, plot_rate_curve, plot_schedules, plot_spectrum
 from fnet.report.run import write_comparison, write_report
 from fnet.report.tables import difference_table, engine_table, schedule_table
 
@@ -22,6 +22,7 @@ __all__ = [
     "plot_curves",
     "plot_rate_curve",
     "plot_schedules",
+    "plot_spectrum",
     "save_audit",
     "save_evaluation",
     "schedule_table",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fnet.core.extras import need
+from fnet.gradients.curvature import Spectrum
 from fnet.report.panels import best_at, is_logarithmic, panels_of, series_of, whole
 from fnet.runs.history import History
 from fnet.training.rate_finder import RateCurve
@@ -85,6 +86,29 @@ def plot_rate_curve(curve: RateCurve, path: str | Path) -> None:
     if curve.diverged_at is not None:
         ax.axvline(curve.diverged_at, color="C3", linestyle=":", label=f"diverged at {curve.diverged_at:.2g}")
     ax.set(xlabel="learning rate", ylabel="loss", xscale="log")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_spectrum(spectrum: Spectrum, path: str | Path, width: float | None = None) -> None:
+    """The density of a matrix' eigenvalues, on a logarithmic axis, with the largest and the smallest marked.
+
+    ``spectrum`` is that of `fnet.curvature.spectrum`; each of its values is a normal curve of ``width``, by default a
+    hundredth of their range.
+    """
+    values = np.asarray(spectrum.values)
+    least, most = float(values.min()), float(values.max())
+    reach = (most - least) or abs(most) or 1.0
+    width = 0.01 * reach if width is None else width
+    points = np.linspace(least - 0.05 * reach, most + 0.05 * reach, 1000)
+    density = np.asarray(spectrum.density(points, width))
+    figure, ax = new_figure(width=7.0)
+    ax.plot(points, density, label=f"{values.shape[0]} draws of {values.shape[1]} steps")
+    for end in (least, most):
+        ax.axvline(end, linestyle=":", color="gray")
+        ax.annotate(f"{end:.3g}", (end, density.max()), textcoords="offset points", xytext=(4, 2), fontsize="small")
+    ax.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(max(density.max() * 1e-7, 1e-12), None))
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
     save_figure(figure, path)
