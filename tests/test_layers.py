@@ -72,6 +72,15 @@ LAYERS = {
         lambda p, x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     ),
     "softplus": (softplus(), (4, 5), lambda p, x: np.log(1 + np.exp(x))),
+    "softplus, beta 3": (softplus(3.0), (4, 5), lambda p, x: np.log(1 + np.exp(3 * x)) / 3),
+    "hard_tanh": (layers.hard_tanh(-0.5, 1.0), (4, 5), lambda p, x: np.clip(x, -0.5, 1)),
+    "threshold": (layers.threshold(0.3, -2.0), (4, 5), lambda p, x: np.where(x > 0.3, x, -2)),
+    "shrink": (
+        layers.shrink(0.4, 0.2),
+        (4, 5),
+        lambda p, x: np.where(x > 0.4, x - 0.2, np.where(x < -0.4, x + 0.2, 0)),
+    ),
+    "tanh_shrink": (layers.tanh_shrink(), (4, 5), lambda p, x: x - np.tanh(x)),
     "softmax": (layers.softmax(), (4, 5), lambda p, x: numpy_softmax(x)),
     "silu": (layers.silu(), (4, 5), lambda p, x: x / (1 + np.exp(-x))),
     "silu, beta -0.5": (layers.silu(-0.5), (4, 5), lambda p, x: x / (1 + np.exp(0.5 * x))),
@@ -272,6 +281,26 @@ def test_hard_gates_take_the_slopes_of_the_lines_beyond_their_kinks(layer, above
         np.testing.assert_array_equal(dx[0], np.float32([0, above]))
 
 
+@pytest.mark.parametrize(
+    ("layer", "at"),
+    [(layers.hard_tanh(-2, 3), (-2, 3)), (layers.threshold(1.5, 4.0), (1.5,)), (layers.shrink(), (-0.5, 0.5))],
+)
+def test_thresholds_have_the_derivative_zero_at_themselves(layer, at):
+    x = jnp.asarray([[*at, 2.0]])
+    for backward in (backward_by_hand, backward_by_autodiff):
+        assert backward(layer, (), (), x, jnp.ones_like(x))[1].tolist() == [[0.0] * len(at) + [1.0]]
+
+
+def test_thresholds_may_be_traced_and_open_to_one_side():
+    x = jnp.asarray([[-9.0, 0.5, 9.0]])
+    clipped = jax.jit(jax.vmap(lambda high: apply(layers.hard_tanh(-jnp.inf, high), (), (), x)))(jnp.asarray([1.0, 20]))
+    np.testing.assert_array_equal(clipped[:, 0], [[-9, 0.5, 1], [-9, 0.5, 9]])
+    with pytest.raises(ValueError, match="hard_tanh: low = 1, high = 1; expected a low below the high"):
+        layers.hard_tanh(1, 1)
+    with pytest.raises(ValueError, match="softplus: beta = 0; expected a positive number"):
+        layers.softplus(0)
+
+
 def test_prelu_takes_its_slope_at_zero_where_the_slope_itself_learns_nothing():
     x, layer = jnp.asarray([[0.0, -0.0, -2.0]]), layers.prelu(shared=True)
     params, state = layer.init(jax.random.key(0), x)
@@ -412,6 +441,7 @@ def test_torch_computes_the_same_activations_and_gradients(x64):
             "softmax",
         ),
         *("silu", "silu, beta -0.5", "elu", "celu", "selu", "mish", "softsign", "log_softmax"),
+        *("softplus, beta 3", "hard_tanh", "threshold", "shrink", "tanh_shrink"),
     ],
 )
 def test_activations_are_finite_at_extremes_and_pass_nan(name):

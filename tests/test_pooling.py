@@ -19,6 +19,7 @@ from fnet.layers.pooling import (
     avg_pool,
     global_avg_pool,
     global_max_pool,
+    lp_pool,
     max_pool,
 )
 from fnet.types import LayerError
@@ -142,6 +143,38 @@ def test_global_pools_are_pools_over_one_window(layer, kind, shape, x64):
     expected, expected_dx = numpy_pool(kind, np.asarray(x), whole, shape[1:-1], ones, nothing)
     assert_leaves_close((y, dx), (expected.reshape(2, 3), expected_dx), 1e-14)
     assert_leaves_close((y, dx), autodiff, 1e-14)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+def test_p_norms_of_windows_equal_numpy_and_autodiff_where_all_are_zero_too(p, x64):
+    x = np.random.default_rng(0).standard_normal((2, 5, 4, 2))
+    x[0, :3] = 0
+    layer = lp_pool((2, 3), p, stride=(2, 1), padding=((1, 0), (1, 1)))
+    padded = np.pad(x, ((0, 0), (1, 0), (1, 1), (0, 0)))
+    dy = np.random.default_rng(1).standard_normal((2, 3, 4, 2))
+    y, dx = np.zeros(dy.shape), np.zeros(padded.shape)
+    for b, i, j, c in np.ndindex(*dy.shape):
+        seen = (b, slice(2 * i, 2 * i + 2), slice(j, j + 3), c)
+        y[b, i, j, c] = (np.abs(padded[seen]) ** p).sum() ** (1 / p)
+        if y[b, i, j, c]:
+            slopes = np.sign(padded[seen]) * (np.abs(padded[seen]) / y[b, i, j, c]) ** (p - 1)
+            dx[seen] += dy[b, i, j, c] * slopes
+    actual, autodiff = by_both(layer, jnp.asarray(x), jnp.asarray(dy))
+    assert_leaves_close(actual, (y, dx[:, 1:, 1:-1]), 1e-13)
+    assert_leaves_close(actual, autodiff, 1e-13)
+
+
+def test_a_divisor_takes_the_place_of_the_counts(x64):
+    x, dy = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3))), jnp.ones((2, 3, 3))
+    options = {"stride": 2, "padding": "SAME"}
+    (y, dx), autodiff = by_both(avg_pool((2,), divisor=0.5, **options), x, dy)
+    padded = np.pad(x, ((0, 0), (0, 1), (0, 0)))
+    assert_leaves_close(y, (padded[:, ::2] + padded[:, 1::2]) / 0.5, 1e-14)
+    assert_leaves_close(dx, np.full(x.shape, 2.0), 1e-14)
+    assert_leaves_close((y, dx), autodiff, 1e-14)
+    for wrong in ({"p": 0.5}, {"p": 0}):
+        with pytest.raises(ValueError, match="lp_pool: p = .*at least 1"):
+            lp_pool((2,), **wrong)
 
 
 def numpy_adaptive_pool(kind, x, dy, sizes):

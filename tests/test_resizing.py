@@ -73,6 +73,14 @@ def normal(*shape):
     return np.random.default_rng(3).normal(size=shape)
 
 
+ROUNDINGS = {  # of fractions
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "half_up": lambda s: math.floor(s + Fraction(1, 2)),
+    "half_down": lambda s: math.ceil(s - Fraction(1, 2)),
+}
+
+
 # --- resize ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +108,25 @@ def test_forward_and_gradients_equal_numpy_and_autodiff(kind, x64):
     expected = np.einsum("ai,bj,ck,nijkf->nabcf", *w, x), np.einsum("ai,bj,ck,nabcf->nijkf", *w, dy)
     assert_leaves_close(by_hand, expected, 1e-13)
     assert_leaves_close(by_hand, autodiff, 1e-14)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("corners", ["half_pixel", "align", "asymmetric"])
+def test_the_nearest_is_rounded_as_is_named(corners, rounding, x64):
+    for n, m in [(2, 4), (4, 2), (3, 5), (5, 3), (2, 6), (6, 4), (7, 1), (1, 3)]:
+        x, dy = normal(1, n, 2), normal(1, m, 2)
+        at = {
+            "half_pixel": [(o + Fraction(1, 2)) * n / m - Fraction(1, 2) for o in range(m)],
+            "align": [Fraction(o * (n - 1), max(m - 1, 1)) for o in range(m)],
+            "asymmetric": [Fraction(o * n, m) for o in range(m)],
+        }[corners]
+        found = [min(max(ROUNDINGS[rounding](s), 0), n - 1) for s in at]
+        dx = np.zeros(x.shape)
+        for o, j in enumerate(found):
+            dx[:, j] += dy[:, o]
+        layer = resize((m,), method="nearest", corners=corners, rounding=rounding)
+        y, _, residuals = layer.forward((), (), jnp.asarray(x))
+        assert_leaves_close((y, layer.backward((), residuals, jnp.asarray(dy))[1]), (x[:, found], dx), 1e-15)
 
 
 def test_a_scale_is_rounded_down_and_may_be_one_for_each_axis():
@@ -281,6 +308,8 @@ def test_arguments_that_do_not_fit_are_refused():
         (lambda: resize(scale=math.inf), "resize: scale = inf; expected"),
         (lambda: resize((2,), method="lanczos"), "resize: method = 'lanczos'; expected 'nearest'"),
         (lambda: resize((2,), corners=True), "resize: corners = True; expected 'half_pixel'"),
+        (lambda: resize((2,), rounding="floor"), "resize: rounding = 'floor' with 'linear'; expected None, or with"),
+        (lambda: resize((2,), method="nearest", rounding="up"), "resize: rounding = 'up' with 'nearest'; expected"),
         (lambda: resize((2,), method="cubic", antialias=True), "resize: antialias with 'cubic' and 'half_pixel'"),
         (lambda: pixel_shuffle(0), "pixel_shuffle: factor = 0; expected a whole number"),
         (lambda: pixel_unshuffle(2, order="rows"), "pixel_unshuffle: order = 'rows'; expected 'CRD'"),

@@ -47,6 +47,7 @@ from fnet.layers.pooling import (
     avg_pool,
     global_avg_pool,
     global_max_pool,
+    lp_pool,
     max_pool,
 )
 from fnet.layers.rectifiers import celu, elu, leaky_relu, prelu, relu, selu
@@ -55,6 +56,7 @@ from fnet.layers.relative import alibi, biased, relative_positions, relative_pos
 from fnet.layers.reparametrized import fold_spectral_norm, fold_weight_norm, spectral_norm, weight_norm
 from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
 from fnet.layers.stacking import bidirectional, stacked
+from fnet.layers.thresholds import hard_tanh, shrink, tanh_shrink, threshold
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "gru_cell",
     "hard_sigmoid",
     "hard_swish",
+    "hard_tanh",
     "identity",
     "l2_normalize",
     "layer_norm",
@@ -102,6 +105,7 @@ __all__ = [
     "learned_positions",
     "llama3_frequencies",
     "log_softmax",
+    "lp_pool",
     "lstm",
     "lstm_cell",
     "max_pool",
@@ -130,6 +134,7 @@ __all__ = [
     "rotate",
     "selu",
     "serial",
+    "shrink",
     "sigmoid",
     "silu",
     "sinusoidal_positions",
@@ -143,6 +148,8 @@ __all__ = [
     "step",
     "swiglu",
     "tanh",
+    "tanh_shrink",
+    "threshold",
     "tied_embedding",
     "weight_norm",
     "windowed",

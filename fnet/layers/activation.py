@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fnet.core.checks import require
 from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
 from fnet.layers.wrappers import stateless
@@ -84,14 +85,19 @@ def tanh() -> Layer:
     return without_parameters("tanh", forward, backward)
 
 
-def softplus() -> Layer:
-    """``y = log(1 + exp(x))``, a smooth relu; exact for large ``|x|``."""
+def softplus(beta=1.0) -> Layer:
+    """``y = log(1 + exp(β x)) / β``, a smooth relu; exact for large ``|x|``. ``beta`` is positive and may be traced."""
+    require(beta > 0, f"softplus: beta = {beta}; expected a positive number")
+
+    def argument(x):
+        return x * jnp.asarray(beta, x.dtype)
 
     def forward(x):
-        return jnp.logaddexp(x, jnp.zeros_like(x)), x
+        z = argument(x)
+        return jnp.logaddexp(z, jnp.zeros_like(z)) / jnp.asarray(beta, x.dtype), x
 
-    def backward(x, dy):  # y' = e^z / (1 + e^z) = sigmoid(z)
-        return (dy.astype(wide(dy.dtype)) * logistic(x)).astype(dy.dtype)
+    def backward(x, dy):  # y' = β e^z / (1 + e^z) / β = sigmoid(z), z = βx
+        return (dy.astype(wide(dy.dtype)) * logistic(argument(x))).astype(dy.dtype)
 
     return without_parameters("softplus", forward, backward)
 

@@ -473,7 +473,9 @@ def require_mask(mask, batch: int, queries: int, memory: int, heads: int | None 
     if len(mask.shape) == 4:
         shapes.append((batch, mask.shape[1] if heads is None else heads, queries, memory))
     if mask.shape not in shapes:
-        raise LayerError(f"expected a mask of shape {' or '.join(map(str, shapes))}, got {mask.shape}")
+        one = mask.shape == (queries, memory)
+        remedy = f": one for all examples goes in by jnp.broadcast_to(mask, {shapes[1]})" if one else ""
+        raise LayerError(f"expected a mask of shape {' or '.join(map(str, shapes))}, got {mask.shape}{remedy}")
 
 
 def require_bias(bias, batch: int, heads: int, queries: int, memory: int) -> None:

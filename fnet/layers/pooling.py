@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.checks import is_whole, require_array
+from fnet.core.checks import is_whole, require, require_array
 from fnet.core.numerics import wide
 from fnet.layers.masks import split_mask
 from fnet.layers.windows import (
@@ -93,12 +93,14 @@ def avg_pool(
     padding: Padding = "VALID",
     ceil_mode: bool = False,
     count_padding: bool = False,
+    divisor: float | None = None,
 ) -> Layer:
     """``y_o = Σ_k x_(o·stride + k·dilation − low) / count_o``, the mean of each window.
 
     ``count_o`` is the number of true entries in the window, as in Keras; with ``count_padding=True`` padded zeros count
-    too, as by default in PyTorch (``count_include_pad``), but never what ``ceil_mode`` sees beyond them. Sums are taken
-    in float32 at least. Other arguments and errors are those of `max_pool`.
+    too, as by default in PyTorch (``count_include_pad``), but never what ``ceil_mode`` sees beyond them. A ``divisor``
+    takes the place of all counts (``divisor_override``; 1 gives sums). Sums are taken in float32 at least. Other
+    arguments and errors are those of `max_pool`.
 
     >>> x = jnp.ones((1, 3, 1))
     >>> avg_pool((2,), padding="SAME").forward((), (), x)[0].ravel().tolist()
@@ -110,7 +112,9 @@ def avg_pool(
     windows = windows_of("avg_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def counts(over: Windows, dtype):
-        """How many entries each output is the mean of, ``(1, *m, 1)``."""
+        """What each output's sum is divided by, ``(1, *m, 1)``."""
+        if divisor is not None:
+            return jnp.asarray(divisor, dtype)[None, None, None]
         return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
@@ -125,6 +129,42 @@ def avg_pool(
         return (), channels_last(fold(d, over).astype(dy.dtype))
 
     return stateless("avg_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
+
+
+def lp_pool(
+    window: tuple[int, ...], p=2.0, *, stride=None, dilation=1, padding: Padding = "VALID", ceil_mode: bool = False
+) -> Layer:
+    """``y_o = (Σ_k |x_(o·stride + k·dilation − low)|^p)^(1/p)``, the p-norm of each window; its slope is 0 where y is.
+
+    ``p`` is at least 1 and may be traced. Sums are taken in float32 at least; powers may overflow where y does not.
+    Other arguments and errors are those of `max_pool`. ONNX' LpPool the same; PyTorch's ``LPPool`` takes powers with
+    their signs, so that it agrees for an even p alone.
+
+    >>> lp_pool((2,)).forward((), (), jnp.array([3.0, -4.0]).reshape(1, 2, 1))[0].ravel().tolist()
+    [5.0]
+    """
+    require(p >= 1, f"lp_pool: p = {p}; expected a number of at least 1")
+    stride = window if stride is None else stride
+    windows = windows_of("lp_pool", window, stride, dilation, padding, "window", ceil_mode)
+
+    def forward(_, x):
+        over, dtype = over_true_inputs(windows, x), wide(x.dtype)
+        power = jnp.asarray(p, dtype)
+        entries = jnp.abs(channels_first(x).astype(dtype)) ** power
+        total = functools.reduce(jnp.add, taps(entries, over, 0))
+        y = jnp.where(total == 0, 0, jnp.where(total == 0, 1, total) ** (1 / power))
+        return channels_last(y.astype(x.dtype)), (x, y)
+
+    def backward(_, residuals, dy):  # ∂y_o / ∂x = sign x (|x| / y_o)^(p − 1), added up over the windows that see x
+        x, y = residuals
+        over, dtype = over_true_inputs(windows, x), wide(dy.dtype)
+        power = jnp.asarray(p, dtype) - 1
+        share = channels_first(dy).astype(dtype) * jnp.where(y == 0, 0, jnp.where(y == 0, 1, y) ** -power)
+        d = fold(jnp.broadcast_to(share, (*over.kernel, *share.shape)), over)
+        first = channels_first(x).astype(dtype)
+        return (), channels_last((jnp.sign(first) * jnp.abs(first) ** power * d).astype(dy.dtype))
+
+    return stateless("lp_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
 
 def adaptive_max_pool(sizes: tuple[int, ...]) -> Layer:

@@ -21,6 +21,7 @@ from fnet.types import Layer, LayerError
 
 Method = Literal["nearest", "linear", "cubic"]
 Corners = Literal["half_pixel", "align", "asymmetric"]
+Rounding = Literal["half_up", "half_down", "floor", "ceil"]
 
 
 def resize(
@@ -29,6 +30,7 @@ def resize(
     scale=None,
     method: Method = "linear",
     corners: Corners = "half_pixel",
+    rounding: Rounding | None = None,
     antialias: bool = False,
 ) -> Layer:
     """``x (B, *S, C)`` at other sizes, one to three spatial axes: ``y_o = Σ_j W_oj x_j`` along each, C untouched.
@@ -42,7 +44,8 @@ def resize(
 
     ``method``, with ``t = s − ⌊s⌋``; entries beyond the border are those at the border:
 
-    - ``"nearest"``: ``x_⌊s + ½⌋``, and ``x_⌊s⌋`` where asymmetric;
+    - ``"nearest"``: ``x_⌊s + ½⌋``, and ``x_⌊s⌋`` where asymmetric; or by the ``rounding`` of s that is named, where
+      ``"half_down"`` is ``⌈s − ½⌉``;
     - ``"linear"``: ``(1 − t) x_⌊s⌋ + t x_(⌊s⌋ + 1)``;
     - ``"cubic"``: the four nearest by Keys' kernel with a = −0.75.
 
@@ -55,8 +58,9 @@ def resize(
     |---|---|---|---|---|
     | linear | ``bilinear`` and its like | ``linear``, ``half_pixel`` | ``antialias=False`` | ``bilinear`` |
     | linear, align | ``align_corners=True`` | ``align_corners`` | | |
-    | linear, antialias | ``antialias=True`` | ``antialias=1`` | ``linear``, its default | ``antialias=True`` |
+    | linear, antialias | ``antialias=True`` | and ``exclude_outside=1`` | ``linear``, its default | ``antialias=True`` |
     | cubic | ``bicubic`` | ``cubic`` | other: a = −½ | other: a = −½ |
+    | nearest, half_down | | ``round_prefer_floor``, its default | | |
     | nearest | ``nearest-exact`` | ``round_prefer_ceil`` | ``nearest`` | ``nearest`` |
     | nearest, asymmetric | ``nearest`` | ``asymmetric``, ``floor`` | | |
 
@@ -81,6 +85,9 @@ def resize(
         raise ValueError(f"resize: method = {method!r}; expected 'nearest', 'linear' or 'cubic'")
     if corners not in ("half_pixel", "align", "asymmetric"):
         raise ValueError(f"resize: corners = {corners!r}; expected 'half_pixel', 'align' or 'asymmetric'")
+    if rounding is not None and (method != "nearest" or rounding not in ("half_up", "half_down", "floor", "ceil")):
+        expected = "None, or with 'nearest' one of 'half_up', 'half_down', 'floor' and 'ceil'"
+        raise ValueError(f"resize: rounding = {rounding!r} with {method!r}; expected {expected}")
     if antialias and (method, corners) != ("linear", "half_pixel"):
         raise ValueError(f"resize: antialias with {method!r} and {corners!r}; expected 'linear' and 'half_pixel'")
 
@@ -103,7 +110,7 @@ def resize(
         changes, y = resized(x), x.astype(wide(x.dtype))  # wide, since autodiff adds up in its dtype
         for axis, (n, m) in changes.items():
             if method == "nearest":
-                y = read(y, nearest(n, m, corners), axis)
+                y = read(y, nearest(n, m, corners, rounding), axis)
             else:
                 y = times(y, interpolation(n, m, method, corners, antialias), axis)
         return y.astype(x.dtype), jnp.zeros((0, *x.shape), x.dtype)
@@ -112,7 +119,7 @@ def resize(
         changes, dx = resized(jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), dy.astype(wide(dy.dtype))
         for axis, (n, m) in reversed(changes.items()):
             if method == "nearest":
-                dx = add_up(dx, nearest(n, m, corners), axis, n)
+                dx = add_up(dx, nearest(n, m, corners, rounding), axis, n)
             else:
                 dx = times(dx, interpolation(n, m, method, corners, antialias).T, axis)
         return (), dx.astype(dy.dtype)
@@ -141,10 +148,16 @@ def places(n: int, m: int, corners: Corners) -> tuple[np.ndarray, int]:
     return (o * (n - 1), max(m - 1, 1)) if corners == "align" else (o * n, m)
 
 
-def nearest(n: int, m: int, corners: Corners) -> np.ndarray:
+def nearest(n: int, m: int, corners: Corners, rounding: Rounding | None = None) -> np.ndarray:
     """The input that each output is, ``(m,)``, ascending."""
     over, under = places(n, m, corners)
-    return over // under if corners == "asymmetric" else (2 * over + under) // (2 * under)
+    rounded = {
+        "floor": lambda: over // under,
+        "ceil": lambda: -(-over // under),
+        "half_up": lambda: (2 * over + under) // (2 * under),
+        "half_down": lambda: -((under - 2 * over) // (2 * under)),
+    }[rounding or ("floor" if corners == "asymmetric" else "half_up")]()
+    return np.clip(rounded, 0, n - 1)
 
 
 def interpolation(n: int, m: int, method: Method, corners: Corners, antialias: bool) -> np.ndarray:
