@@ -173,7 +173,7 @@ def test_a_divisor_takes_the_place_of_the_counts(x64):
     assert_leaves_close(dx, np.full(x.shape, 2.0), 1e-14)
     assert_leaves_close((y, dx), autodiff, 1e-14)
     for wrong in ({"p": 0.5}, {"p": 0}):
-        with pytest.raises(ValueError, match="lp_pool: p = .*at least 1"):
+        with pytest.raises(ValueError, match="lp_pool: p = "):
             lp_pool((2,), **wrong)
 
 

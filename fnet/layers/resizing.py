@@ -58,7 +58,7 @@ def resize(
     |---|---|---|---|---|
     | linear | ``bilinear`` and its like | ``linear``, ``half_pixel`` | ``antialias=False`` | ``bilinear`` |
     | linear, align | ``align_corners=True`` | ``align_corners`` | | |
-    | linear, antialias | ``antialias=True`` | and ``exclude_outside=1`` | ``linear``, its default | ``antialias=True`` |
+    | linear, antialias | ``antialias=True`` | and ``exclude_outside=1`` | ``linear``, as it is | ``antialias=True`` |
     | cubic | ``bicubic`` | ``cubic`` | other: a = −½ | other: a = −½ |
     | nearest, half_down | | ``round_prefer_floor``, its default | | |
     | nearest | ``nearest-exact`` | ``round_prefer_ceil`` | ``nearest`` | ``nearest`` |
