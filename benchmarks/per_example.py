@@ -58,6 +58,7 @@ def torch_forms(name: str, params, x: np.ndarray, y: np.ndarray) -> dict:
     from torch import nn
 
     import fnet
+    from fnet.export.pytorch import Flattened
 
     if name == "mlp":
         make = lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))  # noqa: E731
@@ -75,7 +76,7 @@ def torch_forms(name: str, params, x: np.ndarray, y: np.ndarray) -> dict:
             ),
             *(nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
         )
-        flat = fnet.export.pytorch.Flattened("7.*", 16)
+        flat = Flattened("7.*", 16)
         modules = {"conv_0": "0.*", "conv_1": "3.*", "dense_0": flat, "dense_1": "9.*", "dense_2": "11.*"}
         given = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
     names = fnet.export.torch_names(params, modules)
@@ -138,7 +139,9 @@ def main() -> None:
             "ms",
         )
         for form, program in programs.items():
-            print(f"{form}: {program.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB of scratch")
+            memory = program.memory_analysis()
+            assert memory is not None
+            print(f"{form}: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch")
 
 
 if __name__ == "__main__":

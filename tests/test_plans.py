@@ -69,8 +69,8 @@ def test_what_fsdp_splits_gathers_and_scatters():
 def gpt(remat: bool, depth=4):
     block = models.transformer_block(64, 4, causal=True)
     stack = layers.repeat(layers.remat(block) if remat else block, depth)
-    body = layers.serial(("positions", models.learned_positions(16)), ("blocks", stack))
-    return layers.mixed_precision(models.tied_embedding(256, 64, body))
+    body = layers.serial(("positions", layers.learned_positions(16)), ("blocks", stack))
+    return layers.mixed_precision(layers.tied_embedding(256, 64, body))
 
 
 def test_a_transformer_over_tensor_sums_each_branch_and_remat_gathers_more():
