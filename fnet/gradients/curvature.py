@@ -1,6 +1,7 @@
 """Curvature of an objective: products with its matrices of second derivatives, and what follows from products alone.
 
     hessian(gradient), gauss_newton(model, loss), fisher(model, loss)         matrices, as products
+    block(matrix, leaves), in_parts(matrix, parts)                            of some parameters, of many examples
     top_eigenvalues(matrix, params, state, batch, key, count=1)               Lanczos
     trace, diagonal, spectrum                                                 by random vectors
     sharpness(matrix)                                                         the largest eigenvalue, for `make_step`
@@ -25,23 +26,21 @@ from jax.flatten_util import ravel_pytree
 from fnet import losses
 from fnet.core.checks import require_counts
 from fnet.core.numerics import stream, wide
-from fnet.gradients.engines import Gradient, check_engine, checked, loss_gradient, measure
+from fnet.gradients.engines import Gradient, accumulate, check_engine, checked, loss_gradient, measure
 from fnet.gradients.examples import along, require_engine, shares
 from fnet.layers.children import Back, backward_of, forward_of, is_rewritten, watch
 from fnet.optimizers.which import Mask, decaying
-from fnet.types import Batch, Layer, Loss, PyTree
-
-Product = Callable[..., PyTree]
+from fnet.types import Batch, Layer, Loss, Mean, PyTree
 
 
 class Matrix(NamedTuple):
     """A symmetric matrix of P × P as its products, ``matrix(params, state, batch, key, v) -> A v``."""
 
-    product: Product
+    product: Callable[..., tuple[PyTree, Mean]]  # A v, and the loss, which knows what its batch counts
     leaves: Mask = None  # those that it acts on, if not all
 
     def __call__(self, params: PyTree, state: PyTree, batch: Any, key: jax.Array | None, v: PyTree) -> PyTree:
-        return self.product(params, state, batch, key, v)
+        return self.product(params, state, batch, key, v)[0]
 
 
 # --- matrices --------------------------------------------------------------------------------------------------------
@@ -50,8 +49,7 @@ class Matrix(NamedTuple):
 def hessian(gradient: Gradient) -> Matrix:
     """``H = ∂²L / ∂θ²`` of an engine: the derivative of its gradient along ``v``, forward over reverse.
 
-    Of any engine, by hand or not; of `fnet.accumulate` over many examples in parts. Source: Pearlmutter, "Fast exact
-    multiplication by the Hessian", 1994.
+    Of any engine, by hand or not. Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
 
     >>> import fnet
     >>> model, x, y = fnet.dense(1, bias=None), jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.zeros((2, 1))
@@ -63,7 +61,12 @@ def hessian(gradient: Gradient) -> Matrix:
     require_engine("hessian", gradient)
 
     def product(params, state, batch, key, v):
-        return jax.jvp(lambda params: gradient(params, state, batch, key)[0], (params,), (v,))[1]
+        def grads(params):
+            grads, _, metrics = gradient(params, state, batch, key)
+            return grads, metrics["loss"]
+
+        _, along_v, loss = jax.jvp(grads, (params,), (v,), has_aux=True)
+        return along_v, loss
 
     return Matrix(product)
 
@@ -80,9 +83,9 @@ def gauss_newton(model: Layer, loss: Loss) -> Matrix:
     def product(params, state, batch, key, v):
         batch = checked("gauss_newton", batch, key)
         y, along_v, residuals = moved(model, params, state, batch, key, v)
-        count = measure(loss, None, y, batch)["loss"].count
-        _, curved = jax.jvp(lambda y: loss_gradient(loss, y, batch, count), (y,), (along_v,))
-        return backward_of(model, params, residuals, curved)[0]
+        measured = measure(loss, None, y, batch)["loss"]
+        _, curved = jax.jvp(lambda y: loss_gradient(loss, y, batch, measured.count), (y,), (along_v,))
+        return backward_of(model, params, residuals, curved)[0], measured
 
     return Matrix(product)
 
@@ -123,7 +126,8 @@ def fisher(model: Layer, loss: Loss, *, empirical: bool = False) -> Matrix:
     def product(params, state, batch, key, v):
         batch = checked("fisher", batch, key)
         y, along_v, residuals = moved(model, params, state, batch, key, v)
-        dy = loss_gradient(loss, y, batch, measure(loss, None, y, batch)["loss"].count)
+        measured = measure(loss, None, y, batch)["loss"]
+        dy = loss_gradient(loss, y, batch, measured.count)
         # dy is (wᵢ / W) ∂ℓᵢ/∂y: its product with J v is (wᵢ / W) (gᵢ · v), of which one share is taken away again
         slopes = sum(
             jnp.sum(d * u, tuple(range(1, d.ndim)))
@@ -131,7 +135,7 @@ def fisher(model: Layer, loss: Loss, *, empirical: bool = False) -> Matrix:
         )
         share = shares(loss, y, batch)
         slopes = jnp.where(share == 0, 0, slopes / jnp.where(share == 0, 1, share))
-        return backward_of(model, params, residuals, jax.tree.map(lambda d: d * along(slopes, d), dy))[0]
+        return backward_of(model, params, residuals, jax.tree.map(lambda d: d * along(slopes, d), dy))[0], measured
 
     return Matrix(product)
 
@@ -156,9 +160,30 @@ def block(matrix: Matrix | Gradient, leaves: Mask) -> Matrix:
     def product(params, state, batch, key, v):
         kept = jax.tree.unflatten(jax.tree.structure(params), decaying("block", leaves, params))
         only = lambda tree: jax.tree.map(lambda a, keep: a if keep else jnp.zeros_like(a), tree, kept)  # noqa: E731
-        return only(matrix(params, state, batch, key, only(v)))
+        inner, loss = matrix.product(params, state, batch, key, only(v))
+        return only(inner), loss
 
     return Matrix(product, leaves)
+
+
+def in_parts(matrix: Matrix | Gradient, parts: int) -> Matrix:
+    """The same matrix of a batch that is gone through in ``parts``, as large as a data set: see `fnet.accumulate`.
+
+    The matrix of the whole is the mean of those of its parts, by what they count, but for layers that look at their
+    whole batch.
+    """
+    matrix = as_matrix("in_parts", matrix)
+    require_counts("in_parts", parts=parts)
+
+    def product(params, state, batch, key, v):
+        def engine(params, state, batch, key, *, scale=None):
+            along_v, loss = matrix.product(params, state, batch, key, v)
+            return along_v, state, {"loss": loss}
+
+        along_v, _, metrics = accumulate(engine, parts)(params, state, batch, key)
+        return along_v, metrics["loss"]
+
+    return Matrix(product, matrix.leaves)
 
 
 def as_matrix(who: str, matrix: Matrix | Gradient) -> Matrix:

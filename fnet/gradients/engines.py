@@ -164,7 +164,8 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
         size, longer = divmod(n, parts)  # so many parts have one example more
 
         def one(state, index, batch):
-            grads, state, metrics = gradient(params, state, batch, jax.random.fold_in(key, index), scale=scale)
+            own = None if key is None else jax.random.fold_in(key, index)
+            grads, state, metrics = gradient(params, state, batch, own, scale=scale)
             if jax.tree.structure(grads) != jax.tree.structure(params):
                 raise ValueError("accumulate: the engine's gradients are not a tree like the parameters'")
             weight = metrics["loss"].count
