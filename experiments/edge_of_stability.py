@@ -116,9 +116,7 @@ def run(config: Config, console: Console | None = None) -> dict:
     """Descend at all rates from all seeds, print the table, draw; returns curves and what was measured."""
     console = open_console(config, console)
     if config.updates % config.every or config.updates < 3 * config.every:
-        raise SystemExit(
-            f"--updates {config.updates}; expected a multiple of {config.every}, three times that at least"
-        )
+        raise SystemExit(f"--updates {config.updates}; expected a multiple of {config.every}, at least three times it")
     if min(config.rates) == 0:
         raise SystemExit("--rates 0; expected rates above 0: the edge is 2 / rate")
     if config.examples > 1797:
