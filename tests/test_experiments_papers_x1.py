@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fnet
 from experiments import edge_of_stability as edge
+from experiments import mu_transfer as mu
 from fnet.core.numerics import stream
 from fnet.layers import tanh
 
@@ -101,4 +102,98 @@ def test_the_initial_weights_are_as_pytorch_draws_them():
 def test_an_edge_that_cannot_be_measured_is_refused_and_leaves_no_folder(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         edge.run(edge.Config(**options, run_dir=tmp_path), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
+# --- rates that transfer ---------------------------------------------------------------------------------------------
+
+RATES = (1e-3, 4e-3, 1.6e-2)
+
+
+@pytest.fixture(scope="module")
+def mu_run(tmp_path_factory):
+    options = {"widths": (8, 16), "base": 8, "rates": RATES, "seeds": (0, 1), "epochs": 1, "examples": 96, "depth": 2}
+    return printed(mu, **options, run_dir=tmp_path_factory.mktemp("runs"), name="test")
+
+
+def test_both_parametrisations_are_one_at_the_base_width_and_two_elsewhere(mu_run):
+    standard, maximal = mu_run[0]["losses"].values()
+    assert standard.shape == (2, 3, 2) and np.isfinite([standard, maximal]).all()
+    assert (standard[0] == maximal[0]).all() and (standard[1] != maximal[1]).all()
+
+
+@pytest.mark.parametrize("shrink", [1.0, 1 / 16])
+def test_initial_variances_and_first_steps_are_those_of_table_3(shrink):
+    width, rate = 256, 1e-3
+    model, optimizer_at = mu.parametrised(width, 3, shrink)
+    params, _ = model.init(jax.random.key(0), jnp.zeros((1, 64)))
+    variances = {name: float(p["w"].var()) for name, p in params.items() if p}
+    expected = {"dense_0": 2 / 64, "dense_1": 2 / width, "dense_2": 2 / width, "dense_3": shrink / width}
+    assert variances == pytest.approx(expected, rel=0.1)  # the last has 2,560 entries: 2.8 % is one standard deviation
+    assert all((p["b"] == 0).all() for p in params.values() if p)
+    optimizer = optimizer_at(rate)
+    grads = jax.tree.map(jnp.ones_like, params)  # Adam's first step is the rate, whatever the gradient
+    moved, _ = optimizer.update(grads, optimizer.init(params), params)
+    steps = jax.tree.map(lambda before, after: float((before - after).mean()), params, moved)
+    for i in range(4):
+        step = steps[f"dense_{i}"]
+        assert step["b"] == pytest.approx(rate, rel=1e-4)
+        assert step["w"] == pytest.approx(rate if i == 0 else rate * shrink, rel=1e-3)  # beside weights of 2e-1 at most
+
+
+def test_only_in_mu_p_does_a_first_step_change_the_hidden_layers_as_much_in_wide_networks_as_in_narrow_ones():
+    # the paper's check of coordinates: the change of what the last hidden layer puts out
+    data = mu.load(32)
+
+    def change(width, shrink):
+        model, optimizer_at = mu.parametrised(width, 3, shrink)
+        params, state = model.init(jax.random.key(0), data.inputs[:1])
+        optimizer = optimizer_at(1e-3)
+        grads, _, _ = fnet.backprop(model, fnet.softmax_cross_entropy)(params, state, data, jax.random.key(0))
+        moved, _ = optimizer.update(grads, optimizer.init(params), params)
+
+        def hidden(params):
+            h = np.asarray(data.inputs)
+            for i in range(3):
+                h = np.maximum(h @ np.asarray(params[f"dense_{i}"]["w"]) + np.asarray(params[f"dense_{i}"]["b"]), 0)
+            return h
+
+        return np.abs(hidden(moved) - hidden(params)).mean()
+
+    narrow = change(64, 1.0)
+    assert change(512, 1.0) > 3 * narrow  # 8 times as many entries, which move alike
+    assert 1 / 2 < change(512, 64 / 512) / narrow < 2
+
+
+def test_the_lowest_point_is_a_parabolas_in_logarithms_or_an_end_of_the_rates():
+    rates = 2.0 ** np.arange(-6, 0)
+    losses = 0.1 * np.exp(0.3 * (np.log(rates) - np.log(0.1)) ** 2)
+    assert mu.lowest(rates, losses) == pytest.approx(0.1, rel=1e-9)
+    losses[4:] = np.nan  # what diverged is no neighbour
+    assert mu.lowest(rates, losses) == rates[3]
+    assert mu.lowest(rates, rates) == rates[0] and mu.lowest(rates, -rates) == rates[-1]
+
+
+def test_exponents_and_what_is_transferred_are_those_of_losses_that_are_known():
+    config = mu.Config(widths=(64, 128, 256), rates=tuple(2.0**k for k in range(-12, -3)), seeds=(0, 1))
+    best = 2.0**-6 * (np.array(config.widths) / 64) ** -1.0
+    curve = (1 + (np.log(config.rates)[None, :] - np.log(best)[:, None]) ** 2) / np.array(config.widths)[:, None]
+    found = mu.measure(np.stack([curve, curve], -1), config)
+    assert found["best rate on the grid"] == [2.0**-6, 2.0**-7, 2.0**-8]
+    assert found["exponent"] == pytest.approx([-1, -1], abs=1e-9)
+    assert found["transferred"] == pytest.approx([(1 + np.log(4) ** 2) / 256] * 2)
+    assert found["wider is better"] == float((np.diff(curve, axis=0) <= 0).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": (64,)}, "two or more, rising"),
+        ({"rates": (0.1, 0.01)}, "above 0, rising"),
+        ({"examples": 31}, "expected 32, a batch, to 1797"),
+    ],
+)
+def test_widths_and_rates_that_cannot_be_compared_are_refused_and_leave_no_folder(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        mu.run(mu.Config(**options, run_dir=tmp_path), Console(quiet=True))
     assert not list(tmp_path.iterdir())
