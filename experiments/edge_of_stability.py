@@ -25,7 +25,8 @@ By the first command, mean and standard deviation of the seeds 0, 1, 2; the rate
 
 All claims hold: three rates stop the sharpness at 2/η, and 0.1, whose edge lies beyond what it reaches in this time,
 lets it climb through all three lines without a single rise of the loss. The first climb goes 19 to 41 % beyond 2/η
-before it is thrown back.
+before it is thrown back. At the edge runs part by rounding: by the other engine, `--engine autodiff`, each is another,
+with a last third of 1.004 to 1.014; below the edge the two agree.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def measure(loss: np.ndarray, sharpness: np.ndarray, rate: float, every: int) ->
         "last third · η/2": float(sharpness[-(len(sharpness) // 3) :].mean() / edge),
         "edge reached at": reached if there else None,
         "rises before": float(rises[:reached].mean()) if reached else None,
-        "rises after": float(rises[reached:].mean()) if there else None,
+        "rises after": float(rises[reached:].mean()) if there and reached < len(rises) else None,
         "loss at the edge": float(loss[reached]) if there else None,
         "last loss": float(loss[-1]),
     }
@@ -117,8 +118,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     console = open_console(config, console)
     if config.updates % config.every or config.updates < 3 * config.every:
         raise SystemExit(f"--updates {config.updates}; expected a multiple of {config.every}, at least three times it")
-    if min(config.rates) == 0:
-        raise SystemExit("--rates 0; expected rates above 0: the edge is 2 / rate")
+    if min(config.rates) == 0 or len({*config.rates}) < len(config.rates):
+        raise SystemExit(f"--rates {config.rates}; expected different rates above 0: the edge is 2 / rate")
     if config.examples > 1797:
         raise SystemExit(f"--examples {config.examples}; expected at most 1797, the digits that there are")
     folder = new_run_folder(config, "edge_of_stability")
@@ -150,7 +151,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 
 def draw(curves: dict[str, np.ndarray], config: Config, path: Path) -> None:
-    """Loss and sharpness by updates, every seed a line; the dashed lines are 2/η."""
+    """Loss and sharpness by updates, every seed a line; the dashed lines are 2/η, where the sharpness comes so high."""
     figure, (left, right) = new_figure(2, height=4.6)
     updates = np.arange(config.updates)
     highest = curves["sharpness"][np.isfinite(curves["sharpness"])].max()
@@ -159,10 +160,9 @@ def draw(curves: dict[str, np.ndarray], config: Config, path: Path) -> None:
             style = {"color": f"C{i}", "linewidth": 0.8, "alpha": 0.8}
             left.plot(updates, loss, label=f"η = {rate:g}" if j == 0 else None, **style)
             right.plot(updates[:: config.every], sharpness, **style)
-        if 2 / rate < 2 * highest:
-            right.axhline(2 / rate, color=f"C{i}", linestyle="--", label=f"2/η = {2 / rate:.2f}")
+        right.axhline(2 / rate, color=f"C{i}", linestyle="--", label=f"2/η = {2 / rate:.2f}")
     left.set(xlabel="update", ylabel="training loss", yscale="log")
-    right.set(xlabel="update", ylabel="sharpness: largest eigenvalue of the Hessian", ylim=(0, None))
+    right.set(xlabel="update", ylabel="sharpness: largest eigenvalue of the Hessian", ylim=(0, 1.1 * highest))
     grid_and_legend(left)
     grid_and_legend(right, loc="lower right")
     save_figure(figure, path)

@@ -123,7 +123,7 @@ def lowest(rates: np.ndarray, losses: np.ndarray) -> float:
 def measure(losses: np.ndarray, config: Config) -> dict:
     """What the losses ``(widths, rates, seeds)`` of one parametrisation say."""
     rates, mean = np.array(config.rates), losses.mean(-1)
-    best = [int(np.nanargmin(row)) for row in mean]
+    best = np.where(np.isfinite(mean), mean, np.inf).argmin(1).tolist()
     own = np.array([[lowest(rates, losses[w, :, s]) for w in range(len(losses))] for s in range(losses.shape[-1])])
     widths = np.log(config.widths)
     return {

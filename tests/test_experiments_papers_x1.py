@@ -95,7 +95,7 @@ def test_the_initial_weights_are_as_pytorch_draws_them():
     ("options", "message"),
     [
         ({"updates": 50}, "a multiple of 20, at least three times it"),
-        ({"rates": (0.1, 0.0)}, "rates above 0"),
+        ({"rates": (0.1, 0.0)}, "different rates above 0"),
         ({"examples": 1798}, "at most 1797"),
     ],
 )
