@@ -77,7 +77,7 @@ def test_norms_by_hand_are_those_of_the_gradients_of_batches_of_one(name, x64):
     if not jax.tree.leaves(params):
         return
     engine, key = fnet.backprop(model, PROJECTION), jax.random.key(2)
-    found = jax.jit(lambda *a: norms_by_hand(engine.made_of, *a)[:2])(params, state, batch, key)
+    found = jax.jit(lambda *a: norms_by_hand("a test", engine, *a)[:2])(params, state, batch, key)
     squares, share = found
     grads = []
     for i in range(len(batch.weights)):
@@ -212,7 +212,7 @@ def test_frozen_parameters_count_for_nothing_in_a_norm(x64):
         params, state = fnet.init(model, jax.random.key(0), x)
         engine = fnet.backprop(model, PROJECTION)
         _, rows = one_by_one(fnet.autodiff(model, PROJECTION), params, state, batch)
-        squares = norms_by_hand(engine.made_of, params, state, batch, None).squares
+        squares = norms_by_hand("a test", engine, params, state, batch, None).squares
         np.testing.assert_allclose(sum(squares.values()), (rows**2).sum(1) / 16, rtol=1e-12)
 
 

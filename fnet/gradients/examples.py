@@ -104,21 +104,31 @@ class Norms(NamedTuple):
 
     squares: dict[str, jax.Array]  # of each parameter: ‖∂(objective)/∂θ‖² of each example's part, (B,)
     share: jax.Array  # what each example counts of the whole, wᵢ / Σ w, (B,)
+    grads: PyTree  # of the whole batch; a program that does not read them does not compute them
     residuals: PyTree
     dy: PyTree
     state: PyTree
     metrics: dict[str, Mean]
 
 
-def norms_by_hand(made, params, state, batch, key) -> Norms:
+def is_by_hand(gradient: Gradient) -> bool:
+    """Whether this is `fnet.backprop`'s, of layers and a loss that are known."""
+    made = getattr(gradient, "made_of", None)
+    return made is not None and made.by_hand
+
+
+def norms_by_hand(who: str, gradient: Gradient, params, state, batch, key) -> Norms:
     """Squared norms of each example's part ``wᵢ gᵢ / Σ w`` of the gradient, by the residuals of one forward.
 
     Of a layer whose gradient is a sum of outer products (`Layer.outer`) they are had from these; of others the backward
     is run for each example with what the forward kept of it (by `jax.vmap`), so at most one layer's gradients are there
     B times. A layer whose noise is drawn anew in its backward is refused.
     """
-    model, loss, metrics = made.model, made.loss, made.metrics
-    batch = checked("clip_per_example", batch, key)
+    refuse_mixing_loss(gradient)
+    if jax.tree.leaves(state):  # by which a layer that mixes examples is known
+        jax.eval_shape(lambda *given: apart(gradient, *given), params, state, batch, key)
+    model, loss, metrics, _ = gradient.made_of  # pyright: ignore[reportFunctionMemberAccess]
+    batch = checked(who, batch, key)
     calls: dict[tuple[str, ...], Call] = {(): Call((), model, params, state, batch.inputs, key, True)}
     squares: dict[tuple[str, ...], dict[str, jax.Array]] = {}  # by layer, what is separate beneath each
 
@@ -159,10 +169,10 @@ def norms_by_hand(made, params, state, batch, key) -> Norms:
         measured = measure(loss, metrics, outputs, batch)
         share = shares(loss, outputs, batch)
         dy = loss_gradient(loss, outputs, batch, measured["loss"].count)
-        backward_of(model, params, residuals, dy)
+        grads, _ = backward_of(model, params, residuals, dy)
         separate(Back((), model, params, residuals, dy))
     named = {"/".join((*path, name)): s for path, found in squares.items() for name, s in found.items()}
-    return Norms(named, share, residuals, dy, new_state, measured)
+    return Norms(named, share, grads, residuals, dy, new_state, measured)
 
 
 def shares(loss: Loss, outputs, batch: Batch) -> jax.Array:
@@ -195,6 +205,12 @@ def norms_of_sums(x: jax.Array, d: jax.Array) -> jax.Array:
     if x.shape[1] == 1:
         return jnp.square(x).sum((1, 2)) * jnp.square(d).sum((1, 2))
     return (jnp.einsum("bni,bmi->bnm", x, x) * jnp.einsum("bno,bmo->bnm", d, d)).sum((1, 2))
+
+
+def shares_of(metrics: dict[str, Mean]) -> jax.Array:
+    """The same of what each batch of one has measured."""
+    weights = metrics["loss"].count
+    return weights / jnp.where(weights.sum() == 0, 1, weights.sum())
 
 
 def by_vmap(back: Back, call: Call) -> PyTree:
@@ -297,9 +313,8 @@ def clip_per_example(
 
     Of `fnet.backprop` each norm comes from the residuals of the forward: of dense layers, convolutions and embeddings
     from the outer products that a gradient is the sum of (`Layer.outer`), of others by their backward for each example;
-    then one backward adds up what is clipped.
-    Any other engine goes by `per_example`. Errors are those of `per_example`, and a layer that draws noise in its
-    backward is refused by hand.
+    then one backward adds up what is clipped. Any other engine goes by `per_example`. Errors are those of
+    `per_example`, and by hand a layer that draws noise in its backward is refused.
 
     What of this is private is not ours to say: an accountant such as Google's dp-accounting takes σ, the share of the
     data that a batch is, and the number of steps. Source: Abadi et al., arXiv:1607.00133; norms without gradients,
@@ -307,40 +322,35 @@ def clip_per_example(
     """
     require_engine("clip_per_example", gradient)
     require_counts("clip_per_example", parts=parts)
-    made = getattr(gradient, "made_of", None)
 
     def clipped(params, state, batch, key, *, scale=None):
-        if made is None or not made.by_hand:
-            return mean_of_clipped(*apart(gradient, params, state, batch, key), scale)
-        refuse_mixing_loss(gradient)
-        if jax.tree.leaves(state):
-            jax.eval_shape(lambda *given: apart(gradient, *given), params, state, batch, key)
-        found = norms_by_hand(made, params, state, batch, key)
+        by_norms = mean_by_hand if is_by_hand(gradient) else mean_of_all
+        grads, state, metrics, factors, share = by_norms(params, state, batch, key, 1 if scale is None else scale)
+        count = metrics["loss"].count
+        metrics["clipped"] = Mean(jnp.where(factors < 1, share, 0).sum() * count, count)
+        return grads, state, metrics
+
+    def mean_by_hand(params, state, batch, key, scale):
+        found = norms_by_hand("clip_per_example", gradient, params, state, batch, key)
         factors = limits(added(found.squares.values()), found.share)
-        dy = jax.tree.map(lambda d: d * along(factors * (1 if scale is None else scale), d), found.dy)
-        dparams, _ = backward_of(made.model, params, found.residuals, dy)
-        return dparams, found.state, with_clipped(found.metrics, factors, found.share)
+        dy = jax.tree.map(lambda d: d * along(factors * scale, d), found.dy)
+        grads, _ = backward_of(gradient.made_of.model, params, found.residuals, dy)  # pyright: ignore[reportFunctionMemberAccess]
+        return grads, found.state, {**found.metrics}, factors, found.share
 
-    def mean_of_clipped(grads, state, metrics, scale):
-        weights = metrics["loss"].count
-        share = weights / jnp.where(weights.sum() == 0, 1, weights.sum())
+    def mean_of_all(params, state, batch, key, scale):
+        grads, state, metrics = apart(gradient, params, state, batch, key)
+        share = shares_of(metrics)
         factors = limits(added(jax.vmap(square)(g) for g in jax.tree.leaves(grads)), jnp.ones_like(share))
-        by = factors * share * (1 if scale is None else scale)
+        by = factors * share * scale
         total = jax.tree.map(lambda g: (g * along(by, g)).sum(0, dtype=wide(g.dtype)).astype(g.dtype), grads)
-        return total, state, with_clipped(jax.tree.map(lambda a: a.sum(0), metrics), factors, share)
+        return total, state, jax.tree.map(lambda a: a.sum(0), metrics), factors, share
 
-    def limits(
-        squares, share
-    ):  # ‖share · g‖² > (share · C)²; where it is not, no root is taken, of which 0 has no slope
+    def limits(squares, share):
+        # share · C / ‖share · g‖ where that is below 1, and a NaN of a gradient; a root of 0 has no slope
         bound = share * max_norm
         above = squares > jnp.square(bound)
-        return jnp.where(
-            above, bound / jnp.sqrt(jnp.where(above, squares, 1)), jnp.where(jnp.isnan(squares), squares, 1)
-        )
-
-    def with_clipped(metrics, factors, share):
-        count = metrics["loss"].count
-        return {**metrics, "clipped": Mean(jnp.where(factors < 1, share, 0).sum() * count, count)}
+        below = jnp.where(jnp.isnan(squares), squares, 1)
+        return jnp.where(above, bound / jnp.sqrt(jnp.where(above, squares, 1)), below)
 
     engine = clipped if parts == 1 else accumulate(clipped, parts)
 
@@ -445,23 +455,17 @@ def gradient_noise(gradient: Gradient) -> Callable[..., Noise]:
     where a layer has a rule for its norm, as in `clip_per_example`. A layer that `repeat` runs counts as one leaf.
     """
     require_engine("gradient_noise", gradient)
-    made = getattr(gradient, "made_of", None)
 
     def noise(params, state, batch, key) -> Noise:
-        if made is not None and made.by_hand:
-            refuse_mixing_loss(gradient)
-            if jax.tree.leaves(state):
-                jax.eval_shape(lambda *given: apart(gradient, *given), params, state, batch, key)
-            found = norms_by_hand(made, params, state, batch, key)
-            share = found.share
-            dparams, _ = backward_of(made.model, params, found.residuals, found.dy)
+        if is_by_hand(gradient):
+            found = norms_by_hand("gradient_noise", gradient, params, state, batch, key)
+            share, dparams = found.share, found.grads
             # squares are (share ‖g‖)²: one share is divided out, and an example of no weight has none
             over = jnp.where(share == 0, 1, share)
             each = {path: (s / over).sum() for path, s in by_leaf(found.squares, dparams).items()}
         else:
             grads, _, metrics = apart(gradient, params, state, batch, key)
-            weights = metrics["loss"].count
-            share = weights / jnp.where(weights.sum() == 0, 1, weights.sum())
+            share = shares_of(metrics)
             dparams = jax.tree.map(lambda g: (g.astype(wide(g.dtype)) * along(share, g)).sum(0), grads)
             each = {path: (jax.vmap(square)(g) * share).sum() for path, g in named_leaves(grads)}
         norms = {path: square(g) for path, g in named_leaves(dparams)}
