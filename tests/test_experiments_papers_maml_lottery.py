@@ -1,0 +1,106 @@
+"""Published results: gradients through training (`maml_sinusoid`)."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import fnet
+from experiments import maml_sinusoid as maml
+
+pytestmark = pytest.mark.long
+
+
+def relative(a, b):
+    """The greatest difference of two trees' leaves, relative to the greatest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs)
+
+
+# --- maml_sinusoid ---------------------------------------------------------------------------------------------------
+
+
+def written_out(params, x):
+    """The network 1-5-4-1 of the test in plain jax."""
+    first, second, third = (params[f"dense_{i}"] for i in range(3))
+    return jax.nn.relu(jax.nn.relu(x @ first["w"] + first["b"]) @ second["w"] + second["b"]) @ third["w"] + third["b"]
+
+
+def error(params, points):
+    return ((written_out(params, points.inputs) - points.targets) ** 2).mean()
+
+
+@pytest.mark.parametrize("engine", ["backprop", "autodiff"])
+def test_the_meta_gradient_is_autodiff_written_out_and_the_first_order_is_that_at_the_end(engine, x64):
+    config = maml.Config(hidden=(5, 4), shots=3, tasks=2, inner_rate=0.05, engine=engine)
+    model = fnet.mlp(5, 4, 1)  # not the tiny weights that training begins with, of which second derivatives are 0
+    params, state = fnet.init(model, jax.random.key(0), jnp.zeros((1, 1)))
+    tasks = maml.draw_sinusoids(jax.random.key(1), 2)
+    points = maml.draw_points(jax.random.key(2), tasks, 6)
+    params = jax.tree.map(lambda a: a.astype(float), params)
+
+    def after(params, i):
+        seen, others = (
+            fnet.Batch(points.inputs[i, part], points.targets[i, part]) for part in np.split(np.arange(6), 2)
+        )
+        moved = jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(error)(params, seen))
+        return moved, others
+
+    with jax.numpy_rank_promotion("allow"):
+        exact = jax.grad(lambda p: sum(error(*after(p, i)) for i in range(2)) / 2)(params)
+        ends = [jax.grad(error)(*after(params, i)) for i in range(2)]
+    at_the_end = jax.tree.map(lambda a, b: (a + b) / 2, *ends)
+    second, first = (
+        jax.jit(maml.meta_gradient(config, state, first_order))(params, state, points, jax.random.key(3))[0]
+        for first_order in (False, True)
+    )
+    assert relative(second, exact) < 1e-12 and relative(first, at_the_end) < 1e-12
+    assert relative(first, exact) > 1e-2  # they are not the same
+
+
+def test_tasks_are_the_papers_and_the_oracle_is_told_which():
+    tasks = maml.draw_sinusoids(jax.random.key(0), 500)
+    points = maml.told(maml.draw_points(jax.random.key(1), tasks, 4), tasks)
+    x, amplitude, phase = (np.asarray(points.inputs[..., i], float) for i in range(3))
+    np.testing.assert_allclose(points.targets[..., 0], amplitude * np.sin(x - phase), atol=1e-5)
+    for values, (low, high) in zip((x, amplitude, phase), (maml.PLACES, maml.AMPLITUDES, maml.PHASES), strict=True):
+        assert low <= values.min() < low + 0.03 * (high - low) and high - 0.03 * (high - low) < values.max() <= high
+
+
+def test_maml_learns_to_learn_and_what_is_measured_is_descent_on_the_points_seen(tmp_path):
+    config = maml.Config(
+        iterations=1500,
+        hidden=(20, 20),
+        tasks=8,
+        learning_rate=0.005,
+        test_shots=(10,),
+        test_tasks=40,
+        rates=(0.001, 0.01),
+        seeds=(0, 1),
+        run_dir=tmp_path,
+        name="a",
+    )
+    results = maml.run(config, Console(file=io.StringIO(), width=200))
+    found = results["found"]["MAML"]["10 shots"]
+    assert found["errors"].shape == (2, 11) and (found["once"] == found["errors"][:, 1]).all()
+    assert (found["errors"][:, 1] < 0.8 * found["errors"][:, 0]).all()
+    assert results["found"]["pretrained"]["10 shots"]["rate"] in map(pytest.approx, (0.01, 0.001))
+    assert (results["folder"] / "fits.png").stat().st_size > 20000
+
+    # one held-out task by hand: three steps of p − rate · g
+    model = maml.make_model(config)
+    params = jax.tree.map(lambda a: jnp.asarray(a[0]), results["learnt"]["MAML"])
+    _, state = model.init(jax.random.key(0), jnp.zeros((1, 1)))
+    points = maml.draw_points(jax.random.key(5), maml.draw_sinusoids(jax.random.key(4), 1), 5)
+    seen = fnet.Batch(points.inputs[0], points.targets[0])
+    path = maml.descend(config, params, state, 0.02, seen)
+    with jax.numpy_rank_promotion("allow"):
+        for i in range(3):
+            at = jax.tree.map(lambda a, i=i: a[i], path)
+            at = jax.tree.map(lambda p, g: p - 0.02 * g, at, jax.grad(error)(at, seen))
+            assert relative(jax.tree.map(lambda a, i=i: a[i + 1], path), at) < 1e-4
