@@ -1,4 +1,4 @@
-"""Published results: gradients through training (`maml_sinusoid`)."""
+"""Published results: gradients through training (`maml_sinusoid`) and pruning to tickets (`lottery_ticket`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import fnet
+from experiments import lottery_ticket as lottery
 from experiments import maml_sinusoid as maml
 
 pytestmark = pytest.mark.long
@@ -92,7 +93,7 @@ def test_maml_learns_to_learn_and_what_is_measured_is_descent_on_the_points_seen
     assert results["found"]["pretrained"]["10 shots"]["rate"] in map(pytest.approx, (0.01, 0.001))
     assert (results["folder"] / "fits.png").stat().st_size > 20000
 
-    # one held-out task by hand: three steps of p − rate · g
+    # one held-out task in plain jax: three steps of p − rate · g
     model = maml.make_model(config)
     params = jax.tree.map(lambda a: jnp.asarray(a[0]), results["learnt"]["MAML"])
     _, state = model.init(jax.random.key(0), jnp.zeros((1, 1)))
@@ -104,3 +105,73 @@ def test_maml_learns_to_learn_and_what_is_measured_is_descent_on_the_points_seen
             at = jax.tree.map(lambda a, i=i: a[i], path)
             at = jax.tree.map(lambda p, g: p - 0.02 * g, at, jax.grad(error)(at, seen))
             assert relative(jax.tree.map(lambda a, i=i: a[i + 1], path), at) < 1e-4
+
+
+# --- lottery_ticket --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["backprop", "autodiff"])
+def test_masked_weights_stay_zero_and_the_others_train_as_a_network_without_them(engine):
+    config = lottery.Config(hidden=(6, 5), epochs=3, batch_size=8, learning_rate=0.01, engine=engine)
+    rng = np.random.default_rng(0)
+    data = fnet.Batch(jnp.asarray(rng.normal(size=(40, 7)), "float32"), jnp.asarray(rng.integers(0, 10, 40)))
+    params, state = fnet.init(lottery.make_model(config), jax.random.key(0), data.inputs)
+    masks = jax.tree.map(jnp.ones_like, params)
+    gone = [1, 4]  # units of the first layer that lose all that comes in and goes out
+    masks["dense_0"]["w"] = masks["dense_0"]["w"].at[:, jnp.array(gone)].set(0)
+    masks["dense_1"]["w"] = masks["dense_1"]["w"].at[jnp.array(gone)].set(0)
+    end, results = lottery.train(config, params, masks, state, jax.random.key(1), data, {"test": data})
+    assert (np.asarray(end["dense_0"]["w"])[:, gone] == 0).all() and (np.asarray(end["dense_1"]["w"])[gone] == 0).all()
+    assert lottery.stray(end, masks) == 0 and results["test"]["accuracy"].shape == (3,)
+
+    left = np.delete(np.arange(6), gone)
+    small = {
+        **params,
+        "dense_0": {"w": params["dense_0"]["w"][:, left], "b": params["dense_0"]["b"][left]},
+        "dense_1": {**params["dense_1"], "w": params["dense_1"]["w"][left]},
+    }
+    of_small = lottery.Config(hidden=(4, 5), epochs=3, batch_size=8, learning_rate=0.01, engine=engine)
+    ones = jax.tree.map(jnp.ones_like, small)
+    alone, _ = lottery.train(of_small, small, ones, state, jax.random.key(1), data, {"test": data})
+    np.testing.assert_allclose(end["dense_1"]["w"][left], alone["dense_1"]["w"], rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(alone["dense_1"]["w"] - small["dense_1"]["w"])).max() > 0.02
+
+
+def test_pruning_takes_the_smallest_weights_of_each_layer_that_are_left():
+    config = lottery.Config(hidden=(30, 20), prune=0.2)
+    params, _ = fnet.init(lottery.make_model(config), jax.random.key(0), jnp.zeros((1, 40)))
+    masks = jax.tree.map(jnp.ones_like, params)
+    for rounds in range(1, 4):
+        trained = jax.tree.map(
+            lambda a, rounds=rounds: a + 0.1 * jax.random.normal(jax.random.key(rounds), a.shape), params
+        )
+        new = lottery.smallest_off(trained, masks, lottery.shares_after(config, rounds))
+        for name, kept in {"dense_0": 0.8**rounds, "dense_1": 0.8**rounds, "dense_2": 0.9**rounds}.items():
+            old, mask, w = (np.asarray(tree[name]["w"]) for tree in (masks, new, trained))
+            assert mask.sum() == round(kept * w.size) and (mask <= old).all()
+            assert np.abs(w[mask > 0]).min() >= np.abs(w[(old > 0) & (mask == 0)]).max()
+            assert (np.asarray(new[name]["b"]) == 1).all()
+        masks = new
+    sizes = {"dense_0": 1200, "dense_1": 600, "dense_2": 200}
+    left = sum(round((0.9 if name == "dense_2" else 0.8) ** 3 * n) for name, n in sizes.items()) / 2000
+    assert float(lottery.weights_left(masks)) == pytest.approx(left)
+
+
+def test_a_run_compares_tickets_with_the_same_masks_on_new_weights(tmp_path):
+    config = lottery.Config(
+        rounds=2, prune=0.5, hidden=(12, 8), epochs=2, test_size=2500, validation_size=1500, run_dir=tmp_path, name="a"
+    )
+    results = lottery.run(config, Console(file=io.StringIO(), width=200))
+    sizes = {784 * 12: 0.5, 12 * 8: 0.5, 8 * 10: 0.75}
+    expected = [sum(n * share**i for n, share in sizes.items()) / sum(sizes) for i in range(3)]
+    np.testing.assert_allclose(results["left"], expected, atol=1e-4)
+    for kind in lottery.KINDS:
+        found = results["found"][kind]
+        assert found["test"]["accuracy"].shape == (3, 3, 2) and (found["stray"] == 0).all()
+        best = found["validation"]["loss"].argmin(-1)
+        for seed, number in np.ndindex(3, 3):
+            stopped = found["test"]["accuracy"][seed, number, best[seed, number]]
+            assert results["measured"][kind]["stopped"][seed, number] == stopped > 0.15
+    dense, after = (results["measured"]["ticket"]["stopped"][:, i] for i in (0, 2))
+    np.testing.assert_array_equal(results["differences"]["ticket − dense"][:, 2], after - dense)
+    assert (results["folder"] / "tickets.png").stat().st_size > 10000
