@@ -13,6 +13,7 @@ from rich.console import Console
 import fnet
 from experiments import lottery_ticket as lottery
 from experiments import maml_sinusoid as maml
+from fnet.core.numerics import stream
 
 pytestmark = pytest.mark.long
 
@@ -117,7 +118,8 @@ def test_masked_weights_stay_zero_and_the_others_train_as_a_network_without_them
     data = fnet.Batch(jnp.asarray(rng.normal(size=(40, 7)), "float32"), jnp.asarray(rng.integers(0, 10, 40)))
     params, state = fnet.init(lottery.make_model(config), jax.random.key(0), data.inputs)
     masks = jax.tree.map(jnp.ones_like, params)
-    gone = [1, 4]  # units of the first layer that lose all that comes in and goes out
+    gone = [1, 4]  # units of the first layer that lose all that comes in and goes out, but not their biases
+    params["dense_0"]["b"] = params["dense_0"]["b"] + 0.3
     masks["dense_0"]["w"] = masks["dense_0"]["w"].at[:, jnp.array(gone)].set(0)
     masks["dense_1"]["w"] = masks["dense_1"]["w"].at[jnp.array(gone)].set(0)
     end, results = lottery.train(config, params, masks, state, jax.random.key(1), data, {"test": data})
@@ -155,6 +157,29 @@ def test_pruning_takes_the_smallest_weights_of_each_layer_that_are_left():
     sizes = {"dense_0": 1200, "dense_1": 600, "dense_2": 200}
     left = sum(round((0.9 if name == "dense_2" else 0.8) ** 3 * n) for name, n in sizes.items()) / 2000
     assert float(lottery.weights_left(masks)) == pytest.approx(left)
+
+
+def test_a_round_goes_back_to_the_first_weights_or_draws_others_and_keeps_the_masks_of_the_round_before():
+    config = lottery.Config(
+        rounds=1, prune=0.5, hidden=(6, 5), epochs=2, test_size=10, validation_size=10, batch_size=20
+    )
+    rng = np.random.default_rng(0)
+    digits = fnet.Batch(jnp.asarray(rng.normal(size=(60, 7)), "float32"), jnp.asarray(rng.integers(0, 10, 60)))
+    key = jax.random.key(3)
+    found = jax.jit(lambda key: lottery.prune_and_train(config, {}, key, digits))(key)
+
+    order = np.asarray(jax.random.permutation(stream(key, "split"), 60))
+    test, validation, training = (jax.tree.map(lambda a, r=r: a[r], digits) for r in np.split(order, [10, 20]))
+    model = lottery.make_model(config)
+    first, state = fnet.init(model, stream(key, "model"), digits.inputs[:1])
+    masks, sets = jax.tree.map(jnp.ones_like, first), {"test": test, "validation": validation}
+    train = jax.jit(lambda params, masks, at: lottery.train(config, params, masks, state, at, training, sets))
+    for number in range(2):
+        others, _ = model.init(jax.random.fold_in(stream(key, "weights"), number), digits.inputs[:1])
+        for kind, params in (("re-drawn", others), ("ticket", first)):
+            end, alone = train(params, masks, jax.random.fold_in(stream(key, kind), number))
+            np.testing.assert_allclose(found[kind]["test"]["loss"][number], alone["test"]["loss"], rtol=1e-4)
+        masks = lottery.smallest_off(end, masks, [0.5, 0.5, 0.75])  # of the ticket, which came last
 
 
 def test_a_run_compares_tickets_with_the_same_masks_on_new_weights(tmp_path):
