@@ -73,7 +73,7 @@ class Config(InFolder, ByEngine):
     inner_rate: Amount = 0.01  # of the inner step
     hidden: Counts = (40, 40)
     test_shots: Counts = (5, 10)
-    steps: Count = 10  # of descent on a held-out task
+    test_steps: Count = 10  # of descent on a held-out task
     test_tasks: Count = 600
     rates: Amounts = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # that are tried for the pretrained network
     seeds: Seeds = (0, 1, 2)  # of the weights, the tasks and the held-out tasks
@@ -199,7 +199,7 @@ def descend(config: Config, params, state, rate, seen: fnet.Batch, look=lambda p
         ts, _ = step(ts, seen)
         return ts, look(ts.params)
 
-    _, after = jax.lax.scan(one, ts, length=config.steps)
+    _, after = jax.lax.scan(one, ts, length=config.test_steps)
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), look(params), after)
 
 
@@ -243,7 +243,7 @@ def measure(config: Config, learnt: dict, keys) -> dict:
             chosen = {"rate of 1 step": rates[once], "rate": rates[all_steps]}
             found[method][name] = {**chosen, "once": errors[:, once, 1], "errors": errors[:, all_steps]}
         errors = np.asarray(of_oracle(learnt[ORACLE], told(test[1], test[2])))
-        found[ORACLE][name] = {"once": errors, "errors": errors[:, None].repeat(1 + config.steps, 1)}
+        found[ORACLE][name] = {"once": errors, "errors": errors[:, None].repeat(1 + config.test_steps, 1)}
     return found
 
 
@@ -267,7 +267,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         for what, values in {
             "before": lambda one: one["errors"][:, 0],
             "after 1 step": lambda one: one["once"],
-            f"after {config.steps}": lambda one: one["errors"][:, -1],
+            f"after {config.test_steps}": lambda one: one["errors"][:, -1],
         }.items():
             rows[f"{case}, {what}"] = {method: mean_and_spread(values(found[method][case])) for method in METHODS}
     console.print(engine_table(f"mean squared error on {config.test_tasks} held-out sinusoids", rows))
@@ -291,7 +291,7 @@ def draw(config: Config, learnt: dict, found: dict, path: Path) -> None:
     model, by_case = make_model(config), cases(config)
     one = Sinusoids(jnp.full((1, 1, 1), 4.0), jnp.full((1, 1, 1), 1.0))
     x = np.linspace(*PLACES, 201)
-    looks = {0: (":", "gray"), 1: ("--", "tab:green"), config.steps: ("-", "tab:blue")}
+    looks = {0: (":", "gray"), 1: ("--", "tab:green"), config.test_steps: ("-", "tab:blue")}
     curves = [("-", "tab:orange"), ("--", "tab:brown"), ("-", "tab:pink"), (":", "black")]  # of the METHODS
     figure, axes = new_figure(3, rows=len(by_case), height=2.8, width=4.6)
     for row, (case, (shots, of_seen, _)) in zip(axes, by_case.items(), strict=True):

@@ -161,7 +161,14 @@ def test_pruning_takes_the_smallest_weights_of_each_layer_that_are_left():
 
 def test_a_round_goes_back_to_the_first_weights_or_draws_others_and_keeps_the_masks_of_the_round_before():
     config = lottery.Config(
-        rounds=1, prune=0.5, hidden=(6, 5), epochs=2, test_size=10, validation_size=10, batch_size=20
+        rounds=1,
+        prune=0.5,
+        hidden=(6, 5),
+        epochs=2,
+        test_size=10,
+        validation_size=10,
+        batch_size=20,
+        learning_rate=0.05,
     )
     rng = np.random.default_rng(0)
     digits = fnet.Batch(jnp.asarray(rng.normal(size=(60, 7)), "float32"), jnp.asarray(rng.integers(0, 10, 60)))
