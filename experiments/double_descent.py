@@ -1,7 +1,7 @@
 """Double descent: the test error against the width, up to where the training set is learnt by heart and beyond.
 
     python -m experiments.double_descent
-    python -m experiments.double_descent --noise 0 --widths 4 --steps 1
+    python -m experiments.double_descent --noise 0 --widths 4 --updates 1
 
 The claim (Belkin et al., arXiv:1812.11118; Nakkiran et al., arXiv:1912.02292): with more parameters the test error
 falls and rises again, as the textbooks say, up to the interpolation threshold, the least model that fits every training
@@ -81,7 +81,7 @@ class Config(InFolder, ByEngine):
     widths: Counts = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192, 512)  # of the network that is trained
     training: Count = 400  # of the 1,797 digits
     noise: Share = 0.2  # of the training labels that are wrong
-    steps: Count = 6000  # of Adam, each on all the training examples
+    updates: Count = 6000  # of Adam, each on all the training examples
     learning_rate: Positive = 0.003  # the first; it falls along half a cosine
     seeds: Seeds = (0, 1, 2)  # of the split, the wrong labels and the parameters
 
@@ -157,17 +157,17 @@ def fit_features(config: Config, width: int):
 
 
 def train_network(config: Config, width: int, loss):
-    """A member: a network of two layers after `Config.steps` of Adam."""
+    """A member: a network of two layers after `Config.updates` of Adam."""
     model = fnet.mlp(width, K)
 
     def run(_, key, digits):
         train, test = split(config, key, digits)
         params, state = model.init(stream(key, "model"), train.inputs[:1])
-        optimizer = fnet.adam(cosine(config.learning_rate, config.steps))
+        optimizer = fnet.adam(cosine(config.learning_rate, config.updates))
         step = fnet.make_step(engine_of(config)(model, loss), optimizer)
         start = fnet.init_train_state(params, optimizer, stream(key, "run"), state)
         data = one_hot(train) if loss is half_squared_error else train
-        end, _, _ = fnet.train(step, start, data, epochs=config.steps, batch_size=config.training, shuffle=False)
+        end, _, _ = fnet.train(step, start, data, epochs=config.updates, batch_size=config.training, shuffle=False)
         return measure(model, end.params, end.state, loss, train, test)
 
     return run

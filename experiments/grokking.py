@@ -74,7 +74,7 @@ class Config(InFolder, ByEngine):
     share: Share = 0.4  # of the table, to train on
     decays: Amounts = (0.0, 0.1, 0.3, 1.0)  # of AdamW, in units of the rate
     learning_rate: Positive = 0.01
-    steps: Count = 6000
+    updates: Count = 6000
     every: Count = 10  # steps, after which accuracies are taken
     seeds: Seeds = (0, 1, 2)  # of the split and the parameters
     double: bool = False  # in float64, where the loss of what is known is not rounded to 0
@@ -134,7 +134,7 @@ def member(config: Config):
                 found |= {f"{part} {name}": mean.value for name, mean in means.items()}
             return ts, found
 
-        end, found = jax.lax.scan(some_steps, start, length=config.steps // config.every)
+        end, found = jax.lax.scan(some_steps, start, length=config.updates // config.every)
         waves = [one_frequency(p["units"]["w"][: config.modulus]) for p in (params, end.params)]
         return {**found, "waves at the start": waves[0], "waves at the end": waves[1]}
 
@@ -152,13 +152,13 @@ def run(config: Config, console: Console | None = None) -> dict:
     sums = config.modulus**2
     if config.modulus < 3:
         raise SystemExit(f"--modulus {config.modulus}; expected at least 3, for a wave to have a frequency")
-    if config.steps % config.every:
-        raise SystemExit(f"--steps {config.steps}; expected a multiple of --every {config.every}")
+    if config.updates % config.every:
+        raise SystemExit(f"--updates {config.updates}; expected a multiple of --every {config.every}")
     if not 0 < round(config.share * sums) < sums:
         raise SystemExit(f"--share {config.share}; expected some of the {sums} sums to train on, and some left over")
     folder = new_run_folder(config, "grokking")
     keys = jax.vmap(jax.random.key)(jnp.array(config.seeds))
-    title = f"{len(config.decays)} decays, {len(keys)} seeds, {config.steps} steps"
+    title = f"{len(config.decays)} decays, {len(keys)} seeds, {config.updates} steps"
     with console.status(title), jax.enable_x64(config.double):
         settings, data = crossed(grid(decay=config.decays), keys), table(config.modulus)
         data = data._replace(inputs=jnp.asarray(data.inputs, float))
@@ -197,7 +197,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 def draw(results: dict, config: Config, path: Path) -> None:
     """Both accuracies against steps, a panel a decay; the mean of the seeds and their range."""
     figure, axes = new_figure(len(results), height=3.2, width=3.6)
-    steps = config.every * np.arange(1, config.steps // config.every + 1)
+    steps = config.every * np.arange(1, config.updates // config.every + 1)
     for ax, (decay, r) in zip(np.ravel(axes), results.items(), strict=True):
         for part, color in (("training", "C0"), ("validation", "C1")):
             draw_range(ax, steps, r[f"{part} accuracy"], label=part, color=color)

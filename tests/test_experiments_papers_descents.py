@@ -29,7 +29,7 @@ def run_quietly(experiment, folder, **settings):
 
 # --- double descent --------------------------------------------------------------------------------------------------
 
-TINY = {"features": (5, 60), "widths": (2,), "training": 30, "steps": 3, "seeds": (0, 1)}
+TINY = {"features": (5, 60), "widths": (2,), "training": 30, "updates": 3, "seeds": (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_training_set_of_all_digits_is_refused(tmp_path):
 
 # --- grokking --------------------------------------------------------------------------------------------------------
 
-SMALL = {"modulus": 7, "width": 12, "steps": 20, "every": 5, "decays": (0.0, 1.0), "seeds": (0, 1)}
+SMALL = {"modulus": 7, "width": 12, "updates": 20, "every": 5, "decays": (0.0, 1.0), "seeds": (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_decay_alone_tells_two_members_of_a_seed_apart(grokked):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--steps 25 --every 10", "a multiple of --every 10"),
+        ("--updates 25 --every 10", "a multiple of --every 10"),
         ("--share 0", "some of the 3481"),
         ("--modulus 2", "at least 3"),
     ],
