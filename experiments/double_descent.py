@@ -39,8 +39,8 @@ since of 400 units 388 to 390 are ever above 0 there. By the cross-entropy a qua
 What does not: random features end above their first descent with 20 % wrong labels, error 0.200 against 0.139. Without
 any (the second command) they end below it: 0.065 at 150, 0.688 at 420, 0.024 at 4000.
 
-With random features the gradient at the solution is at most 8e-13 of that at 0. Steps and rate of Adam were chosen on
-other seeds. 219 s of CPU time for the first command, compiling included.
+With random features the gradient at the solution is at most 8e-13 of that at 0. The share of wrong labels, the steps
+and the rate of Adam were chosen on other seeds. CPU time of the first command: 219 s, compiling included.
 
 Legend: N examples, K classes, W width, S seeds.
 """
