@@ -104,6 +104,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "glu": (make.glu(), x),
         "hard_sigmoid": (make.hard_sigmoid(), 3 * x),
         "hard_swish": (make.hard_swish(), 3 * x),
+        "hardmax": (make.hardmax(), x),
         "hard_tanh": (make.hard_tanh(-0.5, 1.0), x),
         "identity": (make.identity(), x),
         "leaky_relu": (make.leaky_relu(), x),
@@ -178,6 +179,7 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "rms_norm": (make.rms_norm(), sequence),
         "group_norm": (make.group_norm(2), rng.standard_normal((2, T, T, 4)).astype(np.float32)),
         "group_norm, masked": (make.group_norm(2), (sequence, ragged)),
+        "local_response_norm": (make.local_response_norm(3, alpha=0.5), sequence),
         "l2_normalize": (make.l2_normalize(), sequence),
         "dropout": (make.dropout(0.4), x),
         # sequences

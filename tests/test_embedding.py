@@ -19,6 +19,7 @@ from fnet.layers.embedding import (
     rotary_frequencies,
     rotary_positions,
     rotate,
+    rotate_by,
     sinusoidal_positions,
     tied_embedding,
     yarn_frequencies,
@@ -328,6 +329,25 @@ def test_inner_products_of_rotated_vectors_depend_on_the_difference_of_positions
     np.testing.assert_allclose(score(3, 1), score(12, 10), rtol=1e-11)
     np.testing.assert_allclose(score(1, 3), score(1001, 1003), rtol=1e-9)
     assert np.abs(score(3, 1) - score(1, 3)).max() > 1e-3
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rotation_by_tables_is_that_of_its_pairs_and_its_transpose_turns_back(interleaved, x64):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 2, 3, 2, 5))
+    cos, sin = rng.standard_normal((2, 1, 3, 2, 2))
+    expected = x.copy()
+    for i in range(2):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + 2)
+        expected[..., a] = x[..., a] * cos[..., i] - x[..., b] * sin[..., i]
+        expected[..., b] = x[..., b] * cos[..., i] + x[..., a] * sin[..., i]
+    turn = partial(rotate_by, interleaved=interleaved)
+    y, pull = jax.vjp(lambda x: turn(x, jnp.asarray(cos), jnp.asarray(sin)), jnp.asarray(x))
+    np.testing.assert_allclose(y, expected, atol=1e-15)
+    by_hand = turn(jnp.asarray(dy), jnp.asarray(cos), jnp.asarray(-sin))
+    np.testing.assert_allclose(by_hand, pull(jnp.asarray(dy))[0], atol=1e-15)
+    with pytest.raises(LayerError, match=r"expected cos and sin \(B or 1, T, 1 or H, up to 2\)"):
+        turn(jnp.asarray(x), jnp.asarray(cos), jnp.asarray(sin[..., :1]))
 
 
 def test_rotation_keeps_norms_and_is_undone_by_the_negative_positions(x64):

@@ -72,6 +72,7 @@ OTHERS = {
     "remat",
     "rotary_frequencies",
     "rotate",
+    "rotate_by",
     "spectral_norm",
     "weight_norm",
     "with_hand_backward",

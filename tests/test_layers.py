@@ -74,6 +74,7 @@ LAYERS = {
     "softplus": (softplus(), (4, 5), lambda p, x: np.log(1 + np.exp(x))),
     "softplus, beta 3": (softplus(3.0), (4, 5), lambda p, x: np.log(1 + np.exp(3 * x)) / 3),
     "hard_tanh": (layers.hard_tanh(-0.5, 1.0), (4, 5), lambda p, x: np.clip(x, -0.5, 1)),
+    "hardmax": (layers.hardmax(), (4, 5), lambda p, x: np.eye(5)[x.argmax(-1)]),
     "threshold": (layers.threshold(0.3, -2.0), (4, 5), lambda p, x: np.where(x > 0.3, x, -2)),
     "shrink": (
         layers.shrink(0.4, 0.2),

@@ -13,7 +13,14 @@ from fnet.gradcheck import check_layer
 from fnet.layers import dense, serial
 from fnet.layers.children import init
 from fnet.layers.initializers import normal
-from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
+from fnet.layers.normalization import (
+    batch_norm,
+    group_norm,
+    l2_normalize,
+    layer_norm,
+    local_response_norm,
+    rms_norm,
+)
 from fnet.types import LayerError
 from tests.oracles import assert_leaves_close, numerical_gradient
 
@@ -52,6 +59,17 @@ def numpy_group_norm(groups):
                 part = x[example][..., channels]
                 normalised[example][..., channels] = (part - part.mean()) / np.sqrt(part.var() + eps)
         return numpy_affine(p, normalised)
+
+    return oracle
+
+
+def numpy_local_response_norm(size, alpha, beta, k):
+    def oracle(p, state, x, train):
+        y = np.zeros_like(x)
+        for c in range(x.shape[-1]):
+            seen = x[..., max(0, c - size // 2) : c + (size - 1) // 2 + 1]
+            y[..., c] = x[..., c] / (k + alpha / size * (seen**2).sum(-1)) ** beta
+        return y
 
     return oracle
 
@@ -96,6 +114,18 @@ LAYERS = {
     "group_norm of vectors": (group_norm(2, **DRAWN), (2, 6), None, numpy_group_norm(2)),
     "group_norm, instances": (group_norm(3, **DRAWN), (2, 4, 3), None, numpy_group_norm(3)),
     "l2_normalize": (l2_normalize(), (2, 3, 4), None, numpy_l2_normalize(-1)),
+    "local_response_norm": (
+        local_response_norm(3, alpha=2.0, k=0.5),
+        (2, 3, 5),
+        None,
+        numpy_local_response_norm(3, 2.0, 0.75, 0.5),
+    ),
+    "local_response_norm, even": (
+        local_response_norm(4, alpha=2.0, beta=1.5),
+        (2, 5),
+        None,
+        numpy_local_response_norm(4, 2.0, 1.5, 1.0),
+    ),
     "l2_normalize along time, with eps among the norms": (
         l2_normalize(1, eps=3.0),
         (2, 3, 4),

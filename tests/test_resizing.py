@@ -137,6 +137,22 @@ def test_a_scale_is_rounded_down_and_may_be_one_for_each_axis():
         np.testing.assert_array_equal(y, apply(resize(new), (), (), jnp.asarray(x)))
 
 
+@pytest.mark.parametrize("method", ["nearest", "linear"])
+def test_a_scale_that_is_kept_is_where_outputs_lie(method, x64):
+    # 5 · 0.7 = 3.5: three outputs, 10/7 inputs apart and not 5/3
+    x = normal(1, 5, 1)
+    y = resize(scale=0.7, method=method, keep_scale=True).forward((), (), jnp.asarray(x))[0]
+    for o in range(3):
+        s = (o + Fraction(1, 2)) * Fraction(10, 7) - Fraction(1, 2)
+        below, t = math.floor(s), float(s - math.floor(s))
+        linear = (1 - t) * x[0, below, 0] + t * x[0, min(below + 1, 4), 0]
+        nearest_one = x[0, math.floor(s + Fraction(1, 2)), 0]
+        np.testing.assert_allclose(y[0, o, 0], nearest_one if method == "nearest" else linear, rtol=1e-14)
+    for wrong in ({"sizes": (3,)}, {"scale": 2, "corners": "align"}):
+        with pytest.raises(ValueError, match="resize: keep_scale with"):
+            resize(**wrong, keep_scale=True)
+
+
 def test_a_size_that_stays_costs_nothing_and_changes_nothing():
     x = jnp.asarray(normal(2, 3, 4, 2), jnp.float32)
     layer = resize((3, 4), method="cubic")

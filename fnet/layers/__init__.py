@@ -9,6 +9,7 @@ Imports types and core alone: no loss, no data, no optimizer.
 from fnet.core.trees import Copies
 from fnet.layers.activation import (
     hard_sigmoid,
+    hardmax,
     identity,
     log_softmax,
     sigmoid,
@@ -31,6 +32,7 @@ from fnet.layers.embedding import (
     rotary_frequencies,
     rotary_positions,
     rotate,
+    rotate_by,
     sinusoidal_positions,
     tied_embedding,
     yarn_frequencies,
@@ -38,7 +40,7 @@ from fnet.layers.embedding import (
 )
 from fnet.layers.gating import gated, geglu, gelu, glu, hard_swish, mish, reglu, silu, squeeze_and_excitation, swiglu
 from fnet.layers.masks import by_position, drop_mask
-from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, rms_norm
+from fnet.layers.normalization import batch_norm, group_norm, l2_normalize, layer_norm, local_response_norm, rms_norm
 from fnet.layers.padding import pad
 from fnet.layers.patches import windowed
 from fnet.layers.pooling import (
@@ -98,12 +100,14 @@ __all__ = [
     "hard_sigmoid",
     "hard_swish",
     "hard_tanh",
+    "hardmax",
     "identity",
     "l2_normalize",
     "layer_norm",
     "leaky_relu",
     "learned_positions",
     "llama3_frequencies",
+    "local_response_norm",
     "log_softmax",
     "lp_pool",
     "lstm",
@@ -132,6 +136,7 @@ __all__ = [
     "rotary_frequencies",
     "rotary_positions",
     "rotate",
+    "rotate_by",
     "selu",
     "serial",
     "shrink",

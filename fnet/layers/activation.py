@@ -17,7 +17,7 @@ from fnet.core.checks import require
 from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
 from fnet.layers.wrappers import stateless
-from fnet.types import Layer
+from fnet.types import Layer, LayerError
 
 
 def without_parameters(name: str, forward, backward) -> Layer:
@@ -48,6 +48,24 @@ def step() -> Layer:
         return jnp.where(unknown, dy, 0)
 
     return without_parameters("step", forward, backward)
+
+
+def hardmax() -> Layer:
+    """``y_k = 1`` for the largest entry of the last axis, the first of equals, and 0 elsewhere; its derivative is zero.
+
+    >>> hardmax().forward((), (), jnp.array([[1.0, 5.0, 5.0]]))[0].tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+
+    def forward(x):
+        if not x.ndim or not x.shape[-1]:
+            raise LayerError(f"expected entries along a last axis, got shape {x.shape}")
+        return jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1], dtype=x.dtype), ()
+
+    def backward(residuals, dy):  # a step wherever it has a derivative
+        return jnp.zeros_like(dy)
+
+    return without_parameters("hardmax", forward, backward)
 
 
 def logistic(x: jax.Array) -> jax.Array:

@@ -337,12 +337,34 @@ def rotate(x: jax.Array, positions: jax.Array, base: ArrayLike = 10000.0, *, int
         raise LayerError(f"expected at most {features // 2} frequencies for heads of {features} features, got {half}")
     angles = positions.astype(dtype).reshape(*positions.shape[:-1] or (1,), x.shape[1], 1, 1)
     angles = angles * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B or 1, T, 1, R/2)
+    return rotate_by(x, jnp.cos(angles), jnp.sin(angles), interleaved=interleaved)
+
+
+def rotate_by(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """`rotate` by tables of one's own: pair ``(a, b)`` of each head becomes ``(a cos − b sin, b cos + a sin)``.
+
+    ``x (B, T, H, D)``; ``cos`` and ``sin`` are ``(B or 1, T, 1 or H, R/2)``, R at most D, data without a gradient. It
+    is linear in ``x``, and its backward is ``rotate_by(dy, cos, -sin)``. ONNX' RotaryEmbedding, whose caches they are.
+
+    >>> x, quarter = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2), jnp.ones((1, 1, 1, 1))
+    >>> rotate_by(x, 0 * quarter, quarter).ravel().tolist()
+    [-2.0, 1.0]
+    """
+    half, features = cos.shape[-1], x.shape[-1]
+    fits = (
+        all(a in (1, b) for a, b in zip(cos.shape[:3], x.shape[:3], strict=True)) if cos.ndim == x.ndim == 4 else False
+    )
+    if not fits or cos.shape != sin.shape or 2 * half > features:
+        raise LayerError(
+            f"expected cos and sin (B or 1, T, 1 or H, up to {features // 2}) for {x.shape}, got {cos.shape} and "
+            f"{sin.shape}"
+        )
+    dtype = wide(x.dtype)
+    cos, sin = jax.lax.stop_gradient((cos.astype(dtype), sin.astype(dtype)))
     turned = x[..., : 2 * half].astype(dtype)
     pairs = turned.reshape(*x.shape[:3], *((half, 2) if interleaved else (2, half)))
     axis = -1 if interleaved else -2
     a, b = jnp.moveaxis(pairs, axis, 0)
-    # (a, b) -> (a cos − b sin, b cos + a sin)
     turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(turned.shape).astype(x.dtype)
     return turned if 2 * half == features else jnp.concatenate([turned, x[..., 2 * half :]], -1)
 

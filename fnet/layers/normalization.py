@@ -218,6 +218,50 @@ def l2_normalize(axis: int = -1, *, eps=1e-12) -> Layer:
     return by_position(layer) if axis == -1 else layer
 
 
+def local_response_norm(size: int = 5, *, alpha=1e-4, beta=0.75, k=1.0) -> Layer:
+    """``y_c = x_c / s_c^β`` with ``s_c = k + α/size · Σ_j x_j²`` over ``size`` channels about c, ``x (B, ..., C)``.
+
+    Of the neighbours ``⌊size/2⌋`` stand before c and the rest after it; beyond the ends are zeros. Numbers may be
+    traced; raises ValueError for a size that is no whole number. PyTorch's ``LocalResponseNorm`` is the same; the paper
+    has k = 2, n = 5 and α not divided. Source: Krizhevsky et al., "ImageNet classification with deep convolutional
+    neural networks", 2012, 3.3.
+
+    >>> local_response_norm(1, alpha=3.0, beta=1.0).forward((), (), jnp.array([[1.0]]))[0].tolist()
+    [[0.25]]
+    """
+    require_counts("local_response_norm", size=size)
+    before, after = size // 2, (size - 1) // 2
+
+    def about(v, before, after):  # the sum over the channels from so many before to so many after
+        spread = jax.lax.pad(v, jnp.zeros((), v.dtype), (*[(0, 0, 0)] * (v.ndim - 1), (before, after, 0)))
+        return sum(jax.lax.slice_in_dim(spread, i, i + v.shape[-1], axis=-1) for i in range(before + after + 1))
+
+    def numbers(dtype):
+        return jnp.asarray(alpha, dtype) / size, jnp.asarray(beta, dtype), jnp.asarray(k, dtype)
+
+    def init(key, x):
+        require_features(x)
+        return ()
+
+    def forward(params, x):
+        require_features(x)
+        z = x.astype(wide(x.dtype))
+        a, b, first = numbers(z.dtype)
+        s = first + a * about(z * z, before, after)
+        return (z * s**-b).astype(x.dtype), (x, s)
+
+    def backward(params, residuals, dy):
+        # ∂y_c/∂x_j = [c = j] s_c^−β − β x_c s_c^(−β−1) · 2α/size x_j for c about j:
+        # dx_j = dy_j s_j^−β − 2αβ/size x_j Σ_c dy_c x_c s_c^(−β−1), c from as many after j as were before
+        x, s = residuals
+        z, d = x.astype(s.dtype), dy.astype(s.dtype)
+        a, b, _ = numbers(s.dtype)
+        scaled = d * s**-b
+        return (), (scaled - 2 * a * b * z * about(scaled * z / s, after, before)).astype(dy.dtype)
+
+    return by_position(stateless("local_response_norm", init, forward, backward))
+
+
 def over_features(v, counted):
     """The mean of ``v (B, ..., C)`` at each position."""
     return v.mean(-1, keepdims=True)

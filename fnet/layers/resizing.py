@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 import jax
@@ -32,6 +33,7 @@ def resize(
     corners: Corners = "half_pixel",
     rounding: Rounding | None = None,
     antialias: bool = False,
+    keep_scale: bool = False,
 ) -> Layer:
     """``x (B, *S, C)`` at other sizes, one to three spatial axes: ``y_o = Σ_j W_oj x_j`` along each, C untouched.
 
@@ -64,8 +66,9 @@ def resize(
     | nearest | ``nearest-exact`` | ``round_prefer_ceil`` | ``nearest`` | ``nearest`` |
     | nearest, asymmetric | ``nearest`` | ``asymmetric``, ``floor`` | | |
 
-    Where ``n · scale`` is not whole, n/m is here that of the sizes; PyTorch takes 1/scale unless told
-    ``recompute_scale_factor=True``. Source: Keys, "Cubic convolution interpolation for digital image processing", 1981.
+    Where ``n · scale`` is not whole, n/m is that of the sizes, or with ``keep_scale`` 1/scale, as in ONNX, and in
+    PyTorch unless told ``recompute_scale_factor=True``. Source: Keys, "Cubic convolution interpolation for digital
+    image processing", 1981.
 
     >>> x = jnp.array([0.0, 4.0]).reshape(1, 2, 1)
     >>> [resize((4,), corners=c).forward((), (), x)[0].ravel().tolist() for c in ("half_pixel", "asymmetric")]
@@ -85,6 +88,8 @@ def resize(
         raise ValueError(f"resize: method = {method!r}; expected 'nearest', 'linear' or 'cubic'")
     if corners not in ("half_pixel", "align", "asymmetric"):
         raise ValueError(f"resize: corners = {corners!r}; expected 'half_pixel', 'align' or 'asymmetric'")
+    if keep_scale and (scale is None or corners == "align"):
+        raise ValueError(f"resize: keep_scale with scale = {scale} and {corners!r}; expected a scale, not aligned")
     if rounding is not None and (method != "nearest" or rounding not in ("half_up", "half_down", "floor", "ceil")):
         expected = "None, or with 'nearest' one of 'half_up', 'half_down', 'floor' and 'ceil'"
         raise ValueError(f"resize: rounding = {rounding!r} with {method!r}; expected {expected}")
@@ -93,8 +98,8 @@ def resize(
 
     ranks = (1, 2, 3) if sizes is None and scales is not scale else (len(sizes or scales),)
 
-    def resized(x) -> dict[int, tuple[int, int]]:
-        """The axes whose size changes, each with n and m."""
+    def resized(x) -> dict[int, tuple[int, int, Fraction]]:
+        """The axes whose size changes, each with n, m and the inputs to an output, n/m."""
         if len(x.shape) - 2 not in ranks:
             wanted = " or ".join(map(str, ranks))
             raise LayerError(f"expected (B, *S, C) with {wanted} spatial axes, got shape {x.shape}")
@@ -104,24 +109,27 @@ def resize(
         m = sizes or tuple(math.floor(a * b) for a, b in zip(n, scales, strict=False))
         if 0 in n or 0 in m:
             raise LayerError(f"cannot resize {n} to {m}: expected sizes of at least 1")
-        return {axis: pair for axis, pair in enumerate(zip(n, m, strict=True), 1) if pair[0] != pair[1]}
+        steps = [Fraction(a, b) for a, b in zip(n, m, strict=True)]
+        if keep_scale:
+            steps = [1 / Fraction(float(s)).limit_denominator(10**6) for s in scales[: len(n)] if s is not None]
+        return {i: given for i, given in enumerate(zip(n, m, steps, strict=True), 1) if given[0] != given[1]}
 
     def forward(_, x):
         changes, y = resized(x), x.astype(wide(x.dtype))  # wide, since autodiff adds up in its dtype
-        for axis, (n, m) in changes.items():
+        for axis, (n, m, step) in changes.items():
             if method == "nearest":
-                y = read(y, nearest(n, m, corners, rounding), axis)
+                y = read(y, nearest(n, m, corners, rounding, step), axis)
             else:
-                y = times(y, interpolation(n, m, method, corners, antialias), axis)
+                y = times(y, interpolation(n, m, method, corners, antialias, step), axis)
         return y.astype(x.dtype), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(_, empty, dy):  # y = W x along each axis, so dx = Wᵀ dy along each
         changes, dx = resized(jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), dy.astype(wide(dy.dtype))
-        for axis, (n, m) in reversed(changes.items()):
+        for axis, (n, m, step) in reversed(changes.items()):
             if method == "nearest":
-                dx = add_up(dx, nearest(n, m, corners, rounding), axis, n)
+                dx = add_up(dx, nearest(n, m, corners, rounding, step), axis, n)
             else:
-                dx = times(dx, interpolation(n, m, method, corners, antialias).T, axis)
+                dx = times(dx, interpolation(n, m, method, corners, antialias, step).T, axis)
         return (), dx.astype(dy.dtype)
 
     def init(key, x):
@@ -140,17 +148,19 @@ def is_scale(number) -> bool:
     )
 
 
-def places(n: int, m: int, corners: Corners) -> tuple[np.ndarray, int]:
+def places(n: int, m: int, corners: Corners, step: Fraction | None = None) -> tuple[np.ndarray, int]:
     """``s`` of every output as whole numbers over a whole number, so that no rounding moves a border."""
-    o = np.arange(m, dtype=np.int64)
+    o, (over, under) = np.arange(m, dtype=np.int64), (step or Fraction(n, m)).as_integer_ratio()
     if corners == "half_pixel":
-        return (2 * o + 1) * n - m, 2 * m
-    return (o * (n - 1), max(m - 1, 1)) if corners == "align" else (o * n, m)
+        return (2 * o + 1) * over - under, 2 * under
+    return (o * (n - 1), max(m - 1, 1)) if corners == "align" else (o * over, under)
 
 
-def nearest(n: int, m: int, corners: Corners, rounding: Rounding | None = None) -> np.ndarray:
+def nearest(
+    n: int, m: int, corners: Corners, rounding: Rounding | None = None, step: Fraction | None = None
+) -> np.ndarray:
     """The input that each output is, ``(m,)``, ascending."""
-    over, under = places(n, m, corners)
+    over, under = places(n, m, corners, step)
     rounded = {
         "floor": lambda: over // under,
         "ceil": lambda: -(-over // under),
@@ -160,11 +170,13 @@ def nearest(n: int, m: int, corners: Corners, rounding: Rounding | None = None) 
     return np.clip(rounded, 0, n - 1)
 
 
-def interpolation(n: int, m: int, method: Method, corners: Corners, antialias: bool) -> np.ndarray:
+def interpolation(
+    n: int, m: int, method: Method, corners: Corners, antialias: bool, step: Fraction | None = None
+) -> np.ndarray:
     """``W (m, n)``, whose rows sum to 1."""
-    over, under = places(n, m, corners)
+    over, under = places(n, m, corners, step)
     if antialias and m < n:
-        w = np.maximum(1 - np.abs(np.arange(n) - over[:, None] / under) * m / n, 0)
+        w = np.maximum(1 - np.abs(np.arange(n) - over[:, None] / under) / float(step or Fraction(n, m)), 0)
         return w / w.sum(1, keepdims=True)
     first, t = over // under, over % under / under
     if method == "linear":
