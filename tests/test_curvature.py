@@ -317,3 +317,31 @@ SQUARED = fnet.Loss(
     ),
     lambda y, t: jax.tree.unflatten(jax.tree.structure(y), [a - b for a, b in zip(jax.tree.leaves(y), t, strict=True)]),
 )
+
+
+# --- curvlinops -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_curvlinops_computes_the_same_products(x64):
+    torch, linops = pytest.importorskip("torch"), pytest.importorskip("curvlinops")
+    loss, at, _, _ = point()
+    there = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    names = fnet.export.torch_names(at[0], {"dense_0": "0.*", "dense_1": "2.*"})
+    there.load_state_dict({k: torch.tensor(a) for k, a in fnet.export.to_tensors(at[0], names).items()})
+    x, y = (torch.tensor(np.asarray(a)) for a in at[2][:2])
+    params = dict(there.named_parameters())
+    batch = at[2]._replace(weights=None)
+    v = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(3).standard_normal(p.shape)), at[0])
+    tensors = [torch.tensor(a) for a in fnet.export.to_tensors(v, names).values()]
+    order = [*fnet.export.to_tensors(v, names)]
+    for matrix, operator in (
+        (curvature.hessian(fnet.backprop(MODEL, loss)), linops.HessianLinearOperator),
+        (curvature.gauss_newton(MODEL, loss), linops.GGNLinearOperator),
+        (curvature.fisher(MODEL, loss, empirical=True), linops.EFLinearOperator),
+    ):
+        made = operator(there, torch.nn.CrossEntropyLoss(), [params[name] for name in order], [(x, y)])
+        found = dict(zip(order, (t.detach().numpy() for t in made @ tensors), strict=True))
+        expected = fnet.export.to_tensors(matrix(at[0], at[1], batch, None, v), names)
+        for name in order:
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-12, err_msg=operator.__name__)
