@@ -42,9 +42,10 @@ def grid_sample(method: Method = "linear", *, padding: Padding = "zeros", corner
     - ``"cubic"``: four, by Keys' kernel with a = −0.75.
 
     What lies beyond the image is, by ``padding``, 0, the entry at the border, or the image reflected, at its border by
-    half pixels and at its outermost entry where aligned, and then the entry at the border. Both move p into 0 … n − 1:
-    its slope is 0 where it ends at 0 or n − 1, and changes its sign with each reflection. The cubic has not p but the
-    four entries moved. Slopes at an entry, where linear has a kink, are those to its right; nearest has slopes of 0.
+    half pixels and at its outermost entry where aligned, and then the entry at the border. Border and reflection move
+    p into 0 … n − 1: the slope by g is 0 where p ends at 0 or n − 1, and changes its sign with each reflection. For the
+    cubic they move the four entries, not p. At an entry, where linear has a kink, the slope is that to the right of p;
+    nearest has slopes of 0.
 
     A coordinate that is not finite gives NaN. Weights and sums are in float32 at least; y has x' dtype. Coordinates in
     16 bits are places to 1/256 of half the image: keep the grid in float32. Raises ValueError for other arguments,
@@ -90,9 +91,9 @@ def grid_sample(method: Method = "linear", *, padding: Padding = "zeros", corner
         for ids, inside, w, dw in taps(places, x.shape[1:-1], method, padding, corners):
             dx = add_up(dx, ids, jnp.where(inside[..., None], product(w)[..., None] * dy, 0))
             if method != "nearest":
-                dw_all = (dy * read(rows, ids, inside)).sum(-1)
+                inner = (dy * read(rows, ids, inside)).sum(-1)
                 for a in range(len(w)):
-                    dplaces[a] = dplaces[a] + product([*w[:a], dw[a], *w[a + 1 :]]) * dw_all
+                    dplaces[a] = dplaces[a] + product([*w[:a], dw[a], *w[a + 1 :]]) * inner
         dgrid = jnp.stack(dplaces[::-1], -1).reshape(grid.shape)
         return (), (dx.reshape(x.shape).astype(x.dtype), dgrid.astype(grid.dtype))
 
@@ -104,15 +105,15 @@ def grid_sample(method: Method = "linear", *, padding: Padding = "zeros", corner
 
 
 def taps(places, sizes, method: Method, padding: Padding, corners: Corners) -> Iterator:
-    """What a place reads, one tap after another: ids ``(B, P)``, whether it is in the image, and, a list over the axes
-    of it, the weights and their derivatives by the coordinates."""
+    """One after another, what every place reads: ids ``(B, P)`` of rows, whether they are in the image, and for each
+    axis the weight and its derivative by the coordinate."""
     axes = [along(g, n, method, padding, corners) for g, n in zip(places, sizes, strict=True)]
     for chosen in itertools.product(*axes):
         j, w, dw = zip(*chosen, strict=True)
         inside, ids = jnp.ones(places[0].shape, bool), jnp.zeros(places[0].shape, jnp.int32)
         for at, n in zip(j, sizes, strict=True):
-            inside &= (at >= 0) & (at <= n - 1)
-            ids = ids * n + jnp.where((at >= 0) & (at <= n - 1), at, 0).astype(jnp.int32)
+            there = (at >= 0) & (at <= n - 1)  # a NaN is not, and its weight is NaN
+            inside, ids = inside & there, ids * n + jnp.where(there, at, 0).astype(jnp.int32)
         yield ids, inside, w, dw
 
 
