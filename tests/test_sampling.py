@@ -126,12 +126,13 @@ def test_an_axis_of_one_entry_is_that_entry_four_times_to_the_cubic(x64):
 
 
 def test_what_is_not_finite_gives_nan_there_and_a_nan_that_is_not_read_stays_out(x64):
-    x, grid, _ = with_kinks(2)
+    x, grid, dy = with_kinks(2)
     x[:, 0, 0] = np.nan
     grid[:, :4] = [[np.nan, 9.0], [9.0, np.nan], [np.inf, 0.0], [0.0, -np.inf]]
     grid[:, 4:] = 0.5  # reads the last rows alone
     for method, padding in itertools.product(METHODS, PADDINGS):
-        y = apply(grid_sample(method, padding=padding), (), (), (jnp.asarray(x), jnp.asarray(grid)))
+        (y, (dx, _)), (_, (by_autodiff, _)) = by_both(grid_sample(method, padding=padding), (x, grid), dy)
+        assert np.isfinite(dx).all() and np.isfinite(by_autodiff).all(), (method, padding)
         assert np.isnan(y[:, :4]).all() and np.isfinite(y[:, 4:]).all(), (method, padding)
         if padding == "zeros":
             y = apply(grid_sample(method), (), (), (jnp.asarray(x), jnp.full(grid.shape, -5.0)))

@@ -47,9 +47,10 @@ def grid_sample(method: Method = "linear", *, padding: Padding = "zeros", corner
     cubic they move the four entries, not p. At an entry, where linear has a kink, the slope is that to the right of p;
     nearest has slopes of 0.
 
-    A coordinate that is not finite gives NaN. Weights and sums are in float32 at least; y has x' dtype. Coordinates in
-    16 bits are places to 1/256 of half the image: keep the grid in float32. Raises ValueError for other arguments,
-    `LayerError` for shapes that do not fit, spatial axes of size 0 and what is not floating.
+    A coordinate that is not finite gives NaN, and adds nothing to dx. Weights and sums are in float32 at least; y has
+    the dtype of x. Coordinates in bfloat16 are places to 1/256 of half the image: keep the grid in float32. Raises
+    ValueError for other arguments, `LayerError` for shapes that do not fit, spatial axes of size 0 and what is not
+    floating.
 
     PyTorch's ``grid_sample`` with channels last; ``mode`` "bilinear" is linear in 2-D and 3-D, "bicubic" 2-D alone, and
     ``align_corners`` is ``corners="align"``. There, what is not finite reads NaN, the border or 0, by mode and padding.
