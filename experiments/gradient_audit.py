@@ -170,6 +170,8 @@ def layer_cases(make: SimpleNamespace, rng) -> dict[str, tuple[fnet.Layer, PyTre
         "resize, antialiased": (make.resize((2, 7), antialias=True), pixels),
         "resize, nearest": (make.resize((3, 7), method="nearest"), pixels),
         "resize, nearest, twice": (make.resize(scale=2, method="nearest"), pixels),
+        "grid_sample": (make.grid_sample(), (pixels, drawn(2, 3, 4, 2))),
+        "affine_grid": (make.affine_grid((3, 4)), drawn(2, 2, 3)),
         "pixel_shuffle": (make.pixel_shuffle(2), rng.standard_normal((2, 2, 3, 8)).astype(np.float32)),
         "pixel_unshuffle": (make.pixel_unshuffle(2, order="DCR"), rng.standard_normal((2, 4, 2, 3)).astype(np.float32)),
         # normalization and noise

@@ -57,6 +57,7 @@ from fnet.layers.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell,
 from fnet.layers.relative import alibi, biased, relative_positions, relative_positions_2d
 from fnet.layers.reparametrized import fold_spectral_norm, fold_weight_norm, spectral_norm, weight_norm
 from fnet.layers.resizing import pixel_shuffle, pixel_unshuffle, resize
+from fnet.layers.sampling import affine_grid, grid_sample
 from fnet.layers.stacking import bidirectional, stacked
 from fnet.layers.thresholds import hard_tanh, shrink, tanh_shrink, threshold
 from fnet.layers.wrappers import Policy, freeze, mixed_precision, stateless, with_hand_backward
@@ -67,6 +68,7 @@ __all__ = [
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "add",
+    "affine_grid",
     "alibi",
     "attention",
     "avg_pool",
@@ -94,6 +96,7 @@ __all__ = [
     "global_avg_pool",
     "global_max_pool",
     "glu",
+    "grid_sample",
     "group_norm",
     "gru",
     "gru_cell",
