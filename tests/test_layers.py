@@ -99,6 +99,16 @@ LAYERS = {
         (4, 5),
         lambda p, x: np.clip(x @ p["dense_0"]["w"] + p["dense_0"]["b"] + 3, 0, 6) / 6,
     ),
+    "hard_sigmoid, its own line": (
+        layers.hard_sigmoid(0.7, 0.3),
+        (4, 5),
+        lambda p, x: np.clip(0.7 * x + 0.3, 0, 1),
+    ),
+    "selu, its own numbers": (
+        layers.selu(0.7, 1.3),
+        (4, 5),
+        lambda p, x: 1.3 * np.where(x > 0, x, 0.7 * (np.exp(x) - 1)),
+    ),
     "hard_swish": (
         serial(dense(5, bias=normal(3.0)), layers.hard_swish()),
         (4, 5),

@@ -138,18 +138,20 @@ def softsign() -> Layer:
     return without_parameters("softsign", forward, backward)
 
 
-def hard_sigmoid() -> Layer:
-    """``y = (x + 3)/6`` between -3 and 3, 0 below and 1 above; derivative 0 at ±3.
+def hard_sigmoid(slope=1 / 6, offset=0.5) -> Layer:
+    """``y = slope · x + offset`` where that is between 0 and 1, else the nearer of the two; derivative 0 at the kinks.
 
-    PyTorch and JAX the same, with these derivatives, and Keras 3; Keras 2 had the slope 1/5.
+    By default ``(x + 3)/6`` between -3 and 3: PyTorch and JAX the same, with these derivatives, and Keras 3. The slope
+    is 1/5 in ONNX and was so in Keras 2. Both numbers may be traced.
     """
 
     def forward(x):
         z = x.astype(wide(x.dtype))
-        return jnp.where(z <= -3, 0, jnp.where(z >= 3, 1, (z + 3) / 6)).astype(x.dtype), jnp.abs(x) >= 3
+        z = jnp.asarray(slope, z.dtype) * z + jnp.asarray(offset, z.dtype)
+        return jnp.where(z <= 0, 0, jnp.where(z >= 1, 1, z)).astype(x.dtype), (z <= 0) | (z >= 1)
 
-    def backward(flat, dy):  # y' = 1/6, or 0
-        return jnp.where(flat, 0, dy / 6)
+    def backward(flat, dy):  # y' = slope, or 0
+        return jnp.where(flat, 0, (dy.astype(wide(dy.dtype)) * jnp.asarray(slope, wide(dy.dtype))).astype(dy.dtype))
 
     return without_parameters("hard_sigmoid", forward, backward)
 

@@ -131,10 +131,12 @@ def celu(alpha=1.0) -> Layer:
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
-def selu() -> Layer:
+def selu(alpha=SELU_ALPHA, scale=SELU_SCALE) -> Layer:
     """``y = λ x`` where ``x > 0``, else ``λ α (exp(x) − 1)``, with α = 1.67326… and λ = 1.05070…; derivative λα at 0.
+
+    ``alpha`` and ``scale``, λ, may be others, and traced.
 
     Standard normal inputs give outputs of mean 0 and variance 1; for whole networks that is so with `lecun_normal`
     weights. Source: Klambauer et al., arXiv:1706.02515. PyTorch, Keras and JAX the same.
     """
-    return _exponential("selu", SELU_SCALE, SELU_ALPHA, 1)
+    return _exponential("selu", scale, alpha, 1)

@@ -26,7 +26,8 @@ def hard_tanh(low=-1.0, high=1.0) -> Layer:
     require(low < high, f"hard_tanh: low = {low}, high = {high}; expected a low below the high")
 
     def forward(x):
-        least, most = jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype)
+        most = jnp.asarray(high, x.dtype)
+        least = jnp.minimum(jnp.asarray(low, x.dtype), most)
         outside = (x <= least) | (x >= most)
         return jnp.where(x <= least, least, jnp.where(x >= most, most, x)), outside
 
