@@ -15,7 +15,7 @@ from fnet.layers.combinators import serial
 from fnet.layers.convolution import conv
 from fnet.layers.padding import pad
 from fnet.types import LayerError
-from tests.oracles import assert_leaves_close
+from tests.oracles import assert_leaves_close, by_both
 
 NAMES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # in NumPy
 
@@ -45,17 +45,6 @@ CASES = {
     "reflect, volumes": ((1, 2, 3, 2, 1), ((1, 1), (2, 0), (0, 1)), {"mode": "reflect"}),
     "circular, four axes": ((1, 2, 1, 2, 1, 2), ((1, 0), (1, 1), (0, 0), (0, 1)), {"mode": "circular"}),
 }
-
-
-def by_both(layer, x, dy):
-    """Outputs and the inputs' gradient by hand and by autodiff, in one compiled program."""
-
-    def run(x, dy):
-        y, _, residuals = layer.forward((), (), x, train=True)
-        z, pull = jax.vjp(lambda x: apply(layer, (), (), x), x)
-        return (y, layer.backward((), residuals, dy)[1]), (z, pull(dy)[0])
-
-    return jax.jit(run)(x, dy)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,7 +23,7 @@ from fnet.layers.pooling import (
     max_pool,
 )
 from fnet.types import LayerError
-from tests.oracles import assert_leaves_close
+from tests.oracles import assert_leaves_close, by_both
 
 
 def outputs_of(n, pads, extent, stride, ceil_mode):
@@ -98,17 +98,6 @@ def by_hand(layer, x, dy):
     return jax.jit(run)(x, dy)
 
 
-def by_both(layer, x, dy):
-    """The same by hand and by autodiff, in one compiled program."""
-
-    def run(x, dy):
-        y, _, residuals = layer.forward((), (), x, train=True)
-        z, pull = jax.vjp(lambda x: apply(layer, (), (), x), x)
-        return (y, layer.backward((), residuals, dy)[1]), (z, pull(dy)[0])
-
-    return jax.jit(run)(x, dy)
-
-
 def outputs_like(layer, x):
     shape = jax.eval_shape(lambda x: apply(layer, (), (), x), x)
     return jnp.asarray(np.random.default_rng(5).normal(size=shape.shape), shape.dtype)
@@ -172,6 +161,9 @@ def test_a_divisor_takes_the_place_of_the_counts(x64):
     assert_leaves_close(y, (padded[:, ::2] + padded[:, 1::2]) / 0.5, 1e-14)
     assert_leaves_close(dx, np.full(x.shape, 2.0), 1e-14)
     assert_leaves_close((y, dx), autodiff, 1e-14)
+    images = jnp.asarray(np.random.default_rng(2).standard_normal((2, 4, 6, 3)))
+    y = apply(avg_pool((2, 3), divisor=1), (), (), images)
+    assert_leaves_close(y, np.asarray(images).reshape(2, 2, 2, 2, 3, 3).sum((2, 4)), 1e-14)
     for wrong in ({"p": 0.5}, {"p": 0}):
         with pytest.raises(ValueError, match="lp_pool: p = "):
             lp_pool((2,), **wrong)

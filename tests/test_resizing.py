@@ -15,7 +15,7 @@ from fnet.gradcheck import check_layer
 from fnet.layers.children import apply
 from fnet.layers.resizing import interpolation, nearest, pixel_shuffle, pixel_unshuffle, resize
 from fnet.types import LayerError
-from tests.oracles import assert_leaves_close
+from tests.oracles import assert_leaves_close, by_both, keys_kernel
 
 KINDS = {
     "nearest": ("nearest", "half_pixel", False),
@@ -28,13 +28,6 @@ KINDS = {
     "cubic": ("cubic", "half_pixel", False),
     "cubic, aligned": ("cubic", "align", False),
 }
-
-
-def keys_kernel(d, a=-0.75):
-    d = abs(d)
-    if d <= 1:
-        return (a + 2) * d**3 - (a + 3) * d**2 + 1
-    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
 
 
 def numpy_weights(n, m, method, corners, antialias):
@@ -56,17 +49,6 @@ def numpy_weights(n, m, method, corners, antialias):
             for j in range(math.floor(s) - 1, math.floor(s) + 3):
                 w[o, min(max(j, 0), n - 1)] += kernel(float(s - j))
     return w
-
-
-def by_both(layer, x, dy):
-    """Outputs and the inputs' gradient by hand and by autodiff, in one compiled program."""
-
-    def run(x, dy):
-        y, _, residuals = layer.forward((), (), x, train=True)
-        z, pull = jax.vjp(lambda x: apply(layer, (), (), x), x)
-        return (y, layer.backward((), residuals, dy)[1]), (z, pull(dy)[0])
-
-    return jax.jit(run)(x, dy)
 
 
 def normal(*shape):

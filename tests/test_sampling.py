@@ -14,7 +14,7 @@ from fnet.gradcheck import check_layer
 from fnet.layers.children import apply
 from fnet.layers.sampling import affine_grid, grid_sample
 from fnet.types import LayerError
-from tests.oracles import assert_leaves_close, numerical_gradient
+from tests.oracles import assert_leaves_close, keys_kernel, numerical_gradient
 
 METHODS, PADDINGS, CORNERS = ("nearest", "linear", "cubic"), ("zeros", "border", "reflection"), ("half_pixel", "align")
 EVERY = [(2, *kind) for kind in itertools.product(METHODS, PADDINGS, CORNERS)] + [
@@ -25,13 +25,6 @@ EVERY = [(2, *kind) for kind in itertools.product(METHODS, PADDINGS, CORNERS)] +
 SIZES = {1: (4,), 2: (4, 3), 3: (1, 3, 4)}
 # entries, ties between two, borders and reflections of n = 3 and 4, all exact
 KINKS = [-3.0, -2.0, -1.5, -1.25, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0]
-
-
-def keys_kernel(d, a=-0.75):
-    d = abs(d)
-    if d <= 1:
-        return (a + 2) * d**3 - (a + 3) * d**2 + 1
-    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
 
 
 def numpy_weights(g, n, method, padding, corners):

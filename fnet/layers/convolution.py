@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from fnet.core.checks import require_counts, require_params
 from fnet.core.numerics import stream
 from fnet.layers.convolving import Form, convolution, gathered, input_gradient, weight_gradient
-from fnet.layers.dense import plus, product
+from fnet.layers.dense import outer_of, plus, product
 from fnet.layers.initializers import he_normal, require_initializers, zeros
 from fnet.layers.windows import Padding, Windows, channels_first, over_inputs, over_outputs, sizes, windows_of
 from fnet.layers.wrappers import stateless
@@ -98,9 +98,7 @@ def conv(
         examples, outputs = dy.shape[0], math.prod(dy.shape[1:-1])
         seen = gathered(x, over_inputs(windows, x), 1)  # (1, K I, outputs · B)
         seen = jnp.moveaxis(seen.reshape(-1, outputs, examples), -1, 0).swapaxes(1, 2)
-        dy = dy.reshape(examples, outputs, features)
-        found = {"w": (seen, dy)}
-        return {**found, "b": (jnp.ones((examples, outputs, 1), dy.dtype), dy)} if "b" in params else found
+        return outer_of(params, seen, dy.reshape(examples, outputs, features))
 
     layer = stateless("conv", init, forward, backward)
     return layer if groups > 1 else layer._replace(outer=outer)

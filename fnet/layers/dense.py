@@ -82,7 +82,11 @@ def affine_backward(params, x, dy):
 def affine_outer(params, x, dy):
     """``dw = Σ_n x_n dy_nᵀ`` and ``db = Σ_n 1 · dy_n``, the positions of an example along N."""
     steps = math.prod(x.shape[1:-1])
-    x, dy = (a.reshape(a.shape[0], steps, a.shape[-1]) for a in (x, dy))
+    return outer_of(params, *(a.reshape(a.shape[0], steps, a.shape[-1]) for a in (x, dy)))
+
+
+def outer_of(params, x: jax.Array, dy: jax.Array) -> dict:
+    """The pairs of ``w`` and, where there is one, of ``b``, from ``x (B, N, I)`` and ``dy (B, N, O)``."""
     found = {"w": (x, dy)}
     return {**found, "b": (jnp.ones((*x.shape[:2], 1), x.dtype), dy)} if "b" in params else found
 

@@ -112,9 +112,9 @@ def avg_pool(
     windows = windows_of("avg_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def counts(over: Windows, dtype):
-        """What each output's sum is divided by, ``(1, *m, 1)``."""
+        """What each output's sum is divided by, ``(1, *m, 1)``, or one number for all."""
         if divisor is not None:
-            return jnp.asarray(divisor, dtype)[None, None, None]
+            return jnp.asarray(divisor, dtype)
         return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
