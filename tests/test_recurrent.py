@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -405,6 +406,23 @@ def test_layers_run_under_vmap_over_parameters(name):
     many = jax.vmap(lambda p: layer.backward(p, layer.forward(p, (), x)[2], dy))(params)
     one = jax.tree.map(lambda a: a[1], params)
     assert_leaves_close(jax.tree.map(lambda a: a[1], many), by_hand(layer, one, (), x, dy), 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": 3, "reverse": True}])
+@pytest.mark.parametrize("layer", [rnn, lstm, gru, lambda units, **o: gru(units, reset_after=False, **o)])
+def test_no_step_copies_what_is_kept_of_all_steps(layer, options):
+    # dz is written over the slopes that it came from, which XLA does in place only where a step reads all of what it
+    # overwrites: else it copies the whole at every step, and time is quadratic in the number of steps
+    layer, x = layer(8, **options), jnp.ones((2, 11, 4))
+    params, _ = layer.init(jax.random.key(0), x)
+
+    def both(params, x, dy):
+        return layer.backward(params, layer.forward(params, (), x)[2], dy)
+
+    text = jax.jit(both).lower(params, x, jnp.ones((2, 11, 8))).compile().as_text()
+    bodies = [part for part in re.split(r"(?m)^}$", text) if "while/body" in part and "\nENTRY " not in part]
+    steps = [body for body in bodies if " dynamic-update-slice(" in body or "dynamic-update-slice_fusion" in body]
+    assert steps and not re.findall(r"= f32\[11,\S* copy\(", "".join(steps))
 
 
 def test_a_recurrent_layer_stands_in_serial():

@@ -33,10 +33,11 @@ class Cell(NamedTuple):
     """One step of a recurrent layer; ``carry`` is a tuple whose first entry is h.
 
     - ``step(recurrent, z, carry) -> carry, kept`` with ``z = x W_x + b``.
-    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps.
+    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps, with
+      the tree of ``dz``: an array for each product, since one of which a step reads a part is copied whole at each step.
     - ``back(transposed, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products;
       ``transposed`` is ``W_hᵀ (G H, H)``, laid out once and not at every step.
-    - ``split(dz) -> dz_x, dz_h``: the parts of ``dz`` that belong to ``x W_x`` and to ``h W_h``.
+    - ``split(dz) -> dz_x, dz_h``: of ``dz`` with steps as rows, what belongs to ``x W_x`` and to ``h W_h``.
     - ``weights(kept, h, dz_h) -> drecurrent``, steps as rows; None where ``x W_x`` and ``h W_h`` have the same dz.
     """
 
@@ -130,17 +131,17 @@ def gru_step_after(bias: Initializer | None) -> Cell:
         # ∂h/∂z_u = (h₋ − n) u(1−u), and directly ∂h/∂h₋ = u
         (r, u, rest, n, q), dtype = kept, before[0].dtype
         s = rest * (1 - n * n)
-        by_z = [s * widened(q) * r * (1 - r), (widened(before[0]) - n) * u * rest, s * r, s]
-        return jnp.concatenate(by_z, -1).astype(dtype), u.astype(dtype)
+        by_products = [s * widened(q) * r * (1 - r), (widened(before[0]) - n) * u * rest, s * r]
+        return (jnp.concatenate(by_products, -1).astype(dtype), s.astype(dtype)), u.astype(dtype)
 
     def back(transposed, slopes, u, dcarry):
-        (dh,), units = dcarry, u.shape[-1]
-        dz = jnp.concatenate([dh, dh, dh, dh], -1) * slopes
-        return (dh * u + product(dz[..., : 3 * units], transposed),), dz
+        (dh,), (by_products, by_n) = dcarry, slopes
+        dz = jnp.concatenate([dh, dh, dh], -1) * by_products
+        return (dh * u + product(dz, transposed),), (dz, dh * by_n)
 
-    def split(dz):  # (r, u, q, n): the candidate's two products have gradients of their own
-        r, u, q, n = jnp.split(dz, 4, -1)
-        return jnp.concatenate([r, u, n], -1), jnp.concatenate([r, u, q], -1)
+    def split(dz):  # of (r, u, q) and n: the candidate's two products have gradients of their own
+        dz_h, n = dz
+        return jnp.concatenate([dz_h[:, : 2 * n.shape[1]], n], -1), dz_h
 
     def weights(kept, h, dz_h):
         drecurrent = {"w": product(h.T, dz_h)}
@@ -164,20 +165,25 @@ def gru_step_before() -> Cell:
     def slopes(kept, before, after):
         # p = r h₋, n = tanh(z_n + p W_n):  ∂h/∂z_n = (1−u)(1−n²), ∂h/∂z_u = (h₋ − n) u(1−u), ∂p/∂z_r = h₋ r(1−r)
         (r, u, rest, n), h, dtype = kept, widened(before[0]), before[0].dtype
-        by_z = [h * r * (1 - r), (h - n) * u * rest, rest * (1 - n * n)]
-        return jnp.concatenate(by_z, -1).astype(dtype), (r.astype(dtype), u.astype(dtype))
+        by_gates = [h * r * (1 - r), (h - n) * u * rest]
+        gates = jnp.concatenate(by_gates, -1)
+        return (gates.astype(dtype), (rest * (1 - n * n)).astype(dtype)), (r.astype(dtype), u.astype(dtype))
 
     def back(transposed, slopes, others, dcarry):
-        (dh,), (r, u) = dcarry, others
+        (dh,), (r, u), (by_gates, by_n) = dcarry, others, slopes
         units = u.shape[-1]
-        dz_n = dh * slopes[..., 2 * units :]
+        dz_n = dh * by_n
         dp = product(dz_n, transposed[2 * units :])
-        dz_ru = jnp.concatenate([dp, dh], -1) * slopes[..., : 2 * units]
+        dz_ru = jnp.concatenate([dp, dh], -1) * by_gates
         dh = dh * u + dp * r + product(dz_ru, transposed[: 2 * units])
-        return (dh,), jnp.concatenate([dz_ru, dz_n], -1)
+        return (dh,), (dz_ru, dz_n)
+
+    def split(dz):
+        dz = jnp.concatenate(dz, -1)
+        return dz, dz
 
     def weights(kept, h, dz_h):
         p, two = (kept[0] * widened(h)).astype(h.dtype), 2 * h.shape[1]
         return {"w": jnp.concatenate([product(h.T, dz_h[:, :two]), product(p.T, dz_h[:, two:])], 1)}
 
-    return Cell("gru", 3, step, slopes, back, weights=weights)
+    return Cell("gru", 3, step, slopes, back, split, weights)

@@ -17,6 +17,7 @@ Legend: B batch, T steps, I features in, H units, G gates; z what enters the gat
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -87,13 +88,14 @@ def _sequence(cell: Cell, units: int, weights, recurrent, bias, reverse: bool, t
             held = dcarry
             if mask is not None:
                 dcarry = tuple(jnp.where(mask, part, 0) for part in dcarry)
-            at_t = lax.dynamic_index_in_dim(buffer, t, keepdims=False)
+            at_t = jax.tree.map(lambda slopes: lax.dynamic_index_in_dim(slopes, t, keepdims=False), buffer)
             dcarry, dz = cell.back(transposed, at_t, others, dcarry)
             if mask is not None:
                 dcarry = tuple(jnp.where(mask, new, old) for new, old in zip(dcarry, held, strict=True))
             if cut is not None:
                 dcarry = tuple(jnp.where(cut, 0, part) for part in dcarry)
-            return (dcarry, lax.dynamic_update_index_in_dim(buffer, dz, t, 0)), None
+            write = functools.partial(lax.dynamic_update_index_in_dim, index=t, axis=0)
+            return (dcarry, jax.tree.map(write, buffer, dz)), None
 
         dy = dy.swapaxes(0, 1) if mask is None else jnp.where(mask[:, :, None], dy, 0).swapaxes(0, 1)
         steps = (jnp.arange(x.shape[1]), dy, others, masks, cuts)
