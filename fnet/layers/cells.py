@@ -33,8 +33,8 @@ class Cell(NamedTuple):
     """One step of a recurrent layer; ``carry`` is a tuple whose first entry is h.
 
     - ``step(recurrent, z, carry) -> carry, kept`` with ``z = x W_x + b``.
-    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps, with
-      the tree of ``dz``: an array for each product, since one of which a step reads a part is copied whole at each step.
+    - ``slopes(kept, before, after) -> slopes, others``: the factors of ``dz`` that do not depend on later steps, a tree
+      like ``dz``: with an array for each product, for one of which a step reads a part is copied whole at every step.
     - ``back(transposed, slopes, others, dcarry) -> dcarry, dz``: gradients by the carry before and by the products;
       ``transposed`` is ``W_hᵀ (G H, H)``, laid out once and not at every step.
     - ``split(dz) -> dz_x, dz_h``: of ``dz`` with steps as rows, what belongs to ``x W_x`` and to ``h W_h``.
