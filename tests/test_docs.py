@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 @pytest.mark.parametrize("page", ["training", "extending", "instruments"])
 def test_the_pages_code_runs(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = blocks_of(DOCS / f"{page}.md")
+    blocks = blocks_of(DOCS / "how-to" / f"{page}.md")
     assert len(blocks) >= 4
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         run_blocks(blocks, f"{page}.md")
@@ -34,7 +34,7 @@ def test_the_pages_code_runs(page, capsys, tmp_path, monkeypatch):
 
 
 def test_the_tutorials_cells_run_in_order():
-    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    cells = json.loads((DOCS / "start" / "tutorial.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) >= 7 and all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -27,7 +27,7 @@ def test_the_readmes_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_
 
 def test_the_explorers_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    page = PAGE.parent / "docs" / "explorer.md"
+    page = PAGE.parent / "docs" / "how-to" / "explorer.md"
     with jax.numpy_dtype_promotion("standard"):
         run_blocks(blocks_of(page), page.name)
     (expected,) = blocks_of(page, "text")
