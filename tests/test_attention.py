@@ -1054,6 +1054,23 @@ def test_cudnn_is_refused_where_there_is_none_with_the_remedy(key):
             dot_product_attention(*jnp.ones((3, 1, 4, 2, 4), jnp.bfloat16), form="cudnn")
 
 
+def test_cudnn_is_handed_whole_masks_and_finite_biases_in_the_dtype_of_the_queries(monkeypatch):
+    given, by_xla = [], jax.nn.dot_product_attention
+
+    def seen(q, k, v, bias, mask, *, implementation, **options):
+        given.append((bias, mask, implementation, options))
+        return by_xla(q, k, v, bias, mask, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
+    q, bias = jnp.ones((2, 3, 2, 8), jnp.bfloat16), jnp.zeros((2, 3, 3)).at[:, 1, 0].set(-jnp.inf)
+    with traced_for("cuda"):
+        dot_product_attention(q, q, q, jnp.ones((2, 3), bool), bias, causal=True, form="cudnn", scale=0.5)
+    ((bias, mask, implementation, options),) = given
+    assert (implementation, options) == ("cudnn", {"scale": 0.5, "is_causal": True})
+    assert (bias.shape, bias.dtype) == ((1, 2, 3, 3), jnp.bfloat16) and bool(jnp.isfinite(bias).all())
+    assert mask.shape == (2, 2, 3, 3) and not mask[:, :, 1, 0].any() and mask.sum() == 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
