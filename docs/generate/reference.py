@@ -1,4 +1,4 @@
-"""The reference: every public name on one page, grouped as people look for them; the modules' ``__all__`` is the truth."""
+"""The reference: every public name on one page, grouped as people look for them; ``__all__`` is the truth."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def exponential(
 
     ``decay_steps`` is the number of updates in which the rate falls by the factor ``decay_rate``.
 
-    Differs from optax's ``exponential_decay``: there the arguments are ``(init_value, transition_steps, decay_rate)``, a
-    ``decay_rate`` or ``transition_steps`` of 0 silently means a constant rate (an error here), and there is an
+    Differs from optax's ``exponential_decay``: there the arguments are ``(init_value, transition_steps, decay_rate)``,
+    a ``decay_rate`` or ``transition_steps`` of 0 silently means a constant rate (an error here), and there is an
     ``end_value``.
 
     >>> schedule = exponential(0.8, decay_rate=0.5, decay_steps=100)
