@@ -186,6 +186,9 @@ def attention(
         return y, state, (x, o, kept, key, bias, of_relative)
 
     def backward(params, residuals, dy):
+        # y = o w_out + b_out, o = attention(q, k, v), and with m the memory and R rotations q = R (x w_query + b_query),
+        # k = R (m w_key + b_key), v = m w_value + b_value: the chain rule through each, dm the sum over k and v, and
+        # dx + dm where x is its own memory; that of R is Rᵀ, and that of a product stands in `dense`
         x, o, kept, key, bias, of_relative = residuals
         dy = dy[0] if isinstance(dy, tuple) else dy
         query, memory, mask = clean(x)
