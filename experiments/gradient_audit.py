@@ -455,17 +455,20 @@ def audits(config: Config) -> dict[str, Callable[[], Report]]:
 
 
 def keep_lines(reports: Mapping[str, Report], names: Collection[str], path: Path) -> None:
-    """The verdict, largest error and number of leaves of each report into a file of JSON, one line for each.
+    """The verdict, largest relative error and number of leaves of each report into a file of JSON, a line for each.
 
-    Lines of other audits stay as they are, those that are not among the ``names`` go.
+    The error is that of leaves that are not zero up to rounding; how many are zero is kept beside it. Lines of other
+    audits stay as they are, those that are not among the ``names`` go.
     """
     lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, report in reports.items():
-        error = max((leaf.relative for leaf in report.leaves if not math.isnan(leaf.relative)), default=0.0)
+        found = [leaf for leaf in report.leaves if leaf.cause != "zero up to rounding"]  # whose rounding is no error
+        error = max((leaf.relative for leaf in found if not math.isnan(leaf.relative)), default=0.0)
         lines[name] = {
             "verdict": verdict_and_cause(report)[0],
             "error": float(f"{error:.1e}"),
             "leaves": len(report.leaves),
+            "zero": len(report.leaves) - len(found),
             "jax": jax.__version__,
             "date": date.today().isoformat(),
         }

@@ -186,7 +186,7 @@ def attention(
         return y, state, (x, o, kept, key, bias, of_relative)
 
     def backward(params, residuals, dy):
-        # y = o w_out + b_out, o = attention(q, k, v), and with the memory m and rotations R: q = R (x w_query + b_query),
+        # y = o w_out + b_out, o = attention(q, k, v), with the memory m and rotations R: q = R (x w_query + b_query),
         # k = R (m w_key + b_key), v = m w_value + b_value. The chain rule through each: R's transpose is the rotation
         # back, a product's backward stands in `dense`, dm is the sum by k and by v; in self-attention dx gains it
         x, o, kept, key, bias, of_relative = residuals
