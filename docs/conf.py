@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import reference  # noqa: E402
+from docs.generate import mathematics, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
@@ -28,6 +28,7 @@ nitpick_ignore_regex = [
     ("py:obj", r"(jax|jnp|numpy|np|optax|torch|sklearn|flax|orbax|grain)\b.*"),
 ]
 suppress_warnings = ["ref.python"]  # of two classes of one name in signatures
+smartquotes = False  # y' is a derivative
 nb_execution_mode = "off"  # the tests run the cells
 myst_enable_extensions = ["colon_fence", "html_image", "attrs_inline"]
 myst_heading_anchors = 3
@@ -68,8 +69,8 @@ def find(app, env, node, contnode):
 
 def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
-    for generated in (reference,):
-        generated.write(HERE)
+    reference.write(HERE / "reference")
+    mathematics.write(HERE / "mathematics")
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)

@@ -314,14 +314,11 @@ def lines_of(page: Page, sections: list[tuple[str, list[Entry]]]) -> Iterator[st
 
 
 def write(folder: Path) -> None:
-    """The pages ``folder/reference/*.rst``."""
-    target = folder / "reference"
-    target.mkdir(exist_ok=True)
+    """``index.rst`` and the pages of `PAGES`."""
+    folder.mkdir(exist_ok=True)
     pages = by_page()
-    for old in target.glob("*.rst"):
-        old.unlink()
     for page, sections in pages.items():
-        (target / f"{page}.rst").write_text("\n".join(lines_of(PAGES[page], sections)) + "\n")
+        (folder / f"{page}.rst").write_text("\n".join(lines_of(PAGES[page], sections)) + "\n")
     index = [
         "Reference",
         "=========",
@@ -332,4 +329,4 @@ def write(folder: Path) -> None:
         "   :maxdepth: 1",
         "",
     ]
-    (target / "index.rst").write_text("\n".join([*index, *(f"   {page}" for page in PAGES), ""]))
+    (folder / "index.rst").write_text("\n".join([*index, *(f"   {page}" for page in PAGES), ""]))
