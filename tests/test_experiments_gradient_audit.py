@@ -23,7 +23,7 @@ from fnet.types import Layer
 
 pytestmark = pytest.mark.long
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "gradient-audit.md").read_text(encoding="utf-8")
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "how-to" / "gradient-audit.md").read_text(encoding="utf-8")
 
 
 def printed(tmp_path, **options):
