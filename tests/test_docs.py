@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from docs.generate import explorer
 from tests.pages import examples_of, run_blocks, run_page
 
 pytestmark = pytest.mark.long
@@ -61,6 +62,16 @@ def test_a_block_that_prints_something_else_is_named(tmp_path, capsys):
     page.write_text("```python\na = 1\n```\n\n```python\nprint(a)\n```\n\n```text\n2\n```\n")
     with pytest.raises(AssertionError, match=r"page.md, block 1 prints\n1\n\nand the page says\n2"):
         run_page(page, lambda: capsys.readouterr().out)
+
+
+def test_the_pages_that_frames_show_are_those_that_are_made():
+    framed = [
+        (page.parent / source).resolve().relative_to(DOCS).as_posix()
+        for page in PAGES.values()
+        for source in re.findall(r'<iframe src="([^"]*)"', page.read_text(encoding="utf-8"))
+    ]
+    assert len(framed) == 6
+    assert set(framed) == {f"_static/explorer/{name}.html" for name in explorer.PAGES}
 
 
 def without_words(page: Path) -> list[str]:
