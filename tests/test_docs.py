@@ -43,7 +43,7 @@ SPANISH = {"mazur": "mazur", "xor": "xor", "wrong-backward": "propagacion-equivo
 def as_a_program(tmp_path, monkeypatch):
     """In a folder of its own, with jax as it comes; what a page sets is set back."""
     monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_enable_x64
+    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
     jax.config.update("jax_enable_x64", before)
