@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import mathematics, reference  # noqa: E402
+from docs.generate import explorer, mathematics, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
@@ -67,10 +67,18 @@ def find(app, env, node, contnode):
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", min(found, key=len), node, contnode)
 
 
+def in_its_language(app, page, template, context, doctree):
+    """Pages under es/ are in Spanish."""
+    if page.startswith("es/"):
+        context["language"] = "es"
+
+
 def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
     reference.write(HERE / "reference")
     mathematics.write(HERE / "mathematics")
+    explorer.write(HERE / "_static" / "explorer")
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)
+    app.connect("html-page-context", in_its_language)

@@ -11,9 +11,8 @@ PAGES = ("mazur", "xor", "faulty")
 
 
 def write(folder: Path) -> None:
-    """Make the pages in _static/explorer of ``folder``, which is docs/."""
+    """A page for each of `PAGES`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
-        path = folder / "_static" / "explorer" / f"{name}.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
         recording, options = SCENES[name](Config())
-        write_explorer(recording, path, **options)
+        write_explorer(recording, folder / f"{name}.html", **options)

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from docs.generate import written
 from docs.generate.sources import (
     BESIDE,
     ROOT,
@@ -97,10 +98,7 @@ def write(folder: Path) -> None:
     families = {file: entries for room in ROOMS for file, entries in entries_of(room, audits).items()}
     pages = {"index": index(families)} | {file: page_of(file, entries) for file, entries in families.items()}
     for name, text in pages.items():
-        path = folder / f"{name}.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # what is as it was is not built anew
-            path.write_text(text, encoding="utf-8")
+        written(folder / f"{name}.md", text)
 
 
 def entries_of(room: str, audits: dict) -> dict[str, list[Entry]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fnet
+from docs.generate import written
 from docs.generate.docstrings import as_rst
 
 # Modules whose names users take; those without __all__ offer what they define.
@@ -315,10 +316,7 @@ def lines_of(page: Page, sections: list[tuple[str, list[Entry]]]) -> Iterator[st
 
 def write(folder: Path) -> None:
     """``index.rst`` and the pages of `PAGES`."""
-    folder.mkdir(exist_ok=True)
     pages = by_page()
-    for page, sections in pages.items():
-        (folder / f"{page}.rst").write_text("\n".join(lines_of(PAGES[page], sections)) + "\n")
     index = [
         "Reference",
         "=========",
@@ -327,6 +325,7 @@ def write(folder: Path) -> None:
         "",
         ".. toctree::",
         "   :maxdepth: 1",
-        "",
     ]
-    (folder / "index.rst").write_text("\n".join([*index, *(f"   {page}" for page in PAGES), ""]))
+    written(folder / "index.rst", "\n".join([*index, "", *(f"   {page}" for page in PAGES), ""]))
+    for page, sections in pages.items():
+        written(folder / f"{page}.rst", "\n".join(lines_of(PAGES[page], sections)) + "\n")
