@@ -32,7 +32,7 @@ BENCHMARKS: dict[str, list[str]] = {  # and what they are given
     "per_example": [],
     "sharding": [],
     "audit_cost": ["--factors", "1", "4"],
-    "gradient_checkers": ["--every", "16"],
+    "gradient_checkers": ["--every", "24"],
 }
 
 

@@ -96,7 +96,7 @@ GPT = {
     "64 blocks by repeat": lambda: [gpt(64, True)],
     "2 blocks, unrolled": lambda: [gpt(2, False)],
 }
-ALSO = {"fit": "fit, from its call"}  # the second of two figures
+ROWS = {"fit": ("fit", "fit, from its call")}  # of what gives two figures
 
 
 def main() -> None:
@@ -119,8 +119,8 @@ def main() -> None:
         seconds: dict[str, list[float]] = {}
         for _ in range(options.repeats):
             for name, run in runs.items():
-                for label, figure in zip((name, ALSO.get(name)), run().split(), strict=False):
-                    seconds.setdefault(label or name, []).append(float(figure))
+                for row, figure in zip(ROWS.get(name, (name,)), run().split(), strict=True):
+                    seconds.setdefault(row, []).append(float(figure))
         tables.append(show(title, seconds, (base,)))
     record(options.json, "compile", tables)
 

@@ -3,9 +3,9 @@
     make bench
     make bench ARGS="--repeats 15 --processes 5"
 
-Three tables from one run: the training alone after warm-up, all peers in turn; the whole process from its start over
-import, compilation and training to its end; and imports. Times are medians; ratios are taken run by run, between
-neighbours in time. `torch.compile` is in the first table alone: a process of it compiles for longer than it trains.
+Two tables from one run: the training alone after warm-up, all peers in turn, and the whole process from its start over
+import, compilation and training to its end. Times are medians; ratios are taken run by run, between neighbours in time.
+`torch.compile` is in the first table alone: a process of it compiles for longer than it trains.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def torch_by(compiled: bool):
         import torch
         from torch import nn
 
+        torch.manual_seed(0)
         x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
         model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
         start, loss_fn = {name: leaf.clone() for name, leaf in model.state_dict().items()}, nn.CrossEntropyLoss()
@@ -233,8 +234,6 @@ def main() -> None:
         whole["fnet backprop, cache warm"] = process("-m", "benchmarks.s1", "--only", "fnet backprop", **cached)
         interleaved(whole, 1)  # fills the cache, and the operating system's
         tables.append(show("the whole process", interleaved(whole, options.processes), baselines))
-    imports = {f"import {name}": process("-c", f"import {name}") for name in ("jax", "fnet")}
-    tables.append(show("import", interleaved(imports, options.processes), ("import jax",)))
     record(options.json, "s1", tables, also=("torch", "flax", "optax", "equinox"))
 
 
