@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-long test-slow test-newest test-compile lint bench clean
+.PHONY: help train test test-long test-slow test-newest test-compile lint bench bench-all clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -25,6 +25,7 @@ help:
 	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   compare speed with other libraries"
+	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (25 minutes)"
 	@echo "make clean   remove the environments and caches"
 
 train: $(VENV)/.installed-experiments
@@ -59,6 +60,9 @@ lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)
+
+bench-all: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
