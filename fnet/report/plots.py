@@ -37,7 +37,8 @@ def save_figure(figure, path: str | Path) -> None:
 def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
     """Loss, accuracy and gradient norm over the epochs, a colour for each run, dashed where it is the validation's.
 
-    ``runs`` maps a run's name to its metrics per epoch, as in `fnet.History.epochs`; panels without data are left out.
+    ``runs`` maps a run's name to its metrics per epoch, as in ``fnet.History.epochs``; panels without data are
+    left out.
     """
     panels = {"loss": "log", "accuracy": "linear", "gradient_norm/all": "log"}
     panels = {name: scale for name, scale in panels.items() if any(name in run for run in runs.values())}
