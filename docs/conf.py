@@ -11,6 +11,7 @@ from docs.generate import benchmarks, explorer, mathematics, reference  # noqa: 
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
+author = copyright = "The fnet authors"
 version = release = fnet.__version__
 extensions = [
     "sphinx.ext.autodoc",
