@@ -11,6 +11,7 @@ import pytest
 
 import fnet
 from fnet.core.interpret import evaluate
+from fnet.core.programs import operation_lines
 from fnet.gradcheck import kept
 from fnet.gradcheck.kept import prepared, same_program, told
 from fnet.gradcheck.witnesses import derivative
@@ -134,6 +135,19 @@ def test_settings_shapes_and_dtypes_are_told_apart():
     assert own_programs(names).count("doubled") == 2
 
 
+def test_what_is_made_of_a_program_goes_by_the_settings_and_by_all_arguments():
+    def counted(closed):
+        return lambda x, more: evaluate(closed, [x])[0][0].sum().astype(int) + jnp.arange(more.size).sum()
+
+    x = jnp.ones(3)
+    closed = jax.make_jaxpr(jnp.sin)(x)
+    for x64, size in ((False, 2), (True, 2), (True, 3), (False, 3)):
+        with jax.enable_x64(x64):
+            given = x, jax.device_put(np.zeros(size, np.float32))
+            found = np.asarray(prepared("counted", counted, closed, given)(*given))
+        assert found.dtype == (np.int64 if x64 else np.int32) and found == 2 + size * (size - 1) // 2
+
+
 def test_an_operation_that_nothing_comes_of_makes_another_program():
     def with_more(x):
         _ = jnp.cos(x)
@@ -144,14 +158,16 @@ def test_an_operation_that_nothing_comes_of_makes_another_program():
 
 
 def test_jaxs_own_rules_are_told_from_the_users():
-    relu = jax.custom_jvp(lambda x: jnp.maximum(x, 0))
+    relu = jax.custom_jvp(jax.jit(lambda x: jnp.maximum(x, 0)))  # written as jax's own
     relu.defjvp(lambda x, t: (relu(*x), 7 * t[0]))
-    w = np.array([0.0, 1.0, -2.0], np.float32)
+    w, all_lines = np.array([0.0, 1.0, -2.0], np.float32), {}
     for f, slope in ((jax.nn.relu, 0.0), (relu, 0.5), (jax.nn.relu, 0.0)):
         leaves = [jnp.asarray(w)]
         closed = jax.make_jaxpr(lambda leaves, others, f=f: f(leaves[0]).sum())(leaves, [])
         (found,) = prepared("autodiff", derivative, closed, (leaves, []))(leaves, [])
         assert np.asarray(found).tolist() == [slope, 1, 0]
+        lines = {line.text for line in operation_lines(closed)[0]}
+        assert all_lines.setdefault("relu", lines) == lines  # by which they would be one program
 
 
 def test_a_program_with_a_function_of_python_in_it_is_not_kept():
