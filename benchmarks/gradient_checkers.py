@@ -1,6 +1,7 @@
 """Which checker catches which wrong gradient? fnet's audit beside jax's, chex's and a port of torch's, on one suite.
 
     make bench MODULE=benchmarks.gradient_checkers                       # the whole suite, about half an hour
+    make bench MODULE=benchmarks.gradient_checkers ARGS="--no-peers"     # fnet alone, some minutes
     make bench MODULE=benchmarks.gradient_checkers ARGS="--every 10"     # every tenth case
 
 Faulty gradients come from hand-derived backwards with one mistake each (`families`) and from right gradients that were
