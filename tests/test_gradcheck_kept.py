@@ -189,6 +189,11 @@ def test_a_program_with_a_function_of_python_in_it_is_not_kept():
 def test_two_traces_with_other_constants_are_not_the_same_program():
     traces = [jax.make_jaxpr(lambda x, a=a: x * a)(X) for a in (X, X.copy(), X + 1)]
     assert same_program(traces[0], traces[1]) and not same_program(traces[0], traces[2])
+    traces = [
+        jax.make_jaxpr(lambda x, k=k: x + jax.random.normal(k, x.shape, x.dtype))(X)
+        for k in map(jax.random.key, (0, 0, 1))
+    ]
+    assert same_program(traces[0], traces[1]) and not same_program(traces[0], traces[2])
 
 
 # --- the memory itself -----------------------------------------------------------------------------------------------

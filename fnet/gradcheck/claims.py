@@ -104,12 +104,13 @@ UNTRACED = Asked(None, [], [])
 
 
 def ask_compiled(known: Known, engine: Engine, arguments: tuple[list, list], *, quick: bool = True) -> Asked:
-    """The same, with its program being compiled; one that is compiled already, for whatever arguments, serves too."""
+    """The same, with its program being compiled; the same that is compiled already, of whatever engine, serves too."""
     asked = ask(known, engine, arguments)
     if asked.closed is None or asked.program is not None:
         return asked
-    compiled = (other for other in known.values() if other.program is not None and other.make is asked.make)
-    program = next((other.program for other in compiled if same_program(other.closed, asked.closed)), None)
+    compiled = [other for other in known.values() if other.program is not None and other.make is asked.make]
+    alike = (other for other in compiled if told(other.closed).whole and same_program(other.closed, asked.closed))
+    program = next((other.program for other in alike), None)
     if program is None:
         try:
             program = prepared(asked.make.__name__, asked.make, asked.closed, arguments, quick=quick)

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import CUSTOM, body_of_call, defined_in_jax, evaluate, is_array, walk
 from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, constant, quick_options
+from fnet.core.numerics import bytes_of, words_of
 from fnet.core.programs import constant_lines, digest, operation_lines, settings_in_force
 
 KEPT = 256  # programs, for the audits to come
@@ -76,17 +76,17 @@ def told(closed: ClosedJaxpr) -> Told:
     # of rules those of jax itself count, by which autodiff goes: a program whose lines are the same may have its own
     custom = [(site, eqn) for site, eqn in calls if eqn.primitive.name in CUSTOM]
     rules = [f"{site} {source(eqn)}" for site, eqn in custom if defined_in_jax(eqn)]
-    size = sum(np.asarray(c).nbytes for _, eqn in calls for c in body_of_call(eqn).consts if numeric(c))  # pyright: ignore
-    closed_over = all(numeric(c) or is_array(c) or isinstance(c, NUMBERS) for c in closed.consts)
+    size = sum(size_of(body_of_call(eqn).consts) for _, eqn in calls)  # pyright: ignore
+    closed_over = all(is_array(c) or isinstance(c, NUMBERS) for c in closed.consts)
     whole = not untold and closed_over and not closed.jaxpr.effects
     key = digest([*(line.text for line in lines), *rules])
     _told[closed] = Told(key, whole, len(rules) < len(custom), size)
     return _told[closed]
 
 
-def numeric(value: Any) -> bool:
-    """Whether this is an array of numbers, none of keys."""
-    return is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+def size_of(consts: list) -> int:
+    """Bytes of arrays that are closed over."""
+    return bytes_of([c for c in consts if is_array(c)])
 
 
 def source(eqn) -> str:
@@ -99,7 +99,7 @@ def same_program(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
     if told(first).key != told(second).key:
         return False
     return all(
-        a is b or not numeric(a) or np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        a is b or not is_array(a) or np.asarray(words_of(a)).tobytes() == np.asarray(words_of(b)).tobytes()
         for a, b in zip(first.consts, second.consts, strict=True)
     )
 
@@ -116,7 +116,7 @@ def prepared(name: str, make: Callable, closed: ClosedJaxpr, arguments: tuple, *
         pairs = zip(closed.consts, closed.jaxpr.constvars, strict=True)
         consts = [jax.device_put(constant(value, var.aval)) for value, var in pairs]
     baked = bool(closed.consts) and not consts
-    size = about.size + (sum(np.asarray(c).nbytes for c in closed.consts if numeric(c)) if baked else 0)
+    size = about.size + (size_of(closed.consts) if baked else 0)
     keep = about.whole and size <= LARGEST
     key = (
         *(name, about.key, quick),
