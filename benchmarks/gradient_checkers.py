@@ -1,6 +1,7 @@
 """Which checker catches which wrong gradient? fnet's audit beside jax's, chex's and a port of torch's, on one suite.
 
     make bench MODULE=benchmarks.gradient_checkers                       # the whole suite, about half an hour
+    make bench MODULE=benchmarks.gradient_checkers ARGS="--no-peers"     # fnet alone, some minutes
     make bench MODULE=benchmarks.gradient_checkers ARGS="--every 10"     # every tenth case
 
 Faulty gradients come from hand-derived backwards with one mistake each (`families`) and from right gradients that were
@@ -14,6 +15,7 @@ of a model, and the likely cause; then every case that it missed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -410,7 +412,7 @@ def alter(right: Callable, leaf: str, kind: str, seed: int) -> Callable:
 def changes(f, params, args, wrong: Callable, right: Callable) -> frozenset[str]:
     """The leaves that a mistake changes by a millionth of their largest entry: what a checker has to name."""
     with jax.enable_x64(True):
-        a, b = jax.jit(right)(params, *args), wrong(params, *args)
+        a, b = right(params, *args), wrong(params, *args)
     found = []
     for path in a:
         g, w = np.asarray(a[path], np.float64), np.asarray(b[path], np.float64)
@@ -419,18 +421,19 @@ def changes(f, params, args, wrong: Callable, right: Callable) -> frozenset[str]
     return frozenset(found)
 
 
-def faulty_cases() -> list[Case]:
+SIZES = ("small", "middle", "large")
+
+
+def faulty_cases(sizes: tuple[str, ...] = SIZES) -> list[Case]:
     """Every family with every mistake, and with alterations of every kind, at three sizes in two precisions."""
     cases, kinds = [], list(ALTERED)
-    for k, (size, x64) in enumerate(
-        [("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]
-    ):
+    for k, (size, x64) in enumerate(itertools.product(sizes, (True, False))):
         for seed in range(2 if size != "large" else 1):
             rng = np.random.default_rng([k, seed])
             for n, (name, f, g, params, args, mistakes, _) in enumerate(families(rng, size, seed)):
                 if args[-1] is None:
                     args = (args[0], draw(rng, len(args[0]), params["v"].shape[1]))
-                right = g("")
+                right = jax.jit(g(""))
                 at = f"{name}, {size}, {'float64' if x64 else 'float32'}, {seed}"
                 cast = to_dtype(np.float64 if x64 else np.float32)
                 for mistake, cause in mistakes.items():
@@ -447,7 +450,7 @@ def faulty_cases() -> list[Case]:
                     square = len(shape) == 2 and shape[0] == shape[1]
                     if (least == 3 and not square) or len(shape) < min(least, 2) or min(shape) < 2:
                         continue
-                    wrong = alter(jax.jit(right), leaf, kind, j)
+                    wrong = alter(right, leaf, kind, j)
                     leaves = changes(f, params, args, wrong, right)
                     if leaves:
                         cases.append(
@@ -592,9 +595,7 @@ def random_function(rng):
 def right_cases() -> list[Case]:
     """Hand-derived backwards without a mistake, hard functions, random functions."""
     cases = []
-    for k, (size, x64) in enumerate(
-        [("small", True), ("small", False), ("middle", True), ("middle", False), ("large", True), ("large", False)]
-    ):
+    for k, (size, x64) in enumerate(itertools.product(SIZES, (True, False))):
         for seed in range(6 if size != "large" else 2):
             rng = np.random.default_rng([100 + k, seed])
             for name, f, g, params, args, _, _ in families(rng, size, seed):

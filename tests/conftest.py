@@ -20,6 +20,7 @@ from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
 from fnet.core.jax_insides import quick_options
+from fnet.gradcheck import kept
 from fnet.runs import compilation
 
 
@@ -100,6 +101,7 @@ def own_programs(request):
     jax.clear_caches()
     compilation._kept.clear()
     compilation._asked.clear()
+    kept.forget()
 
 
 @pytest.fixture

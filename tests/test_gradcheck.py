@@ -273,6 +273,16 @@ def test_slopes_alone_serve_at_the_callers_own_precision_too():
     assert report.leaves[0].ladder[0].error < 1e-5 and np.isnan(report.leaves[0].ladder[0].expected)
 
 
+def test_a_custom_rule_of_what_autodiff_does_not_pass_is_audited_at_every_precision():
+    rounds = lambda p: jax.lax.fori_loop(0, p.size, lambda k, v: jnp.sin(v), p).sum()  # noqa: E731
+    ruled = jax.custom_vjp(
+        lambda p: jax.lax.while_loop(lambda s: s[0] < p.size, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, p))[1].sum()
+    )
+    ruled.defvjp(lambda p: (ruled(p), p), lambda p, d: (d * jax.grad(rounds)(p),))
+    (leaf,) = check(lambda p: ruled(p), np.float32([0.5, 0.2, 0.9]), precisions=("bfloat16",)).leaves
+    assert leaf.verdict == "ok" and [rung.error < 0.1 for rung in leaf.ladder] == [True, True]
+
+
 def test_slopes_alone_narrow_down_to_the_wrong_row_of_a_large_leaf():
     p = np.random.default_rng(1).standard_normal((40, 30))
     report = check(loop, p, X, gradient=lambda p, x: put(loop_by_hand(p, x), 17, 0.0))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnet.core.interpret import dependencies, evaluate, location, walk
+from fnet import gradcheck
+from fnet.core.interpret import HIDDEN, dependencies, evaluate, location, walk
 
 
 def everything(w, x):
@@ -81,3 +85,8 @@ def test_a_place_is_the_users_line():
     closed = jax.make_jaxpr(everything)(*ARGUMENTS)
     (tanh,) = [place for place in walk(closed.jaxpr) if place.eqn.primitive.name == "tanh"]
     assert tanh.lengths == (3,) and location(tanh.eqn, tanh.calls).startswith("test_interpret.py:")
+
+
+def test_what_is_no_place_of_the_users_is_where_it_is_said_to_be():
+    paths = [Path(part) for part in HIDDEN if os.sep in part]
+    assert all(path.exists() for path in paths) and Path(gradcheck.__file__).parent in paths

@@ -92,8 +92,8 @@ def evaluate(
     extras: Mapping[Any, Any] | None = None,
     opened: Callable[[Site, JaxprEqn], bool] = lambda site, eqn: True,
     unroll: bool = False,
-) -> tuple[list, jax.Array]:
-    """A program's outputs, and the sum of what ``observe`` returned on the way.
+) -> tuple[list, jax.Array | None]:
+    """A program's outputs, and the sum of what ``observe`` returned on the way; None where that was nothing.
 
     - ``rule(site, eqn, inputs, extras)`` gives the outputs of an equation in the place of its own, or None; at the
       beginning of each step of a scan it is asked with ``eqn=None`` for the carry;
@@ -115,6 +115,11 @@ class _Run(NamedTuple):
     opened: Callable
     unroll: bool
 
+    @property
+    def nothing(self) -> jax.Array | None:
+        """The mark of what nothing has happened in, where branches or steps must give one alike."""
+        return None if self.observe is None else jnp.uint32(0)
+
     def jaxpr(self, jaxpr, consts, inputs, extras, site, calls):
         values: dict = {}
         values.update({var: constant(value, var.aval) for var, value in zip(jaxpr.constvars, consts, strict=True)})
@@ -125,10 +130,10 @@ class _Run(NamedTuple):
 
         last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)}
         last.update({atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)})
-        mark = jnp.uint32(0)
+        mark = None
         for i, eqn in enumerate(jaxpr.eqns):
             outputs, inner = self.equation(eqn, [read(atom) for atom in eqn.invars], extras, (*site, i), calls)
-            mark = mark + inner
+            mark = added(mark, inner)
             values.update(zip(eqn.outvars, outputs, strict=True))
             for atom in {a for a in (*eqn.invars, *eqn.outvars) if not isinstance(a, Literal)}:
                 if last.get(atom, i) <= i:
@@ -137,7 +142,7 @@ class _Run(NamedTuple):
 
     def equation(self, eqn, inputs, extras, site, calls):
         outputs = None if self.rule is None else self.rule(site, eqn, inputs, extras)
-        mark = jnp.uint32(0)
+        mark = None
         if outputs is None:
             structured = getattr(self, f"_{eqn.primitive.name}", None)
             body = body_of_call(eqn)
@@ -149,7 +154,7 @@ class _Run(NamedTuple):
             else:
                 outputs = bind(eqn, inputs)
         seen = None if self.observe is None else self.observe(site, eqn, inputs, outputs, calls)
-        return outputs, mark if seen is None else mark + seen
+        return outputs, added(mark, seen)
 
     def _scan(self, eqn, inputs, extras, site, calls):
         body, (n_consts, n_carry) = eqn.params["jaxpr"], scan_parts(eqn)
@@ -170,7 +175,7 @@ class _Run(NamedTuple):
             carry, (ys, marks) = jax.lax.scan(
                 step, carry, (xs, slices), length=length, reverse=reverse, unroll=eqn.params["unroll"]
             )
-            return [*carry, *ys], (marks * weights(length)).sum(dtype=jnp.uint32)
+            return [*carry, *ys], None if marks is None else (marks * weights(length)).sum(dtype=jnp.uint32)
         rows: list = [None] * length
         for t in reversed(range(length)) if reverse else range(length):
             with jax.named_scope(f"{STEP}{t}"):
@@ -179,13 +184,17 @@ class _Run(NamedTuple):
             ys = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[n_carry:]]
         else:
             ys = [jnp.stack([row[k] for row in rows]) for k in range(len(rows[0]))]
-        return [*carry, *ys], jnp.uint32(0)
+        return [*carry, *ys], None
 
     def _cond(self, eqn, inputs, extras, site, calls):
         index, *operands = inputs
 
         def branch(k, body):
-            return lambda operands: self.jaxpr(body.jaxpr, body.consts, operands, extras, (*site, k), calls)
+            def run(operands):
+                outputs, mark = self.jaxpr(body.jaxpr, body.consts, operands, extras, (*site, k), calls)
+                return outputs, added(self.nothing, mark)
+
+            return run
 
         branches = [branch(k, body) for k, body in enumerate(eqn.params["branches"])]
         if self.unroll:
@@ -212,15 +221,21 @@ class _Run(NamedTuple):
                     jnp.where(on.reshape(on.shape + (1,) * (new.ndim - on.ndim)), new, old)
                     for new, old in zip(carry, before, strict=True)
                 ]
-                more = more + (on * weights(on.size).reshape(on.shape)).sum(dtype=jnp.uint32)
-            return carry, mark * jnp.uint32(31) + more + jnp.uint32(1)
+                if mark is not None:
+                    more = added(more, (on * weights(on.size).reshape(on.shape)).sum(dtype=jnp.uint32))
+            return carry, None if mark is None else added(mark * jnp.uint32(31) + jnp.uint32(1), more)
 
-        state = (carry, jnp.uint32(0))
+        state = (carry, self.nothing)
         if not self.unroll:
             return jax.lax.while_loop(again, step, state)
         while bool(again(state)):
             state = step(state)
         return state
+
+
+def added(mark: jax.Array | None, more: jax.Array | None) -> jax.Array | None:
+    """The sum of two marks, each of which may be none."""
+    return more if mark is None else mark if more is None else mark + more
 
 
 def weights(n: int) -> jax.Array:
@@ -276,7 +291,7 @@ HIDDEN = (
     str(Path(jax.__file__).parent) + os.sep,
     __file__,
     str(Path(__file__).parent / "jax_insides.py"),
-    str(Path(__file__).parent / "gradcheck"),
+    str(Path(__file__).parents[1] / "gradcheck") + os.sep,
     "contextlib.py",
 )
 

@@ -110,6 +110,7 @@ QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,  # until jax 0.10
+    "xla_cpu_parallel_codegen_split_count": 1,  # one piece: several take longer together
 }
 
 

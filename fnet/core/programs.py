@@ -36,6 +36,28 @@ NOTHING = (  # parameters that say how an operation is written, differentiated o
 )
 
 
+TRACED_UNDER = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_debug_nans",
+    "jax_debug_infs",
+    "jax_default_prng_impl",
+    "jax_random_seed_offset",
+    "jax_default_device",
+)  # settings that a program depends on
+
+
+def settings_in_force() -> dict[str, Any]:
+    """The settings of jax that a program depends on, by name."""
+    return {name: getattr(jax.config, name) for name in TRACED_UNDER}
+
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]+")  # in the text of an object that does not say what it holds
+
+
 class Line(NamedTuple):
     """An operation, and the layers or stages of the model that it stands in."""
 
@@ -45,8 +67,21 @@ class Line(NamedTuple):
 
 def program_lines(closed: ClosedJaxpr, *, callbacks: bool = False) -> list[Line]:
     """The program's lines. With ``callbacks``, functions of Python that it calls back count by their identity."""
-    constants = [Line(f"constant {_shown(const, callbacks)[0]}", "") for const in closed.consts]
-    return [*constants, *_lines(closed.jaxpr, callbacks, 0)]
+    return [*constant_lines(closed, callbacks), *_lines(closed.jaxpr, _Telling(callbacks), 0)]
+
+
+def constant_lines(closed: ClosedJaxpr, callbacks: bool = False) -> list[Line]:
+    """A line for each array that the program closes over."""
+    return [Line(f"constant {_shown(const, _Telling(callbacks))[0]}", "") for const in closed.consts]
+
+
+def operation_lines(closed: ClosedJaxpr) -> tuple[list[Line], list[Any]]:
+    """The lines of all operations, also of those that nothing comes of, whatever arrays the program closes over.
+
+    Beside them what they do not tell: functions of Python, and objects that do not say what they hold.
+    """
+    untold: list[Any] = []
+    return list(_lines(closed.jaxpr, _Telling(everything=True, untold=untold), 0)), untold
 
 
 def digest(lines: Sequence[Line] | Sequence[str]) -> str:
@@ -72,7 +107,20 @@ def _shortened(line: str, other: str, most: int = 80) -> str:
     return f"{'' if rest.startswith(name) else f'{name} … '}{rest}{'…' if begin + most < len(line) else ''}"
 
 
-def _lines(jaxpr: Jaxpr, callbacks: bool, depth: int) -> Iterator[Line]:
+class _Telling(NamedTuple):
+    """How programs are told."""
+
+    callbacks: bool = False  # by their identity
+    everything: bool = False  # operations that nothing comes of, too
+    untold: list | None = None  # gets what the lines do not tell
+
+    def of(self, value: Any) -> None:
+        """Keep in mind a value that the lines do not tell."""
+        if self.untold is not None:
+            self.untold.append(value)
+
+
+def _lines(jaxpr: Jaxpr, telling: _Telling, depth: int) -> Iterator[Line]:
     numbers: dict[Any, int] = {}
 
     def number(var) -> str:
@@ -86,11 +134,11 @@ def _lines(jaxpr: Jaxpr, callbacks: bool, depth: int) -> Iterator[Line]:
     indent = "  " * depth
     given = [f"{number(var)}:{var.aval.str_short()}" for var in (*jaxpr.constvars, *jaxpr.invars)]
     yield Line(f"{indent}given {' '.join(given)}", "")
-    for eqn in _needed(jaxpr):
+    for eqn in jaxpr.eqns if telling.everything else _needed(jaxpr):
         words, inner = [], []
         for name in sorted(eqn.params):
             if name not in NOTHING:
-                word, bodies = _shown(eqn.params[name], callbacks)
+                word, bodies = _shown(eqn.params[name], telling)
                 if "UnspecifiedValue" not in word:  # of a sharding
                     words.append(f"{name}={word}")
                 inner += bodies
@@ -99,7 +147,7 @@ def _lines(jaxpr: Jaxpr, callbacks: bool, depth: int) -> Iterator[Line]:
         place = str(eqn.source_info.name_stack)
         yield Line(f"{indent}{eqn.primitive.name}[{' '.join(words)}] {operands} -> {made}", place)
         for body in inner:
-            for line in _lines(body, callbacks, depth + 1):
+            for line in _lines(body, telling, depth + 1):
                 yield line if line.place else line._replace(place=place)
     yield Line(f"{indent}returns {' '.join(map(operand, jaxpr.outvars))}", "")
 
@@ -118,10 +166,12 @@ def _variables(atoms) -> Iterator[Any]:
     return (atom for atom in atoms if not isinstance(atom, Literal))
 
 
-def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
+def _shown(value: Any, telling: _Telling) -> tuple[str, list[Jaxpr]]:
     """A parameter as a word, and the programs within it."""
+    if value is None or isinstance(value, bool | int | float | np.dtype):
+        return repr(value), []
     if isinstance(value, ClosedJaxpr):
-        constants = " ".join(_shown(const, callbacks)[0] for const in value.consts)
+        constants = " ".join(_shown(const, telling)[0] for const in value.consts)
         return f"program({constants})", [value.jaxpr]
     if isinstance(value, Jaxpr):
         return "program", [value]
@@ -130,7 +180,7 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
     if isinstance(value, set | frozenset):  # whose order differs from process to process
         value = sorted(value, key=repr)
     if isinstance(value, tuple | list):
-        parts = [_shown(item, callbacks) for item in value]
+        parts = [_shown(item, telling) for item in value]
         return f"({', '.join(word for word, _ in parts)})", [body for _, bodies in parts for body in bodies]
     if is_array(value):
         if is_key(value):
@@ -141,5 +191,10 @@ def _shown(value: Any, callbacks: bool) -> tuple[str, list[Jaxpr]]:
         return f"{host.dtype}{host.shape}#{hashlib.sha256(host.tobytes()).hexdigest()[:16]}", []
     meshes = jax.sharding.Mesh | jax.sharding.AbstractMesh  # which can be called
     if isinstance(value, Callable) and not isinstance(value, type | meshes):
-        return f"function {id(value)}" if callbacks else "function", []
-    return re.sub(r" at 0x[0-9a-f]+|0x[0-9a-f]+", "", repr(value)), []
+        telling.of(value)
+        return f"function {id(value)}" if telling.callbacks else "function", []
+    text = repr(value)
+    without = ADDRESS.sub("", text)
+    if without != text:
+        telling.of(value)
+    return without, []

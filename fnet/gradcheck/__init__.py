@@ -7,8 +7,8 @@ print(report)
 report.raise_if_wrong()
 
 `check` and `layered` are the audits; `problem` and `witnesses` what they hold a gradient against, `judge` and `causes`
-what they make of it; `selftest` injects faults. `recording` keeps one pass by both engines with all its numbers, `flat`
-is its programs.
+what they make of it; `kept` compiles for all of them, the same once; `selftest` injects faults. `recording`
+keeps one pass by both engines with all its numbers, `flat` is its programs.
 
 Imports types, core, layers, data and gradients; of `fnet.report` only where a report is drawn.
 """

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, placed, walk
-from fnet.core.jax_insides import Var, bind, quick_jit, scan_parts
+from fnet.core.jax_insides import Var, bind, scan_parts
+from fnet.gradcheck.kept import prepared
 
 SMOOTH = frozenset(
     [
@@ -151,7 +152,7 @@ def epsilon(atom) -> float:
 
 
 def gated_gradient(closed, gates):
-    """``(leaves, others, settings) -> grads``, compiled: the gradient with each gate set, in order.
+    """``(leaves, others, settings) -> grads``: the gradient with each gate set, in order.
 
     Each gate leaves the forward's value alone: ``x' = stop(x) + g (x - stop(x))``, and likewise for an output.
     """
@@ -214,7 +215,7 @@ def gated_gradient(closed, gates):
 
         return evaluate(closed, inputs, rule=rule, observe=remember, extras=settings)[0][0]
 
-    return quick_jit(jax.grad(value))
+    return jax.grad(value)
 
 
 def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray], tol: float = 1e-5) -> dict[int, str]:
@@ -224,9 +225,12 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
     the leaves is preferred to one for each.
     """
     gates = find_gates(closed, len(leaves))
-    neutral = {key: (jnp.ones if key[-2] in NEUTRAL_ONE else jnp.zeros)(gate.lengths) for key, gate in gates.items()}
-    run = gated_gradient(closed, gates)
-    right = run(leaves, others, list(neutral.values()))
+    dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    numbers = {key: np.full(gate.lengths, float(key[-2] in NEUTRAL_ONE), dtype) for key, gate in gates.items()}
+    neutral = dict(zip(numbers, jax.device_put(list(numbers.values())), strict=True))
+    arguments = leaves, others, list(neutral.values())
+    run = prepared("gates", lambda closed: gated_gradient(closed, gates), closed, arguments)
+    right = run(*arguments)
     deviations = {i: c - expected[i] for i, c in claimed.items()}
     groups = [tuple(claimed), *((i,) for i in claimed)]
     best = {group: ("", tol) for group in groups}
@@ -238,7 +242,7 @@ def explain(closed, leaves, others, expected, claimed: Mapping[int, np.ndarray],
                 # another epsilon moves the values behind it too, so that the gradient is only nearly the claimed one
                 words, enough = f"{words}, but about {setting:g}", 0.2 / tol
                 setting -= gate.right
-            settings = {**neutral, key: jnp.broadcast_to(jnp.asarray(setting, neutral[key].dtype), gate.lengths)}
+            settings = {**neutral, key: jax.device_put(np.broadcast_to(np.asarray(setting, dtype), gate.lengths))}
             changed = run(leaves, others, list(settings.values()))
             effect = {i: np.asarray(changed[i], np.float64) - np.asarray(right[i], np.float64) for i in claimed}
             for group in groups:

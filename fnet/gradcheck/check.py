@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from fnet.gradcheck.claims import Claim, by_autodiff, by_caller, claim, native_dtypes
+from fnet.gradcheck.claims import Claim, Known, ask, ask_compiled, by_autodiff, by_caller, claim, native_dtypes
 from fnet.gradcheck.judge import judge_all
-from fnet.gradcheck.ladder import climb, measure_costs
+from fnet.gradcheck.ladder import ask_rungs, climb, measure_costs
 from fnet.gradcheck.named import check_intermediates
 from fnet.gradcheck.problem import open_problem, precise
 from fnet.gradcheck.report import Report
-from fnet.gradcheck.witnesses import Witnesses, gather
+from fnet.gradcheck.witnesses import Witnesses, begin, gather
 from fnet.types import PyTree
 
 
@@ -72,24 +72,33 @@ def check_gradients(
         raise TypeError(f"check_gradients: precisions = {precisions!r}; expected a tuple of names, ({precisions!r},)")
     outer_x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     problem, traced, x64 = open_problem(f, params, args, has_aux)
-    autodiff = by_autodiff(problem)
-    engine = autodiff if gradient is None else by_caller(problem, gradient)
+    engine = by_autodiff(problem) if gradient is None else by_caller(problem, gradient)
+    alone = gradient is None and not traced.custom
     with precise(x64):
-        claimed = claim(problem, engine)
-        same = gradient is None and not traced.custom
-        witnesses = gather(problem, traced, seed, claimed if same else None)
-        checks = judge_all(witnesses, claimed)
+        begun = begin(problem, traced, alone)
+    differentiable = alone or begun.autodiff is not None
+    engines = {"claimed": engine} if gradient is not None or not differentiable else {}
+    if differentiable:
+        engines["autodiff"] = engine if gradient is None else by_autodiff(problem, beside=True)
+    # all that is compiled is asked for first, so that it is compiled while more is traced
+    known: Known = {}
     with precise(outer_x64):
-        complaints = native_dtypes(problem, engine)
+        arguments = problem.native(None)
+        own = {name: ask_compiled(known, one, arguments, quick=False) for name, one in engines.items() if cost}
+        complaints = native_dtypes(ask(known, engine, arguments), arguments[0])
+    with precise(x64):
+        asked = ask_compiled(known, engine, (problem.leaves, problem.others))
+    rungs = ask_rungs(problem, engines, precisions, known)
+    with precise(x64):
+        claimed = claim(problem, engine, asked)
+        witnesses = gather(problem, traced, begun, seed, claimed if alone else None)
+        checks = judge_all(witnesses, claimed)
     checks = [
         leaf._replace(verdict="wrong", cause=words) if words and leaf.verdict != "wrong" else leaf
         for leaf, words in zip(checks, complaints, strict=True)
     ]
-    engines = {"claimed": engine} if gradient is not None else {}
-    if witnesses.autodiff is not None:
-        engines["autodiff"] = autodiff
-    checks = climb(problem, witnesses.exact or claimed.grads, engines, checks, precisions)
-    costs = measure_costs(problem, engines, outer_x64) if cost else ()
+    checks = climb(problem, witnesses.exact or claimed.grads, engines, rungs, checks)
+    costs = measure_costs(problem, own, outer_x64) if cost else ()
     compared = ()
     if intermediates is not None:
         compared = check_intermediates(f, problem, intermediates, has_aux, x64, outer_x64)

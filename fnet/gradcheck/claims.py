@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import is_array, is_float
-from fnet.core.jax_insides import quick_jit
-from fnet.gradcheck.problem import Problem, name_of, same_program, traced_anew
+from fnet.gradcheck.kept import Program, as_it_stands, described, differentiated, prepared, same_program, told
+from fnet.gradcheck.problem import Problem, name_of, on_device, traced_anew
 
 
 class Claim(NamedTuple):
@@ -27,12 +27,20 @@ class Claim(NamedTuple):
         return sum(g is not None for g in self.grads[:i])
 
 
-Engine = Callable[[list, list], tuple[list, list[str]]]  # (leaves, others) -> grads, complaints
+class Engine(NamedTuple):
+    """How a gradient is found: ``grads(leaves, others)`` gives arrays by leaf, and complaints."""
+
+    grads: Callable[[list, list], tuple[list, list[str]]]
+    of: Callable | None = None  # the function, where jax differentiates it: its own trace serves, if it has no rules
+
+    def __call__(self, leaves, others):
+        return self.grads(leaves, others)
 
 
-def by_autodiff(problem: Problem) -> Engine:
-    """`jax.grad` of the function, with its custom rules, by its floating leaves."""
-    return lambda leaves, others: (jax.grad(problem.value)(leaves, others), [""] * len(leaves))
+def by_autodiff(problem: Problem, beside: bool = False) -> Engine:
+    """`jax.grad` of the function, with its custom rules, by its floating leaves; ``beside`` a claimed gradient."""
+    grads = lambda leaves, others: (jax.grad(problem.value)(leaves, others), [""] * len(leaves))  # noqa: E731
+    return Engine(grads, problem.value if beside else None)
 
 
 def by_caller(problem: Problem, gradient: Callable) -> Engine:
@@ -42,35 +50,104 @@ def by_caller(problem: Problem, gradient: Callable) -> Engine:
         p, a = problem.rebuild(leaves, others)
         return align(problem, gradient(p, *a), p)
 
-    return engine
+    return Engine(engine)
 
 
-def claim(problem: Problem, engine: Engine) -> Claim:
-    """Run the claimed gradient twice at the point, compiled if it can be traced, as it stands (NumPy) if not."""
+class Asked(NamedTuple):
+    """A gradient at some precision, traced once; compiled, or being compiled, as it is needed."""
+
+    closed: Any  # its program, or that of the engine's ``of``; None where it cannot be traced
+    complaints: list[str]  # of the structure, as in `Claim`
+    dtypes: list  # by leaf, None for one without a gradient
+    make: Callable = as_it_stands  # of ``closed``, the gradient
+    program: Program | None = None
+
+
+Known = dict[Any, Asked]  # what one audit has asked for, by the gradient, the types of its arguments and the setting
+
+
+def ask(known: Known, engine: Engine, arguments: tuple[list, list]) -> Asked:
+    """Trace a gradient, unless it was by arguments of these types, or cannot be by others."""
+    key = key_of(engine, arguments)
+    if key not in known:
+        failed = any(other is engine and asked.closed is None for (other, *_), asked in known.items())
+        known[key] = UNTRACED if failed else traced_once(engine, arguments)
+    return known[key]
+
+
+def key_of(engine: Engine, arguments: tuple[list, list]) -> tuple:
+    """What a trace goes by, within one audit."""
+    return engine, jax.dtypes.canonicalize_dtype(np.float64), described(*arguments)
+
+
+def traced_once(engine: Engine, arguments: tuple[list, list]) -> Asked:
+    """A gradient's program; whatever one in NumPy makes of a tracer, an error of its own comes again as it runs."""
     complaints: list[str] = []
+    dtypes: list = []
 
     def grads(leaves, others):
         found, complaints[:] = engine(leaves, others)
+        dtypes[:] = [None if g is None else g.dtype for g in found]
         return found
 
     try:
-        closed, again = (traced_anew(grads, problem.leaves, problem.others) for _ in range(2))
-    except Exception:  # whatever a gradient in NumPy makes of a tracer; an error of its own comes again below
-        given = problem.as_given(problem.leaves, problem.others)
-        first, second = (grads(*given) for _ in range(2))
-        return Claim(list(map(to_numpy, first)), list(complaints), None, same_values(first, second))
-    run = quick_jit(grads)
-    first = run(problem.leaves, problem.others)
-    steady = same_program(closed, again) and same_values(first, run(problem.leaves, problem.others))
-    return Claim(list(map(to_numpy, first)), list(complaints), closed, steady)
+        if engine.of is not None:
+            closed = traced_anew(engine.of, *arguments)
+            if not told(closed).ruled:
+                return Asked(closed, [], [leaf.dtype for leaf in arguments[0]], differentiated)
+        return Asked(traced_anew(grads, *arguments), complaints, dtypes)
+    except Exception:
+        return UNTRACED
 
 
-def run_once(problem: Problem, engine: Engine, leaves, others) -> list:
-    """One compiled run at other values, or one as it stands where it cannot be traced."""
-    try:
-        return quick_jit(lambda leaves, others: engine(leaves, others)[0])(leaves, others)
-    except Exception:  # as in claim
-        return engine(*problem.as_given(leaves, others))[0]
+UNTRACED = Asked(None, [], [])
+
+
+def ask_compiled(known: Known, engine: Engine, arguments: tuple[list, list], *, quick: bool = True) -> Asked:
+    """The same, with its program being compiled; the same that is compiled already, of whatever engine, serves too."""
+    asked = ask(known, engine, arguments)
+    if asked.closed is None or asked.program is not None:
+        return asked
+    compiled = [other for other in known.values() if other.program is not None and other.make is asked.make]
+    alike = (other for other in compiled if told(other.closed).whole and same_program(other.closed, asked.closed))
+    program = next((other.program for other in alike), None)
+    if program is None:
+        try:
+            program = prepared(asked.make.__name__, asked.make, asked.closed, arguments, quick=quick)
+        except Exception:  # as in traced_once
+            return asked
+    known[key_of(engine, arguments)] = asked = asked._replace(program=program)
+    return asked
+
+
+def run(problem: Problem, engine: Engine, asked: Asked, arguments: tuple[list, list]) -> list:
+    """The gradient at values: by its program, or as it stands where it cannot be traced or compiled."""
+    if asked.program is not None:
+        try:
+            found = iter(asked.program(*arguments))
+            return [None if dtype is None else next(found) for dtype in asked.dtypes]
+        except Exception:  # as in traced_once
+            pass
+    return engine(*problem.as_given(*arguments))[0]
+
+
+def claim(problem: Problem, engine: Engine, asked: Asked | None = None) -> Claim:
+    """The claimed gradient at the point, compiled if it can be traced, as it stands (NumPy) if not.
+
+    It is traced twice, and run twice unless its program tells all that it does.
+    """
+    arguments = problem.leaves, problem.others
+    asked = ask_compiled({}, engine, arguments) if asked is None else asked
+    if asked.closed is None:
+        given = problem.as_given(*arguments)
+        (first, complaints), (second, _) = (engine(*given) for _ in range(2))
+        return Claim(list(map(to_numpy, first)), complaints, None, same_values(first, second))
+    again = traced_once(engine, arguments)
+    steady = again.closed is not None and same_program(asked.closed, again.closed)
+    first = list(map(to_numpy, run(problem, engine, asked, arguments)))
+    if steady and not told(asked.closed).whole:
+        steady = same_values(first, run(problem, engine, asked, arguments))
+    return Claim(first, asked.complaints, asked.closed, steady)
 
 
 def to_numpy(g):
@@ -125,27 +202,16 @@ def align(problem: Problem, claimed, params) -> tuple[list, list[str]]:
             complaint = "wrong tree: its containers are not those of params (a tuple for a list, say)"
         elif not usable:
             complaint = f"wrong dtype: {jnp.result_type(leaf)}, the parameter has {jnp.result_type(mine)}"
-        grads.append(jnp.asarray(leaf) if usable else None)
+        grads.append(on_device(leaf) if usable else None)
         complaints.append(complaint)
     return grads, complaints
 
 
-def native_dtypes(problem: Problem, engine: Engine) -> list[str]:
-    """For each leaf what is wrong with the dtype of its gradient at the caller's own precision; nothing is computed."""
-    leaves, others = problem.native(None)
-    found: list[str] = []
-
-    def grads(leaves, others):
-        grads, _ = engine(leaves, others)
-        for g, leaf in zip(grads, leaves, strict=True):
-            if g is None or g.dtype == leaf.dtype:
-                found.append("")
-            else:
-                found.append(f"wrong dtype: {g.dtype}, the parameter has {leaf.dtype}")
-        return grads
-
-    try:
-        jax.eval_shape(grads, leaves, others)
-    except Exception:  # a gradient in NumPy, which has dtypes of its own; a true error came before
+def native_dtypes(asked: Asked, leaves) -> list[str]:
+    """For each leaf what is wrong with the dtype of its gradient at the caller's own precision."""
+    if asked.closed is None:  # a gradient in NumPy, which has dtypes of its own; a true error came before
         return [""] * len(leaves)
-    return found
+    return [
+        "" if dtype is None or dtype == leaf.dtype else f"wrong dtype: {dtype}, the parameter has {leaf.dtype}"
+        for dtype, leaf in zip(asked.dtypes, leaves, strict=True)
+    ]

@@ -10,21 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.gradcheck import places
-from fnet.gradcheck.claims import Engine, largest, run_once, to_numpy
+from fnet.gradcheck.claims import Asked, Engine, Known, ask_compiled, largest, run, to_numpy
 from fnet.gradcheck.problem import Problem, precise, traced_anew
 from fnet.gradcheck.report import Cost, LeafCheck, Rung
 from fnet.gradcheck.witnesses import ROUNDING
 
 
-def climb(problem: Problem, exact, engines: Mapping[str, Engine], checks, precisions) -> list[LeafCheck]:
-    """The precision ladder: claimed and autodiff gradients at narrower precisions, against float64."""
+def ask_rungs(problem: Problem, engines: Mapping[str, Engine], precisions, known: Known) -> dict[str, list[Asked]]:
+    """The gradients at the parameters' own precisions and at the others, by dtype, being compiled."""
     own = [str(d) for d in dict.fromkeys(problem.dtypes) if d != np.float64]
-    rungs: list[list[Rung]] = [[] for _ in checks]
+    found = {}
     for dtype in dict.fromkeys([*own, *precisions]):
+        with precise(dtype == "float64"):
+            arguments = problem.native(jnp.dtype(dtype))
+            found[dtype] = [ask_compiled(known, engine, arguments) for engine in engines.values()]
+    return found
+
+
+def climb(problem: Problem, exact, engines: Mapping[str, Engine], asked_rungs, checks) -> list[LeafCheck]:
+    """The precision ladder: claimed and autodiff gradients at narrower precisions, against float64."""
+    rungs: list[list[Rung]] = [[] for _ in checks]
+    for dtype, gradients in asked_rungs.items():
         try:
-            found = [at_precision(problem, engine, dtype) for engine in engines.values()]
+            with precise(dtype == "float64"):
+                arguments = problem.native(jnp.dtype(dtype))
+                pairs = zip(engines.values(), gradients, strict=True)
+                found = [list(map(to_numpy, run(problem, engine, asked, arguments))) for engine, asked in pairs]
         except Exception as error:  # the user's function in a dtype that it was never written for: said on the rung
-            if dtype in own:
+            if dtype in map(str, problem.dtypes):
                 raise
             for ladder in rungs:
                 ladder.append(Rung(dtype, np.nan, np.nan, f"does not run: {type(error).__name__}"))
@@ -67,13 +80,6 @@ def judge_rung(check: LeafCheck, rung: Rung, noise: np.ndarray | None, exact: np
     return check._replace(verdict="wrong", cause=f"{cause}: not by rounding, another gradient at that precision")
 
 
-def at_precision(problem: Problem, engine: Engine, dtype: str) -> list:
-    """A gradient with all floating inputs in another dtype, as float64 arrays of the host."""
-    with precise(dtype == "float64"):
-        leaves, others = problem.native(jnp.dtype(dtype))
-        return list(map(to_numpy, run_once(problem, engine, leaves, others)))
-
-
 def rounding_at(problem: Problem, engine: Engine, dtype: str) -> list:
     """How far rounding moves each leaf of a gradient in another dtype; None for one that cannot be traced."""
     with precise(dtype == "float64"):
@@ -86,25 +92,27 @@ def rounding_at(problem: Problem, engine: Engine, dtype: str) -> list:
         return [None if shape is None else next(found) for shape in engine(leaves, others)[0]]
 
 
-def measure_costs(problem: Problem, engines: Mapping[str, Engine], x64: bool) -> tuple[Cost, ...]:
+def measure_costs(problem: Problem, asked: Mapping[str, Asked], x64: bool) -> tuple[Cost, ...]:
     """FLOPs, bytes, peak memory and time of the claimed gradient and of autodiff, at the caller's own precision."""
     found = []
     with precise(x64):
-        leaves, others = problem.native(None)
-        for name, engine in engines.items():
+        arguments = problem.native(None)
+        for name, gradient in asked.items():
+            if gradient.program is None:  # what runs in NumPy has no compiled program to measure
+                continue
             try:
-                compiled = jax.jit(lambda *a, engine=engine: engine(*a)[0]).lower(leaves, others).compile()
-            except Exception:  # as in claim: what runs in NumPy has no compiled program to measure
+                compiled = gradient.program.compiled
+            except Exception:  # as in claims.traced_once
                 continue
             analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
             peak = sum(
                 getattr(memory, f"{part}_size_in_bytes", 0) for part in ("argument", "output", "temp")
             ) - getattr(memory, "alias_size_in_bytes", 0)
-            jax.block_until_ready(compiled(leaves, others))
+            jax.block_until_ready(gradient.program(*arguments))
             times = []
             for _ in range(5):
                 start = time.perf_counter()
-                jax.block_until_ready(compiled(leaves, others))
+                jax.block_until_ready(gradient.program(*arguments))
                 times.append(time.perf_counter() - start)
             found.append(
                 Cost(

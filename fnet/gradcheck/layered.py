@@ -301,7 +301,7 @@ def inner(y, v):
 def random_like(shapes, seed: int):
     """Gaussians with the shapes of a tree."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape)), shapes)
+    return jax.tree.map(lambda s: jax.device_put(rng.standard_normal(s.shape)), shapes)
 
 
 def ready(layer: Layer, x, key, params, state):
@@ -321,7 +321,7 @@ def ready(layer: Layer, x, key, params, state):
 
         def noisy(leaf):
             noise = 0.01 * rng.standard_normal(leaf.shape) if is_float(leaf) else 0
-            return jnp.asarray((np.asarray(leaf) + noise).astype(leaf.dtype))
+            return jax.device_put((np.asarray(leaf) + noise).astype(leaf.dtype))
 
         params = jax.tree.map(noisy, drawn)
     return x, params, state, run_key

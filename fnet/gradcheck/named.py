@@ -11,6 +11,7 @@ import numpy as np
 from fnet.core.jax_insides import quick_jit
 from fnet.gradcheck import causes, patterns, places
 from fnet.gradcheck.judge import compare, vague
+from fnet.gradcheck.kept import as_it_stands, prepared
 from fnet.gradcheck.problem import Problem, precise
 from fnet.gradcheck.report import Intermediate, LeafCheck
 from fnet.gradcheck.witnesses import ROUNDING, TIGHT, small_faults
@@ -29,11 +30,13 @@ def check_intermediates(
     def true_gradients(leaves, others):
         p, a = problem.rebuild(leaves, others)
         tapped = perturbed(f, p, *a, has_aux=has_aux)
-        grads = quick_jit(jax.grad(tapped.value))(tapped.zeros, tapped.arrays)
-        return tapped, [np.asarray(g, np.float64) for g in grads]
+        arguments = tapped.zeros, tapped.arrays
+        program = jax.make_jaxpr(jax.grad(tapped.value))(*arguments)
+        grads = prepared("as_it_stands", as_it_stands, program, arguments)(*arguments)
+        return tapped, program, [np.asarray(g, np.float64) for g in grads]
 
     with precise(x64):
-        tapped, true = true_gradients(problem.leaves, problem.others)
+        tapped, program, true = true_gradients(problem.leaves, problem.others)
         mine = run_given(given, problem) if callable(given) else given
         if not isinstance(mine, Mapping):
             raise TypeError(f"intermediates: got {type(mine).__name__}; expected a dict from names to gradients")
@@ -46,7 +49,7 @@ def check_intermediates(
     native = true
     if not callable(given):
         with precise(outer_x64):
-            native = true_gradients(*problem.native(None))[1]
+            native = true_gradients(*problem.native(None))[-1]
 
     noise: list = []
 
@@ -54,7 +57,6 @@ def check_intermediates(
         """How far rounding moves a true gradient in float64, measured once for all."""
         if not noise:
             with precise(x64):
-                program = jax.make_jaxpr(jax.grad(tapped.value))(tapped.zeros, tapped.arrays)
                 noise.extend(places.rounding(program, [*tapped.zeros, *tapped.arrays]))
         return noise[k]
 

@@ -233,7 +233,7 @@ def rounding(closed, inputs, samples: int = 4, seed: int = 0) -> list[np.ndarray
                     r = rng.uniform(-1, 1, out.shape)
                     r = r if eps < 1e-12 else (r + np.sign(r)) / 2
                     wide = np.asarray(out, np.float64) * (1 + eps * r)
-                    outputs[k] = jnp.asarray(wide, out.dtype)
+                    outputs[k] = jax.device_put(wide.astype(out.dtype))
             return None
 
         moved, _ = evaluate(closed, inputs, rule=rule, observe=disturb, unroll=True)

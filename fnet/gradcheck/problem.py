@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from fnet.core.interpret import (
 )
 from fnet.core.jax_insides import bind
 from fnet.core.numerics import is_floating_dtype
+from fnet.gradcheck.kept import same_program
 from fnet.types import PyTree
 
 UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
@@ -137,15 +137,20 @@ def prepare(f: Callable, params: PyTree, args: tuple, has_aux: bool = False, dty
 def converted(leaf, dtype) -> jax.Array:
     """A floating leaf in another dtype, any other as it is; by NumPy, which compiles nothing."""
     if isinstance(leaf, float) or is_float(leaf):
-        return jnp.asarray(np.asarray(leaf).astype(dtype))
-    return jnp.asarray(leaf)
+        return jax.device_put(np.asarray(leaf).astype(dtype))
+    return on_device(leaf)
 
 
 def as_caller_has_it(leaf) -> jax.Array:
     """A leaf at the precision in force: without x64, a float64 one in float32."""
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return jnp.asarray(leaf)
-    return jnp.asarray(np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))))
+        return on_device(leaf)
+    return jax.device_put(np.asarray(leaf).astype(jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))))
+
+
+def on_device(leaf) -> jax.Array:
+    """A leaf as an array of jax; unlike `jnp.asarray` it compiles nothing for one of NumPy."""
+    return jax.device_put(leaf) if isinstance(leaf, np.ndarray | np.generic) else jnp.asarray(leaf)
 
 
 class Traced(NamedTuple):
@@ -228,18 +233,6 @@ def open_problem(f: Callable, params: PyTree, args: tuple, has_aux: bool) -> tup
         f"or make it inside): {str(reason).strip().splitlines()[0][:120]}"
     )
     return problem, traced._replace(casts=(words,), eps=max(narrowest, traced.eps, 2.0**-23)), False
-
-
-def same_program(first, second) -> bool:
-    """Whether two traces are one program with the same constants."""
-    texts = [re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr)) for closed in (first, second)]
-    if texts[0] != texts[1] or len(first.consts) != len(second.consts):
-        return False
-    for a, b in zip(first.consts, second.consts, strict=True):
-        numbers = is_array(a) and not jnp.issubdtype(a.dtype, jax.dtypes.extended)
-        if numbers and np.asarray(a).tobytes() != np.asarray(b).tobytes():
-            return False
-    return True
 
 
 def undecorated(closed) -> Callable:

@@ -11,7 +11,7 @@ from fnet.gradcheck.claims import Claim, by_autodiff, claim
 from fnet.gradcheck.judge import judge
 from fnet.gradcheck.problem import open_problem, precise
 from fnet.gradcheck.report import columns
-from fnet.gradcheck.witnesses import FAULT, gather
+from fnet.gradcheck.witnesses import FAULT, begin, gather
 from fnet.types import PyTree
 
 
@@ -64,7 +64,8 @@ def self_test(f: Callable, params: PyTree, *args, has_aux: bool = False, seed: i
     problem, traced, x64 = open_problem(f, params, args, has_aux)
     with precise(x64):
         right = claim(problem, by_autodiff(problem))
-        witnesses = gather(problem, traced, seed, None if traced.custom else right)
+        begun = begin(problem, traced, alone=not traced.custom)
+        witnesses = gather(problem, traced, begun, seed, None if traced.custom else right)
         exact = right.grads if witnesses.autodiff is None else witnesses.autodiff
         blamed = []
         for i, path in enumerate(problem.paths):

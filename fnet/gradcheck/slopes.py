@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import STRUCTURE, evaluate, is_float, weights
-from fnet.core.jax_insides import quick_jit
+from fnet.gradcheck.kept import prepared
 
 LEVELS = 2.0 ** -np.arange(3.0, 28.0, 2.0)  # the steps, largest first
 EXCESS = 10  # times its own error estimate a measured slope must be off to contradict
@@ -64,24 +64,30 @@ def make_probe(closed, leaves, others, eps: float = 2.0**-52):
     ``eps`` is that of the narrowest type that takes part: the values are no better than that.
     """
 
-    def values(leaves, others, direction, ts):
-        def at(t):
-            moved = [p + t * d for p, d in zip(leaves, direction, strict=True)]
-            (value,), mark = evaluate(closed, [*moved, *others], observe=decisions)
-            return value, mark
-
-        return jax.lax.map(at, ts)
-
-    run = quick_jit(values)
-    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-    ts = jnp.asarray(TS)
+    zeros = [jax.device_put(np.zeros(leaf.shape, leaf.dtype)) for leaf in leaves]
+    ts = jax.device_put(TS)
+    run = prepared("line", along, closed, (leaves, others, zeros, ts))
 
     def probe(direction: dict[int, np.ndarray]) -> Line:
-        along = [jnp.asarray(direction[i]) if i in direction else zero for i, zero in enumerate(zeros)]
+        along = [jax.device_put(direction[i]) if i in direction else zero for i, zero in enumerate(zeros)]
         f, marks = run(leaves, others, along, ts)
         return read_line(np.asarray(f, np.float64), np.asarray(marks), eps)
 
     return probe
+
+
+def along(closed):
+    """``(leaves, others, direction, ts) -> values, marks``: a program at ``leaves + t direction`` for each t."""
+
+    def values(leaves, others, direction, ts):
+        def at(t):
+            moved = [p + t * d for p, d in zip(leaves, direction, strict=True)]
+            (value,), mark = evaluate(closed, [*moved, *others], observe=decisions)
+            return value, jnp.uint32(0) if mark is None else mark
+
+        return jax.lax.map(at, ts)
+
+    return values
 
 
 def settled(probe, i: int, d: np.ndarray, line: Line) -> Line:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnet.core.jax_insides import quick_jit
 from fnet.gradcheck import places
 from fnet.gradcheck.claims import Claim, largest, to_numpy
+from fnet.gradcheck.kept import Program, prepared
 from fnet.gradcheck.problem import Problem, Traced, undecorated, without_casts
 from fnet.gradcheck.slopes import EXCESS, Line, make_probe, settled
 
@@ -19,6 +19,7 @@ TIGHT = 1e-9  # two right float64 gradients agree this well, unless rounding is 
 ROUNDING = 50  # times the measured rounding noise is still rounding
 LEAST = 1e-290  # what is smaller may have lost its digits, or be 0, by underflow
 SMALL = 64  # entries up to which every coordinate is probed where there is no autodiff
+REFUSALS = (NotImplementedError, ValueError, TypeError)  # of jax, to differentiate
 PROBES = 1024  # lines at most over the entries that differ from autodiff's
 
 
@@ -38,30 +39,67 @@ class Witnesses(NamedTuple):
     noise: dict  # rounding of programs that was measured already
 
 
-def gather(problem: Problem, traced: Traced, seed: int, same: Claim | None = None) -> Witnesses:
-    """Autodiff without custom rules, and the lines along random directions over each leaf. Within `precise`.
+class Begun(NamedTuple):
+    """What depends on the function alone, being compiled."""
 
-    ``same`` is a claim that is that very autodiff, so that it need not be compiled again.
+    autodiff: Program | None  # None also where a claim serves in its place
+    exact: Program | None
+    why_not: str
+    probe: Callable
+
+
+def begin(problem: Problem, traced: Traced, alone: bool = False) -> Begun:
+    """Begin to compile the witnesses: autodiff without custom rules, and the function along a line. Within `precise`.
+
+    ``alone``: the claim is that very autodiff, which need not be compiled again.
     """
-    derivative, why_not, grads = jax.grad(undecorated(traced.closed)), "", None
+    why_not, autodiff, exact = "", None, None
     arguments = problem.leaves, problem.others
     try:
-        grads = same.grads if same is not None else [to_numpy(g) for g in quick_jit(derivative)(*arguments)]
-    except (NotImplementedError, ValueError, TypeError) as error:
-        why_not = str(error).strip().splitlines()[0][:200]
-    exact = grads
-    if traced.casts and grads is not None and all(leaf.dtype == np.float64 for leaf in problem.leaves):
+        autodiff = None if alone else prepared("autodiff", derivative, traced.closed, arguments)
+    except REFUSALS as error:
+        why_not = first_line(error, 200)
+    if traced.casts and not why_not and all(leaf.dtype == np.float64 for leaf in problem.leaves):
         try:
-            exact = [to_numpy(g) for g in quick_jit(jax.grad(without_casts(traced.closed)))(*arguments)]
-        except (NotImplementedError, ValueError, TypeError) as error:
-            why_not = f"without its casts it does not run: {str(error).strip().splitlines()[0][:120]}"
+            exact = prepared("autodiff without casts", exact_derivative, traced.closed, arguments)
+        except REFUSALS as error:
+            why_not = f"without its casts it does not run: {first_line(error, 120)}"
     probe = make_probe(traced.closed, problem.leaves, problem.others, traced.eps)
+    return Begun(autodiff, exact, why_not, probe)
+
+
+def derivative(closed) -> Callable:
+    """Autodiff of a program without its custom rules."""
+    return jax.grad(undecorated(closed))
+
+
+def exact_derivative(closed) -> Callable:
+    """Autodiff of a program without its casts."""
+    return jax.grad(without_casts(closed))
+
+
+def first_line(error: Exception, most: int) -> str:
+    """What an error says, shortened."""
+    return str(error).strip().splitlines()[0][:most]
+
+
+def gather(problem: Problem, traced: Traced, begun: Begun, seed: int, same: Claim | None = None) -> Witnesses:
+    """Autodiff without custom rules, and the lines along random directions over each leaf. Within `precise`.
+
+    ``same`` is a claim that is that very autodiff.
+    """
+    grads, exact = None if same is None else same.grads, None
+    if begun.autodiff is not None:
+        grads = list(map(to_numpy, begun.autodiff(problem.leaves, problem.others)))
+    if begun.exact is not None:
+        exact = list(map(to_numpy, begun.exact(problem.leaves, problem.others)))
     lines = []
     for i, leaf in enumerate(problem.leaves):
         drawn = directions(np.asarray(leaf, np.float64), [seed, i], grads is not None)
-        lines.append([probe({i: d}) for d in drawn])
-    finite = np.isfinite(probe({}).base)
-    return Witnesses(problem, traced, grads, exact, why_not, probe, lines, seed, bool(finite), derivative, {})
+        lines.append([begun.probe({i: d}) for d in drawn])
+    finite = bool(np.isfinite(begun.probe({}).base))
+    why_not, autodiff = begun.why_not, derivative(traced.closed)
+    return Witnesses(problem, traced, grads, exact or grads, why_not, begun.probe, lines, seed, finite, autodiff, {})
 
 
 def directions(p: np.ndarray, seed, autodiff: bool) -> Iterator[np.ndarray]:

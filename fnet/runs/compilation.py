@@ -13,26 +13,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fnet.core.programs import Line, difference, digest, program_lines
+from fnet.core.programs import Line, difference, digest, program_lines, settings_in_force
 from fnet.core.trees import named_leaves
 from fnet.training.collectives import sent_by_step
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer
 from fnet.types import PyTree, TrainState
-
-TRACED_UNDER = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_threefry_partitionable",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_debug_nans",
-    "jax_debug_infs",
-    "jax_default_prng_impl",
-    "jax_random_seed_offset",
-    "jax_default_device",
-)  # settings that a program depends on
-
 
 KEPT = 16  # programs, for the runs to come
 
@@ -69,7 +55,7 @@ def compiled(
         if explain:
             print(said(f"{function.__name__} is not compiled: jax.disable_jit is in force"), flush=True)
         return functools.partial(function, **options), 0.0
-    traced_under = {name: getattr(settings, name) for name in TRACED_UNDER}
+    traced_under = settings_in_force()
     shardings = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments))
     leaves, structure = leaves_of(arguments), jax.tree.structure(arguments)
     asked = function, owner, *{**options, **traced_under}.items(), leaves, structure, shardings
