@@ -7,10 +7,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import explorer, mathematics, reference  # noqa: E402
+from docs.generate import benchmarks, explorer, mathematics, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
+author = copyright = "The fnet authors"
 version = release = fnet.__version__
 extensions = [
     "sphinx.ext.autodoc",
@@ -77,6 +78,7 @@ def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
     reference.write(HERE / "reference")
     mathematics.write(HERE / "mathematics")
+    benchmarks.write(HERE / "benchmarks")
     explorer.write(HERE / "_static" / "explorer")
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)
