@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-long test-slow test-newest test-compile lint bench clean
+.PHONY: help train test test-long test-slow test-newest test-compile lint docs bench clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make test-newest   run all tests but the slow ones on the newest releases of everything"
 	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
 	@echo "make lint    ruff and pyright"
+	@echo "make docs    build the site, docs/_build/html/index.html"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make clean   remove the environments and caches"
 
@@ -56,6 +57,10 @@ lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
+
+# A name that does not resolve, a link or an anchor that is not there, a missing picture or derivation fails it.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -b html -n -W --keep-going docs docs/_build/html $(ARGS)
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.core.platforms import traced_for
 from fnet.gradcheck import check_layer
 from fnet.layers.activation import identity, softplus, softsign, tanh
 from fnet.layers.attention import attention
 from fnet.layers.children import apply, init, parameter_paths, watch
 from fnet.layers.combinators import serial
+from fnet.layers.decoding import apply_cached
 from fnet.layers.dot_product import dot_product_attention, dot_product_attention_backward
 from fnet.layers.dropout import dropout
 from fnet.layers.embedding import rotate
@@ -204,10 +206,10 @@ def make(options):
 
 
 @functools.cache
-def at_random(name):
+def at_random(name, by=None):
     """The layer in float64 with random parameters and inputs; outputs and gradients, by hand and by autodiff."""
     form, mask, options = LAYERS[name]
-    layer = make(options)
+    layer = make({**options, "form": by})
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         x = rng.standard_normal((2, 5, 4))
@@ -292,7 +294,7 @@ forms = pytest.mark.parametrize("block_size", [None, 2], ids=["plain", "blockwis
 # --- blockwise is plain ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "score", "scale", "block_size"))
+@functools.partial(jax.jit, static_argnames=("causal", "window", "score", "scale", "block_size", "form"))
 def core(q, k, v, do, mask=None, bias=None, **options):
     o, residuals = dot_product_attention(q, k, v, mask, bias, **options)
     return o, *dot_product_attention_backward(residuals, do, mask, bias, **options)
@@ -987,3 +989,114 @@ def test_a_query_that_is_hidden_and_sees_nothing_may_hold_nan(key):
 def test_options_of_the_wrong_kind_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         attention(2, **options)
+
+
+# --- by jax's own function -------------------------------------------------------------------------------------------
+
+# its softmax is in float32, of float64 too: a few roundings of 2^-24 each, of sums over some ten entries of order 1
+SINGLE = 32 * 2.0**-24
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("causal", "padded", "pairs, causal", "grouped, rotary, scaled", "multi-query", "cross, padded, rotary"),
+        *("a mask for each head", "relative positions"),
+    ],
+)
+def test_by_jax_outputs_and_both_engines_gradients_are_fnets_own(name):
+    _, _, _, own, dy, gradients, _ = at_random(name)
+    _, _, _, y, same_dy, by_hand, by_autodiff = at_random(name, "xla")
+    np.testing.assert_array_equal(dy, same_dy)
+    np.testing.assert_allclose(y, own, rtol=0, atol=SINGLE * np.abs(own).max())
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(gradients))  # the keys' bias has 0
+    for expected, hand, auto in zip(*map(jax.tree.leaves, (gradients, by_hand, by_autodiff)), strict=True):
+        np.testing.assert_allclose(hand, expected, rtol=0, atol=SINGLE * scale)
+        np.testing.assert_allclose(hand, auto, rtol=0, atol=SINGLE * scale)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6), (1, 4, 5, 6), (2, 4, 5, 6)])
+def test_by_jax_a_bias_has_its_gradient_and_a_query_that_minus_infinity_hides_from_all_gives_zero(shape, x64):
+    q, k, v, do, mask, bias = drawn_core(5, 6, bias=shape, mask=(2, 5, 6))
+    v, do = v[..., :3], do[..., :3]
+    bias[..., 2, :4] = bias[..., 3, :] = -np.inf
+    expected = core(q, k, v, do, mask, bias, causal=True)
+    found = core(q, k, v, do, mask, bias, causal=True, form="xla")
+    assert (np.asarray(found[0])[:, 3] == 0).all() and np.abs(found[4]).max() > 0.01
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=SINGLE * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_by_jax_dtypes_are_kept_and_numbers_differ_by_their_rounding(dtype):
+    arrays = [jnp.asarray(a[..., :3], dtype) for a in drawn_core(5, 6)[:4]]
+    expected = core(*(np.asarray(a, np.float32) for a in arrays), causal=True)
+    with jax.numpy_dtype_promotion("standard"):  # in 16 bits jax' own derivative does not compile under "strict"
+        found = core(*arrays, causal=True, form="xla")[:4]
+    for a, b in zip(found, expected[:4], strict=True):
+        assert a.dtype == dtype
+        tolerance = 16 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def test_cudnn_is_refused_where_there_is_none_with_the_remedy(key):
+    layer, x = attention(2, form="cudnn"), jnp.ones((1, 3, 16), jnp.bfloat16)
+    params, state = layer.init(key, x)  # which may be made anywhere
+    with pytest.raises(
+        LayerError, match=r"form = 'cudnn': expected a GPU .* got the platform cpu: form='xla' is the same"
+    ):
+        layer.forward(params, state, x)
+    with traced_for("cuda"):
+        with pytest.raises(LayerError, match=r"expected bfloat16 or float16 .* got float32 and 8: mixed_precision"):
+            dot_product_attention(*jnp.ones((3, 1, 4, 2, 8)), form="cudnn")
+        with pytest.raises(LayerError, match="a multiple of 8 features, got bfloat16 and 4"):
+            dot_product_attention(*jnp.ones((3, 1, 4, 2, 4), jnp.bfloat16), form="cudnn")
+
+
+def test_cudnn_is_handed_whole_masks_and_finite_biases_in_the_dtype_of_the_queries(monkeypatch):
+    given, by_xla = [], jax.nn.dot_product_attention
+
+    def seen(q, k, v, bias, mask, *, implementation, **options):
+        given.append((bias, mask, implementation, options))
+        return by_xla(q, k, v, bias, mask, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
+    q, bias = jnp.ones((2, 3, 2, 8), jnp.bfloat16), jnp.zeros((2, 3, 3)).at[:, 1, 0].set(-jnp.inf)
+    with traced_for("cuda"):
+        dot_product_attention(q, q, q, jnp.ones((2, 3), bool), bias, causal=True, form="cudnn", scale=0.5)
+    ((bias, mask, implementation, options),) = given
+    assert (implementation, options) == ("cudnn", {"scale": 0.5, "is_causal": True})
+    assert (bias.shape, bias.dtype) == ((1, 2, 3, 3), jnp.bfloat16) and bool(jnp.isfinite(bias).all())
+    assert mask.shape == (2, 2, 3, 3) and not mask[:, :, 1, 0].any() and mask.sum() == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "flash"}, "form = 'flash'; expected 'cudnn', 'xla' or None for fnet's own"),
+        ({"form": "xla", "block_size": 2}, "block_size = 2 beside form = 'xla'"),
+        ({"form": "xla", "window": 2}, "window = 2 beside form = 'xla'"),
+        ({"form": "xla", "softcap": 2.0}, "softcap = 2.0 beside"),
+        ({"form": "xla", "score": tanh()}, "score = .* beside"),
+        ({"form": "xla", "dropout_rate": 0.1}, "dropout_rate = 0.1 beside"),
+        ({"form": "xla", "offset": 1}, "offset = 1 beside form = 'xla'; expected 0"),
+        (
+            {"form": "xla", "scale": np.float32(1)},
+            "scale = .* beside form = 'xla'; expected None or a number of Python",
+        ),
+        ({"form": "xla", "value_features": 2}, "value_features = 2 beside"),
+    ],
+)
+def test_by_jax_options_that_it_does_not_take_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^attention: {message}"):
+        attention(2, **options)
+
+
+def test_by_jax_wide_values_and_a_cache_are_refused(key):
+    with pytest.raises(LayerError, match="expected values of as many features as keys, got 5 and 3"):
+        dot_product_attention(*map(jnp.asarray, drawn_core(5, 6)[:3]), form="xla")
+    layer, x = attention(2, causal=True, form="xla"), jnp.ones((1, 3, 4))
+    params, state = layer.init(key, x)
+    with pytest.raises(LayerError, match="form = 'xla' runs with no cache: make the model without; its parameters"):
+        apply_cached(layer, params, state, x, length=8)

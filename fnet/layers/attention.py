@@ -2,7 +2,7 @@
 
 `attention` is the layer, with its projections; `dot_product_attention` is what it computes between them, with
 `dot_product_attention_backward` beneath it. Both are plain, all scores at once, or blockwise, in memory linear in the
-lengths.
+lengths; or a library's (`fnet.layers.jax_attention`).
 
 Legend: B batch, T queries, S positions of the memory, H heads, K heads of keys and values, G = H/K heads that share
 one, D features of a head, E of its values, I features of the query, M of the memory, O out; c, b queries and positions
@@ -30,6 +30,7 @@ from fnet.layers.dot_product import (
 )
 from fnet.layers.embedding import require_rotary, rotate
 from fnet.layers.initializers import glorot_uniform, require_initializers, zeros
+from fnet.layers.jax_attention import Form, require_form
 from fnet.layers.masks import is_masked, split_bias, with_bias, with_mask
 from fnet.types import Layer, LayerError
 
@@ -54,6 +55,7 @@ def attention(
     scale=None,
     weights=glorot_uniform(),
     bias=zeros(),
+    form: Form = None,
 ) -> Layer:
     """Multi-head attention: ``y = concat_h(softmax(scale · Q_h K_hᵀ + bias_h) V_h) w_out + b_out``, ``y (B, T, O)``.
 
@@ -85,8 +87,15 @@ def attention(
     - ``rotary``: base or frequencies of `rotate`, applied to queries and keys at the positions 0, 1, …; None for none.
       ``interleaved``: its pairs are neighbours.
     - ``scale``: ``1/√D`` by default. ``weights``, ``bias``: initializers of all four projections; None for no biases.
+    - ``form``: None is fnet's own, with its backward by hand. ``"cudnn"`` is `jax.nn.dot_product_attention` by cuDNN's
+      fused kernel, for NVIDIA's GPUs, bfloat16 or float16 and heads of a multiple of 8 features; ``"xla"`` the same
+      function by XLA, anywhere. **Of these two the backward between the projections is not by hand**: it is jax' own
+      derivative of its function, which runs the forward a second time, and an audit there holds jax against jax. They
+      take causal, masks, biases, ``relative``, ``kv_heads``, ``rotary`` and a ``scale`` that is not traced, and none of
+      the other options; their softmax is in float32, of float64 too; and they run with no cache.
 
-    Raises ValueError for heads that do not divide, `LayerError` for shapes, dtypes and parameters that do not fit.
+    Raises ValueError for heads that do not divide and options that ``form`` does not take, `LayerError` for shapes,
+    dtypes and parameters that do not fit, and for a platform without cuDNN.
 
     Sources: Vaswani et al., arXiv:1706.03762; grouped queries, Ainslie et al., arXiv:2305.13245; blocks,
     `dot_product_attention`. PyTorch's masks for ``nn.MultiheadAttention`` say True = left out, and a query that may
@@ -103,6 +112,8 @@ def attention(
     given = {"heads": heads, "kv_heads": kv_heads, "features": features, "head_features": head_features}
     require_counts("attention", **given, value_features=value_features, block_size=block_size)
     require_scores("attention", window, softcap, dropout_rate, score)
+    beside = {"window": window, "softcap": softcap, "score": score, "dropout_rate": dropout_rate}
+    require_form("attention", form, offset, scale, **beside, block_size=block_size, value_features=value_features)
     if relative is not None:
         require_layer("attention: relative", relative)
     require_initializers("attention", "bias", weights=weights, bias=bias)
@@ -112,7 +123,7 @@ def attention(
     if features is not None and head_features is None and features % heads:
         raise ValueError(f"attention: {heads} heads do not divide features = {features}; give head_features")
     options = {"causal": causal, "window": window, "offset": offset, "softcap": softcap, "dropout_rate": dropout_rate}
-    options |= {"score": score, "scale": scale, "block_size": block_size}
+    options |= {"score": score, "scale": scale, "block_size": block_size, "form": form}
 
     def without_bias(x):
         x, bias = split_bias(x)
@@ -174,6 +185,10 @@ def attention(
         q, k = turn(q, positions(q) + first), turn(k, positions(k) + (before if is_self(x) else 0))
         if is_decoding() and is_self(x):
             require_causal(causal, mask)
+            if form is not None:
+                raise LayerError(
+                    f"form = {form!r} runs with no cache: make the model without; its parameters are the same"
+                )
             k, v = remembered(k, v)
         of_relative = None
         if relative is not None:

@@ -17,6 +17,7 @@ from fnet.core.checks import described, require, require_counts, require_layer
 from fnet.core.numerics import wide
 from fnet.layers.activation import without_parameters
 from fnet.layers.children import show, watched
+from fnet.layers.jax_attention import Form, by_jax, by_jax_backward, require_form
 from fnet.types import Layer, LayerError
 
 
@@ -36,6 +37,7 @@ def dot_product_attention(
     key=None,
     scale=None,
     block_size=None,
+    form: Form = None,
 ):
     """``o = softmax(scale · q kᵀ + bias) v`` over the positions that each query may attend to: ``o, residuals``.
 
@@ -54,6 +56,7 @@ def dot_product_attention(
     - ``dropout_rate``: p; with a ``key`` each probability is 0 with probability p and else divided by ``1 − p``. What
       is drawn depends on the key and the shape, and not on ``block_size``. Without a key nothing is dropped.
     - ``scale``: ``1/√D`` by default. ``block_size``: None, or the positions of a block, as in `attention`.
+    - ``form``: None, or whose kernel takes the place of what is here, as in `attention`.
 
     Raises `LayerError` for shapes, masks and biases that do not fit, ValueError for numbers that do not.
 
@@ -95,6 +98,10 @@ def dot_product_attention(
     require_mask(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
     require_bias(bias, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     require_scores("dot_product_attention", window, softcap, dropout_rate, score)
+    beside = {"window": window, "softcap": softcap, "score": score, "dropout_rate": dropout_rate}
+    require_form("dot_product_attention", form, offset, scale, **beside, block_size=block_size)
+    if form is not None:
+        return by_jax(q, k, v, four_axes(mask), four_axes(bias), causal, scale, form)
     rule = Rule(mask, bias, causal, window, in_int32(offset), function_of(score, softcap), dropout_rate, key, scale)
     if block_size is None:
         return plain(q, k, v, rule)
@@ -116,8 +123,12 @@ def dot_product_attention_backward(
     key=None,
     scale=None,
     block_size=None,
+    form: Form = None,
 ):
     """``dq, dk, dv, dbias`` for the gradient ``do (B, T, H, E)`` by ``o``; all else as it was given to the forward."""
+    if form is not None:
+        *found, dbias = by_jax_backward(residuals, do, four_axes(mask), four_axes(bias), causal, scale, form)
+        return *found, None if bias is None else dbias.reshape(bias.shape)
     rule = Rule(mask, bias, causal, window, in_int32(offset), function_of(score, softcap), dropout_rate, key, scale)
     if block_size is None:
         return plain_backward(residuals, do, rule)

@@ -191,7 +191,7 @@ def _spread(lo: float, hi: float) -> bool:
     return lo > 0 and hi > 10 * lo
 
 
-def _ticks(lo: float, hi: float) -> list[tuple[float, str]]:
+def _ticks(lo, hi) -> list[tuple[float, str]]:
     """Round numbers from ``lo`` to ``hi``, on a logarithmic scale where `_colors` has one, and how they are written."""
     if _spread(lo, hi):
         return log_ticks(math.log10(lo) - 1e-6, math.log10(hi) + 1e-6)  # float32's 0.1 is above 0.1

@@ -32,6 +32,7 @@ from fnet.layers import (
 from fnet.layers.children import backward_child, forward_child, init_child
 from fnet.layers.combinators import output_shape, require_children
 from fnet.layers.initializers import normal
+from fnet.layers.jax_attention import Form
 from fnet.layers.masks import split_bias, split_mask, with_bias, with_mask
 from fnet.types import Layer, LayerError
 
@@ -44,14 +45,16 @@ def transformer_block(
     expansion: int = 4,
     dropout_rate=None,
     block_size: int | None = None,
+    form: Form = None,
 ) -> Layer:
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, on ``(B, T, D)``; the mlp is ``expansion · D`` wide.
 
-    The norms stand before (Xiong et al., arXiv:2002.04745), as in GPT-2; ``dropout_rate`` acts on both branches.
+    The norms stand before (Xiong et al., arXiv:2002.04745), as in GPT-2; ``dropout_rate`` acts on both branches,
+    ``block_size`` and ``form`` are those of `attention`.
     """
     drop = [] if dropout_rate is None else [dropout(dropout_rate)]
     small = normal(0.02)
-    attend = attention(heads, causal=causal, block_size=block_size, weights=small)
+    attend = attention(heads, causal=causal, block_size=block_size, form=form, weights=small)
     return serial(
         ("attend", residual(("norm", layer_norm()), ("attention", attend), *drop)),
         (
@@ -76,6 +79,7 @@ def gpt(
     heads: int,
     dropout_rate=None,
     block_size: int | None = None,
+    form: Form = None,
     repeated: bool = False,
 ) -> Layer:
     """A causal transformer language model: ids ``(B, T)`` to logits ``(B, T, V)`` of each next one, T ≤ ``length``.
@@ -83,7 +87,8 @@ def gpt(
     Token and learned position embeddings, ``layers`` blocks, a last norm, and the token table again as the output. With
     ``vocabulary=50257, length=1024, layers=12, features=768, heads=12`` it has GPT-2's 124,439,808 parameters.
     ``repeated`` runs the blocks by `repeat`, whose compile time does not grow with the depth, and stacks their
-    parameters; unrolled blocks run somewhat faster. Source: Radford et al., "Language models are unsupervised multitask
+    parameters; unrolled blocks run somewhat faster. ``block_size`` and ``form`` are those of `attention`; none of them
+    but ``repeated`` changes the parameters. Source: Radford et al., "Language models are unsupervised multitask
     learners", 2019.
 
     >>> import jax
@@ -92,7 +97,8 @@ def gpt(
     >>> list(params["body"])
     ['positions', 'block_0', 'block_1', 'norm']
     """
-    block = transformer_block(features, heads, causal=True, dropout_rate=dropout_rate, block_size=block_size)
+    options = {"dropout_rate": dropout_rate, "block_size": block_size, "form": form}
+    block = transformer_block(features, heads, causal=True, **options)
     blocks = [("blocks", repeat(block, layers))] if repeated else [(f"block_{i}", block) for i in range(layers)]
     drop = [] if dropout_rate is None else [dropout(dropout_rate)]
     body = serial(("positions", learned_positions(length)), *drop, *blocks, ("norm", layer_norm()))
