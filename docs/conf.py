@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import reference  # noqa: E402
+from docs.generate import gallery, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
@@ -68,7 +68,7 @@ def find(app, env, node, contnode):
 
 def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
-    for generated in (reference,):
+    for generated in (reference, gallery):
         generated.write(HERE)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)

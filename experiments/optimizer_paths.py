@@ -173,7 +173,7 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 
 def draw(title: str, found: dict, steps: int, file: Path) -> None:
-    """A panel for each optimizer: its path over the function's contours; what L-BFGS came to is said."""
+    """A panel for each optimizer: its path over the function in shades; what L-BFGS came to is said."""
     problem, names = PROBLEMS[title], [name for name in found if name != "L-BFGS"]
     columns = min(3, len(names))
     figure, axes = new_figure(columns, height=2.1, width=2.3, rows=-(-len(names) // columns))
@@ -183,9 +183,10 @@ def draw(title: str, found: dict, steps: int, file: Path) -> None:
     values = np.asarray(jax.vmap(jax.vmap(problem.value))(jnp.stack([jnp.asarray(x), jnp.asarray(y)], -1)))
     low = values.min()
     levels = np.log10(values - low + 1e-3 * (values.max() - low))
+    greys = {"cmap": "gray", "vmin": levels.min() - 3.5 * np.ptp(levels), "vmax": levels.max()}  # light ones
     for ax, name in zip(axes, names, strict=False):
         path = found[name]["path"]
-        ax.contour(x, y, levels, 12, colors="0.85", linewidths=0.6)
+        ax.contourf(x, y, levels, 7, **greys)
         path = path[np.isfinite(path).all(1)]
         ax.plot(*path.T, color="C0", linewidth=1.4, label="path")
         ax.plot(*problem.start, "ko", markersize=5, linestyle="none", label="start")
@@ -197,8 +198,9 @@ def draw(title: str, found: dict, steps: int, file: Path) -> None:
     for ax in axes[len(names) :]:
         ax.axis("off")
     figure.suptitle(
-        f"{title}: {steps} steps, each at its best rate; how far from a minimum\n"
-        f"L-BFGS, whose path is not kept: {found['L-BFGS']['distance']:.1g} away"
+        f"{title} (darker is lower): {steps} steps, each at its best rate,\n"
+        f"and how far from a minimum; L-BFGS, of which no path is kept: {found['L-BFGS']['distance']:.1g} away",
+        fontsize="medium",
     )
     legend_below(figure, axes[0], columns=4)
     save_figure(figure, file)

@@ -48,8 +48,8 @@ def plot_curves(
 ) -> None:
     """Loss, accuracy and gradient norm over the epochs, a colour for each run, dashed where it is the validation's.
 
-    ``runs`` maps a run's name to its metrics per epoch, as in ``fnet.History.epochs``; panels without data are left out.
-    A dotted line names the epoch of a run's lowest validation loss, and one the value of a panel that guessing gives,
+    ``runs`` maps a run's name to its metrics per epoch, as in ``fnet.History.epochs``; panels without data are
+    left out. A dotted line names the epoch of a run's lowest validation loss, and one what guessing gives,
     where ``chance`` has it: ``{"loss": math.log(10), "accuracy": 0.1}``.
     """
     panels = {"loss": "log", "accuracy": "linear", "gradient_norm/all": "log"}
