@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-long test-slow test-newest test-compile lint docs gallery bench clean
+.PHONY: help train test test-long test-slow test-newest test-compile lint docs gallery bench bench-all clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -27,6 +27,7 @@ help:
 	@echo "make docs    build the site, docs/_build/html/index.html"
 	@echo "make gallery   draw the pictures of docs/gallery from runs of the experiments (an hour)"
 	@echo "make bench   compare speed with other libraries"
+	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (25 minutes)"
 	@echo "make clean   remove the environments and caches"
 
 train: $(VENV)/.installed-experiments
@@ -69,6 +70,9 @@ gallery: $(VENV)/.installed-test
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)
+
+bench-all: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis

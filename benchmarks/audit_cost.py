@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnet
+from benchmarks.measuring import arguments, record, table
 
 COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
 
@@ -71,14 +72,14 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--growth", help="of the audit or the gradient, at the last factor; printed in bytes")
     args = parser.parse_args()
     if args.growth:
         print(growth({"audit": audit, "gradient": gradient}[args.growth], args.factors[-1]))
         return
-    compiling = [0.0]
+    compiling, seconds = [0.0], {}
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.rsplit("/", 1)[-1] in COMPILING:
@@ -93,6 +94,7 @@ def main() -> None:
         total = time.perf_counter() - start
         rest = total - compiling[0]
         print(f"{count:>12,}{total:>16.2f}{compiling[0]:>12.2f}{rest:>10.2f}{1e6 * rest / count:>18.2f}")
+        seconds |= {f"{count:,} parameters": [total], f"{count:,} parameters, after compiling": [rest]}
     grown = {}
     for what in ("gradient", "audit"):
         factors = map(str, args.factors)
@@ -100,6 +102,9 @@ def main() -> None:
         grown[what] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     megabytes = {what: f"{size / 1e6:,.0f} MB" for what, size in grown.items()}
     print(f"\npeak memory at the largest: {megabytes}, audit / gradient = {grown['audit'] / grown['gradient']:.1f}")
+    memory = {what: [size / 1e6] for what, size in grown.items()}
+    tables = [table("an audit", seconds), table("peak memory at the largest", memory, ("gradient",), "MB")]
+    record(args.json, "audit_cost", tables)
 
 
 if __name__ == "__main__":

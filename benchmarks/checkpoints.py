@@ -9,13 +9,12 @@ thread that writes bears them, while the device goes on.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 
 import numpy as np
 
-from benchmarks.s1 import interleaved, show
+from benchmarks.measuring import arguments, interleaved, record, show
 
 
 def main() -> None:
@@ -23,11 +22,11 @@ def main() -> None:
 
     from fnet.runs.checkpoint import kept_leaves, save_checkpoint
 
-    parser = argparse.ArgumentParser(description="reading back what was saved")
+    parser = arguments("reading back what was saved")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1.0, 100.0])
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
+    rng, tables = np.random.default_rng(0), []
     for megabytes in options.megabytes:
         size = int(megabytes * 1e6 / 4 / 8)
         leaves = kept_leaves({f"w{i}": jnp.asarray(rng.standard_normal(size, np.float32)) for i in range(8)})
@@ -39,7 +38,9 @@ def main() -> None:
 
         save(True)
         runs = {"not read back": lambda: save(False), "read back": lambda: save(True)}
-        show(f"a checkpoint of {megabytes:g} MB", interleaved(runs, options.repeats), ("not read back",))
+        times = interleaved(runs, options.repeats, rest=0.02)
+        tables.append(show(f"a checkpoint of {megabytes:g} MB", times, ("not read back",)))
+    record(options.json, "checkpoints", tables, also=("orbax-checkpoint",))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ With ``--repeats 3`` on two cores, jax 0.10.2: the loop took 18.6 times as long 
 
 from __future__ import annotations
 
-import argparse
-import statistics
-
 import numpy as np
 
-from benchmarks.s1 import interleaved, show
+from benchmarks.measuring import arguments, interleaved, record, show
 
 VOCABULARY, BATCH, PROMPT = 100, 4, 16
 
@@ -63,17 +60,19 @@ def runs(count: int, layers: int, features: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="decoding with a cache and without")
+    parser = arguments("decoding with a cache and without")
     parser.add_argument("--counts", type=int, nargs="*", default=[64, 256], help="ids to draw")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options, tables = parser.parse_args(), []
     for count in options.counts:
-        times = interleaved(runs(count, options.layers, options.features), options.repeats)
-        show(f"{count} ids after {PROMPT}, {BATCH} at a time", times, ("fnet.generate",))
-        for name, seconds in times.items():
-            print(f"{name}: {BATCH * count / statistics.median(seconds):,.0f} ids a second")
+        times = interleaved(runs(count, options.layers, options.features), options.repeats, rest=0.02)
+        title = f"{count} ids after {PROMPT}, {BATCH} at a time"
+        tables.append(show(title, times, ("fnet.generate",)))
+        rates = {name: [BATCH * count / each for each in seconds] for name, seconds in times.items()}
+        tables.append(show(title, rates, unit="ids a second"))
+    record(options.json, "decoding", tables)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ process over the second half of one long run.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.s1 import interleaved, show
+from benchmarks.measuring import arguments, interleaved, record, scaled, show
 
 EXAMPLES, BATCH = 3200, 32
 
@@ -48,7 +47,7 @@ def main() -> None:
 
     import fnet
 
-    parser = argparse.ArgumentParser(description="fit beside the bare scan")
+    parser = arguments("fit beside the bare scan")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     options = parser.parse_args()
@@ -76,13 +75,15 @@ def main() -> None:
     }
     for run in runs.values():
         run()
-    seconds = interleaved(runs, options.repeats)
+    times = scaled(interleaved(runs, options.repeats, rest=0.02), 1e3)
     title = f"{epochs * (EXAMPLES // BATCH):,} steps of 64-32-10, batch {BATCH}"
-    show(title, {name: [1e3 * t for t in times] for name, times in seconds.items()}, ("bare",), unit="ms")
+    tables = [show(title, times, ("bare",), unit="ms")]
     seen.clear()
     runs["fit"]()
     half = seen[len(seen) // 2 :]
-    print(f"resident memory over the second half of {len(seen)} chunks: {half[0]:.1f} MB to {half[-1]:.1f} MB")
+    held = {"at its begin": [half[0]], "at its end": [half[-1]]}
+    tables.append(show(f"resident memory over the second half of {len(seen)} chunks", held, unit="MB"))
+    record(options.json, "driver", tables, also=("orbax-checkpoint",))
 
 
 if __name__ == "__main__":

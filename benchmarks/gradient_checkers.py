@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnet
+from benchmarks.measuring import arguments, record, table
 
 
 class Case(NamedTuple):
@@ -745,7 +746,7 @@ def layer_trials(limit: int) -> tuple[int, int, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="take every n-th case")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-peers", action="store_true", help="fnet alone")
@@ -788,6 +789,18 @@ def main() -> None:
     print(f"fnet.check_model: right layer named, and it alone, in {named}/{trials} models with one faulty layer")
     print(f"{seconds:.0f} s\n")
     print("\n".join(complaints + misses))
+    told = {"fnet.check_gradients": (caught, alarms, 0), **counts}
+    tables = [
+        table(f"{what} of {among}", {name: [float(row[k])] for name, row in told.items()}, unit="cases")
+        for k, (what, among) in enumerate(
+            (
+                ("caught", f"{len(faulty)} faults"),
+                ("false alarms", f"{len(right)} right gradients"),
+                ("did not run", f"all {len(faulty) + len(right)}"),
+            )
+        )
+    ]
+    record(args.json, "gradient_checkers", tables, also=() if args.no_peers else ("chex",))
 
 
 def run(check: Callable, case: Case, count: list[int], kind: int) -> None:

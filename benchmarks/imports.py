@@ -5,12 +5,8 @@ python -m benchmarks.imports                    make bench MODULE=benchmarks.imp
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
-import time
+from benchmarks.measuring import arguments, interleaved, process, record, show
 
-ROUNDS = 9
 STEP = ["mlp", "init", "adam", "backprop", "make_step", "init_train_state", "softmax_cross_entropy", "train"]
 PROGRAMS = {
     "import jax": "import jax",
@@ -21,22 +17,13 @@ PROGRAMS = {
 }
 
 
-def seconds(code: str) -> float:
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - begin
-
-
 def main() -> None:
-    took = {name: [] for name in PROGRAMS}
-    for _ in range(ROUNDS):
-        for name, code in PROGRAMS.items():
-            took[name].append(seconds(code))
-    base = took["import jax"]
-    for name, each in took.items():
-        ratios = [a / b for a, b in zip(each, base, strict=True)]
-        middle = statistics.median(ratios)
-        print(f"{name:38} {statistics.median(each):.3f} s  {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+    parser = arguments("how long importing fnet takes")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    options = parser.parse_args()
+    runs = {name: process("-c", code) for name, code in PROGRAMS.items()}
+    times = interleaved(runs, options.repeats, rest=0.0)
+    record(options.json, "imports", [show("a process that imports", times, ("import jax",))])
 
 
 if __name__ == "__main__":

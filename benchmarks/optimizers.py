@@ -12,13 +12,11 @@ arrays: their floor is that of their bytes alone.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 
-from benchmarks.s1 import interleaved, show
+from benchmarks.measuring import arguments, interleaved, record, scaled, show
 
-LEAVES, SIDE, UPDATES = 10, 1000, 3  # updates in a round
+LEAVES, SIDE = 10, 1000
 MOMENTS = {
     "sgd": 0,
     "momentum": 1,
@@ -38,6 +36,11 @@ MOMENTS = {
 }
 
 
+def updates_of(name: str) -> int:
+    """How many updates a round makes; one of muon takes seconds."""
+    return 1 if name == "muon" else 3
+
+
 def gradients():
     import jax.numpy as jnp
 
@@ -45,14 +48,14 @@ def gradients():
     return {f"w{i}": jnp.asarray(rng.standard_normal((SIDE, SIDE), np.float32)) for i in range(LEAVES)}
 
 
-def repeated(update, params, opt_state, grads):
+def repeated(update, params, opt_state, grads, updates: int):
     """A round of updates; what it donates it replaces."""
     import jax
 
     held = [params, opt_state]
 
     def run():
-        for _ in range(UPDATES):
+        for _ in range(updates):
             held[:] = update(held[0], held[1], grads)
         jax.block_until_ready(held)
 
@@ -69,7 +72,7 @@ def fnet_update(name: str, grads):
     optimizer = build(1e-3)
     params = jax.tree.map(lambda g: g + 1, grads)
     update = jax.jit(lambda p, s, g: optimizer.update(g, s, p), donate_argnums=(0, 1))
-    return repeated(update, params, jax.jit(optimizer.init)(params), grads)
+    return repeated(update, params, jax.jit(optimizer.init)(params), grads, updates_of(name))
 
 
 def optax_update(name: str, grads):
@@ -84,10 +87,11 @@ def optax_update(name: str, grads):
         return optax.apply_updates(params, updates), opt_state
 
     params = jax.tree.map(lambda g: g + 1, grads)
-    return repeated(jax.jit(step, donate_argnums=(0, 1)), params, jax.jit(optimizer.init)(params), grads)
+    update, opt_state = jax.jit(step, donate_argnums=(0, 1)), jax.jit(optimizer.init)(params)
+    return repeated(update, params, opt_state, grads, updates_of(name))
 
 
-def floor(moments: int, grads):
+def floor(name: str, grads):
     import jax
 
     def step(params, state, grads):
@@ -97,25 +101,26 @@ def floor(moments: int, grads):
         return jax.tree.map(lambda p, m: p - 1e-3 * m, params, last), state
 
     params = jax.tree.map(lambda g: g + 1, grads)
-    state = [jax.tree.map(lambda g: 0 * g, grads) for _ in range(moments)]
-    return repeated(jax.jit(step, donate_argnums=(0, 1)), params, state, grads)
+    state = [jax.tree.map(lambda g: 0 * g, grads) for _ in range(MOMENTS[name])]
+    return repeated(jax.jit(step, donate_argnums=(0, 1)), params, state, grads, updates_of(name))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One update of 10 million parameters: fnet, optax and the floor")
+    parser = arguments("One update of 10 million parameters: fnet, optax and the floor")
     parser.add_argument("--only", choices=MOMENTS, nargs="+", default=list(MOMENTS), help="these optimizers")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     options = parser.parse_args()
-    grads = gradients()
+    grads, tables = gradients(), []
     for name in options.only:
         runs = {
-            "floor": floor(MOMENTS[name], grads),
+            "floor": floor(name, grads),
             "optax": optax_update(name, grads),
             "fnet": fnet_update(name, grads),
         }
-        seconds = interleaved(runs, options.repeats)
-        per_update = {peer: [1e3 * t / UPDATES for t in times] for peer, times in seconds.items()}
-        show(f"{name}: an update of {LEAVES * SIDE * SIDE:,} parameters", per_update, ("floor", "optax"), unit="ms")
+        per_update = scaled(interleaved(runs, options.repeats, rest=0.02), 1e3 / updates_of(name))
+        title = f"{name}: an update of {LEAVES * SIDE * SIDE:,} parameters"
+        tables.append(show(title, per_update, ("floor", "optax"), unit="ms"))
+    record(options.json, "optimizers", tables, also=("optax",))
 
 
 if __name__ == "__main__":

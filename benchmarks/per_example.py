@@ -16,11 +16,9 @@ mlp by hand 0.02 (0.3 MB, vmap 112.3), Opacus 0.93 and 0.05; LeNet-5 by hand 0.6
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 
-from benchmarks.s1 import interleaved, show
+from benchmarks.measuring import arguments, interleaved, record, scaled, show
 
 B, LIMIT = 256, 1.0
 
@@ -117,10 +115,10 @@ def main() -> None:
 
     import fnet
 
-    parser = argparse.ArgumentParser(description="clipped means of gradients")
+    parser = arguments("clipped means of gradients")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
+    rng, tables, opacus = np.random.default_rng(0), [], False
     for name, shape in (("mlp", (B, 784)), ("lenet5", (B, 28, 28, 1))):
         x, y = rng.standard_normal(shape).astype(np.float32), rng.integers(0, 10, B)
         programs, params, at = fnet_forms(name, x, y)
@@ -131,24 +129,22 @@ def main() -> None:
         }
         found = {form: run() for form, run in runs.items() if form != "fnet, the mean unclipped"}
         for form, (run, names) in torch_forms(name, params, x, y).items():
-            runs[form] = run
+            runs[form], opacus = run, True
             found[form] = fnet.export.from_tensors(run(), params, names)
         for form, grads in found.items():
             pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True)
             away = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
             print(f"{name}, {form}: within {away:.1e} of fnet by hand")
             assert away < 1e-4 or form.startswith("Opacus")
-        times = interleaved(runs, options.repeats)
-        show(
-            f"{name}: a clipped mean of {B} gradients",
-            {k: [1e3 * t for t in v] for k, v in times.items()},
-            ("fnet by vmap",),
-            "ms",
-        )
+        times = scaled(interleaved(runs, options.repeats), 1e3)
+        tables.append(show(f"{name}: a clipped mean of {B} gradients", times, ("fnet by vmap",), "ms"))
+        scratch = {}
         for form, program in programs.items():
             memory = program.memory_analysis()
             assert memory is not None
-            print(f"{form}: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch")
+            scratch[form] = [memory.temp_size_in_bytes / 1e6]
+        tables.append(show(f"{name}: scratch memory", scratch, unit="MB"))
+    record(options.json, "per_example", tables, also=("torch", "opacus") if opacus else ())
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ are what it says that it ran.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 
 import numpy as np
 
-from benchmarks.s1 import show
+from benchmarks.measuring import arguments, record, show
 
 EXAMPLES, BATCH, RATE, EPOCHS = 1440, 32, 1e-3, 4
 
@@ -139,7 +138,7 @@ def torch_vmap(inputs, labels, members: int = 64):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Many small networks at once: fnet and PyTorch")
+    parser = arguments("Many small networks at once: fnet and PyTorch")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices that fnet's members are spread over")
     options = parser.parse_args()
@@ -174,7 +173,8 @@ def main() -> None:
             for name, run in runs.items():
                 time.sleep(0.3)  # torch's threads spin on for a while, which the next run would pay for
                 times[name].append(run()[0])
-        show("64-32-10 on 1,440 digits: a member's epoch", times, ("torch", "fnet alone"), unit="ms")
+        made = show("64-32-10 on 1,440 digits: a member's epoch", times, ("torch", "fnet alone"), unit="ms")
+    record(options.json, "population", [made], also=("torch", "scikit-learn"))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@
 
 Two tables from one run: the training alone after warm-up, all peers in turn, and the whole process from its start over
 import, compilation and training to its end. Times are medians; ratios are taken run by run, between neighbours in time.
+`torch.compile` is in the first table alone: a process of it compiles for longer than it trains.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
+
+from benchmarks.measuring import arguments, interleaved, process, record, show
 
 SIZES, EXAMPLES, EPOCHS, BATCH, RATE = (784, 128, 64, 10), 800, 50, 32, 1e-3
 
@@ -50,8 +47,8 @@ def fnet_by(engine_name):
     return prepare
 
 
-def plain_jax(inputs, labels):
-    """What one writes without a library: `jax.grad`, Adam by hand, a scan in a scan."""
+def plain_functions():
+    """What one writes without a library, `init`, `update` and `train`: `jax.grad`, Adam by hand, a scan in a scan."""
     import jax
     import jax.numpy as jnp
 
@@ -86,6 +83,14 @@ def plain_jax(inputs, labels):
         _, losses = jax.lax.scan(epoch, (params, zeros, zeros, 0.0), jax.random.split(key, EPOCHS))
         return losses[-1].mean()
 
+    return init, update, train
+
+
+def plain_jax(inputs, labels):
+    import jax
+    import jax.numpy as jnp
+
+    init, _, train = plain_functions()
     params = jax.jit(init)(jax.random.key(0))
     program, x, y = jax.jit(train), jnp.asarray(inputs), jnp.asarray(labels)
     return lambda: program(params, x, y, jax.random.key(1)).item()
@@ -156,33 +161,45 @@ def equinox_optax(inputs, labels):
     return run
 
 
-def torch_eager(inputs, labels):
-    """torch as usual: an eager loop with the fused Adam."""
-    import torch
-    from torch import nn
+def torch_by(compiled: bool):
+    """torch as usual, an eager loop with the fused Adam; or the loss by `torch.compile`, in the same loop."""
 
-    x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
+    def prepare(inputs, labels):
+        import torch
+        from torch import nn
 
-    def run():
         torch.manual_seed(0)
+        x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
         model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
-        optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
-        loss_fn = nn.CrossEntropyLoss()
-        for _ in range(EPOCHS):
-            losses = []
-            for rows in torch.randperm(EXAMPLES).split(BATCH):
-                optimizer.zero_grad()
-                loss = loss_fn(model(x[rows]), y[rows])
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-        return torch.stack(losses).mean().item()
+        start, loss_fn = {name: leaf.clone() for name, leaf in model.state_dict().items()}, nn.CrossEntropyLoss()
 
-    return run
+        def loss_of(x, y):
+            return loss_fn(model(x), y)
+
+        loss_of = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+
+        def run():
+            torch.manual_seed(0)
+            model.load_state_dict(start)
+            optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
+            for _ in range(EPOCHS):
+                losses = []
+                for rows in torch.randperm(EXAMPLES).split(BATCH):
+                    optimizer.zero_grad()
+                    loss = loss_of(x[rows], y[rows])
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+            return torch.stack(losses).mean().item()
+
+        return run
+
+    return prepare
 
 
 PEERS = {
-    "torch": torch_eager,
+    "torch": torch_by(compiled=False),
+    "torch.compile": torch_by(compiled=True),
     "plain jax": plain_jax,
     "fnet autodiff": fnet_by("autodiff"),
     "fnet backprop": fnet_by("backprop"),
@@ -191,46 +208,10 @@ PEERS = {
 }
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def interleaved(runs: dict, repeats: int, rest: float = 0.3) -> dict[str, list[float]]:
-    """Seconds of every run, all in turn, ``repeats`` times, with a ``rest`` before each."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            time.sleep(rest)  # torch's threads spin on for a while, which the next run would pay for
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def process(*arguments: str, **environment: str):
-    """A function that runs Python with the arguments to its end."""
-    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
-    return lambda: subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
-def show(title: str, times_of: dict[str, list[float]], baselines: tuple[str, ...], unit: str = "seconds") -> None:
-    """A table of medians, ranges, and ratios to the baselines: each a median over the rounds, with its range."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in ("", unit, "least", "most", *(f"× {name}" for name in baselines)):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, times in times_of.items():
-        ratios = [[a / b for a, b in zip(times, times_of[base], strict=True)] for base in baselines]
-        cells = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios]
-        table.add_row(name, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))), *cells)
-    Console(width=max(100, Console().width)).print(table)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="fnet and its peers on the S1 example")
+    parser = arguments("fnet and its peers on the S1 example")
     parser.add_argument("--repeats", type=int, default=9, help="rounds of the training alone")
-    parser.add_argument("--processes", type=int, default=3, help="rounds of whole processes")
+    parser.add_argument("--processes", type=int, default=9, help="rounds of whole processes")
     parser.add_argument("--only", choices=PEERS, help="train once by this peer and stop: one whole process")
     options = parser.parse_args()
     if options.only:
@@ -240,7 +221,8 @@ def main() -> None:
     runs = {name: prepare(*random_data()) for name, prepare in PEERS.items()}
     for name, run in runs.items():
         print(f"{name}: loss in the last epoch {run():.4f}", flush=True)
-    show("the training alone, after warm-up", interleaved(runs, options.repeats), ("torch", "plain jax"))
+    baselines = ("torch", "plain jax")
+    tables = [show("the training alone, after warm-up", interleaved(runs, options.repeats), baselines)]
 
     with tempfile.TemporaryDirectory() as cache:
         cached = {
@@ -248,12 +230,11 @@ def main() -> None:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        whole = {name: process("-m", "benchmarks.s1", "--only", name) for name in PEERS}
+        whole = {name: process("-m", "benchmarks.s1", "--only", name) for name in PEERS if name != "torch.compile"}
         whole["fnet backprop, cache warm"] = process("-m", "benchmarks.s1", "--only", "fnet backprop", **cached)
         interleaved(whole, 1)  # fills the cache, and the operating system's
-        show("the whole process", interleaved(whole, options.processes), ("torch", "plain jax"))
-    imports = {f"import {name}": process("-c", f"import {name}") for name in ("jax", "fnet")}
-    show("import", interleaved(imports, 2 * options.processes), ("import jax",))
+        tables.append(show("the whole process", interleaved(whole, options.processes), baselines))
+    record(options.json, "s1", tables, also=("torch", "flax", "optax", "equinox"))
 
 
 if __name__ == "__main__":

@@ -36,14 +36,12 @@ A placement on one device: 1.016 of the time without it for the gpt, 0.980 for t
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import inspect
 import itertools
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -58,7 +56,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fnet
-from benchmarks.s1 import interleaved
+from benchmarks.measuring import arguments, interleaved, record, scaled, table
 from fnet.runs.compilation import jitted
 from fnet.training.collectives import sent_by_step
 
@@ -393,7 +391,7 @@ def prepared(name: str, layout: str, peers: dict[str, Peer], alone: dict[str, Co
 
 
 def measure(name: str, layouts: list[str], peers: dict[str, Peer], repeats: int, steps: int):
-    """The table of one model: a section for each layout."""
+    """The table of one model, a section for each layout; and the same as tables of a document."""
     from rich.table import Table
 
     alone = {peer: make.prepare(name, ALONE) for peer, make in peers.items() if not make.also}
@@ -407,33 +405,36 @@ def measure(name: str, layouts: list[str], peers: dict[str, Peer], repeats: int,
         for peer, step in steps_of.items()
     }
     kinds = sorted({kind for sizes in sent.values() for kind in sizes})
-    table = Table(title=f"{name}: a step, {counts['flax']:,} parameters, batch {BATCH[name]}, on 8 devices of a CPU")
-    table.add_column("")
+    title = f"{name}: a step, {counts['flax']:,} parameters, batch {BATCH[name]}, on 8 devices of a CPU"
+    printed, tables = Table(title=title), []
+    printed.add_column("")
     heads = ("ms", "× fnet backprop", "sent kB", *kinds, "state kB", "temp kB", "operations", "lines")
     for column in heads:
-        table.add_column(column, justify="right")
+        printed.add_column(column, justify="right")
     for layout, steps_of in made.items():
         runs = {peer: lambda step=step: step.steps(steps) for peer, step in steps_of.items()}
-        seconds = interleaved(runs, repeats, rest=0.02)
-        table.add_section()
-        table.add_row(layout)
-        for peer, step in steps_of.items():
-            ratios = [a / b for a, b in zip(seconds[peer], seconds["fnet backprop"], strict=True)]
-            sizes = sent[layout, peer]
-            kilobytes = [sum(sizes.values()), *(sizes.get(kind, 0.0) for kind in kinds), state_bytes(step) / 1e3]
-            table.add_row(
+        times = scaled(interleaved(runs, repeats, rest=0.02), 1e3 / steps)
+        made_here = table(f"{name}, {layout}: a step", times, ("fnet backprop",), "ms")
+        printed.add_section()
+        printed.add_row(layout)
+        sums = {peer: [sum(sent[layout, peer].values())] for peer in steps_of}
+        tables += [made_here, table(f"{name}, {layout}: sent by a device in a step", sums, unit="kB")]
+        for row, (peer, step) in zip(made_here["rows"], steps_of.items(), strict=True):
+            ratio, sizes = row["ratios"]["fnet backprop"], sent[layout, peer]
+            kilobytes = [*sums[peer], *(sizes.get(kind, 0.0) for kind in kinds), state_bytes(step) / 1e3]
+            printed.add_row(
                 f"  {peer}",
-                f"{1e3 * statistics.median(seconds[peer]) / steps:.1f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{row['median']:.1f}",
+                f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})",
                 *(f"{size:,.0f}" for size in (*kilobytes, step.program.memory_analysis().temp_size_in_bytes / 1e3)),
                 f"{operations(step) / operations(alone[peer]):.3f}",
                 str(peers[peer].lines(name, layout)),
             )
-    return table
+    return printed, tables
 
 
-def one_device(name: str, repeats: int, steps: int) -> str:
-    """What a placement on one device costs a step of `fit`."""
+def one_device(name: str, repeats: int, steps: int) -> dict:
+    """What a placement on one device costs a step of `fit`, printed: its table."""
     data, model, optimizer = fnet.check_data(data_for(name, 4)), fnet_model(name), fnet.adam(RATE)
     params, state = fnet.init(model, jax.random.key(0), data.inputs[:1])
     start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
@@ -445,19 +446,20 @@ def one_device(name: str, repeats: int, steps: int) -> str:
             options = {"batch_size": BATCH[name], "chunk_steps": steps, "placement": placements[each]}
             _, history = fnet.fit(step, start, data, steps=steps, **options)
             seconds[each] += [history.run_seconds / steps] if turn else []
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    without, beside = (1e3 * statistics.median(seconds[each]) for each in ("without", "with"))
-    spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    return (
+    made = table(f"{name}: a step of fit on one device", scaled(seconds, 1e3), ("without",), "ms")
+    without, beside = (row["median"] for row in made["rows"])
+    ratio = made["rows"][1]["ratios"]["without"]
+    print(
         f"{name}: a step of fit on one device {without:.2f} ms, with a placement {beside:.2f} ms; ratio of medians "
-        f"{beside / without:.3f}, median of ratios {spread}"
+        f"{beside / without:.3f}, median of ratios {ratio['median']:.3f} ({ratio['least']:.2f}-{ratio['most']:.2f})"
     )
+    return made
 
 
 def main() -> None:
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(description="A training step on eight devices: fnet, flax and Keras")
+    parser = arguments("A training step on eight devices: fnet, flax and Keras")
     parser.add_argument("--only", choices=BATCH, nargs="+", default=None, help="these models")
     parser.add_argument("--repeats", type=int, default=None, help="rounds (6, with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="the MLP in one layout, few rounds: does all of it run?")
@@ -473,15 +475,17 @@ def main() -> None:
     versions = ", ".join(f"{library} {version(library)}" for library in libraries)
     machine = f"{platform.machine()}, {os.cpu_count()} cores that others share"
     print(f"{machine}; Python {platform.python_version()}, {versions}")
+    tables = []
     for name in names:
-        table = measure(name, layouts, peers, repeats, 2)
-        Console(width=max(150, Console().width)).print(table)
+        printed, made = measure(name, layouts, peers, repeats, 2)
+        Console(width=max(150, Console().width)).print(printed)
+        tables += made
     print(
         "Medians, on a machine that others share. kB are what each device sends in a step, and holds; operations are "
         "those of each, relative to one device alone. Lines are added or changed."
     )
-    for name in names:
-        print(one_device(name, 4 if options.quick else 12, 8))
+    tables += [one_device(name, 4 if options.quick else 12, 8) for name in names]
+    record(options.json, "sharding", tables, also=libraries[1:])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import gallery, reference  # noqa: E402
+from docs.generate import benchmarks, explorer, gallery, mathematics, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
+author = copyright = "The fnet authors"
 version = release = fnet.__version__
 extensions = [
     "sphinx.ext.autodoc",
@@ -28,6 +29,7 @@ nitpick_ignore_regex = [
     ("py:obj", r"(jax|jnp|numpy|np|optax|torch|sklearn|flax|orbax|grain)\b.*"),
 ]
 suppress_warnings = ["ref.python"]  # of two classes of one name in signatures
+smartquotes = False  # y' is a derivative
 nb_execution_mode = "off"  # the tests run the cells
 myst_enable_extensions = ["colon_fence", "html_image", "attrs_inline"]
 myst_heading_anchors = 3
@@ -66,10 +68,20 @@ def find(app, env, node, contnode):
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", min(found, key=len), node, contnode)
 
 
+def in_its_language(app, page, template, context, doctree):
+    """Pages under es/ are in Spanish."""
+    if page.startswith("es/"):
+        context["language"] = "es"
+
+
 def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
-    for generated in (reference, gallery):
-        generated.write(HERE)
+    reference.write(HERE / "reference")
+    mathematics.write(HERE / "mathematics")
+    benchmarks.write(HERE / "benchmarks")
+    explorer.write(HERE / "_static" / "explorer")
+    gallery.write(HERE / "gallery")
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)
+    app.connect("html-page-context", in_its_language)

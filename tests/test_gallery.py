@@ -45,7 +45,7 @@ def test_pictures_are_small_and_said_in_words():
 
 def test_the_page_has_a_card_for_each_tile(tmp_path):
     gallery.write(tmp_path)
-    text = (tmp_path / "gallery" / "index.md").read_text(encoding="utf-8")
+    text = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert text.count(":::{grid-item-card}") == text.count("```{image}") == len(TILES)
     for tile in TILES:
         assert f"python -m experiments.{tile['experiment']}\n" in text and tile["number"] in text

@@ -275,6 +275,7 @@ def test_lint_runs_its_tools_on_what_tests_install_and_bench_has_its_own_environ
     bench = ["-m pip install --editable . --requirement benchmarks/requirements.txt", "-m benchmarks.s1"]
     assert make(checkout, "bench")[0] == bench
     assert make(checkout, "bench", "MODULE=benchmarks.other")[0] == ["-m benchmarks.other"]
+    assert make(checkout, "bench-all", "ARGS=--only s1")[0] == ["-m benchmarks --only s1"]
     make(checkout, "clean")
     assert not (checkout / ".venv").exists() and not (checkout / ".venv-bench").exists()
 

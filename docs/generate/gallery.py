@@ -87,7 +87,7 @@ def card(tile: dict) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write ``gallery/index.md`` in the folder of the pages."""
+    """Write ``index.md`` into the folder, beside the pictures."""
     tiles = read_tiles()
     parts = [
         "# Gallery\n\nEvery experiment of the repository: what it shows, its number, and the command that makes both. "
@@ -96,5 +96,4 @@ def write(folder: Path) -> None:
     for topic, title in TOPICS.items():
         cards = "".join(card(tile) for tile in tiles if tile["topic"] == topic)
         parts.append(f"\n## {title}\n\n::::{{grid}} 1 2 3 3\n:gutter: 3\n{cards}::::\n")
-    (folder / "gallery").mkdir(exist_ok=True)
-    (folder / "gallery" / "index.md").write_text("".join(parts), encoding="utf-8")
+    (folder / "index.md").write_text("".join(parts), encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fnet
+from docs.generate import written
 from docs.generate.docstrings import as_rst
 
 # Modules whose names users take; those without __all__ offer what they define.
@@ -314,14 +315,8 @@ def lines_of(page: Page, sections: list[tuple[str, list[Entry]]]) -> Iterator[st
 
 
 def write(folder: Path) -> None:
-    """The pages ``folder/reference/*.rst``."""
-    target = folder / "reference"
-    target.mkdir(exist_ok=True)
+    """``index.rst`` and the pages of `PAGES`."""
     pages = by_page()
-    for old in target.glob("*.rst"):
-        old.unlink()
-    for page, sections in pages.items():
-        (target / f"{page}.rst").write_text("\n".join(lines_of(PAGES[page], sections)) + "\n")
     index = [
         "Reference",
         "=========",
@@ -330,6 +325,7 @@ def write(folder: Path) -> None:
         "",
         ".. toctree::",
         "   :maxdepth: 1",
-        "",
     ]
-    (target / "index.rst").write_text("\n".join([*index, *(f"   {page}" for page in PAGES), ""]))
+    written(folder / "index.rst", "\n".join([*index, "", *(f"   {page}" for page in PAGES), ""]))
+    for page, sections in pages.items():
+        written(folder / f"{page}.rst", "\n".join(lines_of(PAGES[page], sections)) + "\n")

@@ -1,0 +1,102 @@
+"""Every benchmark, one after another; each writes its tables to benchmarks/results/<its name>.json as well.
+
+    make bench-all
+    make bench-all ARGS="--only imports models"
+
+One that fails does not keep the others from running: it is named at the end, and the exit status is 1. At the end
+benchmarks/results/README.md is written of all documents that are there. The machine is to be idle: on two cores all of
+it takes some 25 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+BENCHMARKS: dict[str, list[str]] = {  # and what they are given
+    "imports": [],
+    "compile": [],
+    "s1": [],
+    "models": [],
+    "optimizers": [],
+    "population": [],
+    "driver": [],
+    "checkpoints": [],
+    "decoding": [],
+    "per_example": [],
+    "sharding": [],
+    "audit_cost": ["--factors", "1", "4"],
+    "gradient_checkers": ["--every", "24"],
+}
+
+
+def page(documents: Iterable[dict]) -> str:
+    """The tables of all documents in Markdown."""
+    lines = [
+        "# What the benchmarks measured",
+        "",
+        "Made by `make bench-all` of the documents beside it: medians of rounds with the least and the most. A ratio",
+        "(×) is taken in each round, between neighbours in time: its median is not the ratio of the medians.",
+    ]
+    for document in documents:
+        machine, versions = document["machine"], ", ".join(map(" ".join, document["versions"].items()))
+        lines += ["", f"## {document['benchmark']}", "", f"`{document['command']}`, {document['date']}"]
+        lines += [f"on {machine['cores']} cores of {machine['processor']}; {versions}"]
+        for table in document["tables"]:
+            several = table["rounds"] > 1
+            parts = ["median", "least", "most"] if several else ["median"]
+            bases = list(table["rows"][0]["ratios"])
+            heads = [table["unit"], *parts[1:], *(f"× {base}" for base in bases)]
+            lines += ["", f"### {table['title']}{', {} rounds'.format(table['rounds']) if several else ''}", ""]
+            lines += [_row(["", *heads]), _row(["---", *["---:"] * len(heads)])]
+            for row in table["rows"]:
+                ratios = [_ratio(row["ratios"][base], several) for base in bases]
+                lines.append(_row([row["name"], *(_number(row[part]) for part in parts), *ratios]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
+
+
+def _ratio(ratio: dict[str, float], several: bool) -> str:
+    return f"{ratio['median']:.2f}" + (f" ({ratio['least']:.2f}–{ratio['most']:.2f})" if several else "")
+
+
+def documents_in(folder: Path) -> list[dict]:
+    """Those of the benchmarks, in the order in which they run."""
+    paths = [folder / f"{name}.json" for name in BENCHMARKS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="All benchmarks, each with its document in benchmarks/results")
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), help="these")
+    seconds, failed = {}, []
+    for name in parser.parse_args().only:
+        print(f"--- {name}", flush=True)
+        begin = time.perf_counter()
+        given = ["--json", str(RESULTS / f"{name}.json"), *BENCHMARKS[name]]
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *given], check=False).returncode:
+            failed.append(name)
+        seconds[name] = time.perf_counter() - begin
+    if documents := documents_in(RESULTS):
+        (RESULTS / "README.md").write_text(page(documents), encoding="utf-8")
+    for name, took in {**seconds, "all": sum(seconds.values())}.items():
+        print(f"{name:18}{took:7.0f} s{'  failed' if name in failed else ''}")
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed")
+
+
+if __name__ == "__main__":
+    main()
