@@ -34,9 +34,11 @@ def save_figure(figure, path: str | Path) -> None:
     An axis that is to be logarithmic, of which nothing drawn is above 0, is linear; below one of epochs, steps, updates
     or layers only whole numbers stand.
     """
+    from matplotlib.ticker import MaxNLocator
+
     for ax in figure.axes:
-        if ax.get_xlabel() in WHOLE and ax.get_xscale() == "linear":
-            ax.locator_params(axis="x", integer=True)
+        if ax.get_xlabel() in WHOLE and isinstance(places := ax.xaxis.get_major_locator(), MaxNLocator):
+            places.set_params(integer=True)
         for name, least in (("x", ax.dataLim.minposx), ("y", ax.dataLim.minposy)):
             if getattr(ax, f"get_{name}scale")() == "log" and not np.isfinite(least):  # matplotlib cannot
                 ax.set(**{f"{name}scale": "linear"})
