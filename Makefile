@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-long test-slow test-newest test-compile lint docs bench bench-all clean
+.PHONY: help train test test-long test-slow test-newest test-compile lint docs gallery bench bench-all clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -25,6 +25,7 @@ help:
 	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
 	@echo "make lint    ruff and pyright"
 	@echo "make docs    build the site, docs/_build/html/index.html"
+	@echo "make gallery   draw the pictures of docs/gallery from runs of the experiments (an hour)"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (25 minutes)"
 	@echo "make clean   remove the environments and caches"
@@ -62,6 +63,10 @@ lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 # A name that does not resolve, a link or an anchor that is not there, a missing picture or derivation fails it.
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -b html -n -W --keep-going docs docs/_build/html $(ARGS)
+
+# make gallery ARGS="--only optimizer_paths"; pages are taken by Debian's chromium.
+gallery: $(VENV)/.installed-test
+	$(VENV)/bin/python -m docs.generate.pictures $(ARGS)
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)

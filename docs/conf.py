@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # experiments and docs.generate are not installed
 
 import fnet  # noqa: E402
-from docs.generate import benchmarks, explorer, mathematics, reference  # noqa: E402
+from docs.generate import benchmarks, explorer, gallery, mathematics, reference  # noqa: E402
 from docs.generate.docstrings import as_rst  # noqa: E402
 
 project = html_title = "fnet"
@@ -80,6 +80,7 @@ def setup(app):
     mathematics.write(HERE / "mathematics")
     benchmarks.write(HERE / "benchmarks")
     explorer.write(HERE / "_static" / "explorer")
+    gallery.write(HERE / "gallery")
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)

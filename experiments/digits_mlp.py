@@ -14,6 +14,7 @@ from the seed. No choice is made on the 1,000: they are watched during the train
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -157,7 +158,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     )
 
     if all(len(history.epochs) for history in histories.values()):
-        plot_curves({engine: history.epochs for engine, history in histories.items()}, folder / "curves.png")
+        epochs = {engine: history.epochs for engine, history in histories.items()}
+        plot_curves(epochs, folder / "curves.png", chance={"loss": math.log(10), "accuracy": 0.1})
     engine = "backprop" if "backprop" in tests else "autodiff"
     plot_confusion(np.asarray(tested[engine]["confusion"].sum), folder / "confusion.png")
     audited = None

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import fnet
 from fnet.metrics import accuracy, confusion, gradient_histograms, gradient_norms, magnitude_edges
-from fnet.report import difference_table, engine_table, plot_confusion, plot_curves
+from fnet.report import difference_table, engine_table, plot_confusion, plot_curves, plots
 from fnet.runs.observers import (
     csv,
     histograms,
@@ -558,3 +558,21 @@ def test_pictures_are_written(draw, tmp_path):
         plot_confusion(np.asarray([[5, 1], [0, 7]]), tmp_path / "p.png")
     picture = imread(tmp_path / "p.png")
     assert min(picture.shape[:2]) >= 400 and picture[..., :3].std() > 0.01
+
+
+def test_curves_have_titles_whole_epochs_and_names_for_chance_and_the_best_epoch(tmp_path, monkeypatch):
+    figures, original = [], plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda *a, **o: figures.append(original(*a, **o)) or figures[-1])
+    run = {"epoch": np.arange(1, 4), "loss": np.array([1.0, 0.5, 0.2]), "accuracy": np.array([0.1, 0.5, 0.9])}
+    run |= {"validation_loss": np.array([0.9, 0.6, 0.7]), "gradient_norm/all": np.array([3.0, 2.0, 1.0])}
+    plot_curves({"a": run, "b": run}, tmp_path / "p.png", chance={"accuracy": 0.1})
+    panels = {ax.get_title(): ax for ax in figures[0][1]}
+    assert list(panels) == ["loss (logarithmic)", "accuracy", "norm of the gradient (logarithmic)"]
+    names = [{line.get_label(): line.get_xydata() for line in ax.lines} for ax in panels.values()]
+    for ax in panels.values():
+        assert ax.get_xlabel() == "epoch" and all(tick == round(tick) for tick in ax.get_xticks())
+    best = "lowest validation loss, epoch 2"
+    assert [best in lines for lines in names] == [True, True, False]
+    np.testing.assert_array_equal(names[0][best][:, 0], 2)
+    assert ["chance, 0.1" in lines for lines in names] == [False, True, False]
+    np.testing.assert_array_equal(names[1]["chance, 0.1"][:, 1], 0.1)
