@@ -128,7 +128,11 @@ FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
     "-c "*) echo {version}; exit {unfit} ;;
     "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    *) echo "$*" >> calls; case "$*" in *"$FAIL"*) exit 1 ;; esac ;;
+    *) echo "$*" >> calls
+        case "$*" in
+            *"$FAIL"*) for i in 1 2 3 4 5 6 7 8 9; do echo "one $i"; echo "two $i" >&2; echo; done; exit 3 ;;
+            *"pip install"*) echo "Collecting jax"; echo "Successfully installed jax-0.10.2 numpy-2.4" ;;
+        esac ;;
 esac
 """
 
@@ -148,14 +152,14 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, root)
     (root / "benchmarks" / "requirements.txt").touch()
     (root / "bin").mkdir()
-    for tool in ("sh", "mkdir", "cp", "touch", "rm"):
+    for tool in ("sh", "mkdir", "cp", "touch", "rm", "cat", "sed", "tail", "wc"):
         os.symlink(shutil.which(tool) or tool, root / "bin" / tool)
     return root
 
 
-def make(checkout, *arguments, fail="nothing"):
+def make(checkout, *arguments, fail="nothing", **environment):
     """Run make; the calls that the fake interpreter saw, and make's result."""
-    env = {"PATH": str(checkout / "bin"), "FAIL": fail}
+    env = {"PATH": str(checkout / "bin"), "FAIL": fail, **environment}
     run = subprocess.run(
         [shutil.which("make") or "make", *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False
     )
@@ -265,6 +269,29 @@ def test_a_failed_install_is_tried_again(checkout):
     calls, run = make(checkout, "test", fail="install")
     assert run.returncode != 0 and calls == ["-m pip install --editable .[test]"]
     assert make(checkout, "test")[0] == ["-m pip install --editable .[test]", "-m pytest -n 2"]
+
+
+def test_an_install_is_two_lines_and_what_pip_says_is_in_a_log(checkout):
+    fake_python(checkout / "bin" / "python3", version="3.12.1")
+    _, run = make(checkout, "train")
+    assert run.stdout.splitlines() == [
+        "creating .venv with Python 3.12.1 (python3)",
+        "installing fnet[experiments] into .venv: a few minutes the first time; log: .venv/install.log",
+        "installed 2 packages",
+        ".venv/bin/python -m experiments.digits_mlp ",
+    ]
+    assert run.stderr == "" and "Collecting jax\n" in (checkout / ".venv" / "install.log").read_text()
+
+
+def test_a_failed_install_ends_with_pips_status_the_end_of_its_log_and_where_it_is(checkout):
+    fake_python(checkout / "bin" / "python3")
+    _, run = make(checkout, "test", fail="install")
+    *said, error, of_make = run.stderr.splitlines()
+    assert len(said) == 20 and said[-3:] == ["one 9", "two 9", ""]
+    assert error == "error: fnet[test] could not be installed; all that pip says: .venv/install.log"
+    assert run.returncode == 2 and of_make.endswith("Error 3")
+    _, run = make(checkout, "test", fail="install", CI="true")
+    assert run.stderr.startswith("one 1\ntwo 1\n")
 
 
 def test_lint_runs_its_tools_on_what_tests_install_and_bench_has_its_own_environment(checkout):

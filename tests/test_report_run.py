@@ -758,6 +758,15 @@ def test_a_history_names_what_its_picture_needs_and_is_shown_without(real, monke
 # ---- python -m fnet
 
 
+def test_the_command_ends_quietly_where_nobody_reads_on():
+    """As behind `| head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "fnet"], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_module_tells_version_devices_precision_and_cache(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "fnet"]

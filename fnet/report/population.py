@@ -43,8 +43,12 @@ def ranking_table(title: str, ranking: Ranking, most: int = 20):
             str(ranking.count[i]),
             _interval(ranking.difference[i], ranking.difference_high[i]) if i else "",
         )
+    shown, words = min(most, len(ranking.mean)), []
+    if ranking.tied[1:shown].any():
+        words.append("≈ not told from the best by these seeds: the interval of the difference holds 0")
     if len(ranking.mean) > most:
-        table.caption = f"and {len(ranking.mean) - most} more"
+        words.append(f"and {len(ranking.mean) - most} more")
+    table.caption = "\n".join(words) or None
     return table
 
 
