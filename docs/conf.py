@@ -40,7 +40,7 @@ python_maximum_signature_line_length = 100
 
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
-html_css_files = ["fnet.css"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True, "use_download_button": False}

@@ -1,4 +1,4 @@
-"""The site that `make docs` built: no page asks another host, none is wider than a phone, search finds what it should."""
+"""The site that `make docs` built: no page asks another host, none is wider than a phone, search finds words."""
 
 from __future__ import annotations
 
