@@ -336,16 +336,16 @@ def ci(checkout):
 def test_ci_says_so_when_there_is_no_second_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.14", version="3.10", unfit=1)
     calls, printed = ci()
-    assert calls == ["lint", "test", "test-long"]
+    assert calls == ["lint", "docs", "test", "test-long"]
     assert printed.startswith("NOT TESTED on a second Python: this machine has none from 3.11 on but 3.11;")
 
 
 def test_ci_runs_what_touches_jaxs_insides_on_the_newest_other_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.12", version="3.12")
     calls, printed = ci()
-    assert calls[:3] == ["lint", "test", "test-long"] and len(calls) == 4 and "NOT TESTED" not in printed
-    assert calls[3].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
-    files, options = calls[3].split("ARGS=")[1].split(" -m ")
+    assert calls[:4] == ["lint", "docs", "test", "test-long"] and len(calls) == 5 and "NOT TESTED" not in printed
+    assert calls[4].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
+    files, options = calls[4].split("ARGS=")[1].split(" -m ")
     assert options == "'not slow'"  # so the long ones too
     files = files.split()
     assert len(files) > 5 and all((ROOT / file).exists() for file in files)
