@@ -177,7 +177,7 @@ def run(config: Config, console: Console | None = None) -> dict:
         if audited is not None:
             save_audit(folder / name, audited)
         outputs = fnet.apply(model, ts.params, ts.state, test_data.inputs)
-        save_evaluation(folder / name, outputs, test_data, images=(28, 28))
+        save_evaluation(folder / name, outputs, test_data, images=(28, 28), of="the digits held out for the test")
         if config.explorer:
             some = last_batch(ts, train_data, config.batch_size)
             recording = fnet.record(model, loss, some, params=ts.params, state=ts.state)

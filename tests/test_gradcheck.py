@@ -683,8 +683,8 @@ def test_a_layer_whose_modes_are_one_program_is_audited_once_and_any_other_in_bo
     def scaled_backward(params, residuals, dy):
         return right.backward(params, residuals, 2 * dy)
 
-    scaled = right._replace(forward=scaled, backward=scaled_backward)
-    report = fnet.check_layer(scaled, digits_batch().inputs, key=jax.random.key(0), **QUICK)
+    layer = right._replace(forward=scaled, backward=scaled_backward)
+    report = fnet.check_layer(layer, digits_batch().inputs, key=jax.random.key(0), **QUICK)
     assert wrong_rows(report) == ["eval/inputs", "eval/params/b", "eval/params/w"] and len(report.leaves) == 6
 
     def forward(params, state, x, *, key=None, train=False):

@@ -751,6 +751,7 @@ def test_the_table_marks_what_is_not_told_from_the_best():
     # seeds 0 to 4: mean 2, s = √2.5, half = 2.776445 √(2.5 / 5); differences: s = √0.025, half = 2.776445 √0.005
     assert rows[0][2:] == ["2.0 ± 2.0", "1.6", "5", ""] and rows[1][5] == "0.10 ± 0.20" and rows[2][5] == "0.5"
     assert rows[3][2] == "nan"
+    assert "≈ ties with the best: its difference ± holds 0" in text.getvalue()
     text = io.StringIO()
     Console(file=text, width=120).print(report.ranking_table("costs", ranking(p, values), most=2))
     assert "and 2 more" in text.getvalue()

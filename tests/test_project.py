@@ -351,7 +351,7 @@ def test_ci_runs_what_touches_jaxs_insides_on_the_newest_other_python(ci, checko
     assert len(files) > 5 and all((ROOT / file).exists() for file in files)
     (checkout / "pyenv" / "versions" / "3.13.0").mkdir(parents=True)
     fake_python(checkout / "pyenv" / "versions" / "3.13.0" / "bin" / "python3", version="3.13")
-    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][3]
+    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][4]
 
 
 # --- the wheel -------------------------------------------------------------------------------------------------------

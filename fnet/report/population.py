@@ -45,10 +45,10 @@ def ranking_table(title: str, ranking: Ranking, most: int = 20):
         )
     shown, words = min(most, len(ranking.mean)), []
     if ranking.tied[1:shown].any():
-        words.append("≈ not told from the best by these seeds: the interval of the difference holds 0")
+        words.append("≈ ties with the best: its difference ± holds 0")
     if len(ranking.mean) > most:
         words.append(f"and {len(ranking.mean) - most} more")
-    table.caption = "\n".join(words) or None
+    table.caption, table.caption_justify = "\n".join(words) or None, "left"
     return table
 
 
