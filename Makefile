@@ -11,8 +11,20 @@ ARGS ?=
 export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
 
-.PHONY: help train test test-long test-slow test-newest test-compile lint bench bench-all clean
+comma := ,
+
+# $(call install,FOLDER,WHAT,OPTIONS): what pip says goes to FOLDER/install.log; an error shows its end, or in CI all of it.
+define install
+	@echo "installing $(2) into $(1): a few minutes the first time; log: $(1)/install.log"
+	@$(1)/bin/python -m pip install $(3) >$(1)/install.log 2>&1 </dev/null || { status=$$?; \
+	    $(if $(CI),cat,tail -n 20) $(1)/install.log >&2; \
+	    echo "error: $(2) could not be installed; all that pip says: $(1)/install.log" >&2; exit $$status; }
+	@sed -n 's/^Successfully installed //p' $(1)/install.log | wc -w | { read n; echo "installed $$n packages"; }
+endef
+
+.PHONY: help train test test-long test-slow test-newest test-compile lint docs gallery bench bench-all clean
 .NOTPARALLEL:
 .SECONDARY:
 
@@ -24,6 +36,8 @@ help:
 	@echo "make test-newest   run all tests but the slow ones on the newest releases of everything"
 	@echo "make test-compile   compile for GPUs and TPUs that are not here (1.3 GB of compilers)"
 	@echo "make lint    ruff and pyright"
+	@echo "make docs    build the site, docs/_build/html/index.html"
+	@echo "make gallery   draw the pictures of docs/gallery from runs of the experiments (an hour)"
 	@echo "make bench   compare speed with other libraries"
 	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (25 minutes)"
 	@echo "make clean   remove the environments and caches"
@@ -44,19 +58,27 @@ test-slow: $(VENV)/.installed-test
 test-newest: export PIP_CONSTRAINT =
 test-newest: export PIP_BUILD_CONSTRAINT =
 test-newest: .venv-newest/.created
-	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable ".[test,loggers]"
+	$(call install,.venv-newest,the newest releases,--upgrade --upgrade-strategy eager --editable ".[test$(comma)loggers]")
 	.venv-newest/bin/python -m pip freeze --exclude-editable
 	.venv-newest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 # Nothing of the chips is needed, only NVIDIA's and Google's compilers.
 test-compile: .venv-compile/.created
-	.venv-compile/bin/python -m pip install --editable ".[test,compile-cuda,compile-tpu]"
+	$(call install,.venv-compile,the compilers for GPUs and TPUs,--editable ".[test$(comma)compile-cuda$(comma)compile-tpu]")
 	.venv-compile/bin/python -m pytest -m "long or not long" tests/test_compile.py $(ARGS)
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
+
+# A name that does not resolve, a link or an anchor that is not there, a missing picture or derivation fails it.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -b html -n -W --keep-going docs docs/_build/html $(ARGS)
+
+# make gallery ARGS="--only optimizer_paths"; pages are taken by Debian's chromium.
+gallery: $(VENV)/.installed-test
+	$(VENV)/bin/python -m docs.generate.pictures $(ARGS)
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m $(MODULE) $(ARGS)
@@ -68,11 +90,11 @@ clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
-	$(VENV)/bin/python -m pip install --editable ".[$*]"
+	$(call install,$(@D),fnet[$*],--editable ".[$*]")
 	@touch $@
 
 .venv-bench/.installed: .venv-bench/.created pyproject.toml constraints.txt benchmarks/requirements.txt
-	.venv-bench/bin/python -m pip install --editable . --requirement benchmarks/requirements.txt
+	$(call install,$(@D),fnet and its peers,--editable . --requirement benchmarks/requirements.txt)
 	@touch $@
 
 # Prints the version, and whether venv is missing as in Debian's python3; succeeds if the interpreter will do.

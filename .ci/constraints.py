@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 HEADER = """\
-# The newest versions that each Python has of what `.[test,lint,compile-cuda,compile-tpu]` and the build install: pip's.
-# Made by .ci/constraints.py, see CONTRIBUTING.md.
+# The newest versions that each Python has of what `.[test,lint,docs,compile-cuda,compile-tpu]` and the build install:
+# pip's. Made by .ci/constraints.py, see CONTRIBUTING.md.
 """
 
 

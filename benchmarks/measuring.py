@@ -61,8 +61,12 @@ def timed(run: Callable) -> float:
 
 
 def process(*arguments: str, **environment: str) -> Callable:
-    """A function that runs Python with the arguments to its end, and gives what it printed."""
-    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    """A function that runs Python with the arguments to its end, and gives what it printed.
+
+    With bytecode kept, as a user's Python keeps it, whatever this process was told.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command, environment = [sys.executable, *arguments], {**kept, **environment}
     return lambda: subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -53,8 +53,9 @@ def fnet_model(name: str, repeated: bool):
     if name == "resnet8":
         return fnet.models.resnet(10)
     if name == "gpt":
-        sizes = {"length": LENGTH, "layers": BLOCKS, "features": FEATURES, "heads": HEADS}
-        return fnet.models.gpt(VOCABULARY, **sizes, repeated=repeated)
+        return fnet.models.gpt(
+            VOCABULARY, length=LENGTH, layers=BLOCKS, features=FEATURES, heads=HEADS, repeated=repeated
+        )
     return serial(embedding(VOCABULARY, EMBEDDED), getattr(fnet.layers, name)(UNITS), dense(VOCABULARY))
 
 

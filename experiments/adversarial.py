@@ -42,7 +42,6 @@ from experiments.pictures.parts import (
     first_of_each,
     grid_and_legend,
     mean_and_spread,
-    whole_epochs,
 )
 from fnet.core.numerics import stream
 from fnet.layers import conv, dense, flatten, relu
@@ -238,7 +237,6 @@ def draw_accuracy(by_model: dict, curves: dict, config: Config, path: Path) -> N
         epochs = np.arange(1, error.shape[1] + 1)
         draw_range(axes[2], epochs, error, color=f"C{i}", label=name)
     axes[2].set(xlabel="epoch", ylabel="error", ylim=(0, None), title="test digits as they are")
-    whole_epochs(axes[2])
     axes[0].grid(alpha=0.3)  # the first two panels share the legend, which has room in the second
     grid_and_legend(*axes[1:], loc="lower left")
     save_figure(figure, path)

@@ -36,7 +36,7 @@ from rich.console import Console
 import fnet
 from experiments.common import length, main, new_run_folder, open_console, say_written, train, write_results
 from experiments.options import ENGINES, AmountOrNone, ByEngine, Count, CountOrNone, Positive, Resumable, Seeds, Whole
-from experiments.pictures.parts import grid_and_legend, mean_and_spread, whole_epochs
+from experiments.pictures.parts import grid_and_legend, mean_and_spread
 from fnet.core.files import first_line
 from fnet.core.numerics import stream
 from fnet.layers import lstm
@@ -250,7 +250,6 @@ def draw(bits: dict, runs: dict, config: Config, path: Path) -> None:
     if config.text is None:
         ax.axhline(TARGET, color="black", linestyle=":", linewidth=1, label="to reach")
     ax.set(xlabel="epoch", ylabel="bits per character", title=f"{config.model}, {config.engine}")
-    whole_epochs(ax)
     grid_and_legend(ax)
     save_figure(figure, path)
 

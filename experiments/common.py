@@ -42,6 +42,8 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
     A value that will not do ends it with one line; Ctrl-C and SIGTERM do with 130 and 143, and the command that goes
     on is printed.
     """
+    if sys.stderr.isatty():
+        print(end="\x1b[2K", file=sys.stderr, flush=True)  # what experiments/__init__.py said
     experiment, folder, new = Path(run.__code__.co_filename).stem, Path(), False
     config = read_options(options, experiment, args)
     if isinstance(config, InFolder):
@@ -153,6 +155,14 @@ def open_console(config: Options, console: Console | None = None) -> Console:
     if config.explain:
         explain(console)
     return console
+
+
+def doing(console: Console, what: str) -> contextlib.AbstractContextManager:
+    """Says what is done within: a line of a terminal that goes when it is done, a plain line elsewhere."""
+    if console.is_terminal:
+        return console.status(what)
+    console.print(what, highlight=False, soft_wrap=True)
+    return contextlib.nullcontext()
 
 
 def say_written(console: Console, *paths: Path) -> None:

@@ -268,7 +268,8 @@ def draw(policies: dict, config: Config, final, losses, path: Path) -> None:
         yscale="log",
         title=f"training, {len(losses)} seeds: flights of {config.horizon * config.dt:g} s",
     )
-    panels[3].axhline(1, **DOTTED)
+    panels[3].axhline(1, **DOTTED, label="the LQR on the linearised cart")
+    panels[3].legend(fontsize="x-small")
     panels[0].legend(fontsize="x-small", ncols=2)
     for ax in panels:
         ax.grid(alpha=0.3)

@@ -37,7 +37,7 @@ from experiments.common import (
     write_results,
 )
 from experiments.options import ENGINES, Amount, ByEngine, Count, Resumable, Seeds, Whole
-from experiments.pictures.parts import DOTTED, draw_range, mean_and_spread, whole_epochs
+from experiments.pictures.parts import DOTTED, draw_range, mean_and_spread
 from fnet.core.numerics import stream
 from fnet.layers.models import lenet5
 from fnet.metrics import accuracy, confusion, gradient_norms
@@ -164,11 +164,11 @@ def draw_curves(results: dict, path: Path) -> None:
             values = np.maximum(curve(results, part), 1e-4)  # an error of 0 has no place on a logarithmic axis
             epochs = np.arange(1, values.shape[1] + 1)
             draw_range(ax, epochs, values, color=f"C{i}", label=name)
-        ax.set(xlabel="epoch", ylabel=title, yscale="log")
-        whole_epochs(ax)
+        ax.set(xlabel="epoch", ylabel=title, yscale="log", title=f"{title}: mean and range of the seeds")
         ax.grid(alpha=0.3, which="both")
+    axes[1].axhline(0.03, **DOTTED, label="to be reached, 0.03")
+    for ax in axes:
         ax.legend(fontsize="small")
-    axes[1].axhline(0.03, **DOTTED)
     save_figure(figure, path)
 
 

@@ -3,6 +3,7 @@
     python -m experiments.gradient_audit
     python -m experiments.gradient_audit --only relu mlp      what begins with these names
     python -m experiments.gradient_audit --fault tanh         what a catch looks like; --help lists the faults
+    python -m experiments.gradient_audit --json docs/mathematics-audit.json     a line for each audit, kept for the docs
 
 Layers are audited by `fnet.check_layer` (parameters and inputs, in train and in eval mode), losses by
 `fnet.check_gradients` with the outputs as the leaf, models by `fnet.check_model`, whole and layer by layer. Each row's
@@ -17,8 +18,12 @@ Legend: B examples, T steps in time, F features, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from datetime import date
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -31,7 +36,7 @@ from rich.markup import escape as as_text
 import fnet
 from experiments.common import main, new_run_folder, open_console, say_written
 from experiments.options import Count, InFolder, Seeded
-from experiments.pictures.gradient_audit import verdict_table, write_pages
+from experiments.pictures.gradient_audit import verdict_and_cause, verdict_table, write_pages
 from fnet import losses
 from fnet.core.numerics import stream
 from fnet.gradcheck import Report
@@ -54,6 +59,7 @@ class Config(InFolder, Seeded):
     only: tuple[str, ...] = ()  # the audits whose names begin with one of these; none given: all
     fault: Literal["relu", "sigmoid", "softmax", "tanh"] | None = None  # the activation whose backward is made wrong
     batch_size: Count = 32  # digits in the audit of 784-128-64-10
+    json: Path | None = None  # a file to keep a line for each audit in; those not run now keep theirs
 
 
 def constructors(fault: str | None) -> SimpleNamespace:
@@ -448,12 +454,37 @@ def audits(config: Config) -> dict[str, Callable[[], Report]]:
     return found
 
 
+def keep_lines(reports: Mapping[str, Report], names: Collection[str], path: Path) -> None:
+    """The verdict, largest relative error and number of leaves of each report into a file of JSON, a line for each.
+
+    The error is that of leaves that are not zero up to rounding; how many are zero is kept beside it. Lines of other
+    audits stay as they are, those that are not among the ``names`` go.
+    """
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, report in reports.items():
+        found = [leaf for leaf in report.leaves if leaf.cause != "zero up to rounding"]  # whose rounding is no error
+        error = max((leaf.relative for leaf in found if not math.isnan(leaf.relative)), default=0.0)
+        lines[name] = {
+            "verdict": verdict_and_cause(report)[0],
+            "error": float(f"{error:.1e}"),
+            "leaves": len(report.leaves),
+            "zero": len(report.leaves) - len(found),
+            "jax": jax.__version__,
+            "date": date.today().isoformat(),
+        }
+    kept = (f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(lines[name])}" for name in names if name in lines)
+    path.write_text("{\n" + ",\n".join(kept) + "\n}\n", encoding="utf-8")
+
+
 def run(config: Config, console: Console | None = None) -> dict:
     """Run the audits, print the table, write the run folder; returns the reports and the names of those that failed."""
     console = open_console(config, console)
-    chosen = {name: audit for name, audit in audits(config).items() if name.startswith(config.only or "")}
+    every = audits(config)
+    chosen = {name: audit for name, audit in every.items() if name.startswith(config.only or "")}
     if not chosen:
-        raise SystemExit(f"--only {' '.join(config.only)}: no audit begins so; there are {', '.join(audits(config))}")
+        raise SystemExit(f"--only {' '.join(config.only)}: no audit begins so; there are {', '.join(every)}")
+    if config.json and config.fault:
+        raise SystemExit(f"--json {config.json} with --fault {config.fault}: a fault is not kept")
     folder = new_run_folder(config, "gradient_audit")
 
     reports = {}
@@ -469,6 +500,8 @@ def run(config: Config, console: Console | None = None) -> dict:
     for name in (name for name in reports if name.startswith("mlp") and "digits" in name):
         console.print(f"{name}\n{as_text(str(reports[name]))}", highlight=False, soft_wrap=True)
     write_pages(reports, folder, own=[name for name in reports if name.startswith("mlp")])
+    if config.json:
+        keep_lines(reports, every, config.json)
     failed = [name for name, report in reports.items() if not report.ok]
     leaves = sum(len(report.leaves) for report in reports.values())
     console.print(

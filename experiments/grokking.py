@@ -196,18 +196,20 @@ def run(config: Config, console: Console | None = None) -> dict:
 
 def draw(results: dict, config: Config, path: Path) -> None:
     """Both accuracies against steps, a panel a decay; the mean of the seeds and their range."""
-    figure, axes = new_figure(len(results), height=3.2, width=3.6)
+    columns = min(2, len(results))
+    figure, axes = new_figure(columns, height=2.6, width=3.4, rows=-(-len(results) // columns))
+    axes = np.ravel(axes)
     steps = config.every * np.arange(1, config.updates // config.every + 1)
-    for ax, (decay, r) in zip(np.ravel(axes), results.items(), strict=True):
+    for ax, (decay, r) in zip(axes, results.items(), strict=False):
         for part, color in (("training", "C0"), ("validation", "C1")):
             draw_range(ax, steps, r[f"{part} accuracy"], label=part, color=color)
         ax.axhline(1 / config.modulus, label="chance", **DOTTED)
-        ax.set(xscale="log", xlabel="steps", ylim=(-0.03, 1.03))
+        ax.set(xscale="log", xlabel="steps", ylabel="accuracy", ylim=(-0.03, 1.03))
         ax.set_title(f"weight decay {decay:g}" if decay else "no weight decay", fontsize="medium")
         ax.grid(alpha=0.3)
-    first = np.ravel(axes)[0]
-    first.set_ylabel("accuracy")
-    first.legend(fontsize="small", loc="center right")
+    for ax in axes[len(results) :]:
+        ax.axis("off")
+    axes[0].legend(fontsize="small", loc="center right")
     save_figure(figure, path)
 
 

@@ -123,7 +123,7 @@ def draw(curves, held_out: int, path: Path) -> None:
         ax.plot(epochs, curves[f"validation_{name}"], color="C1", label="validation")
         claimed = [claim[i] for claim in CLAIMED.values()]
         ax.plot(list(CLAIMED), claimed, "D", color="C3", label="training, the text claims")
-        ax.set(xlabel="epoch", ylabel=name)
+        ax.set(xlabel="epoch", ylabel=name, title=f"{name}, labels drawn at random")
     left.axhline(np.log(CLASSES), color="0.5", label="guessing: ln 10")
     left.set_yscale("log")
     right.axhspan(0.1 - spread, 0.1 + spread, color="0.5", alpha=0.3, label="guessing: 10% ± 2 standard deviations")

@@ -127,10 +127,10 @@ def draw(results: dict, config: Config, path: Path) -> None:
     for name, style in {"training cost: bias": "o-", "test cost": "o-", "lowest test cost": "v:"}.items():
         label = name.removesuffix(": bias")
         right.plot(drawn, [results[rate][name] for rate in drawn], style, markersize=5, label=label)
-    left.set(xlabel="epoch", ylabel="cost (dashed: test)", yscale="log")
-    right.set(xlabel="learning rate", ylabel=f"cost after {config.epochs} epochs", xscale="log", yscale="log")
+    left.set(xlabel="epoch", ylabel="cost", yscale="log", title="by epoch (dashed: test)")
+    right.set(xlabel="learning rate", ylabel="cost", xscale="log", yscale="log", title=f"after {config.epochs} epochs")
     for ax in (left, right):
-        ax.axhline(math.log(10), **DOTTED)
+        ax.axhline(math.log(10), **DOTTED, label="chance, ln 10")
         ax.set_ylim(bottom=ax.get_ylim()[0] / 4)  # room for the legend
         grid_and_legend(ax, loc="lower left")
     save_figure(figure, path)

@@ -189,7 +189,7 @@ def draw(losses: dict[str, np.ndarray], measured: dict, config: Config, path: Pa
     """The final loss by rate, one line a width: the mean of the seeds, shaded from the least to the greatest."""
     from matplotlib import colormaps
 
-    figure, axes = new_figure(len(losses), height=4.6)
+    figure, axes = new_figure(len(losses), height=4.2, width=3.7)
     for ax, (name, by_width) in zip(axes, losses.items(), strict=True):
         for i, (width, found) in enumerate(zip(config.widths, by_width, strict=True)):
             color = colormaps["viridis"](0.9 * i / (len(config.widths) - 1))
@@ -198,14 +198,14 @@ def draw(losses: dict[str, np.ndarray], measured: dict, config: Config, path: Pa
             best = measured[name]["best rate on the grid"][i]
             ax.plot(best, found.mean(1)[config.rates.index(best)], "o", color=color)
         s = mean_and_spread(measured[name]["exponent"], ".2f")
-        ax.set_title(f"{name}: best rate ∝ width^({s})", fontsize="medium")
+        ax.set_title(f"{name}: best rate\n∝ width^({s})", fontsize="medium")
         ax.set(xlabel="learning rate η", xscale="log", yscale="log")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"training loss after {config.epochs} epochs")
     low, high = zip(*(ax.get_ylim() for ax in axes), strict=True)
     for ax in axes:
         ax.set_ylim(min(low), max(high))
-    legend_below(figure, axes[0], len(config.widths), fontsize="small")
+    legend_below(figure, axes[0], 3, fontsize="small")
     save_figure(figure, path)
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 import fnet
 from experiments.common import main, new_run_folder, open_console, say_written
 from experiments.options import Amount, Amounts, ByEngine, Count, InFolder, Positive, Seeded, Widths, engine_of
-from experiments.pictures.parts import DOTTED, grid_and_legend, whole_epochs
+from experiments.pictures.parts import DOTTED, grid_and_legend
 from fnet.core.numerics import stream
 from fnet.metrics import accuracy
 from fnet.report import engine_table
@@ -203,9 +203,9 @@ def draw_digits(config: Config, arrays: dict, path: Path) -> None:
         left.plot(epochs, np.median(own, 0), color=f"C{i}", label=f"{name}, rate {getattr(config.digits, name):g}")
         left.fill_between(epochs, own.min(0), own.max(0), color=f"C{i}", alpha=0.12, linewidth=0)
         right.plot(np.array(config.grid)[order], np.median(final, 1)[order], "o-", markersize=4, color=f"C{i}")
-    left.set(xlabel="epoch", ylabel="training cost", yscale="log")
-    right.set(xlabel="learning rate", ylabel=f"training cost after {config.epochs} epochs", xscale="log", yscale="log")
-    whole_epochs(left)
+    left.set(xlabel="epoch", ylabel="training cost", yscale="log", title="each at its own rate")
+    right.set(xlabel="learning rate", ylabel="training cost", xscale="log", yscale="log")
+    right.set_title(f"after {config.epochs} epochs, by rate")
     grid_and_legend(left)
     right.grid(alpha=0.3)
     save_figure(figure, path)

@@ -7,6 +7,7 @@ Each optimizer goes down each function from the same start with the same number 
 the one that is nearest to a minimum on the average over its path, so that neither a crawl nor a wild path that ends
 well by chance is taken; one vmapped program follows all rates. So the table says what an optimizer
 can do when it is tuned for the function, not how it does untuned. L-BFGS has its line search in the place of a rate.
+There is a picture for each function, with a panel for each optimizer.
 
 - Rosenbrock: a curved valley, minimum (1, 1); from (−1.2, 1).
 - Beale: flat with sharp corners, minimum (3, ½); from (1, 1).
@@ -87,7 +88,6 @@ ONE_BY_ONE = (
     *("sgd", "momentum", "rmsprop", "adagrad", "adadelta", "adam", "amsgrad", "adamax", "nadam", "radam", "lion"),
     "adafactor",
 )
-DRAWN = ("sgd", "momentum", "rmsprop", "adagrad", "adam", "nadam", "lion")  # of all, as many as can be told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,6 @@ class Config(InFolder):
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
     optimizers: tuple[str, ...] = ONE_BY_ONE
-    drawn: tuple[str, ...] | None = None  # in the picture; None takes the optimizers given, and seven of all twelve
     steps: Count = 500
     rates: Count = 25  # from low to high by a constant factor
     low: Positive = 1e-4
@@ -126,14 +125,12 @@ def distance(points: np.ndarray, problem: Problem) -> np.ndarray:
 
 def run(config: Config, console: Console | None = None) -> dict:
     """Follow every optimizer on every function; returns distance, rate and path by function and optimizer."""
-    drawn = config.drawn or (DRAWN if config.optimizers == ONE_BY_ONE else config.optimizers)
     require_counts("optimizer_paths", problems=len(config.problems), steps=config.steps, rates=config.rates)
     if not 0 < config.low <= config.high < np.inf:
         raise ValueError(f"optimizer_paths: low = {config.low}, high = {config.high}; expected 0 < low <= high < inf")
     for what, given, known in (
         ("problem", config.problems, PROBLEMS),
         ("optimizer", config.optimizers, ONE_BY_ONE),
-        ("optimizer to draw", drawn, config.optimizers),
     ):
         for name in given:
             if name not in known:
@@ -169,34 +166,43 @@ def run(config: Config, console: Console | None = None) -> dict:
     console.print(engine_table(f"at the best of {config.rates} rates", rates))
     plain = {t: {n: {k: v for k, v in r.items() if k != "path"} for n, r in rs.items()} for t, rs in results.items()}
     write_results(folder, plain)
-    draw(results, drawn, folder / "paths.png")
+    for title, found in results.items():
+        draw(title, found, config.steps, folder / f"{title.lower()}.png")
     say_written(console, folder)
     return {"results": results, "folder": folder}
 
 
-def draw(results: dict, drawn: tuple[str, ...], file: Path) -> None:
-    """The paths over the functions' contours."""
-    columns = min(3, len(results))
-    rows = -(-len(results) // columns)
-    figure, axes = new_figure(columns, rows=rows, height=4.4, width=5.0)
-    for ax in np.ravel(axes)[len(results) :]:
+def draw(title: str, found: dict, steps: int, file: Path) -> None:
+    """A panel for each optimizer: its path over the function in shades; what L-BFGS came to is said."""
+    problem, names = PROBLEMS[title], [name for name in found if name != "L-BFGS"]
+    columns = min(3, len(names))
+    figure, axes = new_figure(columns, height=2.1, width=2.3, rows=-(-len(names) // columns))
+    axes = np.ravel(axes)
+    x0, x1, y0, y1 = problem.window
+    x, y = np.meshgrid(np.linspace(x0, x1, 200), np.linspace(y0, y1, 200))
+    values = np.asarray(jax.vmap(jax.vmap(problem.value))(jnp.stack([jnp.asarray(x), jnp.asarray(y)], -1)))
+    low = values.min()
+    levels = np.log10(values - low + 1e-3 * (values.max() - low))
+    greys = {"cmap": "gray", "vmin": levels.min() - 3.5 * np.ptp(levels), "vmax": levels.max()}  # light ones
+    for ax, name in zip(axes, names, strict=False):
+        path = found[name]["path"]
+        ax.contourf(x, y, levels, 7, **greys)
+        path = path[np.isfinite(path).all(1)]
+        ax.plot(*path.T, color="C0", linewidth=1.4, label="path")
+        ax.plot(*problem.start, "ko", markersize=5, linestyle="none", label="start")
+        ax.plot(*np.asarray(problem.minima).T, "*", color="C3", markersize=10, linestyle="none", label="minimum")
+        ax.plot(*path[-1], "o", color="C1", markersize=5, linestyle="none", label="end")
+        ax.set_title(f"{name}, rate {found[name]['rate']:.2g}\n{found[name]['distance']:.1g} away", fontsize="medium")
+        ax.set(xlim=(x0, x1), ylim=(y0, y1), xlabel="x", ylabel="y")
+        ax.label_outer()
+    for ax in axes[len(names) :]:
         ax.axis("off")
-    for ax, (title, r) in zip(np.ravel(axes), results.items(), strict=False):
-        problem = PROBLEMS[title]
-        x0, x1, y0, y1 = problem.window
-        x, y = np.meshgrid(np.linspace(x0, x1, 200), np.linspace(y0, y1, 200))
-        values = np.asarray(jax.vmap(jax.vmap(problem.value))(jnp.stack([jnp.asarray(x), jnp.asarray(y)], -1)))
-        low = values.min()
-        ax.contour(x, y, np.log10(values - low + 1e-3 * (values.max() - low)), 18, colors="0.8", linewidths=0.7)
-        for i, name in enumerate(drawn):
-            points = r[name]["path"]
-            points = points[np.isfinite(points).all(1)]
-            style = "-" if i < 10 else "--"
-            ax.plot(*points.T, style, color=f"C{i % 10}", linewidth=1.2, alpha=0.85, label=name)
-        ax.plot(*np.asarray(problem.minima).T, "k*", markersize=9, linestyle="none", label="minimum")
-        ax.plot(*problem.start, "ko", markersize=5, label="start")
-        ax.set(title=title, xlim=(x0, x1), ylim=(y0, y1))
-    legend_below(figure, np.ravel(axes)[0], columns=7, fontsize="small")
+    figure.suptitle(
+        f"{title} (darker is lower): {steps} steps, each at its best rate,\n"
+        f"and how far from a minimum; L-BFGS, of which no path is kept: {found['L-BFGS']['distance']:.1g} away",
+        fontsize="medium",
+    )
+    legend_below(figure, axes[0], columns=4)
     save_figure(figure, file)
 
 

@@ -292,7 +292,7 @@ DECADES = (-12, 2)  # log10 of the least and the greatest magnitude that a gradi
 
 
 def magnitude_edges(bins: int) -> np.ndarray:
-    """log10 of the edges between the bins of `gradient_histograms(bins)`: -12, ..., 2, float64 ``(14 bins + 1,)``."""
+    """log10 of the edges between the bins of ``gradient_histograms(bins)``: -12, ..., 2, float64 ``(14 bins + 1,)``."""
     low, high = DECADES
     return np.linspace(low, high, (high - low) * bins + 1)
 

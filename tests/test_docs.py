@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -9,32 +10,87 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.pages import blocks_of, run_blocks
+from docs.generate import explorer
+from tests.pages import examples_of, run_blocks, run_page
 
 pytestmark = pytest.mark.long
 
 DOCS = Path(__file__).parents[1] / "docs"
+GENERATED = {"_build", "gallery", "mathematics", "reference"}
+ELSEWHERE = {
+    "how-to/gradient-audit.md",  # test_experiments_gradient_audit compares it but for what machines differ in
+    "how-to/several-devices.md",  # tests/devices/test_page.py has the devices
+}
+PAGES = {
+    name: page
+    for page in sorted(DOCS.rglob("*.md"))
+    if (name := page.relative_to(DOCS).as_posix()).split("/")[0] not in GENERATED
+    and name not in ELSEWHERE
+    and examples_of(page)
+}
+SAYS = {  # where not all that is printed stands on the page
+    "how-to/training.md": (
+        *("epoch 5/5", "forward of dense_0: dot_general gives", "explain: run_chunk compiled in"),
+        "batch_size was 32 and is 16",
+    ),
+    "how-to/instruments.md": ("batch_norm_0: mixes the examples of a batch",),
+    "how-to/extending.md": ("scale_and_shift_0/a",),
+}
+SPANISH = {"mazur": "mazur", "xor": "xor", "wrong-backward": "propagacion-equivocada"}
 
 
-@pytest.mark.parametrize("page", ["training", "extending", "instruments"])
-def test_the_pages_code_runs(page, capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def as_a_program(tmp_path, monkeypatch):
+    """In a folder of its own, with jax as it comes; what a page sets is set back."""
     monkeypatch.chdir(tmp_path)
-    blocks = blocks_of(DOCS / f"{page}.md")
-    assert len(blocks) >= 4
+    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        run_blocks(blocks, f"{page}.md")
-    printed = capsys.readouterr().out
-    if page == "training":
-        assert "epoch 5/5" in printed and "forward of dense_0: dot_general gives" in printed
-        assert "explain: run_chunk compiled in" in printed and "batch_size was 32 and is 16" in printed
-    elif page == "instruments":
-        assert "batch_norm_0: mixes the examples of a batch" in printed and (tmp_path / "spectrum.png").exists()
-    else:
-        assert not re.search(r"\bwrong\b", printed) and "scale_and_shift_0/a" in printed
+        yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_pages_code_runs_and_prints_what_stands_behind_it(name, as_a_program, capsys):
+    printed = run_page(PAGES[name], lambda: capsys.readouterr().out)
+    assert all(words in printed for words in SAYS.get(name, ()))
+    if name == "how-to/extending.md":
+        assert not re.search(r"\bwrong\b", printed)
+
+
+def test_a_block_that_prints_something_else_is_named(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("```python\na = 1\n```\n\n```python\nprint(a)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match=r"page.md, block 1 prints\n1\n\nand the page says\n2"):
+        run_page(page, lambda: capsys.readouterr().out)
+
+
+def test_the_pages_that_frames_show_are_those_that_are_made():
+    framed = [
+        (page.parent / source).resolve().relative_to(DOCS).as_posix()
+        for page in PAGES.values()
+        for source in re.findall(r'<iframe src="([^"]*)"', page.read_text(encoding="utf-8"))
+    ]
+    assert len(framed) == 6
+    assert set(framed) == {f"_static/explorer/{name}.html" for name in explorer.PAGES}
+
+
+def without_words(page: Path) -> list[str]:
+    """The program of a page, its comments and strings left out."""
+    trees = [ast.parse(block) for block, _ in examples_of(page)]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return [ast.dump(tree) for tree in trees]
+
+
+@pytest.mark.parametrize(("english", "spanish"), SPANISH.items())
+def test_the_spanish_pages_have_the_english_ones_code(english, spanish):
+    ours = DOCS / "es" / "learn" / f"{spanish}.md"
+    assert without_words(ours) == without_words(DOCS / "learn" / f"{english}.md")
 
 
 def test_the_tutorials_cells_run_in_order():
-    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    cells = json.loads((DOCS / "start" / "tutorial.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) >= 7 and all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -61,7 +61,11 @@ def test_two_epochs_on_the_packaged_digits(tmp_path):
         "scratch memory",
     ):
         assert what in text
-    assert re.search(r"worst relative difference of the two curves: \d", text)
+    assert re.search(
+        r"worst relative difference of the two curves: \d.*\n\(two right gradients differ by rounding", text
+    )
+    said = ["reading the digits and drawing the parameters", "autodiff: compiling", "auditing the backward by hand"]
+    assert [line for line in text.splitlines() if line in said] == said
 
 
 def test_a_folder_that_exists_is_left_as_it_is(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import json
 import pathlib
 import re
 from typing import get_args, get_type_hints
@@ -23,7 +24,7 @@ from fnet.types import Layer
 
 pytestmark = pytest.mark.long
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "gradient-audit.md").read_text(encoding="utf-8")
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "how-to" / "gradient-audit.md").read_text(encoding="utf-8")
 
 
 def printed(tmp_path, **options):
@@ -226,6 +227,20 @@ def test_a_name_that_no_audit_has_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(SystemExit, match="no audit begins so; there are dense, "):
         printed(tmp_path, only=("convolution",))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_for_each_audit_is_kept_beside_those_that_did_not_run(tmp_path):
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({"tanh": {"verdict": "ok"}, "gone": {"verdict": "ok"}}))
+    printed(tmp_path, only=("relu", "attention, rotary"), json=kept)
+    lines = json.loads(kept.read_text())
+    assert [*lines] == ["relu", "relu, one input is 0", "tanh", "attention, rotary"]  # in the order of the audits
+    assert lines["tanh"] == {"verdict": "ok"} and lines["relu, one input is 0"]["verdict"] == "kink"
+    found = lines["attention, rotary"]
+    assert found["jax"] == jax.__version__ and found["leaves"] == 18 and found["zero"] == 0 < found["error"] < 1e-13
+    assert kept.read_text().count("\n") == len(lines) + 2
+    with pytest.raises(SystemExit, match=r"kept.json with --fault tanh: a fault is not kept$"):
+        printed(tmp_path, fault="tanh", json=kept)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

@@ -47,32 +47,37 @@ def test_distances_are_to_the_nearest_minimum_and_infinite_for_nan():
     np.testing.assert_allclose(found, [0.5, 0.5, np.inf])
 
 
-def test_paths_are_drawn_and_unknown_names_refused(paths):
-    assert (paths["folder"] / "paths.png").stat().st_size > 20000
+def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no optimizer 'adamm'; expected some of sgd"):
         optimizer_paths.run(optimizer_paths.Config(optimizers=("adamm",)))
 
 
-def test_an_optimizer_that_is_not_among_the_seven_is_drawn_when_it_is_asked_for(tmp_path, monkeypatch):
+def test_each_function_has_a_picture_with_a_named_panel_for_each_optimizer(tmp_path, monkeypatch):
     figures, original = [], optimizer_paths.new_figure
     monkeypatch.setattr(optimizer_paths, "new_figure", lambda *a, **o: figures.append(original(*a, **o)) or figures[-1])
-    small = {"problems": ("valley",), "steps": 20, "rates": 2, "run_dir": tmp_path}
-    for name, options, expected in (
-        ("given", {}, ["radam", "adam"]),
-        ("drawn", {"drawn": ("radam",)}, ["radam"]),
-    ):
-        config = optimizer_paths.Config(optimizers=("radam", "adam"), name=name, **small, **options)
-        found = optimizer_paths.run(config)
-        lines = {line.get_label(): line.get_xydata() for line in figures.pop()[0].axes[0].lines}
-        assert list(lines) == [*expected, "minimum", "start"]
-        np.testing.assert_array_equal(lines["radam"], found["results"]["valley"]["radam"]["path"])
+    names = ("radam", "adam", "sgd", "lion")
+    config = optimizer_paths.Config(
+        problems=("valley", "saddle"), optimizers=names, steps=20, rates=2, run_dir=tmp_path, name="drawn"
+    )
+    results = optimizer_paths.run(config)["results"]
+    for title, (figure, axes) in zip(("valley", "saddle"), figures, strict=True):
+        assert (tmp_path / "optimizer_paths" / "drawn" / f"{title}.png").stat().st_size > 10000
+        found = results[title]
+        assert f"L-BFGS, of which no path is kept: {found['L-BFGS']['distance']:.1g} away" in figure.get_suptitle()
+        panels = np.ravel(axes)
+        for name, ax in zip(names, panels, strict=False):
+            assert ax.get_title() == f"{name}, rate {found[name]['rate']:.2g}\n{found[name]['distance']:.1g} away"
+            lines = {line.get_label(): line.get_xydata() for line in ax.lines}
+            assert list(lines) == ["path", "start", "minimum", "end"]
+            np.testing.assert_array_equal(lines["path"], found[name]["path"])
+            np.testing.assert_array_equal(lines["end"], found[name]["path"][-1:])
+        assert panels[0].get_ylabel() == "y" and panels[3].get_xlabel() == "x"  # at the outer panels
+        assert not any(ax.axison for ax in panels[4:])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drawn": ("foo",)}, "no optimizer to draw 'foo'; expected some of sgd"),
-        ({"drawn": ("lion",), "optimizers": ("adam",)}, "no optimizer to draw 'lion'; expected some of adam"),
         ({"rates": 0}, "optimizer_paths: rates = 0; expected at least 1"),
         ({"steps": 0}, "optimizer_paths: steps = 0; expected at least 1"),
         ({"problems": ()}, "optimizer_paths: problems = 0; expected at least 1"),

@@ -335,6 +335,7 @@ def test_a_signalled_command_prints_the_one_that_goes_on(name, number, given, tm
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in said
+    assert said.startswith("importing jax and fnet\n")
     (command,) = re.findall(r"^To go on: (.*)$", said, re.M)
     words = shlex.split(command)
     assert words[:3] == [sys.executable, "-m", f"experiments.{name}"]

@@ -671,12 +671,21 @@ def wrong_rows(report):
     return [leaf.path for leaf in report.leaves if leaf.verdict == "wrong"]
 
 
-def test_a_layer_is_audited_in_both_modes_parameters_and_inputs():
-    report = fnet.check_layer(fnet.dense(3), digits_batch().inputs, key=jax.random.key(0), **QUICK)
-    rows = ["inputs", "params/b", "params/w"]
-    assert report.ok and [leaf.path for leaf in report.leaves] == [f"{m}/{r}" for m in ("train", "eval") for r in rows]
-
+def test_a_layer_whose_modes_are_one_program_is_audited_once_and_any_other_in_both_modes():
     right = fnet.dense(3)
+    report = fnet.check_layer(right, digits_batch().inputs, key=jax.random.key(0), **QUICK)
+    assert report.ok and [leaf.path for leaf in report.leaves] == ["inputs", "params/b", "params/w"]
+
+    def scaled(params, state, x, *, key=None, train=False):  # by an array that the program's text does not show
+        y, state, residuals = right.forward(params, state, x, key=key, train=train)
+        return y * np.full(3, 2.0 if train else 3.0, np.float32), state, residuals
+
+    def scaled_backward(params, residuals, dy):
+        return right.backward(params, residuals, 2 * dy)
+
+    layer = right._replace(forward=scaled, backward=scaled_backward)
+    report = fnet.check_layer(layer, digits_batch().inputs, key=jax.random.key(0), **QUICK)
+    assert wrong_rows(report) == ["eval/inputs", "eval/params/b", "eval/params/w"] and len(report.leaves) == 6
 
     def forward(params, state, x, *, key=None, train=False):
         y, state, residuals = right.forward(params, state, x, key=key, train=train)
@@ -690,6 +699,18 @@ def test_a_layer_is_audited_in_both_modes_parameters_and_inputs():
         right._replace(forward=forward, backward=backward), digits_batch().inputs, key=jax.random.key(0), **QUICK
     )
     assert wrong_rows(report) == ["eval/inputs"] and leaf_of(report, "eval/inputs").cause == "factor 2"
+
+
+def test_axes_of_one_size_are_named_and_distinct_ones_are_not():
+    def note(x, w):
+        notes = fnet.check_gradients(lambda w, x: jnp.tanh(x @ w).sum(), w, x, **QUICK).notes
+        return [line.split(": ")[1] for line in notes if line.startswith("axes of one size")]
+
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1, 1, 4, 3)), rng.normal(size=(3, 2))
+    assert note(x, w) == []
+    assert note(x.repeat(3, 1), w) == ["argument 0 3 × 4 × 3"]
+    assert note(x, rng.normal(size=(3, 3))) == ["params 3 × 3"]
 
 
 def test_a_right_model_has_a_row_for_every_leaf_and_every_layers_inputs_in_model_order():

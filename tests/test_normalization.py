@@ -219,7 +219,7 @@ def test_a_backward_that_forgets_that_the_variance_depends_on_x_is_found(key):
 
     x = jax.random.normal(key, (2, 3, 4))
     report = check_layer(right._replace(backward=backward), x, key=key, precisions=(), cost=False)
-    assert [leaf.verdict for leaf in report.leaves if leaf.path.endswith("inputs")] == ["wrong", "wrong"]
+    assert [leaf.path for leaf in report.leaves if leaf.verdict == "wrong"] == ["inputs"]
 
 
 @pytest.mark.parametrize(("x", "slope"), [(0.0, 2.0), (0.3, 2.0), (0.5, 0.0), (0.7, 0.0)])

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import fnet
 from fnet.metrics import accuracy, confusion, gradient_histograms, gradient_norms, magnitude_edges
-from fnet.report import difference_table, engine_table, plot_confusion, plot_curves
+from fnet.report import difference_table, engine_table, plot_confusion, plot_curves, plots
 from fnet.runs.observers import (
     csv,
     histograms,
@@ -87,8 +87,8 @@ def test_progress_prints_one_line_an_epoch_where_there_is_no_terminal(out, where
     if where == "CI":
         monkeypatch.setenv("CI", "true")
     _, history = small_fit([progress("run", Console(file=out, width=60, force_terminal=where == "CI", no_color=True))])
-    lines = frames(out)
-    assert len(lines) == 3
+    first, *lines = frames(out)
+    assert first == "run: compiling" and len(lines) == 3
     assert lines[1] == (
         f"run: epoch 2/3  loss {history.epochs['loss'][1]:.4f}  accuracy {history.epochs['accuracy'][1]:.4f}  "
         f"validation loss {history.epochs['validation_loss'][1]:.4f}  "
@@ -146,7 +146,7 @@ def test_progress_says_where_a_run_continues(out, terminal):
     half, _ = small_fit([], epochs=2)
     small_fit([progress("run", Console(file=out, width=80, force_terminal=terminal))], epochs=3, ts=half)
     assert frames(out)[0] == "run: continues at step 6/9, epoch 2/3"
-    assert len(frames(out)) == 2 or terminal
+    assert terminal or (len(frames(out)) == 3 and frames(out)[1] == "run: compiling")
 
 
 # --- csv -------------------------------------------------------------------------------------------------------------
@@ -558,3 +558,21 @@ def test_pictures_are_written(draw, tmp_path):
         plot_confusion(np.asarray([[5, 1], [0, 7]]), tmp_path / "p.png")
     picture = imread(tmp_path / "p.png")
     assert min(picture.shape[:2]) >= 400 and picture[..., :3].std() > 0.01
+
+
+def test_curves_have_titles_whole_epochs_and_names_for_chance_and_the_best_epoch(tmp_path, monkeypatch):
+    figures, original = [], plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda *a, **o: figures.append(original(*a, **o)) or figures[-1])
+    run = {"epoch": np.arange(1, 4), "loss": np.array([1.0, 0.5, 0.2]), "accuracy": np.array([0.1, 0.5, 0.9])}
+    run |= {"validation_loss": np.array([0.9, 0.6, 0.7]), "gradient_norm/all": np.array([3.0, 2.0, 1.0])}
+    plot_curves({"a": run, "b": run}, tmp_path / "p.png", chance={"accuracy": 0.1})
+    panels = {ax.get_title(): ax for ax in figures[0][1]}
+    assert list(panels) == ["loss (logarithmic)", "accuracy", "norm of the gradient (logarithmic)"]
+    names = [{line.get_label(): line.get_xydata() for line in ax.lines} for ax in panels.values()]
+    for ax in panels.values():
+        assert ax.get_xlabel() == "epoch" and all(tick == round(tick) for tick in ax.get_xticks())
+    best = "lowest validation loss, epoch 2"
+    assert [best in lines for lines in names] == [True, True, False]
+    np.testing.assert_array_equal(names[0][best][:, 0], 2)
+    assert ["chance, 0.1" in lines for lines in names] == [False, True, False]
+    np.testing.assert_array_equal(names[1]["chance, 0.1"][:, 1], 0.1)

@@ -151,9 +151,9 @@ def test_the_command_says_what_the_function_does():
 
 
 def test_the_pages_table_is_what_its_command_prints():
-    page = Path(__file__).parents[1] / "docs" / "several-devices.md"
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "several-devices.md"
     (command,) = [line for text in blocks_of(page, "bash") for line in text.splitlines() if "fnet plan" in line]
-    (table,) = blocks_of(page, "plan")
+    (table,) = blocks_of(page, "text")
     assert planned(shlex.split(command)[4:]) == table.rstrip("\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import re
 from contextlib import contextmanager
@@ -750,6 +751,7 @@ def test_the_table_marks_what_is_not_told_from_the_best():
     # seeds 0 to 4: mean 2, s = √2.5, half = 2.776445 √(2.5 / 5); differences: s = √0.025, half = 2.776445 √0.005
     assert rows[0][2:] == ["2.0 ± 2.0", "1.6", "5", ""] and rows[1][5] == "0.10 ± 0.20" and rows[2][5] == "0.5"
     assert rows[3][2] == "nan"
+    assert "≈ ties with the best: its difference ± holds 0" in text.getvalue()
     text = io.StringIO()
     Console(file=text, width=120).print(report.ranking_table("costs", ranking(p, values), most=2))
     assert "and 2 more" in text.getvalue()
@@ -818,15 +820,21 @@ def test_a_heat_map_shows_the_mean_of_each_pair_and_frames_the_best(tmp_path, fi
     p = Population({n: np.float32(v) for n, v in hyper.items()}, keys, None, 12, 0, 1, 0.0, 0.0)
     values = np.array([1.0, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, np.inf])
     report.plot_heat_map(p, values, ("rate", "b1"), tmp_path / "map.png", label="cost")
-    (_, ax), texts = figures[0], {}
+    (figure, ax), texts = figures[0], {}
     for text in ax.texts:
         texts[tuple(map(int, text.get_position()))] = text.get_text()
     assert texts == {(0, 0): "2", (0, 1): "5", (1, 0): "8", (1, 1): "11", (2, 0): "14", (2, 1): "not finite"}
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "1", "10"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0.5", "0.9"]
     assert ax.patches[0].get_xy() == (-0.5, -0.5)
+    shades = [ax.images[0].cmap(ax.images[0].norm(mean))[:3] for mean in (2.0, 5, 8, 11, 14)]
+    assert all(np.dot(a, (0.3, 0.6, 0.1)) > np.dot(b, (0.3, 0.6, 0.1)) for a, b in itertools.pairwise(shades))
+    bar = figure.axes[1]
+    assert bar.get_ylabel() == "cost (brighter is better)"
+    assert [t.get_text() for t in bar.get_yticklabels()] == ["5", "10"]
     report.plot_heat_map(p, values, ("rate", "b1"), tmp_path / "other.png", greatest=True)
     assert figures[1][1].patches[0].get_xy() == (1.5, -0.5)  # 14 of those that are finite
+    assert np.mean(figures[1][1].images[0].cmap(1.0)[:3]) > np.mean(figures[1][1].images[0].cmap(0.0)[:3])
     assert (tmp_path / "map.png").stat().st_size > 1000
     many = made(np.arange(50.0), {"rate": np.arange(50), "b1": np.zeros(50)}, range(50))
     with pytest.raises(ValueError, match="plot_heat_map: rate has 50 values; expected 40 at most"):
@@ -849,7 +857,9 @@ def test_parallel_coordinates_have_a_line_for_each_member_the_best_on_top(tmp_pa
     assert len(lines[0]) == 3 or np.isnan(lines[0][3, 1])
     np.testing.assert_allclose([line[3, 1] for line in lines[1:]], np.linspace(1, 0, 19), atol=1e-12)
     labels = [t.get_text() for t in ax.texts]
-    assert {"0.0001", "0.001", "1", "0.5", "0.9", "2"} <= set(labels)
+    cost = ["1.0", "1.2", "1.4", "1.6", "1.8", "2.0"]
+    assert labels == ["0.0001", "0.001", "0.01", "0.1", "1", "0.5", "0.9", "1", *cost]
+    assert all(t.get_bbox_patch().get_alpha() is None and t.zorder > ax.collections[0].zorder for t in ax.texts)
     with pytest.raises(ValueError, match="label = 'rate', as a hyperparameter is called"):
         report.plot_parallel(p, values, tmp_path / "lines.png", label="rate")
     nothing = made([np.nan, np.nan], {"rate": [1, 2]}, range(2))

@@ -128,7 +128,11 @@ FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
     "-c "*) echo {version}; exit {unfit} ;;
     "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    *) echo "$*" >> calls; case "$*" in *"$FAIL"*) exit 1 ;; esac ;;
+    *) echo "$*" >> calls
+        case "$*" in
+            *"$FAIL"*) for i in 1 2 3 4 5 6 7 8 9; do echo "one $i"; echo "two $i" >&2; echo; done; exit 3 ;;
+            *"pip install"*) echo "Collecting jax"; echo "Successfully installed jax-0.10.2 numpy-2.4" ;;
+        esac ;;
 esac
 """
 
@@ -148,14 +152,14 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, root)
     (root / "benchmarks" / "requirements.txt").touch()
     (root / "bin").mkdir()
-    for tool in ("sh", "mkdir", "cp", "touch", "rm"):
+    for tool in ("sh", "mkdir", "cp", "touch", "rm", "cat", "sed", "tail", "wc"):
         os.symlink(shutil.which(tool) or tool, root / "bin" / tool)
     return root
 
 
-def make(checkout, *arguments, fail="nothing"):
+def make(checkout, *arguments, fail="nothing", **environment):
     """Run make; the calls that the fake interpreter saw, and make's result."""
-    env = {"PATH": str(checkout / "bin"), "FAIL": fail}
+    env = {"PATH": str(checkout / "bin"), "FAIL": fail, **environment}
     run = subprocess.run(
         [shutil.which("make") or "make", *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False
     )
@@ -267,6 +271,29 @@ def test_a_failed_install_is_tried_again(checkout):
     assert make(checkout, "test")[0] == ["-m pip install --editable .[test]", "-m pytest -n 2"]
 
 
+def test_an_install_is_two_lines_and_what_pip_says_is_in_a_log(checkout):
+    fake_python(checkout / "bin" / "python3", version="3.12.1")
+    _, run = make(checkout, "train")
+    assert run.stdout.splitlines() == [
+        "creating .venv with Python 3.12.1 (python3)",
+        "installing fnet[experiments] into .venv: a few minutes the first time; log: .venv/install.log",
+        "installed 2 packages",
+        ".venv/bin/python -m experiments.digits_mlp ",
+    ]
+    assert run.stderr == "" and "Collecting jax\n" in (checkout / ".venv" / "install.log").read_text()
+
+
+def test_a_failed_install_ends_with_pips_status_the_end_of_its_log_and_where_it_is(checkout):
+    fake_python(checkout / "bin" / "python3")
+    _, run = make(checkout, "test", fail="install")
+    *said, error, of_make = run.stderr.splitlines()
+    assert len(said) == 20 and said[-3:] == ["one 9", "two 9", ""]
+    assert error == "error: fnet[test] could not be installed; all that pip says: .venv/install.log"
+    assert run.returncode == 2 and of_make.endswith("Error 3")
+    _, run = make(checkout, "test", fail="install", CI="true")
+    assert run.stderr.startswith("one 1\ntwo 1\n")
+
+
 def test_lint_runs_its_tools_on_what_tests_install_and_bench_has_its_own_environment(checkout):
     fake_python(checkout / "bin" / "python3")
     installs = ["-m pip install --editable .[lint]", "-m pip install --editable .[test]"]
@@ -309,22 +336,22 @@ def ci(checkout):
 def test_ci_says_so_when_there_is_no_second_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.14", version="3.10", unfit=1)
     calls, printed = ci()
-    assert calls == ["lint", "test", "test-long"]
+    assert calls == ["lint", "docs", "test", "test-long"]
     assert printed.startswith("NOT TESTED on a second Python: this machine has none from 3.11 on but 3.11;")
 
 
 def test_ci_runs_what_touches_jaxs_insides_on_the_newest_other_python(ci, checkout):
     fake_python(checkout / "bin" / "python3.12", version="3.12")
     calls, printed = ci()
-    assert calls[:3] == ["lint", "test", "test-long"] and len(calls) == 4 and "NOT TESTED" not in printed
-    assert calls[3].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
-    files, options = calls[3].split("ARGS=")[1].split(" -m ")
+    assert calls[:4] == ["lint", "docs", "test", "test-long"] and len(calls) == 5 and "NOT TESTED" not in printed
+    assert calls[4].startswith("test VENV=.venv-other PYTHON=python3.12 ARGS=tests/test_jax_insides.py ")
+    files, options = calls[4].split("ARGS=")[1].split(" -m ")
     assert options == "'not slow'"  # so the long ones too
     files = files.split()
     assert len(files) > 5 and all((ROOT / file).exists() for file in files)
     (checkout / "pyenv" / "versions" / "3.13.0").mkdir(parents=True)
     fake_python(checkout / "pyenv" / "versions" / "3.13.0" / "bin" / "python3", version="3.13")
-    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][3]
+    assert "PYTHON=" + str(checkout / "pyenv/versions/3.13.0/bin/python3") in ci()[0][4]
 
 
 # --- the wheel -------------------------------------------------------------------------------------------------------

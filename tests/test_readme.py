@@ -25,15 +25,5 @@ def test_the_readmes_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_
     assert sum(row[-1:] == ["ok"] for row in rows) == 12  # each layer's parameters and inputs, and the loss' outputs
 
 
-def test_the_explorers_code_runs_and_prints_what_it_says(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    page = PAGE.parent / "docs" / "explorer.md"
-    with jax.numpy_dtype_promotion("standard"):
-        run_blocks(blocks_of(page), page.name)
-    (expected,) = blocks_of(page, "text")
-    assert capsys.readouterr().out == expected
-    assert (tmp_path / "explorer.html").is_file()
-
-
 def test_the_readme_shows_both_commands_first():
     assert README.index("make train") < README.index("make test") < README.index("```python")

@@ -306,3 +306,12 @@ def test_a_real_audit_is_written_as_a_page_that_names_the_fault(tmp_path):
     assert f"<title>Gradient audit: wrong at {report.first_wrong}</title>" in page
     assert "The gradient is wrong." in page and report.leaves[0].cause in Page(page).text
     assert pixels(embedded(page)).std() > 0
+
+
+def test_a_phone_shows_wrong_rows_first():
+    html = audit.audit_tables(FULL)
+    rows = re.findall(r"<tr( class=\"\w+\")?><td[^>]*>.*?<span class=\"pill\"[^>]*>(\w+)</span>", html)
+    looks = {verdict: look for look, verdict in rows}
+    assert looks["wrong"] == ' class="wrong"' and looks["ok"] == ""
+    narrow = html.split("@media")[1]
+    assert "tr.wrong { order: -2; }" in narrow and "flex-direction: column" in narrow

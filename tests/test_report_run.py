@@ -303,11 +303,81 @@ def test_the_page_links_the_explorer_that_lies_in_the_folder_from_wherever_it_st
     assert '<a href="a%20run/explorer.html">' in write_report(folder, tmp_path / "page.html").read_text()
 
 
-def test_sections_without_data_say_so_in_a_line(tmp_path):
+def test_sections_without_data_are_left_out_and_named_at_the_end(tmp_path):
     page, text = page_of(folder_of(tmp_path / "a"))
     assert "Has not ended" in page.text and "before the first row of metrics" in page.text
-    for title in SECTIONS:
-        assert re.fullmatch(r'\s*<p class="none">[^<]+</p>', section(text, title)), title
+    headings = re.findall(r"<h2 [^>]*>([^<]*)</h2>", text)
+    assert headings == ["Curves", "Not in this folder"]
+    absent = re.findall(r"<li>([^:<]*):", section(text, "Not in this folder"))
+    assert absent == [title for title in SECTIONS if title not in ("Curves", "Numbers", "Environment")]
+
+
+def test_what_is_constant_is_a_number_and_no_chart_but_for_a_loss(tmp_path):
+    rows = [epoch(k, loss=0.5, learning_rate=1e-3, momentum=0.1 * k, **{"norm/a": 2.0}) for k in (1, 2)]
+    _, text = page_of(folder_of(tmp_path / "a", rows))
+    assert re.findall("<figcaption>([^<]*)<", section(text, "Curves")) == ["loss", "momentum", "norm"]
+    assert "<td>0.001</td>" in section(text, "Numbers")
+
+
+def test_the_title_names_the_experiment_and_the_day(tmp_path):
+    alone = folder_of(tmp_path / "runs" / "a", [epoch(1, loss=1.0)])
+    within = folder_of(tmp_path / "runs" / "digits" / "b" / "backprop", [epoch(1, loss=1.0)])
+    (within.parent / "config.json").write_text("{}")
+    for folder, title in ((alone, "Run a, 2001-09-09"), (within, "digits: b/backprop, 2001-09-09")):
+        os.utime(folder / "metrics.jsonl", (1e9, 1e9))
+        text = page_of(folder)[1]
+        assert f"<title>{title}</title>" in text and f"<h1>{title}</h1>" in text
+
+
+def test_few_epochs_have_a_tick_each_and_logarithmic_ticks_leave_none_out():
+    def ticks(x, y):
+        html = line_chart(Panel("p", "step", [Line("a", np.asarray(x), np.asarray(y))]))
+        return [re.findall(rf'text-anchor="{side}"[^>]*>([^<]*)<', html) for side in ("middle", "end")]
+
+    assert ticks([125, 250, 375], [1.0, 2.0, 3.0])[0] == ["125", "250", "375", "step"]
+    factors = []
+    for decades in np.linspace(1.4, 5, 10):
+        values = np.asarray(ticks([1, 2], [1.0, 10**decades])[1], float)
+        factors.append(tuple(np.round(values[1:] / values[:-1], 6)))
+    assert all({*each} <= {2, 2.5} or {*each} == {10} for each in factors) and all(map(len, factors))
+
+
+def test_the_page_says_what_was_evaluated(tmp_path):
+    folder = folder_of(tmp_path / "a", [epoch(1, loss=1.0)])
+    batch = (np.zeros((3, 2)), np.asarray([0, 1, 1]))
+    save_evaluation(folder, np.eye(2)[[0, 1, 0]], batch, of="the <test> set")
+    _, text = page_of(folder)
+    for title in ("Confusion matrix", "Worst examples"):
+        assert "<p>On the &lt;test&gt; set, 3 examples.</p>" in section(text, title)
+    save_evaluation(folder, np.eye(2)[[0, 1, 0]], batch)
+    assert "<p>On 3 examples.</p>" in section(page_of(folder)[1], "Worst examples")
+
+
+def test_an_experiment_of_one_program_has_a_page_of_its_numbers_pictures_and_files(tmp_path, capsys):
+    folder = tmp_path / "sweep" / "a b"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"rates": [0.1, 0.2], "name": HOSTILE}))
+    os.utime(folder / "config.json", (1e9, 1e9))
+    with pytest.raises(RunError, match="expected the folder of a run"):
+        write_report(folder)
+    results = {"loss": 0.123456789, "curve": list(range(20)), "rows": [{"x": [1, [2.5]]}, 3], "none": [], HOSTILE: True}
+    (folder / "results.json").write_text(json.dumps(results))
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    (folder / "heat_map.png").write_bytes(png(pixels))
+    (folder / "members <1>.csv").write_text("a\n")
+    main([str(folder)])
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    text = write_report(folder).read_text()  # over itself, and it does not list itself
+    page = Page(text)
+    assert re.findall(r"<h2 [^>]*>([^<]*)</h2>", text) == ["Numbers", "Pictures", "Files", "Configuration"]
+    assert "<h1>sweep: a b, 2001-09-09</h1>" in text and HOSTILE not in text
+    shown = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", section(text, "Numbers")))
+    assert list(shown.values()) == ["0.123457", "0 … 19 (20)", "1, [2.5]", "3", "none", "true"]
+    data = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    assert [base64.b64decode(one) for one in data] == [png(pixels)]
+    assert re.findall('href="([^#"]*)"', text) == ["members%20%3C1%3E.csv"] and "rates" in page.text
+    (folder / "results.json").write_text("{")
+    assert "results.json is damaged" in write_report(folder).read_text()
 
 
 @pytest.mark.parametrize("left", [1, 7, 20, 30])
@@ -756,6 +826,15 @@ def test_a_history_names_what_its_picture_needs_and_is_shown_without(real, monke
 
 
 # ---- python -m fnet
+
+
+def test_the_command_ends_quietly_where_nobody_reads_on():
+    """As behind `| head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "fnet"], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_module_tells_version_devices_precision_and_cache(tmp_path):

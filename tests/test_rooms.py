@@ -147,7 +147,9 @@ NAMES = re.compile(r"(?<![\w./-])fnet(?:\.[A-Za-z_]\w*)+")
 def test_every_name_of_fnet_that_is_written_anywhere_is_there():
     pages = [
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/**/*.py"),
+        *ROOT.glob("docs/**/*.ipynb"),
         *HOUSE.rglob("*.py"),
         *ROOT.glob("experiments/*"),
         *ROOT.glob("experiments/pictures/*.py"),
@@ -187,7 +189,9 @@ PATHS = re.compile(r"(?<![\w./-])(?:fnet|experiments)/[\w/]+\.py")
 def test_every_file_that_is_written_anywhere_is_there():
     pages = [
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/**/*.py"),
+        *ROOT.glob("docs/**/*.ipynb"),
         *HOUSE.rglob("*.py"),
         *ROOT.glob("experiments/*"),
         *ROOT.glob("experiments/pictures/*.py"),

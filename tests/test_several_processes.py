@@ -133,7 +133,7 @@ def test_the_numbers_are_those_of_one_device_and_what_one_refuses_all_do(tmp_pat
 
 
 def test_the_pages_program_runs_as_a_scheduler_begins_it(tmp_path):
-    (program,) = blocks_of(ROOT / "docs" / "several-devices.md", "py")
+    (program,) = blocks_of(ROOT / "docs" / "how-to" / "several-devices.md", "py")
     (tmp_path / "train.py").write_text(program)
     job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
     job |= {"JAX_COORDINATOR_PORT": str(free_port())}  # else it is made of the job's number

@@ -186,7 +186,7 @@ def test_a_stopped_run_says_where_and_why_and_what_was_best(sign, tmp_path):
     assert f"Stopped early at step {made}: {reason}." in fnet.report.write_report(tmp_path / "run").read_text()
     assert f"Stopped early at step {made}: {reason}." in history._repr_html_()
     labels = [line.get_label() for line in history.plot().axes[-1].lines]
-    assert f"best, epoch {best + 1}" in labels
+    assert f"best, epoch {best + 1}" in labels and f"stopped, epoch {made}" in labels
     again, same = fnet.fit(step, start, stop=stop, run=run._replace(resume=True), **options)
     assert int(again.step) == made and same.ended == history.ended
 

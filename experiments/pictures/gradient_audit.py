@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from rich.box import SIMPLE
+from rich.console import Group
 from rich.markup import escape as as_text
 from rich.table import Table
 
@@ -23,15 +24,16 @@ def verdict_and_cause(report: Report) -> tuple[str, str]:
     return verdict, f"{leaf.path}: {leaf.cause}" if leaf.cause or verdict == "wrong" else ""
 
 
-def verdict_table(reports: Mapping[str, Report]) -> Table:
-    """A row for each audit, in the terminal."""
-    shown = Table("audit", "leaves", "worst error", "verdict", "cause", box=SIMPLE)
+def verdict_table(reports: Mapping[str, Report]) -> Group:
+    """A row for each audit, in the terminal; beneath them the causes, which take whole lines."""
+    shown, causes = Table("audit", "leaves", "worst error", "verdict", box=SIMPLE), []
     for name, report in reports.items():
         verdict, cause = verdict_and_cause(report)
         error = max(leaf.relative for leaf in report.leaves)
         coloured = f"[bold {COLOURS[verdict]}]{verdict}" if verdict != "ok" else verdict
-        shown.add_row(as_text(name), str(len(report.leaves)), f"{error:.1e}", coloured, as_text(cause))
-    return shown
+        shown.add_row(as_text(name), str(len(report.leaves)), f"{error:.1e}", coloured)
+        causes += [f"{as_text(name)}: {as_text(cause)}"] if cause else []
+    return Group(shown, *causes)
 
 
 def write_pages(reports: Mapping[str, Report], folder: Path, own: Collection[str]) -> None:

@@ -39,11 +39,6 @@ def draw_bars(ax, groups: Sequence[str], values: Mapping[str, np.ndarray], apart
 # --- axes and legends ------------------------------------------------------------------------------------------------
 
 
-def whole_epochs(ax) -> None:
-    """Only whole numbers stand below the panel."""
-    ax.xaxis.get_major_locator().set_params(integer=True)
-
-
 def only_ticks(ax, values: Sequence[int]) -> None:
     """Only these numbers stand below the panel, whose axis is logarithmic."""
     ax.set_xticks(values, [str(value) for value in values])

@@ -160,7 +160,7 @@ def draw_deep(start: dict, deep: dict, path: Path) -> None:
             mean = geometric_mean(weights, 0)
             bottom.plot(np.arange(1, len(mean) + 1), np.where(mean > 0, mean, np.nan), **style)  # float32 ends
         top.set(title=f"{activation}: |δ| at the start, depth {depth}", xlabel="layer", yscale="log")
-        middle.set(title=f"training loss, depth {weights.shape[-1]}", xlabel="epoch", ylim=(0, 3))
+        middle.set(title=f"training loss (dotted: chance), depth {weights.shape[-1]}", xlabel="epoch", ylim=(0, 3))
         middle.axhline(math.log(10), **DOTTED)
         bottom.set(title="|∂loss/∂W| after training", xlabel="layer", yscale="log")
         for ax in (top, bottom):

@@ -33,6 +33,7 @@ TRANSFORMER: dict[str, PartitionSpec] = {
     "*mlp/wide/b": PartitionSpec("tensor"),
     "*mlp/narrow/w": PartitionSpec("tensor", None),
 }
+"""Rules of a transformer's matrices, by path patterns: attention by heads, other layers by their inner features."""
 
 
 class Placement(NamedTuple):

@@ -15,7 +15,7 @@ def lower(function: Callable, *arguments: Any, platforms: Sequence[str] = ("cpu"
 
     ``arguments`` are arrays or `jax.ShapeDtypeStruct`s; nothing is computed. Layers take the form that is theirs on
     that platform: a convolution is a product of matrices on CPU and XLA's own operation elsewhere. ``.as_text()`` is
-    the program; it is compiled where the chip is (`Lowered.compile` compiles for what is at hand).
+    the program; it is compiled where the chip is (``Lowered.compile`` compiles for what is at hand).
 
     Raises ValueError for a platform that jax does not know, TypeError for what is no function, and whatever the
     function raises when it is traced.

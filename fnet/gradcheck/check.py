@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
+from fnet.core.interpret import is_float
 from fnet.gradcheck.claims import Claim, Known, ask, ask_compiled, by_autodiff, by_caller, claim, native_dtypes
 from fnet.gradcheck.judge import judge_all
 from fnet.gradcheck.ladder import ask_rungs, climb, measure_costs
 from fnet.gradcheck.named import check_intermediates
-from fnet.gradcheck.problem import open_problem, precise
+from fnet.gradcheck.problem import Problem, open_problem, precise
 from fnet.gradcheck.report import Report
 from fnet.gradcheck.witnesses import Witnesses, begin, gather
 from fnet.types import PyTree
@@ -102,7 +103,8 @@ def check_gradients(
     compared = ()
     if intermediates is not None:
         compared = check_intermediates(f, problem, intermediates, has_aux, x64, outer_x64)
-    return Report(tuple(checks), compared, costs, remarks(witnesses, claimed), settings(seed))
+    notes = (*remarks(witnesses, claimed), *equal_axes(problem))
+    return Report(tuple(checks), compared, costs, notes, settings(seed))
 
 
 def settings(seed: int) -> dict[str, str]:
@@ -128,3 +130,14 @@ def remarks(w: Witnesses, claimed: Claim) -> tuple[str, ...]:
     if claimed.closed is None:
         notes.append("the gradient is not traceable and ran uncompiled")
     return tuple(notes)
+
+
+def equal_axes(problem: Problem) -> tuple[str, ...]:
+    """A line that names arrays of which two axes have one size: one that is taken for the other does not show."""
+    arrays = zip(problem.inputs, [*problem.leaves, *problem.others], strict=True)
+    found = [(name, [n for n in a.shape if n > 1]) for name, a in arrays if is_float(a)]
+    equal = [f"{name} {' × '.join(map(str, sizes))}" for name, sizes in found if len({*sizes}) < len(sizes)]
+    if not equal:
+        return ()
+    more = f" and {len(equal) - 3} more" if len(equal) > 3 else ""
+    return (f"axes of one size, of which one taken for the other would not show: {', '.join(equal[:3])}{more}",)

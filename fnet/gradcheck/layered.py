@@ -33,13 +33,14 @@ def check_layer(
     """Audit a layer's backward by hand: the gradients of its parameters and of its inputs, in train and in eval mode.
 
     The function is ``Σ v · y`` with a fixed Gaussian ``v`` for the outputs ``y`` at ``x``. Parameters are drawn by
-    ``layer.init`` from ``key`` if not given, with a little noise. Rows are called ``train/params/w``, ``eval/inputs``.
-    Other options and errors are those of `check_gradients`.
+    ``layer.init`` from ``key`` if not given, with a little noise. Rows are called ``params/w`` and ``inputs`` where
+    both modes are one program, ``train/params/w``, ``eval/inputs`` where they are not. Other options and errors are
+    those of `check_gradients`.
     """
     require_layer("check_layer: layer", layer)
     require_key("check_layer", key)
     x, params, state, run_key = ready(layer, x, key, params, state)
-    reports = []
+    modes = {}
     for mode in ("train", "eval"):
         call = Call((), layer, params, state, x, run_key, mode == "train")
         with precise():
@@ -47,16 +48,30 @@ def check_layer(
                 lambda *a, c=call: forward_of(c.layer, *a, key=c.key, train=c.train)[0], *to_float64(call[2:5])
             )
             cotangent = random_like(split_floating(y)[0], seed=1)
-        value, by_hand, tree, args = functions(call, call[2:6], cotangent)
+        modes[f"{mode}/"] = functions(call, call[2:6], cotangent)
+    if same_program(*modes.values()):
+        modes = {"": modes["train/"]}
+    reports = []
+    for mode, (value, by_hand, tree, args) in modes.items():
         report = check_gradients(value, tree, *args, gradient=by_hand, **options)
-        reports.append(report._replace(leaves=tuple(r._replace(path=f"{mode}/{r.path}") for r in report.leaves)))
-    return Report(
-        tuple(leaf for report in reports for leaf in report.leaves),
-        (),
-        reports[0].costs,
-        reports[0].notes,
-        reports[0].settings,
-    )
+        reports.append(report._replace(leaves=tuple(r._replace(path=mode + r.path) for r in report.leaves)))
+    notes = tuple(note.replace("argument 3", "outputs") for note in reports[0].notes)  # v is shaped like them
+    return reports[0]._replace(leaves=tuple(leaf for report in reports for leaf in report.leaves), notes=notes)
+
+
+def same_program(first: tuple, second: tuple) -> bool:
+    """Whether the two modes of a layer, as `functions` gives them, are one program; False where that is not known."""
+
+    def traced(value, by_hand, tree, args):
+        return jax.make_jaxpr(lambda tree, *args: (value(tree, *args), by_hand(tree, *args)))(tree, *args)
+
+    try:
+        with precise():
+            programs = [traced(*mode[:2], *to_float64(mode[2:])) for mode in (first, second)]
+    except Exception:  # the audit says what it is
+        return False
+    a, b = ([str(program.jaxpr), *map(np.asarray, program.consts)] for program in programs)
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def check_model(

@@ -90,7 +90,10 @@ class Intermediate(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one gradient costs at the caller's precision, as its compiled program says; seconds are a median of five."""
+    """What one gradient costs at the caller's precision, as its compiled program says.
+
+    ``seconds`` are the median of five calls, or of as many more as take 50 ms together, at most 1,000.
+    """
 
     name: str
     flops: float

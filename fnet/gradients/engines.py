@@ -33,6 +33,7 @@ from fnet.layers.children import backward_of, forward_of, shapes_known
 from fnet.types import Batch, Layer, Loss, Mean, PyTree
 
 Gradient = Callable[..., tuple[PyTree, PyTree, dict[str, Mean]]]
+"""``gradient(params, state, batch, key) -> grads, state, metrics``, of `autodiff`, `backprop` or `from_loss`."""
 
 
 def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, *, inputs: bool = False) -> Gradient:

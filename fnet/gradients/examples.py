@@ -120,9 +120,9 @@ def is_by_hand(gradient: Gradient) -> bool:
 def norms_by_hand(who: str, gradient: Gradient, params, state, batch, key) -> Norms:
     """Squared norms of each example's part ``wᵢ gᵢ / Σ w`` of the gradient, by the residuals of one forward.
 
-    Of a layer whose gradient is a sum of outer products (`Layer.outer`) they are had from these; of others the backward
-    is run for each example with what the forward kept of it (by `jax.vmap`), so at most one layer's gradients are there
-    B times. A layer whose noise is drawn anew in its backward is refused.
+    Of a layer whose gradient is a sum of outer products (``Layer.outer``) they are had from these; of others the
+    backward is run for each example with what the forward kept of it (by `jax.vmap`), so at most one layer's gradients
+    are there B times. A layer whose noise is drawn anew in its backward is refused.
     """
     refuse_mixing_loss(gradient)
     if jax.tree.leaves(state):  # by which a layer that mixes examples is known
@@ -312,8 +312,8 @@ def clip_per_example(
     besides, the share of the examples that were.
 
     Of `fnet.backprop` each norm comes from the residuals of the forward: of dense layers, convolutions and embeddings
-    from the outer products that a gradient is the sum of (`Layer.outer`), of others by their backward for each example;
-    then one backward adds up what is clipped. Any other engine goes by `per_example`. Errors are those of
+    from the outer products that a gradient is the sum of (``Layer.outer``), of others by their backward for each
+    example; then one backward adds up what is clipped. Any other engine goes by `per_example`. Errors are those of
     `per_example`, and by hand a layer that draws noise in its backward is refused.
 
     What of this is private is not ours to say: an accountant such as Google's dp-accounting takes σ, the share of the

@@ -201,6 +201,9 @@ def attention(
         return y, state, (x, o, kept, key, bias, of_relative)
 
     def backward(params, residuals, dy):
+        # y = o w_out + b_out, o = attention(q, k, v), with the memory m and rotations R: q = R (x w_query + b_query),
+        # k = R (m w_key + b_key), v = m w_value + b_value. The chain rule through each: R's transpose is the rotation
+        # back, a product's backward stands in `dense`, dm is the sum by k and by v; in self-attention dx gains it
         x, o, kept, key, bias, of_relative = residuals
         dy = dy[0] if isinstance(dy, tuple) else dy
         query, memory, mask = clean(x)
@@ -209,7 +212,6 @@ def attention(
         do = do.reshape(*do.shape[:2], heads, do.shape[2] // heads)
         dq, dk, dv, dbias = dot_product_attention_backward(kept, do, mask, bias, key=key, **options)
         given = None if relative is not None else dbias
-        # a rotation's transpose is the rotation back
         dq, dk = turn(dq, -(positions(dq) + in_int32(offset))), turn(dk, -positions(dk))
         if relative is not None:
             dparams["relative"], _ = backward_child("relative", relative, params["relative"], of_relative, dbias)

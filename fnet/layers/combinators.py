@@ -86,7 +86,7 @@ def serial(*layers: Layer | tuple[str, Layer]) -> Layer:
             )
         return x, new_state, residuals
 
-    def backward(params, residuals, dy):
+    def backward(params, residuals, dy):  # the chain rule: dx of each layer is dy of the one before it
         dparams = {}
         for name, layer in reversed(children):
             dparams[name], dy = backward_child(name, layer, params[name], residuals[name], dy)
@@ -367,7 +367,7 @@ def repeat(layer: Layer, count: int, *, unroll: int | bool = 1) -> Layer:
         state, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
         return x, state, residuals
 
-    def backward(params, residuals, dy):
+    def backward(params, residuals, dy):  # the chain rule, as in `serial`: dx of each copy is dy of the one before it
         def one(dy, child):
             params, residuals = child
             dparams, dx = backward_of(layer, params, residuals, dy)
@@ -411,7 +411,7 @@ def remat(layer: Layer) -> Layer:
         y, new_state = (outputs if watched() else jax.checkpoint(outputs))(params, state, x, key)
         return y, new_state, {"train" if train else "eval": (state, x, key)}
 
-    def backward(params, residuals, dy):
+    def backward(params, residuals, dy):  # the layer's own, of the residuals of its forward once more
         [(mode, (state, x, key))] = residuals.items()
         with unwatched():
             _, _, again = layer.forward(params, state, x, key=key, train=mode == "train")

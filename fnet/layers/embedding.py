@@ -274,6 +274,7 @@ def sinusoidal_positions(base=10000.0) -> Layer:
         encoding = waves.reshape(length, 2 * exponents.size)[:, :features]
         return (x.astype(dtype) + encoding[None]).astype(x.dtype), ()
 
+    # y_t = x_t + p_t, and p does not depend on x:  dx = dy
     layer = stateless("sinusoidal_positions", lambda key, x: (), forward, lambda params, residuals, dy: ((), dy))
     return by_position(layer)
 

@@ -110,7 +110,7 @@ def drop_mask() -> Layer:
         # the residual says whether there was a mask by its structure
         return x, state, None if mask is None else ()
 
-    def backward(params, masked, dy):
+    def backward(params, masked, dy):  # y = x:  dx = dy, and a mask has no gradient
         return (), dy if masked is None else (dy, None)
 
     return Layer("drop_mask", lambda key, x: ((), ()), forward, backward)

@@ -395,8 +395,8 @@ def lstm(
         c_t = f ⊙ c_{t-1} + i ⊙ g,   h_t = o ⊙ tanh(c_t),   y_t = h_t
 
     The carry is ``LSTMCarry(h, c)``; other options, inputs and errors are those of `rnn`. Parameters:
-    ``input/w (I, 4 H)``, ``recurrent/w (H, 4 H)``, ``b (4 H,)``. The forget gate's bias starts at 1 (`forget_bias`), as
-    Keras' does; PyTorch draws all parameters between ``±1/√H``, with two biases, which add.
+    ``input/w (I, 4 H)``, ``recurrent/w (H, 4 H)``, ``b (4 H,)``. The forget gate's bias starts at 1 (``forget_bias``),
+    as Keras' does; PyTorch draws all parameters between ``±1/√H``, with two biases, which add.
     Source: Hochreiter and Schmidhuber, 1997; the forget gate, Gers et al., 2000.
 
     >>> layer = lstm(3)

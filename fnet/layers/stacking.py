@@ -109,7 +109,7 @@ def stacked(*layers: Layer | tuple[str, Layer]) -> Layer:
             last.append(carry)
         return _outputs(form, x, last, mask), new_state, (form, residuals)
 
-    def backward(params, residuals, dy):
+    def backward(params, residuals, dy):  # the chain rule: dx of each layer is dy of the one beneath it
         form, residuals = residuals
         dy, dlast = _gradients(form, dy, names)
         dparams, dcarries = {}, []

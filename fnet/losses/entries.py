@@ -160,7 +160,7 @@ def pinball(quantile=0.5) -> Loss:
         "pinball",
         check_real,
         lambda z, y: (y - z) * (lean(z) + jnp.sign(y - z) / 2),  # q d⁺ + (1 − q) d⁻ = (q − ½) d + ½ |d|
-        lambda z, y: -(lean(z) + jnp.sign(y - z) / 2),
+        lambda z, y: -(lean(z) + jnp.sign(y - z) / 2),  # ∂d/∂z = −1:  −(q − ½) − ½ sign d
     )
 
 
@@ -244,6 +244,7 @@ def weighted_binary_cross_entropy(positive_weight) -> Loss:
     """
     name = "weighted_binary_cross_entropy"
     require(positive_weight > 0, f"{name}: expected positive_weight > 0, got {positive_weight}")
+    # −log σ(z) = log(1 + e^−z), whose derivative is −σ(−z)
     return _of_two(name, lambda z: jax.nn.softplus(-z), lambda z: -jax.nn.sigmoid(-z), positive_weight, 1)
 
 

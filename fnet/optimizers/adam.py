@@ -62,7 +62,7 @@ def adam(
       without: under the root stands 1e-38 besides, which no other number notices. So a parameter whose gradient was
       always 0 stays as it is even with an ``eps`` of 0.
 
-    ``moment_dtype`` of 16 bits holds for m alone, which is then rounded by chance (`fnet.optimizers.rounding`); v,
+    ``moment_dtype`` of 16 bits holds for m alone, which is then rounded by chance (``fnet.optimizers.rounding``); v,
     whose updates are a thousandth of it, stays in float32 at least. In optax (``mu_dtype``) m is rounded to the
     nearest.
 

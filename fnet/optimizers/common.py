@@ -246,7 +246,7 @@ def per_leaf(
 ):
     """``rule(p, g, *moments, *numbers) -> p, *moments`` at each leaf, computed wide; all keep their own dtypes.
 
-    Moments in 16 bits are rounded by chance (`fnet.optimizers.rounding`), another one for each ``step``. Where
+    Moments in 16 bits are rounded by chance (``fnet.optimizers.rounding``), another one for each ``step``. Where
     ``shrink`` is given, ``shrink · p`` is taken off too at the leaves that ``decays`` marks, or the rule's last number
     is ``shrink`` there and 0 elsewhere (``inside``). A rule of ``whole`` tensors is applied to each copy.
     """

@@ -34,8 +34,8 @@ def exponential(
 
     ``decay_steps`` is the number of updates in which the rate falls by the factor ``decay_rate``.
 
-    Differs from optax's `exponential_decay`: there the arguments are ``(init_value, transition_steps, decay_rate)``, a
-    ``decay_rate`` or ``transition_steps`` of 0 silently means a constant rate (an error here), and there is an
+    Differs from optax's ``exponential_decay``: there the arguments are ``(init_value, transition_steps, decay_rate)``,
+    a ``decay_rate`` or ``transition_steps`` of 0 silently means a constant rate (an error here), and there is an
     ``end_value``.
 
     >>> schedule = exponential(0.8, decay_rate=0.5, decay_steps=100)
@@ -52,7 +52,7 @@ def cosine(start: ArrayLike, total_steps: ArrayLike, end: ArrayLike = 0.0) -> Sc
     """Half a cosine from ``start`` at count 0 to ``end`` at ``total_steps``, and ``end`` from there on.
 
     ``end + (start − end) · (1 + cos(π count / total_steps)) / 2``, from SGDR (arXiv 1608.03983) without restarts.
-    Differs from optax's `cosine_decay_schedule`, whose ``alpha`` is a fraction of the first value.
+    Differs from optax's ``cosine_decay_schedule``, whose ``alpha`` is a fraction of the first value.
     """
     check_numbers("cosine", start=start, end=end)
     check_numbers("cosine", positive=True, total_steps=total_steps)
@@ -64,7 +64,7 @@ def warmup_cosine(
 ) -> Schedule:
     """A straight line from ``start`` at count 0 to ``peak`` at ``warmup_steps``, then half a cosine to ``end``.
 
-    ``total_steps`` includes the warm-up (as ``decay_steps`` does in optax's `warmup_cosine_decay_schedule`); the rate
+    ``total_steps`` includes the warm-up (as ``decay_steps`` does in optax's ``warmup_cosine_decay_schedule``); the rate
     is ``end`` from there on. ``warmup_steps`` 0 means no warm-up. With the default ``start`` the first rate is 0.
 
     >>> schedule = warmup_cosine(peak=0.1, warmup_steps=10, total_steps=110)
@@ -94,7 +94,7 @@ def piecewise(start: ArrayLike, factors: Mapping[float, ArrayLike]) -> Schedule:
     """``start`` times all factors whose count has come: ``piecewise(0.1, {100: 0.5, 200: 0.1})``.
 
     From count 100 on (inclusive) 0.05, from 200 on 0.005. Counts may be fractions, as `in_units` has them. optax's
-    `piecewise_constant_schedule` is this, and torch's ``MultiStepLR`` with one factor for all counts.
+    ``piecewise_constant_schedule`` is this, and torch's ``MultiStepLR`` with one factor for all counts.
     """
     check_numbers("piecewise", start=start)
     for count, factor in factors.items():

@@ -1,6 +1,6 @@
 """Reports for people: tables (rich), pictures (matplotlib) and pages (HTML), on the host.
 
-- `run`, `folder`: the page of a run, or of several, from their folders; `audit`: that of a gradient audit
+- `run`, `folder`, `experiment`: the page of a run, or of several, from their folders; `audit`: that of a gradient audit
 - `plots`: pictures; `tables`, `model`: tables; `population`: of many runs; `html`: what pages are made of
 - `explorer`: that of one recorded pass, which computes and explains it (`explorer_program`, `explorer_page/`)
 - `planned`: what a model would take on many chips, as a command

@@ -1,6 +1,6 @@
 """The page of a run, or of several side by side.
 
-python -m fnet.report runs/A                    writes runs/A/report.html
+python -m fnet.report runs/A                    writes runs/A/report.html, also of an experiment's folder
 python -m fnet.report runs/A runs/B             writes comparison.html
 python -m fnet.report runs/A --output a.html
 """

@@ -60,8 +60,14 @@ def audit_tables(report: Report) -> str:
     named = ("intermediate", "shape", "verdict", "error", "agrees", "claimed", "expected", "worst at", "cause")
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     parts = [
-        table("Leaves", head, leaves, LEAVES_NOTE),
-        table("Intermediates", named, intermediates, "In the order of the backward pass."),
+        table("Leaves", head, leaves, LEAVES_NOTE, [leaf.verdict for leaf in report.leaves]),
+        table(
+            "Intermediates",
+            named,
+            intermediates,
+            "In the order of the backward pass.",
+            [i.verdict for i in report.intermediates],
+        ),
         table("Precision ladder", ("leaf", *dtypes), ladder, "The error of the claimed gradient (of autodiff)."),
         table("Cost of one gradient", ("gradient", "flops", "bytes moved", "peak bytes", "median time"), costs),
         f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
@@ -112,8 +118,13 @@ def pill(words: str, verdict: str) -> Html:
     )
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence], note: str = "") -> str:
-    """A titled table, nothing where there are no rows; on narrow screens each row becomes a card with its labels."""
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence], note: str = "", verdicts: Sequence[str] = ()
+) -> str:
+    """A titled table, nothing where there are no rows; on narrow screens each row becomes a card with its labels.
+
+    There the rows whose ``verdicts`` are wrong come first, and then those that are not verified.
+    """
     if not rows:
         return ""
     names = "".join(f'<th scope="col">{cell(name)}</th>' for name in head)
@@ -121,7 +132,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence], note: str =
         "".join(f'<td data-label="{cell(name)}">{cell(value)}</td>' for name, value in zip(head, row, strict=True))
         for row in rows
     )
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    looks = [f' class="{verdict}"' if verdict in ("wrong", "unverified") else "" for verdict in verdicts]
+    body = "".join(f"<tr{look}>{line}</tr>\n" for look, line in zip(looks or [""] * len(rows), lines, strict=True))
     note = f'<p class="note">{cell(note)}</p>' if note else ""
     return (
         f'<h2>{cell(title)}</h2>{note}<div class="scroll"><table><thead><tr>{names}</tr></thead>\n'
@@ -189,7 +201,10 @@ STYLE = """
 .fnet-audit ul { margin: .2em 0; padding-left: 1.3em; }
 @media (max-width: 44em) {
   .fnet-audit thead { display: none; }
-  .fnet-audit table, .fnet-audit tbody, .fnet-audit tr { display: block; }
+  .fnet-audit table, .fnet-audit tr { display: block; }
+  .fnet-audit tbody { display: flex; flex-direction: column; }
+  .fnet-audit tr.wrong { order: -2; }
+  .fnet-audit tr.unverified { order: -1; }
   .fnet-audit tr { padding: .5em 0; border-bottom: 1px solid rgba(128, 128, 128, .5); }
   .fnet-audit table td { display: flex; gap: .8em; padding: .1em 0; border: 0; white-space: normal; min-width: 0; }
   .fnet-audit table td:last-child { display: block; min-width: 0; }

@@ -36,10 +36,12 @@ def line_chart(panel: Panel) -> str:
     parts: list[str] = []
     text = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}" font-size="12" fill="currentColor">{}</text>'
     rule = '<path d="M{:.1f} {:.1f}H{:.1f}" stroke="currentColor" stroke-opacity="{}" fill="none"/>'
-    for tick, label in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high, 5):
+    for tick, label in log_ticks(y_low, y_high) if log else round_ticks(y_low, y_high, 5):
         height = float(place(0, tick)[1])
         parts += [rule.format(LEFT, height, WIDTH - RIGHT, 0.15), text.format(LEFT - 6, height + 4, "end", label)]
-    for tick, _ in _ticks(x_low, x_high, 5):
+    measured = np.unique(xs)
+    few = 1 < len(measured) <= 6 and np.ptp(np.diff(measured)) == 0  # each then has its tick
+    for tick in measured if few else [tick for tick, _ in round_ticks(x_low, x_high, 5)]:
         if tick == round(tick):  # there is no half step
             parts.append(text.format(float(place(tick, 1.0)[0]), HEIGHT - BOTTOM + 16, "middle", f"{tick:.0f}"))
     parts.append(rule.format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, 0.5))
@@ -58,7 +60,12 @@ def line_chart(panel: Panel) -> str:
                 shown = f"{name}: {y[i]:.6g} at {escape(panel.x_label)} {whole(float(x[i]))}"
                 spot = f'<circle cx="{across[i]:.1f}" cy="{height[i]:.1f}"'
                 dot = f'{spot} r="{2.4 if len(x) <= 30 else 1.2}" fill="{line.colour}"/>'
-                parts.append(f'<g>{dot}{spot} r="7" fill-opacity="0"/><title>{shown}</title></g>')
+                anchor, aside = ("end", -9) if across[i] > WIDTH / 2 else ("start", 9)
+                value = (
+                    f'<text x="{across[i] + aside:.1f}" y="{max(height[i] - 6, 12):.1f}" '
+                    f'style="text-anchor:{anchor}" font-size="12" fill="currentColor">{y[i]:.5g}</text>'
+                )
+                parts.append(f'<g class="spot">{dot}{spot} r="7" fill-opacity="0"/><title>{shown}</title>{value}</g>')
     legend = "".join(
         f"<li>{swatch(line.colour, line.dash)} {escape(line.name)}"
         + ("" if ok.all() else f" ({(~ok).sum()} of {len(ok)} not finite)")
@@ -113,7 +120,7 @@ def _widened(values: np.ndarray, share: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
+def round_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     """Round numbers within the range, about ``count`` of them, and how they are written."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -124,10 +131,10 @@ def _ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     return [(float(t), f"{t + 0.0:.{places}f}" if plain else f"{t:.3g}") for t in ticks]
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Powers of ten between ``10 ** low`` and ``10 ** high``, or 1, 2 and 5 of each where these are few."""
     powers = range(max(math.floor(low), -307), min(math.ceil(high), 307) + 1)  # a margin may have no floats
-    factors = (1,) if high - low > 3 else (1, 2, 5)
+    factors = (1,) if high - low > 2.3 else (1, 2, 5)  # at most 8, of which none need be left out
     ticks = [k * 10.0**power for power in powers for k in factors if low <= math.log10(k) + power <= high]
     return [(tick, f"{tick:g}") for tick in ticks[:: max(1, math.ceil(len(ticks) / 8))]]
 

@@ -56,6 +56,7 @@ def save_evaluation(
     names: Sequence[str] | None = None,
     images: tuple[int, ...] | None = None,
     worst: int = 12,
+    of: str | None = None,
 ) -> Path:
     """Write folder/evaluation.npz for the run's page: the confusion matrix and the worst examples; returns that file.
 
@@ -68,6 +69,7 @@ def save_evaluation(
         images: the shape of an input as a picture, (H, W), (H, W, 3) or (H, W, 4), e.g. (28, 28) for inputs of 784
             numbers. None takes inputs that have such a shape, or (H, W, 1), and () takes none.
         worst: how many examples are kept, those of the greatest cross entropy.
+        of: what the examples are, as "the test set"; the page says it.
 
     The file holds ``confusion`` (K, K) by [target, prediction] and, a row for each of the worst examples, ``index`` in
     the data, ``target``, ``prediction`` (-1 where a logit is NaN), ``loss`` and ``pictures``, as bytes from the least
@@ -115,6 +117,8 @@ def save_evaluation(
     index = index[weights[index] > 0][:worst]
     arrays = {"confusion": confusion, "examples": weights.sum(), "index": index}
     arrays |= {"target": targets[index], "prediction": prediction[index], "loss": loss[index]}
+    if of is not None:
+        arrays["of"] = np.asarray(of)
     if names is not None:
         arrays["names"] = np.asarray([str(name) for name in names])
     if pictures is not None:
@@ -181,7 +185,9 @@ class Reading(NamedTuple):
 def read_run(folder: str | Path) -> Reading:
     """What the folder of a run holds; RunError where it is not a run's."""
     folder, notes = _run_folder(folder), []
-    files = {name: _json(folder / f"{name}.json", notes) for name in ("config", "environment", "summary", "nonfinite")}
+    files = {
+        name: read_json(folder / f"{name}.json", notes) for name in ("config", "environment", "summary", "nonfinite")
+    }
     rows, odd = _rows(folder / "metrics.jsonl", notes), []
     epochs = [row for row in rows if row.get("kind", "epoch") == "epoch"]
     evaluations = [row for row in rows if row.get("kind") == "evaluation"]
@@ -202,7 +208,7 @@ def read_run(folder: str | Path) -> Reading:
     return Reading(
         folder,
         **files,
-        audit=_json(folder / "audit.json", notes),
+        audit=read_json(folder / "audit.json", notes),
         trained={name: series for name, series in trained.items() if name not in evaluated},
         evaluated=evaluated,
         last=max((row["step"] for row in (*epochs, *evaluations)), default=None),
@@ -257,6 +263,7 @@ def _check_evaluation(stored: Mapping[str, np.ndarray]) -> None:
         and (pictures.dtype, len(pictures)) == (np.uint8, count)
         and (pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[-1] in (3, 4)))
         and all(pictures.shape[1:])
+        and stored.get("examples", np.zeros(())).shape == () == stored.get("of", np.asarray("")).shape
     ):
         raise ValueError
 
@@ -284,7 +291,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """The object in a file, or nothing."""
     if not path.is_file():
         return {}

@@ -139,9 +139,11 @@ STYLE = """
 .fnet-run th { font-weight: 600; }
 .fnet-run td code { white-space: normal; }
 .fnet-run code { font: 13px ui-monospace, monospace; background: none; color: inherit; }
-.fnet-run .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24em), 1fr));
+.fnet-run .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24em), 1fr));
   gap: 1.2em 1.5em; }
-.fnet-run .chart { margin: 0; max-width: 38em; }
+.fnet-run .chart { margin: 0; max-width: 46em; }
+.fnet-run .spot text { visibility: hidden; pointer-events: none; font-weight: 600; }
+.fnet-run .spot:hover text { visibility: visible; }
 .fnet-run .chart > svg { display: block; width: 100%; height: auto; overflow: visible; }
 .fnet-run .chart figcaption { font-weight: 600; overflow-wrap: anywhere; }
 .fnet-run .legend { display: flex; flex-wrap: wrap; gap: 0 1em; margin: 0; padding: 0; list-style: none;
@@ -156,9 +158,10 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; background: light-dark(#fff, #14161a); color: light-dark(#1b1d21, #e6e7ea); }
 body { margin: 0; }
 header, nav, main, footer { max-width: 88em; margin: 0 auto; padding: 0 1.2em; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34em), 1fr)); column-gap: 3em; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34em), 1fr)); column-gap: 3em;
+  grid-auto-flow: row dense; }
 section { min-width: 0; padding: 1em 0 1.4em; border-top: 1px solid rgba(128, 128, 128, .35); }
-section:has(.charts, .pictures, .compared, .alert) { grid-column: 1 / -1; }
+section:has(.chart + .chart, .shown, .pictures, .compared, .alert) { grid-column: 1 / -1; }
 section p { margin: .2em 0 .6em; }
 h1 { font-size: 1.6em; line-height: 1.2; margin: .8em 0 .3em; overflow-wrap: anywhere; }
 h2 { font-size: 1.2em; margin: 0 0 .5em; }
@@ -167,6 +170,14 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: .6em 0; paddin
 a { color: light-dark(#0b5cad, #7db8f5); }
 footer, .none, .note { opacity: .75; }
 .pill { display: inline-block; padding: 0 .6em; border-radius: 1em; font-size: 13px; font-weight: 600; }
+.shown { margin: 0 0 1.2em; }
+.shown img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.scroll { --ground: light-dark(#fff, #14161a); --shade: light-dark(rgba(0, 0, 0, .22), rgba(255, 255, 255, .28));
+  background:  /* a shade at the side to which there is more; what moves with the table hides it at its end */
+    linear-gradient(to right, var(--ground) 40%, transparent) left / 3em 100% no-repeat local,
+    linear-gradient(to left, var(--ground) 40%, transparent) right / 3em 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 1em 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 1em 100% no-repeat scroll; }
 .warning { color: light-dark(#8a3b00, #ffb877); }
 .runs { padding: 0; list-style: none; }
 .runs p { display: inline; }

@@ -25,22 +25,41 @@ def new_figure(columns: int = 1, height: float = 4.0, width: float = 5.0, rows: 
     return figure, figure.subplots(rows, columns)
 
 
+WHOLE = ("epoch", "epochs", "layer", "step", "steps", "update", "updates")  # of which there are no halves
+
+
 def save_figure(figure, path: str | Path) -> None:
-    """Write a figure as PNG; an axis that is to be logarithmic, of which nothing drawn is above 0, is linear."""
+    """Write a figure as PNG.
+
+    An axis that is to be logarithmic, of which nothing drawn is above 0, is linear; below one of epochs, steps, updates
+    or layers only whole numbers stand.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     for ax in figure.axes:
+        if ax.get_xlabel() in WHOLE and isinstance(places := ax.xaxis.get_major_locator(), MaxNLocator):
+            places.set_params(integer=True)
         for name, least in (("x", ax.dataLim.minposx), ("y", ax.dataLim.minposy)):
             if getattr(ax, f"get_{name}scale")() == "log" and not np.isfinite(least):  # matplotlib cannot
                 ax.set(**{f"{name}scale": "linear"})
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+def plot_curves(
+    runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path, chance: Mapping[str, float] | None = None
+) -> None:
     """Loss, accuracy and gradient norm over the epochs, a colour for each run, dashed where it is the validation's.
 
-    ``runs`` maps a run's name to its metrics per epoch, as in `fnet.History.epochs`; panels without data are left out.
+    ``runs`` maps a run's name to its metrics per epoch, as in ``fnet.History.epochs``; panels without data are
+    left out. A dotted line names the epoch of a run's lowest validation loss, and one what guessing gives,
+    where ``chance`` has it: ``{"loss": math.log(10), "accuracy": 0.1}``.
     """
     panels = {"loss": "log", "accuracy": "linear", "gradient_norm/all": "log"}
     panels = {name: scale for name, scale in panels.items() if any(name in run for run in runs.values())}
+    chance, lowest = chance or {}, {}
+    for i, run in enumerate(runs.values()):
+        if np.isfinite(run.get("validation_loss", np.nan)).any():
+            lowest.setdefault(int(run["epoch"][np.nanargmin(run["validation_loss"])]), f"C{i}")
     figure, axes = new_figure(len(panels))
     for ax, (name, scale) in zip(np.ravel(axes), panels.items(), strict=True):
         for i, (title, run) in enumerate(runs.items()):
@@ -58,7 +77,12 @@ def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
                         alpha=0.5 if width > 2 else 1,
                         label=label,
                     )
-        ax.set(xlabel="epoch", ylabel=name.removesuffix("/all").replace("_", " "), yscale=scale)
+        if name in chance:
+            ax.axhline(chance[name], color="0.4", linestyle=":", label=f"chance, {chance[name]:.3g}")
+        for epoch, color in lowest.items() if name != "gradient_norm/all" else ():
+            ax.axvline(epoch, color=color, linestyle=":", label=f"lowest validation loss, epoch {epoch}")
+        title = "norm of the gradient" if name == "gradient_norm/all" else name
+        ax.set(xlabel="epoch", title=title + " (logarithmic)" * (scale == "log"), yscale=scale)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
     save_figure(figure, path)
@@ -159,6 +183,8 @@ def plot_history(history: History, path: str | Path | None = None):
         ax.set(xlabel=panel.x_label, yscale="log" if is_logarithmic(panel.lines) else "linear")
         if (at := best_at(history, panel.x_label)) is not None:
             ax.axvline(at, color="grey", linestyle=":", label=f"best, {panel.x_label} {whole(at)}")
+            last = max(float(line.x[-1]) for line in panel.lines)
+            ax.axvline(last, color="grey", linestyle="--", label=f"stopped, {panel.x_label} {whole(last)}")
         ax.set_title(panel.title.replace("_", " ").replace("$", r"\$"))
         ax.grid(alpha=0.3)
         handles, labels = ax.get_legend_handles_labels()

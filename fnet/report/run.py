@@ -15,6 +15,7 @@ import numpy as np
 
 from fnet.report.audit import Html, code, pill
 from fnet.report.charts import line_chart, png, swatch
+from fnet.report.experiment import is_experiment, write_experiment
 from fnet.report.folder import Reading, best, direction, read_run, scalars
 from fnet.report.html import (
     STYLE,
@@ -45,31 +46,64 @@ CLASSES = 30  # whose confusion matrix is shown whole
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """Write the page of a run to folder/report.html, or to the file ``path``, and return that file.
 
-    The page is made of what is in the folder by then: the run may still be going, or have been killed. A page that fnet
-    wrote is replaced. RunError where the folder is not a run's, FileExistsError where the file is not a page of fnet's.
+    The page is made of what is in the folder by then: the run may still be going, or have been killed. Of an
+    experiment's folder without metrics it shows the configuration, the numbers of results.json, the pictures, and links
+    to all else that lies there. A page that fnet wrote is replaced. RunError where the folder is neither,
+    FileExistsError where the file is not a page of fnet's.
     """
+    if is_experiment(Path(folder)):
+        return write_experiment(Path(folder), Path(path) if path else Path(folder) / "report.html")
     run = read_run(folder)
     panels = panels_of(run.trained, run.evaluated, "step")
     norms = [panel for panel in panels if panel.title == "gradient_norm"]
-    name = run.folder.absolute().name
+    in_table = scalars({**run.trained, **run.evaluated})
+    constant = [panel for panel in panels if panel.title in in_table and is_constant(panel)]
+    curves = [panel for panel in panels if not any(panel is other for other in (*norms, *constant))]
     sections = {
-        "Curves": charts([panel for panel in panels if panel not in norms])
-        or "No epoch and no evaluation was completed.",
-        "Gradient norms by layer": charts(norms)
-        or "Not measured; make_step(monitors={'gradient_norm': fnet.metrics.gradient_norms}) does.",
-        "Numbers": grid(NUMBERS, numbers({**run.trained, **run.evaluated}, "step")) or "None.",
+        "Curves": charts(curves) or "No epoch and no evaluation was completed." * (not panels),
+        "Gradient norms by layer": charts(norms),
+        "Numbers": grid(NUMBERS, numbers({**run.trained, **run.evaluated}, "step")),
         "Confusion matrix": confusion_section(run),
         "Worst examples": worst_section(run),
         "Gradient audit": audit_section(run.audit),
         **explorer_section(run.folder, Path(path).parent if path else run.folder),
-        "Time and memory": pairs(described(run.summary)) or "No summary.json: it is written when a run ends.",
-        "Configuration": pairs(flat(run.config)) or "Empty: fnet.Run was given none.",
-        "Environment": pairs(flat(run.environment)) or "No environment.json.",
+        "Time and memory": pairs(described(run.summary)),
+        "Configuration": pairs(flat(run.config)),
+        "Environment": pairs(flat(run.environment)),
     }
+    absent = "".join(f"<li>{escape(name)}: {escape(MAKES[name])}</li>" for name in MAKES if not sections[name])
+    sections = {name: content for name, content in sections.items() if content}
+    if absent:
+        sections["Not in this folder"] = f'<ul class="note">{absent}</ul>'
     if run.nonfinite:
         found = pairs(flat(run.nonfinite))
         sections = {"Not finite": f'<p class="alert">The run met a number that is not finite.</p>{found}', **sections}
-    return write_page(Path(path) if path else run.folder / "report.html", f"Run {name}", status(run), sections)
+    title = f"{name_of(run.folder)}, {date_time(run.written)[:10]}"
+    return write_page(Path(path) if path else run.folder / "report.html", title, status(run), sections)
+
+
+MAKES = {  # the sections that only some folders have, and what makes them
+    "Gradient norms by layer": "make_step(monitors={'gradient_norm': fnet.metrics.gradient_norms}) measures them",
+    "Confusion matrix": "fnet.report.save_evaluation(folder, outputs, batch) writes evaluation.npz",
+    "Worst examples": "fnet.report.save_evaluation(folder, outputs, batch) writes evaluation.npz",
+    "Gradient audit": "fnet.report.save_audit(folder, fnet.check_model(...)) writes audit.json",
+    "Time and memory": "summary.json is written when a run ends",
+    "Configuration": "fnet.Run was given none",
+}
+
+
+def name_of(folder: Path) -> str:
+    """``Run A``, or of a run within an experiment's folder the experiment, its name and the run's."""
+    folder = folder.absolute()
+    if (folder.parent / "config.json").is_file():
+        return f"{folder.parent.parent.name}: {folder.parent.name}/{folder.name}"
+    return f"Run {folder.name}"
+
+
+def is_constant(panel: Panel) -> bool:
+    """Whether all its values are one number, of a metric that has no best."""
+    values = np.concatenate([line.y for line in panel.lines])
+    return not direction(panel.title) and bool((values == values[0]).all())
 
 
 def status(run: Reading) -> str:
@@ -120,12 +154,19 @@ def confusion_section(run: Reading) -> str:
     kept = run.evaluation
     if kept:
         names = kept.get("names", np.arange(len(kept["confusion"])))
-        return confusion_table(kept["confusion"], [str(name) for name in names])
+        return evaluated_on(kept) + confusion_table(kept["confusion"], [str(name) for name in names])
     for name, (x, values) in reversed(run.evaluated.items()):
         if name.endswith("confusion") and values.ndim == 3 and values.shape[1] == values.shape[2]:
             of = f"<p>Shares of all examples: {code(name)} of the evaluation at step {x[-1]:,}.</p>"
             return of + confusion_table(values[-1], [str(i) for i in range(values.shape[1])])
-    return "None; fnet.report.save_evaluation(folder, outputs, batch) writes evaluation.npz."
+    return ""
+
+
+def evaluated_on(kept: Mapping[str, np.ndarray]) -> str:
+    """What `save_evaluation` was given, in a line."""
+    examples = f"{float(kept['examples']):,.6g} examples" if "examples" in kept else ""
+    of = str(kept["of"]) if "of" in kept else ""
+    return f"<p>On {escape(', '.join(words for words in (of, examples) if words))}.</p>" if of or examples else ""
 
 
 def confusion_table(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -164,13 +205,13 @@ def worst_section(run: Reading) -> str:
     """The examples of evaluation.npz of the greatest loss, as pictures if they are."""
     kept = run.evaluation
     if not kept or not len(kept["index"]):
-        return "None; fnet.report.save_evaluation(folder, outputs, batch) writes evaluation.npz."
+        return ""
     names = [str(name) for name in kept.get("names", np.arange(len(kept["confusion"])))]
     target, predicted = ([names[i] if i >= 0 else "nothing" for i in kept[name]] for name in ("target", "prediction"))
     loss, index = [f"{value:.4g}" for value in kept["loss"]], kept["index"].tolist()
     rows = list(zip(index, target, predicted, loss, strict=True))
     if "pictures" not in kept:
-        return grid(("example", "true", "predicted", "cross entropy"), rows)
+        return evaluated_on(kept) + grid(("example", "true", "predicted", "cross entropy"), rows)
     figures = ""
     for picture, (number, true, taken, value) in zip(kept["pictures"], rows, strict=True):
         words = f"true {escape(true)}, predicted {escape(taken)}"
@@ -179,7 +220,7 @@ def worst_section(run: Reading) -> str:
             f'<li><figure><img alt="example {number}" src="data:image/png;base64,{data}">'
             f"<figcaption><strong>{words}</strong><br>loss {value}, example {number}</figcaption></figure></li>"
         )
-    return f'<ol class="pictures">{figures}</ol>'
+    return f'{evaluated_on(kept)}<ol class="pictures">{figures}</ol>'
 
 
 def explorer_section(folder: Path, beside: Path) -> dict[str, str]:
@@ -194,7 +235,7 @@ def explorer_section(folder: Path, beside: Path) -> dict[str, str]:
 def audit_section(audit: Mapping[str, Any]) -> str:
     """The verdict of audit.json, and a row for each leaf."""
     if not audit:
-        return "None; fnet.report.save_audit(folder, fnet.check_model(...)) writes audit.json."
+        return ""
     leaves = audit.get("leaves")
     leaves = [leaf for leaf in leaves if isinstance(leaf, dict)] if isinstance(leaves, list) else []
     ok = audit.get("ok") is True

@@ -104,7 +104,7 @@ def fit(
 
     With a ``placement`` (`fnet.placement`) the state and the batches are split over the devices of its mesh. The
     numbers are those of one device to rounding, and a run's folder may be resumed on any mesh. Of several processes
-    (`fnet.processes`) all call this with the same arguments: each reads its part of the data, observers are called in
+    (``fnet.processes``) all call this with the same arguments: each reads its part of the data, observers are called in
     all, and the first writes; a signal, a "stop" and an error of one are all's.
 
     ``ts`` is copied once, so the caller's buffers stay valid. Before anything is computed the data are checked and the

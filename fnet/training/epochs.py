@@ -74,7 +74,7 @@ def train(
     numbers, ``ts``, ``data`` and their weights. Forward mode (`jax.jvp`, `jax.jacfwd`) costs as much memory as
     the run; take it for few numbers. Reverse mode (`jax.grad`) keeps what each step's derivative needs; with
     ``checkpoint`` it keeps some states, and computes each step so many times more: 2 keeps about 2√T of T states, L
-    about L T^(1/L) (`scan_in_segments`).
+    about L T^(1/L) (``scan_in_segments``).
 
     Give ``data`` and ``validation`` as arguments of the function that you compile: what it closes over becomes a
     constant of the program. Nothing is checked here but the batch size, and data that are NumPy's; `fit` checks more.

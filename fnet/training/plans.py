@@ -54,6 +54,7 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 459e12, 95e9, 600e9, 600e9, 8960),
     "v6e": Chip("TPU v6e", 918e12, 32e9, 400e9, 400e9, 256),
 }
+"""The chips that `plan` knows by name: operations a second, memory, bytes a second to near and far devices."""
 REACHED = 0.45  # of a chip's best, what large products in a training step come to
 
 
@@ -121,7 +122,7 @@ def plan(
     reduce-scattered in float32 (XLA sends those of convolutions in 16 bits where it computes in them), then all-reduced
     over data. Of a leaf whose rows are split over tensor the outputs are all-reduced (and half of them once more where
     they are computed again), of one whose columns are the gradient by its inputs.
-    **Time.** Operations as they are written over `REACHED` of the chip's best; bytes over the rate within a group of
+    **Time.** Operations as they are written over ``REACHED`` of the chip's best; bytes over the rate within a group of
     devices, or between groups where an axis goes beyond one (the mesh's last axis has the nearest neighbours). Nothing
     overlaps.
 

@@ -40,7 +40,7 @@ def generate(
 
     With ``context`` the model maps ids ``(B, T)`` to logits ``(B, T, V)`` and is causal, as `fnet.models.gpt`; it is
     given the last ``context`` ids each time. While all ids are no more than that, and its layers know how, it is given
-    one id at a time, with the keys and values of those before in a cache (`fnet.layers.decoding`): the same to
+    one id at a time, with the keys and values of those before in a cache (``fnet.layers.decoding``): the same to
     rounding, at the cost of one. With ``cache`` True a model whose layers do not is refused, with False none is used.
     Without ``context`` the model maps ``(ids, carry)`` to ``(logits, carry)``, as `fnet.models.recurrent_lm`, and is
     given the prompt, then one id at a time.

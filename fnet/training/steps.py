@@ -19,6 +19,7 @@ from fnet.gradients.engines import Gradient, refuse_names
 from fnet.types import Batch, Layer, Mean, Optimizer, PyTree, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+"""``step(ts, batch) -> ts, metrics``: one update, a pure function; `make_step` makes them."""
 
 
 def init_train_state(

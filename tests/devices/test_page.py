@@ -1,4 +1,4 @@
-"""The code of docs/several-devices.md runs as it stands."""
+"""The code of docs/how-to/several-devices.md runs as it stands."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 from tests.pages import blocks_of, run_blocks
 
-PAGE = Path(__file__).parents[2] / "docs" / "several-devices.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "several-devices.md"
 
 
 def test_the_pages_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def wavenet(
     *,
     channels: int,
     skip: int,
-    dilations: Sequence[int] = (*(2**i for i in range(10)),) * 3,
+    dilations: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) * 3,
     kernel_size: int = 2,
 ) -> Layer:
     """WaveNet over ids ``(B, T)`` of samples, such as the 256 of μ-law, to logits ``(B, T, V)`` of each next one.

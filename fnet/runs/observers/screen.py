@@ -18,8 +18,8 @@ def progress(title: str = "training", console=None) -> Observer:
     """A progress bar that stands from the start of the run on, also while it compiles (needs rich).
 
     Beneath it the last chunk's loss, accuracy and learning rate, and the losses and accuracies of the last evaluation.
-    Where the console is no terminal, or the environment has CI=true, one plain line per epoch instead. A run that does
-    not begin at step 0 says where it continues, and one that a rule has stopped where and why.
+    Where the console is no terminal, or the environment has CI=true, plain lines instead: that it compiles, and one
+    per epoch. A run that does not begin at step 0 says where it continues, one that a rule has stopped where and why.
     """
     need("progress", "rich")
     from rich.console import Console, Group
@@ -62,6 +62,8 @@ def progress(title: str = "training", console=None) -> Observer:
             say(f"continues at step {event.step}/{event.steps}, epoch {event.epoch}/{event.epochs}")
         if alive:
             draw(event)
+        elif event.kind == "start":
+            say("compiling")
         elif event.kind == "epoch":
             numbers = _line(event.metrics, ("loss", "accuracy", *_of_sets(event.metrics)))
             say(f"epoch {event.epoch}/{event.epochs}  {numbers}")

@@ -12,6 +12,7 @@ from fnet.runs.arguments import in_steps
 from fnet.runs.history import Event
 
 Observer = Callable[[Event], str | None]
+"""What `fit` calls with each `Event`, between chunks; it may return "stop"."""
 
 
 def require_bins(who: str, bins: int) -> None:
