@@ -4,8 +4,8 @@
     make bench-all ARGS="--only imports models"
 
 One that fails does not keep the others from running: it is named at the end, and the exit status is 1. At the end
-benchmarks/results/README.md is written of all documents that are there. The machine is to be idle: on two cores all of
-it takes some 25 minutes.
+benchmarks/results/README.md and the ratios in the README are written of all documents that are there. The machine is
+to be idle: on two cores all of it takes some 25 minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- ratios: written by make bench-all -->\n", "<!-- end of ratios -->\n"
+IN_SHORT = (  # what the README shows: words, and where the ratio stands: document, table, row, and relative to what
+    ("training 784-128-64-10, by hand", "s1", "the training alone, after warm-up", "fnet backprop", "torch"),
+    ("the same from a process' start to its end", "s1", "the whole process", "fnet backprop", "torch"),
+    ("a training step of an LSTM, by hand", "models", "lstm: a training step", "fnet backprop", "torch"),
+    ("a training step of a GPT, by hand", "models", "gpt: a training step", "fnet backprop", "torch"),
+    ("a training step of LeNet-5: by hand", "models", "lenet: a training step", "fnet backprop", "fnet autodiff"),
+)
 BENCHMARKS: dict[str, list[str]] = {  # and what they are given
     "imports": [],
     "compile": [],
@@ -61,6 +70,24 @@ def page(documents: Iterable[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_short(documents: Iterable[dict]) -> str:
+    """The README's table: the ratios of `IN_SHORT`, of what was measured."""
+    by_name = {document["benchmark"]: document for document in documents}
+    lines = [_row(["time", "relative to", "median (least–most)"]), _row(["---", "---", "---"])]
+    for words, name, title, row, base in IN_SHORT:
+        tables = {table["title"]: table for table in by_name.get(name, {"tables": []})["tables"]}
+        for found in (each for each in tables.get(title, {"rows": []})["rows"] if each["name"] == row):
+            shown = {"torch": "PyTorch, eager, fused Adam", "fnet autodiff": "fnet by autodiff"}[base]
+            lines.append(_row([words, shown, _ratio(found["ratios"][base], several=True)]))
+    return "\n".join(lines) + "\n"
+
+
+def with_ratios(text: str, documents: Iterable[dict]) -> str:
+    """The README's text with `in_short` between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + in_short(documents) + END + rest.split(END)[1]
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -92,6 +119,7 @@ def main() -> None:
         seconds[name] = time.perf_counter() - begin
     if documents := documents_in(RESULTS):
         (RESULTS / "README.md").write_text(page(documents), encoding="utf-8")
+        README.write_text(with_ratios(README.read_text(encoding="utf-8"), documents), encoding="utf-8")
     for name, took in {**seconds, "all": sum(seconds.values())}.items():
         print(f"{name:18}{took:7.0f} s{'  failed' if name in failed else ''}")
     if failed:

@@ -127,9 +127,20 @@ def test_the_page_in_the_checkout_is_that_of_its_documents():
     assert (runner.RESULTS / "README.md").read_text() == runner.page(runner.documents_in(runner.RESULTS))
 
 
+def test_the_readmes_ratios_are_those_of_the_documents():
+    text = runner.README.read_text()
+    assert text == runner.with_ratios(text, runner.documents_in(runner.RESULTS))
+    rows = [{"name": "fnet backprop", "ratios": {"torch": {"median": 0.5, "least": 0.25, "most": 1.0}}}]
+    document = {"benchmark": "models", "tables": [{"title": "gpt: a training step", "rows": rows}]}
+    assert runner.in_short([document]).splitlines()[2:] == [
+        "| a training step of a GPT, by hand | PyTorch, eager, fused Adam | 0.50 (0.25–1.00) |"
+    ]
+
+
 def test_one_that_fails_is_named_at_the_end_and_the_others_run(monkeypatch, capsys, tmp_path):
     started = []
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "README", tmp_path / "README.md")
 
     def run(command, check):
         started.append(command[2].removeprefix("benchmarks."))
