@@ -731,9 +731,9 @@ print([bool((other.params["w"] == end.params["w"]).all()) for other in (train, t
 """
 
 
-def test_with_the_flag_that_the_readme_names_any_loop_has_fits_bits():
+def test_with_the_flag_that_conventions_name_any_loop_has_fits_bits():
     flag = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=0"
-    assert flag in (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    assert flag in (pathlib.Path(__file__).parents[1] / "docs" / "conventions.md").read_text()
     environment = {**os.environ, "XLA_FLAGS": flag}
     run = subprocess.run([sys.executable, "-c", ONE_EMITTER], env=environment, capture_output=True, text=True)
     assert (run.stdout, run.returncode) == ("[True, True]\n", 0), run.stderr
