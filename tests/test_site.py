@@ -7,21 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import chromium
-
 pytestmark = pytest.mark.long
 
 SITE = Path(__file__).parents[1] / "docs" / "_build" / "html"
 PAGES = sorted(path for path in SITE.rglob("*.html") if not {"_modules", "_static"} & set(path.parts))
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(autouse=True)
+def built():
     if not PAGES:
         missing = "NOT TESTED: the site is not built (make docs)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
-    with chromium() as started:
-        yield started
 
 
 def test_no_page_asks_another_host_or_is_wider_than_a_phone(browser):
@@ -47,13 +43,13 @@ def test_search_finds_words_from_a_file(browser, word):
     assert found
 
 
-def test_each_page_of_mathematics_and_reference_names_itself(browser):
+def test_each_page_of_the_reference_is_in_its_index():
     index = (SITE / "reference" / "index.html").read_text()
     for name in ("layers", "losses", "optimizers", "runs"):
         assert f'href="{name}.html"' in index
     assert 'id="fnet.dense"' in (SITE / "reference" / "layers.html").read_text()
 
 
-def test_spanish_pages_say_that_they_are_spanish(browser):
+def test_spanish_pages_say_that_they_are_spanish():
     assert '<html lang="es"' in (SITE / "es" / "learn" / "index.html").read_text()
     assert '<html lang="en"' in (SITE / "index.html").read_text()
