@@ -2,7 +2,7 @@
 
 A peer is prepared by ``prepare(name, size, batch) -> run, about``: ``run(steps)`` makes so many updates of one batch
 that lies on the device, and waits for the last; ``about`` says what was compiled and how large it is. The modules of
-torch and flax are written out here, so that nothing but the two need be installed.
+torch and flax are those of `benchmarks.peers`, which need nothing but the two and optax.
 
 Legend: B batch, T time, E embedding, H units, V vocabulary.
 """
@@ -211,46 +211,25 @@ def bytes_by_jax(program) -> dict:
 
 
 def flax_model(name: str, size: dict):
+    """Those of `benchmarks.peers.linen`, ResNet with the stem for large images, GPT in bfloat16 with jax' attention."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
 
-    if name == "mlp":
-        layers = [layer for width in size["units"][1:] for layer in (nn.Dense(width), nn.relu)]
-        return nn.Sequential(layers[:-1])
-
-    class LeNet(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.max_pool(nn.relu(nn.Conv(6, (5, 5))(x)), (2, 2), (2, 2))
-            x = nn.max_pool(nn.relu(nn.Conv(16, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
-            x = nn.relu(nn.Dense(120)(x.reshape(x.shape[0], -1)))
-            return nn.Dense(10)(nn.relu(nn.Dense(84)(x)))
+    from benchmarks.peers import linen
 
     class ResNet(nn.Module):
         @nn.compact
         def __call__(self, x):
-            def normed(x, features, kernel, stride=1):
-                edge = (kernel - 1) // 2
-                x = nn.Conv(features, (kernel, kernel), stride, padding=((edge, edge),) * 2, use_bias=False)(x)
-                return nn.BatchNorm(use_running_average=False)(x)
-
-            x = nn.relu(normed(x, size["width"], 7, 2))
+            x = nn.relu(linen.Conv(size["width"], 7, 2)(x))
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
             for stage, count in enumerate(size["blocks"]):
                 features = size["width"] * 2**stage
                 for block in range(count):
                     stride = 2 if stage and not block else 1
-                    y = nn.relu(normed(x, features, 3, stride))
-                    y = normed(y, features, 3)
-                    x = nn.relu(y + (normed(x, features, 1, stride) if stride == 2 else x))
+                    y = linen.Conv(features)(nn.relu(linen.Conv(features, 3, stride)(x)))
+                    x = nn.relu(y + (linen.Conv(features, 1, stride)(x) if stride == 2 else x))
             return nn.Dense(size["classes"])(x.mean((1, 2)))
-
-    class LSTM(nn.Module):
-        @nn.compact
-        def __call__(self, ids):
-            x = nn.Embed(size["vocabulary"], size["features"])(ids)
-            return nn.Dense(size["vocabulary"])(nn.RNN(nn.OptimizedLSTMCell(size["units"]))(x))
 
     class GPT(nn.Module):
         @nn.compact
@@ -268,7 +247,11 @@ def flax_model(name: str, size: dict):
                 x = x + nn.Dense(d, **low)(nn.gelu(y))
             return embed.attend(nn.LayerNorm(epsilon=1e-5, **low)(x)).astype(jnp.float32)
 
-    return {"lenet": LeNet, "resnet": ResNet, "lstm": LSTM, "gpt": GPT}[name]()
+    if name == "mlp":
+        return linen.MLP(size["units"])
+    if name == "lstm":
+        return linen.Recurrent(nn.OptimizedLSTMCell, size["vocabulary"], size["features"], size["units"])
+    return {"lenet": linen.LeNet, "resnet": ResNet, "gpt": GPT}[name]()
 
 
 def flax_by():
@@ -308,81 +291,28 @@ def flax_by():
 
 
 def torch_model(name: str, size: dict):
+    """Those of `benchmarks.peers.pytorch`, ResNet with the stem for large images."""
     import torch
     from torch import nn
-    from torch.nn import functional as F
 
-    class Normed(nn.Sequential):
-        def __init__(self, inputs, features, kernel, stride=1):
-            conv = nn.Conv2d(inputs, features, kernel, stride, (kernel - 1) // 2, bias=False)
-            super().__init__(conv, nn.BatchNorm2d(features))
-
-    class Basic(nn.Module):
-        def __init__(self, inputs, features, stride):
-            super().__init__()
-            self.first, self.second = Normed(inputs, features, 3, stride), Normed(features, features, 3)
-            self.shortcut = Normed(inputs, features, 1, stride) if stride == 2 else nn.Identity()
-
-        def forward(self, x):
-            return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
-
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(size["vocabulary"], size["features"])
-            self.lstm = nn.LSTM(size["features"], size["units"], batch_first=True)
-            self.out = nn.Linear(size["units"], size["vocabulary"])
-
-        def forward(self, ids):
-            return self.out(self.lstm(self.embed(ids))[0])
-
-    class Block(nn.Module):
-        def __init__(self, d, heads):
-            super().__init__()
-            self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
-            self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-            self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
-
-        def forward(self, x):
-            parts = self.qkv(self.norm1(x)).split(x.shape[-1], -1)
-            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).flatten(2))
-            return x + self.mlp(self.norm2(x))
-
-    class GPT(nn.Module):
-        def __init__(self):
-            super().__init__()
-            d = size["features"]
-            self.embed, self.positions = nn.Embedding(size["vocabulary"], d), nn.Embedding(size["length"], d)
-            nn.init.normal_(self.embed.weight, std=0.02)
-            self.blocks = nn.Sequential(*(Block(d, size["heads"]) for _ in range(size["layers"])))
-            self.norm = nn.LayerNorm(d)
-
-        def forward(self, ids):
-            x = self.embed(ids) + self.positions.weight[None, : ids.shape[1]]
-            return F.linear(self.norm(self.blocks(x)), self.embed.weight)
+    from benchmarks.peers import pytorch
 
     torch.manual_seed(0)
     if name == "mlp":
-        widths = size["units"]
-        pairs = [layer for n, m in itertools.pairwise(widths) for layer in (nn.Linear(n, m), nn.ReLU())]
-        return nn.Sequential(*pairs[:-1])
+        return pytorch.mlp(size["units"])
     if name == "lenet":
-        return nn.Sequential(
-            *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-            *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
-        )
+        return pytorch.lenet()
     if name == "resnet":
         width, layers, inputs = size["width"], [], size["width"]
         for stage, count in enumerate(size["blocks"]):
             for block in range(count):
-                layers.append(Basic(inputs, width * 2**stage, 2 if stage and not block else 1))
+                layers.append(pytorch.BasicBlock(inputs, width * 2**stage, 2 if stage and not block else 1))
                 inputs = width * 2**stage
-        stem = Normed(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        stem = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         return nn.Sequential(*stem, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, size["classes"]))
-    return Recurrent() if name == "lstm" else GPT()
+    if name == "lstm":
+        return pytorch.Recurrent(nn.LSTM, size["vocabulary"], size["features"], size["units"])
+    return pytorch.GPT(*(size[key] for key in ("vocabulary", "length", "layers", "features", "heads")))
 
 
 def torch_by(*, compiled: bool):

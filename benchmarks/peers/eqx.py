@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import optax
 from equinox import nn
 
-from benchmarks.peers import BLOCKS, EMBEDDED, FEATURES, HEADS, LENGTH, RATE, UNITS, VOCABULARY, WIDTHS, Prepared
+from benchmarks.peers import (
+    BLOCKS,
+    EMBEDDED,
+    FEATURES,
+    HEADS,
+    LENGTH,
+    RATE,
+    UNITS,
+    VOCABULARY,
+    WIDTHS,
+    Prepared,
+    in_a_scan,
+)
 
 
 def keys_of(key):
@@ -213,6 +225,4 @@ def prepare(name: str, inputs, targets) -> Prepared:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (eqx.apply_updates(params, updates), state, opt_state), loss
 
-    program = jax.jit(lambda start, x, y: jax.lax.scan(step, start, (x, y))[1])
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Prepared(lambda: program(start, x, y)[-1].item(), parameters)
+    return in_a_scan(step, start, params, x, y)

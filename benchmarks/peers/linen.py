@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from benchmarks.peers import BLOCKS, EMBEDDED, FEATURES, HEADS, LENGTH, RATE, UNITS, VOCABULARY, WIDTHS, Prepared
+from benchmarks.peers import BLOCKS, FEATURES, HEADS, LENGTH, RATE, RECURRENCE, VOCABULARY, WIDTHS, Prepared, in_a_scan
 
 
 class MLP(nn.Module):
+    widths: tuple[int, ...]  # the inputs' first
+
     @nn.compact
     def __call__(self, x):
-        for width in WIDTHS[1:-1]:
+        for width in self.widths[1:-1]:
             x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(WIDTHS[-1])(x)
+        return nn.Dense(self.widths[-1])(x)
 
 
 class LeNet(nn.Module):
@@ -55,10 +57,14 @@ class ResNet8(nn.Module):
 
 class Recurrent(nn.Module):
     cell: Any
+    vocabulary: int
+    features: int
+    units: int
 
     @nn.compact
     def __call__(self, ids):
-        return nn.Dense(VOCABULARY)(nn.RNN(self.cell(UNITS))(nn.Embed(VOCABULARY, EMBEDDED)(ids)))
+        x = nn.Embed(self.vocabulary, self.features)(ids)
+        return nn.Dense(self.vocabulary)(nn.RNN(self.cell(self.units))(x))
 
 
 class GPT(nn.Module):
@@ -75,12 +81,12 @@ class GPT(nn.Module):
 
 
 MODELS = {
-    "mlp": MLP,
+    "mlp": lambda: MLP(WIDTHS),
     "lenet": LeNet,
     "resnet8": ResNet8,
-    "lstm": lambda: Recurrent(nn.OptimizedLSTMCell),
-    "gru": lambda: Recurrent(nn.GRUCell),
-    "rnn": lambda: Recurrent(nn.SimpleCell),
+    "lstm": lambda: Recurrent(nn.OptimizedLSTMCell, **RECURRENCE),
+    "gru": lambda: Recurrent(nn.GRUCell, **RECURRENCE),
+    "rnn": lambda: Recurrent(nn.SimpleCell, **RECURRENCE),
     "gpt": GPT,
 }
 
@@ -103,6 +109,4 @@ def prepare(name: str, inputs, targets) -> Prepared:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-    program = jax.jit(lambda start, x, y: jax.lax.scan(step, start, (x, y))[1])
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Prepared(lambda: program(start, x, y)[-1].item(), parameters)
+    return in_a_scan(step, start, params, x, y)

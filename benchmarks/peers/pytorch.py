@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from benchmarks.peers import (
     BLOCKS,
-    EMBEDDED,
     FEATURES,
     HEADS,
     LENGTH,
     RATE,
+    RECURRENCE,
     RECURRENT,
     UNITS,
     VOCABULARY,
@@ -26,39 +26,40 @@ BIASES = {"lstm": 4 * UNITS, "gru": 2 * UNITS, "rnn": UNITS}  # second ones, whi
 
 
 class Recurrent(nn.Module):
-    def __init__(self, layer):
+    def __init__(self, layer, vocabulary: int, features: int, units: int):
         super().__init__()
-        self.embed, self.layer = nn.Embedding(VOCABULARY, EMBEDDED), layer(EMBEDDED, UNITS, batch_first=True)
-        self.out = nn.Linear(UNITS, VOCABULARY)
+        self.embed, self.layer = nn.Embedding(vocabulary, features), layer(features, units, batch_first=True)
+        self.out = nn.Linear(units, vocabulary)
 
     def forward(self, ids):
         return self.out(self.layer(self.embed(ids))[0])
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self):
+    def __init__(self, features: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(FEATURES), nn.LayerNorm(FEATURES)
-        self.qkv, self.out = nn.Linear(FEATURES, 3 * FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(features), nn.LayerNorm(features)
+        self.qkv, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
         self.mlp = nn.Sequential(
-            nn.Linear(FEATURES, 4 * FEATURES), nn.GELU(approximate="tanh"), nn.Linear(4 * FEATURES, FEATURES)
+            nn.Linear(features, 4 * features), nn.GELU(approximate="tanh"), nn.Linear(4 * features, features)
         )
 
     def forward(self, x):
         batch, length, features = x.shape
         parts = self.qkv(self.norm1(x)).split(features, -1)
-        q, k, v = (part.view(batch, length, HEADS, -1).transpose(1, 2) for part in parts)
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, features))
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary: int, length: int, layers: int, features: int, heads: int):
         super().__init__()
-        self.embed, self.positions = nn.Embedding(VOCABULARY, FEATURES), nn.Embedding(LENGTH, FEATURES)
+        self.embed, self.positions = nn.Embedding(vocabulary, features), nn.Embedding(length, features)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.blocks, self.norm = nn.Sequential(*(TransformerBlock() for _ in range(BLOCKS))), nn.LayerNorm(FEATURES)
+        self.blocks = nn.Sequential(*(TransformerBlock(features, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(features)
 
     def forward(self, ids):
         x = self.embed(ids) + self.positions.weight[None]
@@ -95,19 +96,19 @@ def resnet8():
     return nn.Sequential(*conv3x3(3, 16), nn.ReLU(), *blocks, *pooled)
 
 
-def mlp():
-    layers = [[nn.Linear(n, m), nn.ReLU()] for n, m in itertools.pairwise(WIDTHS)]
+def mlp(widths):
+    layers = [[nn.Linear(n, m), nn.ReLU()] for n, m in itertools.pairwise(widths)]
     return nn.Sequential(*itertools.chain(*layers))[:-1]
 
 
 MODELS = {
-    "mlp": mlp,
+    "mlp": lambda: mlp(WIDTHS),
     "lenet": lenet,
     "resnet8": resnet8,
-    "lstm": lambda: Recurrent(nn.LSTM),
-    "gru": lambda: Recurrent(nn.GRU),
-    "rnn": lambda: Recurrent(nn.RNN),
-    "gpt": GPT,
+    "lstm": lambda: Recurrent(nn.LSTM, **RECURRENCE),
+    "gru": lambda: Recurrent(nn.GRU, **RECURRENCE),
+    "rnn": lambda: Recurrent(nn.RNN, **RECURRENCE),
+    "gpt": lambda: GPT(VOCABULARY, LENGTH, BLOCKS, FEATURES, HEADS),
 }
 
 

@@ -49,7 +49,7 @@ def check_layer(
             )
             cotangent = random_like(split_floating(y)[0], seed=1)
         modes[f"{mode}/"] = functions(call, call[2:6], cotangent)
-    if same_program(*modes.values()):
+    if is_one_program(*modes.values()):
         modes = {"": modes["train/"]}
     reports = []
     for mode, (value, by_hand, tree, args) in modes.items():
@@ -59,7 +59,7 @@ def check_layer(
     return reports[0]._replace(leaves=tuple(leaf for report in reports for leaf in report.leaves), notes=notes)
 
 
-def same_program(first: tuple, second: tuple) -> bool:
+def is_one_program(first: tuple, second: tuple) -> bool:
     """Whether the two modes of a layer, as `functions` gives them, are one program; False where that is not known."""
 
     def traced(value, by_hand, tree, args):
@@ -70,6 +70,7 @@ def same_program(first: tuple, second: tuple) -> bool:
             programs = [traced(*mode[:2], *to_float64(mode[2:])) for mode in (first, second)]
     except Exception:  # the audit says what it is
         return False
+    # by its text, which tells rules of one's own by their functions, as `kept.same_program` does not
     a, b = ([str(program.jaxpr), *map(np.asarray, program.consts)] for program in programs)
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 

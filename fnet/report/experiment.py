@@ -30,7 +30,7 @@ def write_experiment(folder: Path, page: Path) -> Path:
     config, results = (read_json(folder / f"{name}.json", notes) for name in ("config", "results"))
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "report.html"]
     pictures = [path for path in files if path.suffix in SHOWN]
-    pages = [path for path in sorted(folder.glob("*/report.html"))]
+    pages = sorted(folder.glob("*/report.html"))
     others = [path for path in files if path not in pictures and path.name not in ("config.json", "results.json")]
     sections = {
         "Numbers": pairs({name: in_short(value) for name, value in leaves(results).items()}),
