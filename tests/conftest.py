@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 import jax
+import numpy as np
 import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
@@ -87,6 +88,14 @@ def with_those_added(*args, env_options_overrides=None, **kwargs):
 
 
 compiler.get_compile_options = with_those_added
+
+
+@pytest.fixture(autouse=True)
+def own_numbers(request, monkeypatch):
+    """What a module's generator draws for a test is the same whatever has run before it in its worker."""
+    for name in ("RNG", "rng"):
+        if isinstance(getattr(getattr(request, "module", None), name, None), np.random.Generator):
+            monkeypatch.setattr(request.module, name, np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module", autouse=True)
