@@ -36,6 +36,7 @@ SAYS = {  # where not all that is printed stands on the page
     "how-to/instruments.md": ("batch_norm_0: mixes the examples of a batch",),
     "how-to/extending.md": ("scale_and_shift_0/a",),
 }
+WIDTH = 88  # characters of code that a page shows without scrolling
 SPANISH = {"mazur": "mazur", "xor": "xor", "wrong-backward": "propagacion-equivocada"}
 
 
@@ -72,6 +73,24 @@ def test_the_pages_that_frames_show_are_those_that_are_made():
     ]
     assert len(framed) == 6
     assert set(framed) == {f"_static/explorer/{name}.html" for name in explorer.PAGES}
+
+
+def test_code_fits_the_width_of_a_page():
+    rooms = ("start", "how-to", "coming-from")
+    pages = [
+        DOCS.parent / "README.md",
+        *DOCS.glob("*.md"),
+        *(page for room in rooms for page in (DOCS / room).glob("*.md")),
+    ]
+    assert len(pages) > 20
+    wide = [
+        f"{page.name}: {line}"
+        for page in pages
+        for block, _ in examples_of(page)
+        for line in block.splitlines()
+        if len(line) > WIDTH
+    ]
+    assert not wide, f"more than {WIDTH} characters: {wide}"
 
 
 def without_words(page: Path) -> list[str]:
