@@ -50,7 +50,11 @@ class Page(HTMLParser):
 
 
 def test_each_link_leads_somewhere_and_what_a_page_shows_is_beside_it():
-    pages, gone, elsewhere = {path: Page(path) for path in SITE.rglob("*.html") if "macros" not in path.name}, set(), set()
+    pages, gone, elsewhere = (
+        {path: Page(path) for path in SITE.rglob("*.html") if "macros" not in path.name},
+        set(),
+        set(),
+    )
     for path, page in pages.items():
         for tag, link in page.links:
             url = urlsplit(link)
