@@ -1,4 +1,4 @@
-"""The site that `make docs` built: links lead somewhere, no page asks another host or is too wide, search finds words."""
+"""The site that `make docs` built: links lead somewhere, nothing is asked of other hosts, phones do, search finds."""
 
 from __future__ import annotations
 
