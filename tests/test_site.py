@@ -73,7 +73,7 @@ def test_each_link_leads_somewhere_and_what_a_page_shows_is_beside_it():
         ("cosine", "reference/schedules"),
         ("LayerError", "reference/contracts"),
         ("missing derivative", "learn/wrong-backward"),
-        ("save", "reference/export"),
+        ("save", "how-to/export"),
         ("resume", "how-to/training"),
         ("dropout", "reference/layers"),
         ("learning rate schedule", "reference/schedules"),
