@@ -11,6 +11,7 @@ to be idle: on two cores all of it takes some 25 minutes.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def page(documents: Iterable[dict]) -> str:
     ]
     for document in documents:
         machine, versions = document["machine"], ", ".join(map(" ".join, document["versions"].items()))
-        lines += ["", f"## {document['benchmark']}", "", f"`{document['command']}`, {document['date']}"]
+        source = Path(__file__).with_name(f"{document['benchmark']}.py").read_text(encoding="utf-8")
+        said = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+        lines += ["", f"## {document['benchmark']}", "", said, "", f"`{document['command']}`, {document['date']}"]
         lines += [f"on {machine['cores']} cores of {machine['processor']}; {versions}"]
         for table in document["tables"]:
             several = table["rounds"] > 1

@@ -1,5 +1,6 @@
 """`make docs`: Sphinx reads fnet's docstrings as they stand; the functions below make up for what it does not know."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -43,7 +44,12 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True, "use_download_button": False}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the sidebar has the search
+}
 
 
 def skip(app, what, name, obj, skip, options):
@@ -74,6 +80,21 @@ def in_its_language(app, page, template, context, doctree):
         context["language"] = "es"
 
 
+def back_to_its_place(app, page, template, context, doctree):
+    """Of a module whose names stand under several paths `viewcode` takes one path for the links back to all of them."""
+    if not page.startswith("_modules/fnet"):
+        return
+    objects = app.env.get_domain("py").objects
+    there = {(each.docname, name.rpartition(".")[2]): each for name, each in objects.items()}
+
+    def mended(link):
+        before, document, name = link.groups()
+        own = objects.get(name)
+        return before + (own if own and own.docname == document else there[document, name.rpartition(".")[2]]).node_id
+
+    context["body"] = re.sub(r'(class="viewcode-back" href="[./]*([\w/]+)\.html#)([\w.]+)', mended, context["body"])
+
+
 def setup(app):
     """What Sphinx calls: the pages that are generated are written, then the hooks connected."""
     reference.write(HERE / "reference")
@@ -85,3 +106,4 @@ def setup(app):
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)
     app.connect("html-page-context", in_its_language)
+    app.connect("html-page-context", back_to_its_place)

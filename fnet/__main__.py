@@ -15,11 +15,12 @@ import jax
 from fnet.core.extras import DISTRIBUTION
 from fnet.runs.settings import environment
 
+ITS_OWN = ("test", "docs", "lint")  # the extras by which fnet itself is worked on
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<version>[^;\[]*)(?:;(?P<marker>.*))?")
 
 
 def report() -> str:
-    """Version, devices, precision, compilation cache, and which of the extras are installed, a line each."""
+    """Version, devices, precision, compilation cache, and which of a user's extras are installed, a line each."""
     return "\n".join([*_settings(), "", "extras", *_extras()])
 
 
@@ -47,10 +48,13 @@ def _extras() -> Iterator[str]:
         yield "  to install it with all of them, in the folder of pyproject.toml:"
         yield "    pip install --editable '.[experiments]'"
         return
-    extras = _by_extra(lines)
+    extras = {extra: needed for extra, needed in _by_extra(lines).items() if extra not in ITS_OWN}
     width = max(map(len, extras), default=0)
     for extra, needed in extras.items():
         states = {name: _state(name, version) for name, version in needed.items()}
+        if not any(_version(name) for name in needed if name != "jax"):  # which is there without any
+            yield f"  {extra:{width}}  not installed: pip install '{DISTRIBUTION}[{extra}]'"
+            continue
         items = [
             f"{name} {state}".replace(" ", "\0") for name, (state, _) in states.items()
         ]  # lines break between them
@@ -84,14 +88,19 @@ def _by_extra(lines: Sequence[str]) -> dict[str, dict[str, str]]:
     return {extra: whole(extra, frozenset({extra})) for extra in extras}
 
 
-def _state(name: str, version: str) -> tuple[str, bool]:
-    """``1.2.3`` or what is missing, and whether nothing is."""
+def _version(name: str) -> str | None:
+    """The version of a package that is installed; None also where its metadata are damaged."""
     try:
-        installed = metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        installed = None
-    if not installed:  # None also where its metadata are damaged
-        return f"MISSING ({version or 'any version'})", False
+        return None
+
+
+def _state(name: str, version: str) -> tuple[str, bool]:
+    """``1.2.3``, or what is too old or not there, and whether nothing is."""
+    installed = _version(name)
+    if not installed:
+        return f"not installed ({version or 'any version'})", False
     least = re.search(r">=\s*([\d.]+)", version)
     fine = least is None or _release(installed) >= _release(least[1])
     return installed if fine else f"{installed} TOO OLD ({version})", fine

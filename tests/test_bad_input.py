@@ -407,20 +407,17 @@ CASES = {
     "a label above the classes": (
         lambda: fit(data=fnet.Batch(X, changed(Y, 17, 3))),
         DataError,
-        "data, examples [0, 17] (those with the least and the greatest label or id): "
-        "softmax_cross_entropy: label 3 at (1,) is outside 0..2 (outputs have 3 classes)",
+        "data: softmax_cross_entropy: label 3 in example 17 is outside 0..2 (outputs have 3 classes)",
     ),
     "a negative label": (
         lambda: fit(data=fnet.Batch(X, changed(Y, 4, -1))),
         DataError,
-        "data, examples [4, 5] (those with the least and the greatest label or id): "
-        "softmax_cross_entropy: label -1 at (0,) is outside 0..2 (outputs have 3 classes)",
+        "data: softmax_cross_entropy: label -1 in example 4 is outside 0..2 (outputs have 3 classes)",
     ),
     "a label above the classes in validation": (
         lambda: fit(evaluate=problem()[3], validation=fnet.Batch(X, changed(Y, 7, 9))),
         DataError,
-        "validation, examples [0, 7] (those with the least and the greatest label or id): "
-        "softmax_cross_entropy: label 9 at (1,) is outside 0..2 (outputs have 3 classes)",
+        "validation: softmax_cross_entropy: label 9 in example 7 is outside 0..2 (outputs have 3 classes)",
     ),
     "an empty stream": (
         lambda: fit(data=Stream([], 3), batch_size=None),

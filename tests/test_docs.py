@@ -6,12 +6,13 @@ import ast
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
 from docs.generate import explorer
-from tests.pages import examples_of, run_blocks, run_page
+from tests.pages import examples_of, run_page
 
 pytestmark = pytest.mark.long
 
@@ -36,6 +37,7 @@ SAYS = {  # where not all that is printed stands on the page
     "how-to/instruments.md": ("batch_norm_0: mixes the examples of a batch",),
     "how-to/extending.md": ("scale_and_shift_0/a",),
 }
+WIDTH = 88  # characters of code that a page shows without scrolling
 SPANISH = {"mazur": "mazur", "xor": "xor", "wrong-backward": "propagacion-equivocada"}
 
 
@@ -74,6 +76,24 @@ def test_the_pages_that_frames_show_are_those_that_are_made():
     assert set(framed) == {f"_static/explorer/{name}.html" for name in explorer.PAGES}
 
 
+def test_code_fits_the_width_of_a_page():
+    rooms = ("start", "how-to", "coming-from")
+    pages = [
+        DOCS.parent / "README.md",
+        *DOCS.glob("*.md"),
+        *(page for room in rooms for page in (DOCS / room).glob("*.md")),
+    ]
+    assert len(pages) > 20
+    wide = [
+        f"{page.name}: {line}"
+        for page in pages
+        for block, _ in examples_of(page)
+        for line in block.splitlines()
+        if len(line) > WIDTH
+    ]
+    assert not wide, f"more than {WIDTH} characters: {wide}"
+
+
 def without_words(page: Path) -> list[str]:
     """The program of a page, its comments and strings left out."""
     trees = [ast.parse(block) for block, _ in examples_of(page)]
@@ -89,10 +109,32 @@ def test_the_spanish_pages_have_the_english_ones_code(english, spanish):
     assert without_words(ours) == without_words(DOCS / "learn" / f"{english}.md")
 
 
-def test_the_tutorials_cells_run_in_order():
+def without_numbers(text: str) -> str:
+    """The words of an output: its numbers, times among them, are others on another machine, and its columns as wide."""
+    return " ".join(re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text).split())
+
+
+def shown_in(cell: dict) -> str:
+    """What is printed below a cell of a notebook, and what its last line is."""
+    return "".join("".join(shown.get("text") or shown["data"]["text/plain"]) for shown in cell["outputs"])
+
+
+def test_the_tutorials_cells_run_in_order_and_show_what_stands_below_them(capsys):
     cells = json.loads((DOCS / "start" / "tutorial.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert len(code) >= 7 and all(cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(cells) >= 7 and all(cell["outputs"] for cell in cells)
+    names: dict[str, Any] = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        names = run_blocks(code, "tutorial.ipynb")
+        for i, cell in enumerate(cells):
+            *statements, last = ast.parse("".join(cell["source"])).body
+            is_value = isinstance(last, ast.Expr)
+            before = ast.Module(statements if is_value else [*statements, last], type_ignores=[])
+            exec(compile(before, f"tutorial.ipynb, cell {i}", "exec"), names)
+            value = (
+                eval(compile(ast.Expression(last.value), f"tutorial.ipynb, cell {i}", "eval"), names)
+                if is_value
+                else None
+            )
+            said = capsys.readouterr().out + ("" if value is None else repr(value))
+            assert without_numbers(said) == without_numbers(shown_in(cell)), f"cell {i}"
     assert all(jax.tree.leaves(names["same"])) and names["report"].ok

@@ -204,11 +204,11 @@ def test_concrete_ids_out_of_range_are_refused_with_path_position_value_and_rang
     for bad in (5, -1):
         ids = IDS.copy()
         ids[1, 2] = bad
-        message = rf"^words: expected ids from 0 to 4, got {bad} at position \(1, 2\), 1 such of 6: map"
+        message = rf"^words: expected ids from 0 to 4, got {bad} at \(1, 2\), 1 such of 6: map"
         for given in (ids, jnp.asarray(ids)):
             with pytest.raises(LayerError, match=message):
                 model.forward(params, state, given)
-    with pytest.raises(LayerError, match=r"^expected ids from 0 to 4, got 9 at position \(0,\)"):
+    with pytest.raises(LayerError, match=r"^expected ids from 0 to 4, got 9 at \(0,\)"):
         tied_embedding(5, 4, dense(4)).init(jax.random.key(0), jnp.array([9]))
 
 

@@ -6,6 +6,7 @@ the slip is met, in `fnet.fit` too.
 
 from __future__ import annotations
 
+import traceback
 from functools import partial
 
 import jax
@@ -58,6 +59,24 @@ def fit(layer):
     params, state = fnet.init(model, KEY, X)
     step = fnet.make_step(fnet.backprop(model, LOSS), ADAM)
     fnet.fit(step, fnet.init_train_state(params, ADAM, KEY, state), BATCH, epochs=1, batch_size=2)
+
+
+def keras_loss(y_true, y_pred):
+    return -(y_true * jnp.log(y_pred)).sum(-1)
+
+
+def swapped_loss(wanted, given):
+    return ((jnp.eye(2)[wanted] - given) ** 2).sum(-1)
+
+
+def mean_loss(outputs, targets):
+    return ((outputs - jax.nn.one_hot(targets, 2)) ** 2).mean()
+
+
+WHOLE = (
+    "is a TrainState; expected the parameters and the model's state that it holds, apart: ts.params, ts.state (of best "
+    "= fnet.best_weights(ts), best.params, best.state)"
+)
 
 
 def width_run(hyper, key, data):
@@ -265,7 +284,7 @@ CASES = {  # what is done, the error, its whole message
     "a run's arguments in another order": (
         lambda: fnet.train(TS, STEP, BATCH, epochs=1, batch_size=2),
         TypeError,
-        "train: step is TrainState(step=int32[],",
+        "train: step is a TrainState; expected a step, as fnet.make_step makes one",
     ),
     "half an epoch": (
         lambda: fnet.train(STEP, TS, BATCH, epochs=1.5, batch_size=2),
@@ -350,6 +369,72 @@ CASES = {  # what is done, the error, its whole message
         lambda: fnet.backprop(MODEL, fnet.losses.huber),
         TypeError,
         "backprop: loss is the function huber, which makes one; call it: huber(...)",
+    ),
+    "a loss that takes targets first, as Keras' do": (
+        lambda: fnet.autodiff(MODEL, keras_loss),
+        TypeError,
+        "autodiff: loss is the function keras_loss of tests.test_messages, which takes (y_true, y_pred); expected a "
+        "function of (outputs, targets), in this order: the outputs come first",
+    ),
+    "a loss that takes targets first and does not say so": (
+        lambda: fnet.fit(fnet.make_step(fnet.autodiff(MODEL, swapped_loss), ADAM), TS, BATCH, epochs=1, batch_size=2),
+        ValueError,
+        "loss is the function swapped_loss of tests.test_messages, which fails with outputs float32[2, 2] and targets "
+        "int32[2], and does not with targets first; expected a function of (outputs, targets): take its arguments in "
+        "this order",
+    ),
+    "a loss of the outputs alone": (
+        lambda: fnet.make_evaluate(MODEL, lambda outputs: outputs.sum(-1)),
+        TypeError,
+        "make_evaluate: loss is the function <lambda> of tests.test_messages, which takes (outputs); expected a "
+        "function of (outputs, targets)",
+    ),
+    "a loss that is a mean already": (
+        lambda: fnet.fit(fnet.make_step(fnet.autodiff(MODEL, mean_loss), ADAM), TS, BATCH, epochs=1, batch_size=2),
+        ValueError,
+        "loss is the function mean_loss of tests.test_messages, which returned float32[] of outputs float32[2, 2] and "
+        "targets int32[2]; expected one value for each of the 2 examples, shape (2,) or (2, ...): the mean over them "
+        "is taken outside, by the batch's weights",
+    ),
+    "a loss by hand that is a mean already": (
+        lambda: fnet.backprop(MODEL, Loss(mean_loss, lambda y, t: y))(PARAMS, STATE, BATCH, KEY),
+        ValueError,
+        "loss is the function mean_loss of tests.test_messages, which returned float32[] of outputs float32[4, 2] and "
+        "targets int32[4]; expected one value for each of the 4 examples, shape (4,) or (4, ...): the mean over them "
+        "is taken outside, by the batch's weights",
+    ),
+    "an evaluation by a loss that is a number": (
+        lambda: fnet.make_evaluate(MODEL, lambda outputs, targets: 0.0)(PARAMS, STATE, BATCH),
+        ValueError,
+        "loss is the function <lambda> of tests.test_messages, which returned 0.0 of outputs float32[4, 2] and targets "
+        "int32[4]; expected one value for each of the 4 examples, shape (4,) or (4, ...): the mean over them is taken "
+        "outside, by the batch's weights",
+    ),
+    "a whole state as parameters to predict": (
+        lambda: fnet.predict(MODEL, TS, STATE, X),
+        TypeError,
+        f"predict: params {WHOLE}",
+    ),
+    "a whole state as the model's state": (
+        lambda: fnet.predict(MODEL, PARAMS, TS, X),
+        TypeError,
+        f"predict: state {WHOLE}",
+    ),
+    "a whole state as parameters to evaluate": (
+        lambda: fnet.make_evaluate(MODEL, LOSS)(TS, STATE, BATCH),
+        TypeError,
+        f"evaluate: params {WHOLE}",
+    ),
+    "a whole state as parameters to apply": (
+        lambda: fnet.apply(MODEL, TS, STATE, X),
+        TypeError,
+        f"apply: params {WHOLE}",
+    ),
+    "a whole state as parameters of layers": (
+        lambda: fnet.backprop(MODEL, LOSS)(TS, STATE, BATCH, KEY),
+        LayerError,
+        "expected params of the children ['dense_0', 'relu_0', 'dense_1'], got a TrainState: pass what the model's "
+        "init returned",
     ),
     "a model and a loss to from_loss": (
         lambda: fnet.from_loss(MODEL),
@@ -456,6 +541,63 @@ def test_a_slip_is_told_with_its_remedy(case):
     assert type(raised.value) is error
     told = str(raised.value)
     assert told.startswith(message) if message.endswith(",") else told == message  # a tree goes on
+
+
+def test_an_error_of_a_losss_own_says_what_it_was_given_and_to_whom_the_data_were():
+    def own(outputs, targets):
+        return (outputs - targets).sum(-1)  # of (2, 2) and (2,), which NumPy's rules would pair
+
+    def unlike(outputs, targets):
+        return jnp.concatenate([outputs, targets])
+
+    for loss in (own, unlike):
+        step = fnet.make_step(fnet.autodiff(MODEL, loss), ADAM)
+        with pytest.raises((ValueError, TypeError)) as caught:
+            fnet.fit(step, TS, BATCH, epochs=1, batch_size=2)
+        notes = "\n".join(caught.value.__notes__)
+        assert f"in the loss, the function {loss.__name__} of tests.test_messages, of outputs float32[2, 2]" in notes
+    assert "targets int32[2]" in notes
+
+
+def test_an_error_is_shown_once_and_ends_with_the_argument_and_its_shapes():
+    labels = fnet.Batch(X, jnp.array([0, 1, 2, 0]))
+    wide = fnet.Batch(jnp.ones((4, 5)), BATCH.targets)
+    for data, last in (
+        (
+            labels,
+            "DataError: data: softmax_cross_entropy: label 2 in example 2 is outside 0..1 (outputs have 2 classes)",
+        ),
+        (wide, "in data, given to fit: Batch(inputs=float32[2, 5], targets=int32[2], weights=None)"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            fnet.fit(STEP, TS, data, epochs=1, batch_size=2)
+        shown = "".join(traceback.format_exception(caught.value)).strip()
+        assert shown.count("Traceback (most recent call last)") == 1
+        assert shown.splitlines()[-1].endswith(last)
+
+
+def test_a_check_of_ones_own_that_names_no_example_is_told_with_those_that_it_saw():
+    def picky(outputs, targets):
+        if isinstance(targets, np.ndarray) and targets.max() > 1:
+            raise ValueError("two classes alone")
+        return outputs.sum(-1)
+
+    step = fnet.make_step(fnet.autodiff(MODEL, picky), ADAM)
+    with pytest.raises(DataError) as caught:
+        fnet.fit(step, TS, fnet.Batch(X, jnp.array([1, 1, 2, 0])), epochs=1, batch_size=2)
+    seen = "data, examples [2, 3] (those with the least and the greatest label or id): two classes alone"
+    assert str(caught.value) == seen
+
+
+def test_labels_are_named_by_their_example_in_microbatches_and_slices_too():
+    labels = np.zeros(9, int)
+    labels[7] = 5
+    data = fnet.Batch(jnp.ones((9, 3)), labels)
+    step = fnet.make_step(fnet.accumulate(fnet.backprop(MODEL, LOSS), 2), ADAM)
+    with pytest.raises(DataError, match=r"^data: softmax_cross_entropy: label 5 in example 7 is"):
+        fnet.fit(step, TS, data, epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match=r"^softmax_cross_entropy: label 5 in example 7 is"):
+        fnet.make_evaluate(MODEL, LOSS, batch_size=4)(PARAMS, STATE, data)
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,16 @@ def test_a_phone_shows_wrong_rows_first():
     assert looks["wrong"] == ' class="wrong"' and looks["ok"] == ""
     narrow = html.split("@media")[1]
     assert "tr.wrong { order: -2; }" in narrow and "flex-direction: column" in narrow
+
+
+def test_on_a_phone_values_stand_beside_their_labels_and_the_picture_keeps_its_size(browser, tmp_path):
+    FULL.to_html(tmp_path / "audit.html")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((tmp_path / "audit.html").as_uri())
+    heights = page.evaluate(
+        "[...document.querySelectorAll('td[data-label=value], td[data-label=error]')].map(x => x.clientHeight)"
+    )
+    assert len(heights) > 5 and max(heights) < 30  # one line
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.querySelector('img').clientWidth") > 800
+    page.close()

@@ -624,6 +624,32 @@ def test_without_an_evaluation_the_last_measured_confusion_is_shown(tmp_path):
 # ---- several runs
 
 
+def test_a_long_list_of_the_configuration_is_shown_by_its_first_entries(tmp_path):
+    mean = [i / 7 for i in range(20)]
+    folder = folder_of(tmp_path / "A", [epoch(1, loss=1.0)], config={"scales": {"mean": mean}, "hidden": [32, 16]})
+    kept = (folder / "config.json").read_bytes()
+    shown = section(page_of(folder)[1], "Configuration")
+    first = f"[{mean[0]}, {mean[1]}, {mean[2]}, … 20 in all]"
+    assert f"<dt>scales/mean</dt><dd>{first}</dd>" in shown and "<dd>[32, 16]</dd>" in shown
+    assert json.loads((folder / "config.json").read_text())["scales"]["mean"] == mean
+    assert (folder / "config.json").read_bytes() == kept
+
+
+def test_a_comparison_shows_long_lists_whole_where_their_beginnings_are_alike(tmp_path):
+    same, ends = list(range(20)), [[*range(19), last] for last in (0, 1)]
+    config = [{"same": same, "ends": end, "begins": [i, *range(19)]} for i, end in enumerate(ends)]
+    folders = [
+        folder_of(tmp_path / name, [epoch(1, loss=1.0)], config=each) for name, each in zip("AB", config, strict=True)
+    ]
+    text = section(write_comparison(folders, tmp_path / "c.html").read_text(), "Configurations")
+    cells = {
+        name: re.findall(r"<td>([^<]*)</td>", row) for name, row in re.findall(r"<code>(\w+)</code>(.*?)</tr>", text)
+    }
+    assert cells["same"] == ["[0, 1, 2, … 20 in all]"] * 2
+    assert cells["begins"] == ["[0, 0, 1, … 20 in all]", "[1, 0, 1, … 20 in all]"]
+    assert cells["ends"] == [json.dumps(end) for end in ends]
+
+
 @pytest.fixture
 def pair(tmp_path):
     common = {"seed": 1, "layers": {"hidden": [8], "out": 3}}
@@ -815,6 +841,21 @@ def test_a_history_without_an_epoch_is_shown():
     history = History({}, {}, {}, 0.0, 0.0)
     assert "no epoch" in history.plot().axes[0].texts[0].get_text()
     assert "No epoch" in history._repr_html_()
+    head = "History: 0 epochs, 0 steps of this call, 0 evaluations; compiled in 0.00 s, run in 0.00 s"
+    assert repr(history) == str(history) == head
+
+
+def test_a_history_prints_in_a_few_lines_the_first_best_and_last_of_its_numbers(real):
+    history = real[1]
+    head, names, *rows = repr(history).splitlines()
+    assert head.startswith("History: 3 epochs, 15 steps of this call, 3 evaluations; compiled in ")
+    assert names.split() == ["metric", "first", "best", "at", "last"]
+    cells = {row.split()[0]: row.split()[1:] for row in rows}
+    new = history.evaluations["new_loss"]
+    best = [f"{new.min():.5g}", "step", str(history.evaluations["step"][new.argmin()])]
+    assert cells["new_loss"] == [f"{new[0]:.5g}", *best, f"{new[-1]:.5g}"]
+    assert cells["accuracy"][-1] == f"{history.epochs['accuracy'][-1]:.5g}"
+    assert history[0] is history.epochs and history._replace(run_seconds=1.0).run_seconds == 1
 
 
 def test_a_history_names_what_its_picture_needs_and_is_shown_without(real, monkeypatch):
@@ -857,8 +898,13 @@ def test_the_extras_are_those_of_the_packages_metadata(monkeypatch):
         "fnet-jax[runs,streams]; extra == 'experiments'",
         "pyright[nodejs]>=1.9; python_version > '3' and extra == 'experiments'",
         "grain; extra == 'streams'",
+        "jax[tpu]; extra == 'compile-tpu'",
+        "libtpu; extra == 'compile-tpu'",
+        "ruff; extra == 'lint'",
+        "sphinx; extra == 'docs'",
+        "chex; extra == 'test'",
     ]
-    installed = {"orbax-checkpoint": "0.12.0rc1", "safetensors": "0.6.9", "pyright": "1.10.0"}
+    installed = {"jax": "0.10.2", "orbax-checkpoint": "0.12.0rc1", "safetensors": "0.6.9", "pyright": "1.10.0"}
 
     def version(name):
         if name not in installed:
@@ -867,15 +913,16 @@ def test_the_extras_are_those_of_the_packages_metadata(monkeypatch):
 
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     monkeypatch.setattr(metadata, "version", version)
-    old, missing = "safetensors 0.6.9 TOO OLD (>=0.7)", "grain MISSING (any version)"
+    old, missing = "safetensors 0.6.9 TOO OLD (>=0.7)", "grain not installed (any version)"
     text = "\n".join(fnet.__main__._extras())
     assert [re.sub(r"\s+", " ", part) for part in re.split(r"\n  (?=\w)", text.strip())] == [
         f"runs orbax-checkpoint 0.12.0rc1, {old} the rest: pip install 'fnet-jax[runs]'",
         f"experiments orbax-checkpoint 0.12.0rc1, {old}, {missing}, pyright 1.10.0 "
         "the rest: pip install 'fnet-jax[experiments]'",
-        f"streams {missing} the rest: pip install 'fnet-jax[streams]'",
+        "streams not installed: pip install 'fnet-jax[streams]'",
+        "compile-tpu not installed: pip install 'fnet-jax[compile-tpu]'",
     ]
-    installed |= {"safetensors": "0.7", "grain": "1"}
+    installed |= {"safetensors": "0.7", "grain": "1", "libtpu": "1"}
     assert "pip" not in "\n".join(fnet.__main__._extras())
 
 

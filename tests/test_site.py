@@ -1,9 +1,11 @@
-"""The site that `make docs` built: no page asks another host, none is wider than a phone, search finds words."""
+"""The site that `make docs` built: links lead somewhere, nothing is asked of other hosts, phones do, search finds."""
 
 from __future__ import annotations
 
 import os
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -33,14 +35,58 @@ def test_no_page_asks_another_host_or_is_wider_than_a_phone(browser):
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-@pytest.mark.parametrize("word", ["cosine", "LayerError", "missing derivative"])
-def test_search_finds_words_from_a_file(browser, word):
-    page = browser.new_page()
-    page.goto(f"{(SITE / 'search.html').as_uri()}?q={word.replace(' ', '+')}")
-    page.wait_for_selector("#search-results ul.search li", timeout=20_000)
-    page.wait_for_function("document.querySelector('#search-results .search-summary')?.innerText.includes('found')")
-    found = page.locator("#search-results ul.search li a").all_inner_texts()
-    assert found
+class Page(HTMLParser):
+    """What a page refers to, each with its tag, and the places in it that can be referred to."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links: list[tuple[str, str]] = []
+        self.places = {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [(tag, value) for name, value in attrs if name in ("href", "src", "data") and value]
+        self.places |= {value for name, value in attrs if name in ("id", "name") and value}
+
+
+def test_each_link_leads_somewhere_and_what_a_page_shows_is_beside_it():
+    pages, gone, elsewhere = (
+        {path: Page(path) for path in SITE.rglob("*.html") if "macros" not in path.name},
+        set(),
+        set(),
+    )
+    for path, page in pages.items():
+        for tag, link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                elsewhere |= {(path.name, link)} if tag != "a" and url.scheme != "data" else set()
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].places):
+                gone.add((path.relative_to(SITE).as_posix(), link))
+    assert gone == set() and elsewhere == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("cosine", "reference/schedules"),
+        ("LayerError", "reference/contracts"),
+        ("missing derivative", "learn/wrong-backward"),
+        ("save", "how-to/export"),
+        ("resume", "how-to/training"),
+        ("dropout", "reference/layers"),
+        ("learning rate schedule", "reference/schedules"),
+        ("install", "start/quick-start"),
+        ("custom layer", "how-to/extending"),
+    ],
+)
+def test_search_from_a_file_has_the_page_among_its_first_three(browser, words, page):
+    shown = browser.new_page()
+    shown.goto(f"{(SITE / 'search.html').as_uri()}?q={words.replace(' ', '+')}")
+    shown.wait_for_function("document.querySelector('#search-results .search-summary')?.innerText.includes('found')")
+    found = [link.get_attribute("href") for link in shown.locator("#search-results ul.search li > a").all()]
+    assert page in [str(href).split(".html")[0] for href in found[:3]], found[:3]
 
 
 def test_each_page_of_the_reference_is_in_its_index():

@@ -402,9 +402,10 @@ def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_computed(key
     step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), fnet.sgd(0.1))
     start = fnet.init_train_state(params, fnet.sgd(0.1), key, state)
     data = (ids, np.zeros((8, 5), np.int32))
-    with pytest.raises(fnet.LayerError, match="embedding_0: expected ids from 0 to 9, got 12") as error:
+    message = r"embedding_0: expected ids from 0 to 9, got 12 at \(2,\) in example 6, 1 such of 20"
+    with pytest.raises(fnet.LayerError, match=message) as error:
         fnet.fit(step, start, data, epochs=1, batch_size=4)
-    note = "in data, examples [0, 6] (those with the least and the greatest label or id)"
+    note = "in data, given to fit: Batch(inputs=int32[4, 5], targets=int32[4, 5], weights=None)"
     assert note in error.value.__notes__
 
 
@@ -785,7 +786,7 @@ def test_a_wrong_label_far_down_a_mapped_file_is_named_before_it_is_trained_on(t
     labels[41] = CLASSES
     np.save(tmp_path / "x.npy", data.inputs)
     np.save(tmp_path / "y.npy", labels)
-    with pytest.raises(fnet.DataError, match=rf"label {CLASSES} at \(\d,\) is outside 0..2"):
+    with pytest.raises(fnet.DataError, match=rf"label {CLASSES} in example 41 is outside 0..2"):
         fnet.fit(step, ts, open_arrays(tmp_path / "x.npy", tmp_path / "y.npy"), epochs=1, batch_size=8)
 
 
@@ -936,7 +937,8 @@ def test_a_stream_may_give_lists_and_what_it_gives_later_is_checked_too():
         fnet.fit(step, ts, Stream([(x, y), {"x": x}], 2), epochs=1)
     with pytest.raises(fnet.LayerError, match="expected 6 features, got 5") as caught:
         fnet.fit(step, ts, Stream([(x, y), (x[:, :5], y)], 2), epochs=1)
-    assert "in a batch of the stream" in caught.value.__notes__
+    shapes = "Batch(inputs=float32[8, 5], targets=int32[8], weights=None)"
+    assert f"in a batch of the stream, given to fit: {shapes}" in caught.value.__notes__
 
 
 def test_each_observer_has_metrics_of_its_own():

@@ -318,14 +318,10 @@ def write(folder: Path) -> None:
     """``index.rst`` and the pages of `PAGES`."""
     pages = by_page()
     index = [
-        "Reference",
-        "=========",
-        "",
-        "Every public name stands on one page.",
-        "",
-        ".. toctree::",
-        "   :maxdepth: 1",
+        *("Reference", "=========", "", "Every public name stands on one page.", ""),
+        *(f"- :doc:`{name}`: {page.about[0].lower()}{page.about[1:]}" for name, page in PAGES.items()),
+        *("", ".. toctree::", "   :hidden:", "", *(f"   {page}" for page in PAGES), ""),
     ]
-    written(folder / "index.rst", "\n".join([*index, "", *(f"   {page}" for page in PAGES), ""]))
+    written(folder / "index.rst", "\n".join(index))
     for page, sections in pages.items():
         written(folder / f"{page}.rst", "\n".join(lines_of(PAGES[page], sections)) + "\n")

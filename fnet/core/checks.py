@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.types import Layer, LayerError, Loss, Optimizer, PyTree, Schedule, Transform
+from fnet.types import Layer, LayerError, Loss, Optimizer, PyTree, Schedule, TrainState, Transform
 
 
 def require(condition, message: str) -> None:
@@ -27,7 +27,7 @@ def described(tree: PyTree) -> str:
     """What was given, as a message shows it: a layer by its name, a tree with the dtypes and shapes of its arrays."""
     if isinstance(tree, Layer):
         return f"the layer {tree.name}"
-    if isinstance(tree, Loss | Optimizer | Schedule | Transform):
+    if isinstance(tree, Loss | Optimizer | Schedule | Transform | TrainState):
         return f"{'an' if isinstance(tree, Optimizer) else 'a'} {type(tree).__name__}"
     if callable(tree):
         return called(tree)
@@ -76,6 +76,16 @@ def require_layer(who: str, given) -> None:
         raise TypeError(f"{who} is {called(given)}; expected the Layer that it makes: call it, {name}(...)")
     own = f"fnet.layers.{name}()" if name in layers.__all__ else "fnet.layers.stateless(name, init, forward, backward)"
     raise TypeError(f"{who} is {called(given)}; expected a Layer, with its backward by hand: {own}")
+
+
+def refuse_train_state(who: str, **given) -> None:
+    """Raise TypeError where a whole `TrainState` stands in the place of its parameters or of the model's state."""
+    for name, tree in given.items():
+        if isinstance(tree, TrainState):
+            raise TypeError(
+                f"{who}: {name} is a TrainState; expected the parameters and the model's state that it holds, apart: "
+                "ts.params, ts.state (of best = fnet.best_weights(ts), best.params, best.state)"
+            )
 
 
 def require_optimizer(who: str, given) -> None:
@@ -147,5 +157,5 @@ def require_params(params, **shapes: tuple) -> None:
     if not named or not all(fits(name, shape) for name, shape in shapes.items()):
         wanted = ", ".join(f"{name} {shape}".replace("None", "any") for name, shape in shapes.items())
         leaves = params.items() if isinstance(params, dict) else ()
-        given = ", ".join(f"{name} {getattr(leaf, 'shape', leaf)}" for name, leaf in leaves) or repr(params)[:80]
+        given = ", ".join(f"{name} {getattr(leaf, 'shape', leaf)}" for name, leaf in leaves) or described(params)
         raise LayerError(f"expected params {wanted or 'of no leaf'}, got {given}: pass what init returned")

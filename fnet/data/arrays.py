@@ -9,6 +9,7 @@ Legend: N examples, S any shape of rows.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -18,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.core.checks import refuse_masked
+from fnet.core.contexts import batch_of, examples_here
 from fnet.core.files import first_line
 from fnet.types import Batch, PyTree
 
@@ -205,14 +207,19 @@ def check_host_data(data: Batch | tuple) -> Batch:
     return check_data(data) if on_host else as_batch(data, "data")
 
 
-def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -> Any:
+def trace_batch(
+    function: Callable, arguments: tuple, data: PyTree, size: int, rows: Sequence[int] | None = None
+) -> Any:
     """The shapes of ``function(*arguments, batch)`` for a batch of ``size`` examples of the data; nothing is computed.
 
     The integers of the batch are known where those of the data are, and those with the least and the greatest of each
     array are among them: so losses can check the labels, and embeddings the ids, at the true shape of a batch. (One
-    trace mostly; more where these rows do not fit into it.) Raises what the function raises; of a ValueError that it
-    raises for these integers alone, the rows are a note.
+    trace mostly; more where these rows do not fit into it.) Raises what the function raises; a ValueError that it
+    raises for these integers alone says in which example, or has a note of which ones they were. ``rows`` says which
+    examples of the whole data these are.
     """
+    if rows is None and (rows := examples_here()) is not None and len(rows) != len(jax.tree.leaves(data)[0]):
+        rows = None
     host = jax.tree.map(lambda leaf: None if isinstance(leaf, Tracer) else np.asarray(leaf), data)
     kept = lambda dtype: jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype  # noqa: E731
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), kept(leaf.dtype)), data)
@@ -224,8 +231,9 @@ def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -
     extremes = sorted({int(row) for a in flat for row in (a.min(1).argmin(), a.max(1).argmax())}) or [0]
     result = None
     for begin in range(0, len(extremes), size):
-        rows = extremes[begin : begin + size]
-        filled = rows + rows[:1] * (size - len(rows))
+        some = extremes[begin : begin + size]
+        filled = some + some[:1] * (size - len(some))
+        examples = filled if rows is None else [int(rows[row]) for row in filled]
         known = jax.tree.map(lambda a, at=filled: a[at] if np.issubdtype(a.dtype, np.integer) else None, host)
         if weights is not None:
             known = known._replace(weights=weights[filled])
@@ -234,17 +242,28 @@ def trace_batch(function: Callable, arguments: tuple, data: PyTree, size: int) -
             pick = lambda k, other: other if k is None else k  # noqa: E731
             return function(*arguments, jax.tree.map(pick, known, shapes, is_leaf=lambda leaf: leaf is None))
 
+        failed: ValueError | None = None
         try:
-            result = jax.eval_shape(traced, arguments, whole)
+            with batch_of(examples):
+                result = jax.eval_shape(traced, arguments, whole)
         except ValueError as error:
-            if integers:
-                jax.eval_shape(lambda arguments, shapes: function(*arguments, shapes), arguments, whole)
-                error.add_note(f"{EXTREMES}{rows}")
-            raise
+            failed = error
+        if failed is None:
+            continue
+        if integers:  # out of the handling of the first error, which a second one would show above itself
+            jax.eval_shape(lambda arguments, shapes: function(*arguments, shapes), arguments, whole)
+            if not is_placed(failed):
+                failed.add_note(f"{EXTREMES}{examples[: len(some)]}")
+        raise failed
     return result
 
 
 EXTREMES = "found among the examples with the least and the greatest label or id: "
+
+
+def is_placed(error: ValueError) -> bool:
+    """Whether the message says in which example it is, as `place_of` does."""
+    return re.search(r"\bin example \d", str(error)) is not None
 
 
 def with_zeros(tree: PyTree, where: Any) -> PyTree:

@@ -1,8 +1,10 @@
 """Weights for other programs: the leaves of a tree as named tensors, and back.
 
-    save_weights("mlp.safetensors", params)                          leaves by their paths, such as dense_0/w
-    params = load_weights("mlp.safetensors", like=params)
+    weights = {"params": params, "state": state}                    leaves by their paths, such as params/dense_0/w
+    save_weights("mlp.safetensors", weights)
+    weights = load_weights("mlp.safetensors", like=weights)
 
+``state`` holds statistics such as the running means of `batch_norm`: without them the model computes other numbers.
 A *name map* is None (the paths themselves), a mapping of paths to names, or a list of `Rule`s, such as
 `fnet.export.torch_names` makes one.
 """
@@ -48,6 +50,7 @@ Names = Mapping[str, str] | Sequence[Rule] | None
 def save_weights(path: str | Path, params: PyTree, names: Names = None) -> None:
     """Write the leaves of any tree of arrays to a safetensors file, in their dtypes (float16 and bfloat16 too).
 
+    Of a model give ``{"params": params, "state": state}``: `batch_norm`'s running means are in the state.
     Raises ExportError for a file that exists, for two leaves of one name, for a name map that does not fit, and for
     what safetensors cannot hold. A Python number counts as the array that jax makes of it.
 
@@ -66,6 +69,8 @@ def save_weights(path: str | Path, params: PyTree, names: Names = None) -> None:
 def load_weights(path: str | Path, like: PyTree, names: Names = None, *, dtype=None) -> PyTree:
     """The tree that `save_weights` wrote; ``like`` has its structure, shapes and dtypes (arrays or shapes).
 
+    After ``params, state = fnet.init(model, key, x)`` it is ``like={"params": params, "state": state}``, and the
+    tree's ``["params"]`` and ``["state"]`` go to `fnet.predict`.
     With a floating ``dtype`` the file's floating tensors are converted to it. Raises ExportError for a file that is not
     safetensors', and where it does not hold exactly the tensors of ``like``: it names those that are missing, not
     expected, or of another shape or dtype.

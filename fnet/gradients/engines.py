@@ -223,11 +223,29 @@ def check_loss(who: str, loss, by_hand: bool = False) -> None:
             f"{who}: loss = {loss!r:.80}; expected a function of (outputs, targets) that gives one value per example, "
             "such as fnet.softmax_cross_entropy"
         )
+    if not takes(loss, None, None):
+        raise TypeError(
+            f"{who}: loss is {called(loss)}, which takes {inspect.signature(loss)}; expected a function of (outputs, "
+            "targets)"
+        )
+    if first_argument(loss) in ("y_true", "target", "targets", "label", "labels"):  # as Keras has it
+        raise TypeError(
+            f"{who}: loss is {called(loss)}, which takes {inspect.signature(loss)}; expected a function of (outputs, "
+            "targets), in this order: the outputs come first"
+        )
     if by_hand:
         raise TypeError(
             f"{who}: loss is {called(loss)}, which has no gradient by hand; expected fnet.Loss(value, gradient), with "
             "gradient(outputs, targets) the derivative of each example's value by its outputs; autodiff needs none"
         )
+
+
+def first_argument(function: Callable) -> str | None:
+    """The name of a function's first argument, as far as Python knows it."""
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except ValueError:  # of a function of C none is known
+        return None
 
 
 def check_metrics(who: str, metrics) -> None:
@@ -262,7 +280,7 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
     """``loss`` and ``metrics`` of a batch as `Mean`s over its examples."""
     batch, counts = counted(loss, batch)
     outputs, targets = that_count(outputs, batch)
-    values = loss(outputs, targets)
+    values = values_of(loss, outputs, targets, jax.tree.leaves(batch.inputs)[0].shape[0])
     measured = {"loss": weighted_mean(values, batch.weights, values.ndim)}
     if counts is not None:
         total = weighted_mean(jnp.asarray(counts, values.dtype), batch.weights, values.ndim).sum
@@ -276,6 +294,45 @@ def measure(loss, metrics: Mapping[str, Callable] | None, outputs: PyTree, batch
             )
         measured[name] = weighted_mean(jnp.asarray(each), batch.weights, values.ndim)
     return measured
+
+
+def values_of(loss, outputs: PyTree, targets: PyTree, examples: int) -> jax.Array:
+    """``loss(outputs, targets)``; ValueError unless that is one value per example, or several.
+
+    So too where the arguments fit the other way round alone. Any other error of a loss that is not fnet's has a note of
+    what it was given.
+    """
+    function = loss.value if isinstance(loss, Loss) else loss
+    given = f"outputs {described(outputs)} and targets {described(targets)}"
+
+    def fits(values) -> bool:
+        return hasattr(values, "dtype") and jnp.shape(values)[:1] == (examples,)
+
+    def fits_swapped() -> bool:
+        try:
+            return fits(jax.eval_shape(function, targets, outputs))
+        except Exception:
+            return False
+
+    try:
+        values = loss(outputs, targets)
+    except (TypeError, ValueError) as error:
+        if (getattr(function, "__module__", None) or "").startswith("fnet."):
+            raise
+        if fits_swapped():
+            raise ValueError(
+                f"loss is {called(function)}, which fails with {given}, and does not with targets first; expected a "
+                "function of (outputs, targets): take its arguments in this order"
+            ) from None
+        error.add_note(f"in the loss, {called(function)}, of {given}")
+        raise
+    if not fits(values):
+        raise ValueError(
+            f"loss is {called(function)}, which returned {described(values)} of {given}; expected one value for each "
+            f"of the {examples} examples, shape ({examples},) or ({examples}, ...): the mean over them is taken "
+            "outside, by the batch's weights"
+        )
+    return values
 
 
 def counted(loss, batch: Batch) -> tuple[Batch, PyTree]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from fnet.core import processes
-from fnet.core.checks import described, require_key, require_layer, takes
+from fnet.core.checks import described, refuse_train_state, require_key, require_layer, takes
 from fnet.core.contexts import holding
 from fnet.core.numerics import stream, words_of
 from fnet.core.placement import Placement
@@ -46,6 +46,7 @@ def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = 
 
 def apply(model: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
     """The model's outputs in inference. Under jit, XLA drops the residuals that nobody reads."""
+    refuse_train_state("apply", params=params, state=state)
     return forward_of(model, params, state, x, key=None, train=False)[0]
 
 

@@ -424,7 +424,7 @@ def require_children(what: str, tree, children) -> None:
     """Raise `LayerError` unless ``tree`` is a dict with an entry for each child."""
     names = [name for name, _ in children]
     if not isinstance(tree, dict) or set(tree) != set(names):
-        found = sorted(tree) if isinstance(tree, dict) else repr(tree)[:80]
+        found = sorted(tree) if isinstance(tree, dict) else described(tree)
         raise LayerError(f"expected {what} of the children {names}, got {found}: pass what the model's init returned")
 
 

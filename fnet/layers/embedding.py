@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from fnet.core.checks import is_whole, require, require_array, require_counts, require_layer, require_params
+from fnet.core.contexts import place_of
 from fnet.core.numerics import stream, wide
 from fnet.core.splitting import by_examples
 from fnet.layers.children import backward_child, forward_child, init_child
@@ -200,7 +201,7 @@ def require_ids(ids, vocabulary: int) -> None:
     if len(wrong):
         place = tuple(wrong[0].tolist())
         raise LayerError(
-            f"expected ids from 0 to {vocabulary - 1}, got {found[place]} at position {place}, "
+            f"expected ids from 0 to {vocabulary - 1}, got {found[place]} {place_of(place, found.shape)}, "
             f"{len(wrong)} such of {found.size}: map what is unknown to an id of its own"
         )
 

@@ -66,7 +66,7 @@ def batch_norm(*, decay=0.99, eps=1e-5, variance: str = "biased", scale=constant
     def forward(params, state, x, *, key=None, train=False):
         x, mask = split_mask(x)
         if not isinstance(state, dict) or set(state) != {"mean", "var"}:
-            raise LayerError(f"expected the state {{'mean', 'var'}}, got {state!r:.80}: pass what init returned")
+            raise LayerError(f"expected the state {{'mean', 'var'}}, got {described(state)}: pass what init returned")
         require_features(x, state["mean"].shape[0])
         require_params(params, **affine_shapes(x, scale, bias))
         if any(wide(leaf.dtype) != leaf.dtype for leaf in state.values()):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.core.checks import is_whole, require
+from fnet.core.contexts import place_of
 from fnet.core.numerics import wide
 from fnet.losses.checks import as_array, require_floating
 from fnet.types import Loss
@@ -154,7 +155,8 @@ def _checked(outputs, targets, blank):
     known = np.zeros(0) if isinstance(labels, Tracer) else np.asarray(labels)
     if (known >= classes).any():
         at = tuple(np.argwhere(known >= classes)[0].tolist())
-        raise ValueError(f"ctc: label {known[at]} at {at} is outside 0..{classes - 1} (outputs have {classes} classes)")
+        label = f"label {known[at]} {place_of(at, known.shape)}"
+        raise ValueError(f"ctc: {label} is outside 0..{classes - 1} (outputs have {classes} classes)")
     frames = np.ones((size, t), bool) if frames is None else as_array("ctc", "frames", frames)
     if frames.shape != (size, t) or frames.dtype != jnp.bool_:
         raise ValueError(

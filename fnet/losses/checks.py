@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fnet.core.checks import refuse_masked
+from fnet.core.contexts import place_of
 from fnet.layers.masks import is_masked
 
 
@@ -114,7 +115,7 @@ def require_range(name, what, targets, high, note=""):
     inside = (known >= 0) & (known <= high)
     if not inside.all():
         at = tuple(np.argwhere(~inside)[0].tolist())
-        raise ValueError(f"{name}: {what} {known[at]} at {at} is outside 0..{high}{note}")
+        raise ValueError(f"{name}: {what} {known[at]} {place_of(at, known.shape)} is outside 0..{high}{note}")
 
 
 def require_floating(name, outputs):

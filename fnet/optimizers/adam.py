@@ -56,6 +56,9 @@ def adam(
 
         p −= rate · m̂ / (√(v̂ + eps_root) + eps)
 
+    Elsewhere ``learning_rate, b1, b2, eps`` are called ``lr, betas, eps`` (torch) and ``learning_rate, beta_1, beta_2,
+    epsilon`` (Keras).
+
     - ``variant="keras"`` (the paper's "epsilon hat"): ``p −= rate · √(1 − b2ᵗ) / (1 − b1ᵗ) · m / (√(v + eps_root) +
       eps)``, which is an ``eps`` of eps / √(1 − b2ᵗ) in the standard form, 31.6 times eps at t = 1. Keras' own is 1e-7.
     - ``eps_root`` (optax) is added under the root. It is not needed for derivatives of a whole run, which are finite

@@ -45,6 +45,7 @@ def sgd(
     ``weight_decay`` λ is decoupled, as in all optimizers here: ``p −= rate · λ · p`` too, at the leaves of the ``mask``
     (None: all; path patterns such as ``"*/w"``; a tree of True and False like the parameters, as in optax; or a
     function ``(path, leaf) -> bool``). For this optimizer alone it is the same as L2, `fnet.transforms.l2_decay`.
+    ``SGD(rate, momentum=0.9, nesterov=True)`` of torch and Keras is ``momentum(rate, 0.9, nesterov=True)``.
 
     >>> optimizer = sgd(0.1)
     >>> params = {"w": jnp.array([1.0, 2.0])}

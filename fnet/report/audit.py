@@ -206,11 +206,11 @@ STYLE = """
   .fnet-audit tr.wrong { order: -2; }
   .fnet-audit tr.unverified { order: -1; }
   .fnet-audit tr { padding: .5em 0; border-bottom: 1px solid rgba(128, 128, 128, .5); }
-  .fnet-audit table td { display: flex; gap: .8em; padding: .1em 0; border: 0; white-space: normal; min-width: 0; }
-  .fnet-audit table td:last-child { display: block; min-width: 0; }
+  .fnet-audit table td, .fnet-audit table td:last-child { display: flex; gap: .8em; padding: .1em 0; border: 0;
+    white-space: normal; min-width: 0; }
+  .fnet-audit table td:is([data-label="what was found"], [data-label="cause"]) { display: block; }
   .fnet-audit table td:empty { display: none; }
-  .fnet-audit td::before { content: attr(data-label); flex: 0 0 6em; opacity: .65; }
-  .fnet-audit td:last-child::before { display: block; }
+  .fnet-audit td::before { content: attr(data-label); display: block; flex: 0 0 6em; opacity: .65; }
 }
 """
 
@@ -221,6 +221,7 @@ main { max-width: 84em; margin: 0 auto; padding: 1em 1.2em 3em; }
 h1 { font-size: 1.5em; }
 h1 .pill { padding: 0 .6em; border-radius: 1em; }
 h2 { font-size: 1.1em; }
-figure { margin: 0; }
+figure { margin: 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+@media (max-width: 44em) { img { max-width: none; width: 60em; } }
 """

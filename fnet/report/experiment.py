@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fnet.report.folder import read_json
-from fnet.report.html import as_words, date_time, flat, is_number, pairs, write_page
+from fnet.report.html import as_words, brief, date_time, flat, is_number, pairs, write_page
 
 SHOWN = {".png": "image/png", ".svg": "image/svg+xml", ".gif": "image/gif", ".jpg": "image/jpeg"}
 LONGEST = 6  # lists of numbers that are written out
@@ -37,7 +37,7 @@ def write_experiment(folder: Path, page: Path) -> Path:
         "Pictures": "".join(map(picture, pictures)),
         "Runs": links(pages, folder, page.parent),
         "Files": links(others, folder, page.parent),
-        "Configuration": pairs(flat(config)),
+        "Configuration": pairs(flat(config, brief)),
     }
     where = folder.absolute()
     title = f"{where.parent.name}: {where.name}, {date_time((folder / 'config.json').stat().st_mtime)[:10]}"

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -86,18 +86,36 @@ def scrolled(label: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by path, their values as text."""
-    shown = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        shown |= flat(value, f"{prefix}{name}/") if nested else {f"{prefix}{name}": as_words(value)}
-    return shown
-
-
 def as_words(value: Any) -> str:
     """A setting as text; a dash for none."""
     return (value or "—") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+LISTED = 8  # entries of a setting that are all shown
+
+
+def brief(value: Any) -> str:
+    """As `as_words`; of a longer list its first entries and how many it has.
+
+    >>> brief(list(range(100, 120)))
+    '[100, 101, 102, … 20 in all]'
+    >>> brief([[1, 2], "a"])
+    '[[1, 2], "a"]'
+    """
+    if not isinstance(value, list):
+        return as_words(value)
+    entries = [json.dumps(item, ensure_ascii=False) if isinstance(item, str) else brief(item) for item in value]
+    return f"[{', '.join(entries)}]" if len(value) <= LISTED else f"[{', '.join(entries[:3])}, … {len(value)} in all]"
+
+
+def flat(values: Mapping[str, Any], words: Callable[[Any], str] = as_words, prefix: str = "") -> dict[str, str]:
+    """Nested settings by path, their values as text, by `as_words` or by other ``words``."""
+    shown = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        path = f"{prefix}{name}"
+        shown |= flat(value, words, f"{path}/") if nested else {path: words(value)}
+    return shown
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

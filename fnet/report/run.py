@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fnet.gradcheck.report import columns
 from fnet.report.audit import Html, code, pill
 from fnet.report.charts import line_chart, png, swatch
 from fnet.report.experiment import is_experiment, write_experiment
@@ -21,6 +22,7 @@ from fnet.report.html import (
     STYLE,
     as_number,
     as_words,
+    brief,
     date_time,
     flat,
     grid,
@@ -68,7 +70,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
         "Gradient audit": audit_section(run.audit),
         **explorer_section(run.folder, Path(path).parent if path else run.folder),
         "Time and memory": pairs(described(run.summary)),
-        "Configuration": pairs(flat(run.config)),
+        "Configuration": pairs(flat(run.config, brief)),
         "Environment": pairs(flat(run.environment)),
     }
     absent = "".join(f"<li>{escape(name)}: {escape(MAKES[name])}</li>" for name in MAKES if not sections[name])
@@ -76,7 +78,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     if absent:
         sections["Not in this folder"] = f'<ul class="note">{absent}</ul>'
     if run.nonfinite:
-        found = pairs(flat(run.nonfinite))
+        found = pairs(flat(run.nonfinite, brief))
         sections = {"Not finite": f'<p class="alert">The run met a number that is not finite.</p>{found}', **sections}
     title = f"{name_of(run.folder)}, {date_time(run.written)[:10]}"
     return write_page(Path(path) if path else run.folder / "report.html", title, status(run), sections)
@@ -138,12 +140,15 @@ def charts(panels: Sequence[Panel]) -> str:
 
 def numbers(metrics: Mapping[str, Series], x_label: str) -> list[tuple]:
     """Rows of the first, best and last value of each metric of one number, for a table with the head `NUMBERS`."""
-    rows = []
+    return [(named(name), *cells) for name, *cells in number_rows(metrics, x_label)]
+
+
+def number_rows(metrics: Mapping[str, Series], x_label: str) -> Iterator[tuple[str, ...]]:
+    """The cells of `numbers` as text."""
     for name, (x, values) in scalars(metrics).items():
         found = best(name, (x, values))
         at = (f"{found[0]:.5g}", f"{x_label} {whole(found[1])}") if found else ("", "")
-        rows.append((named(name), f"{values[0]:.5g}", *at, f"{values[-1]:.5g}"))
-    return rows
+        yield name, f"{values[0]:.5g}", *at, f"{values[-1]:.5g}"
 
 
 NUMBERS = ("metric", "first", "best", "at", "last")
@@ -307,7 +312,7 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     sections = {
         "Curves": charts(overlaid(names, runs)) or "No epoch and no evaluation was completed.",
         "Final and best numbers": compared_numbers(names, runs) or "None.",
-        "Configurations": compared(names, [flat(run.config) for run in runs]),
+        "Configurations": compared(names, *([flat(run.config, words) for run in runs] for words in (as_words, brief))),
         "Time and memory": compared(names, [described(run.summary) for run in runs]),
         "Environments": compared(names, [flat(run.environment) for run in runs]),
     }
@@ -362,21 +367,60 @@ def _marked(name: str, values: Sequence[tuple[float, float | None] | None]) -> I
         yield Html((f"<strong>{pair[0]:.5g} ★</strong>" if first else f"{pair[0]:.5g}") + at)
 
 
-def compared(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> str:
-    """Settings of runs in columns; those that differ come first and are marked."""
+def compared(
+    names: Sequence[str], settings: Sequence[Mapping[str, str]], briefs: Sequence[Mapping[str, str]] | None = None
+) -> str:
+    """Settings of runs in columns; those that differ come first and are marked.
+
+    In the place of those that are the same stand their ``briefs``, and of those whose briefs tell them apart.
+    """
     keys = list(dict.fromkeys(key for each in settings for key in each))
     differing = [key for key in keys if len({each.get(key) for each in settings}) > 1]
     same = [key for key in keys if key not in differing]
     if not keys:
         return "None."
     mark = Html('<span title="differs">≠</span>')
-    rows = [(mark if key in differing else "", named(key), *(each.get(key, "—") for each in settings)) for key in keys]
+    shown = lambda each, key: each.get(key, "—")  # noqa: E731
+    rows = []
+    for key in keys:
+        short = [shown(each, key) for each in briefs or settings]
+        told = key not in differing or len(set(short)) > 1
+        rows.append(
+            (mark * (key in differing), named(key), *(short if told else [shown(each, key) for each in settings]))
+        )
     rows.sort(key=lambda row: row[0] != mark)
     note = f"{len(differing)} of {len(keys)} differ (≠)." if differing else f"All {len(same)} are the same."
     return f"<p>{note}</p>" + grid(("", "", *names), rows, kind="compared", marked=len(differing))
 
 
-# ---- a history in a notebook
+# ---- a history in a terminal and in a notebook
+
+
+def history_text(history: History) -> str:
+    """What `fnet.History` is printed as."""
+    counts = {
+        "epoch": len(history.epochs.get("epoch", ())),
+        "step": len(next(iter(history.steps.values()), ())),
+        "evaluation": len(history.evaluations.get("step", ())),
+    }
+    made = [f"{n:,} {what}{'s' * (n != 1)}{' of this call' * (what == 'step')}" for what, n in counts.items()]
+    head = f"History: {', '.join(made)}; {took(history)}"
+    rows = [
+        row
+        for trained, evaluated, x_label, _ in series_of(history)
+        for row in number_rows({**trained, **evaluated}, x_label)
+    ]
+    return "\n".join([head, *([columns([NUMBERS, *rows])] if rows else []), *ended_words(history)])
+
+
+def took(history: History) -> str:
+    """How long it took."""
+    return f"compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s"
+
+
+def ended_words(history: History) -> list[str]:
+    """How a rule to stop has ended the run, if one has."""
+    return [f"Stopped early at step {history.ended.step:,}: {history.ended.reason}."] if history.ended else []
 
 
 def history_html(history: History) -> str:
@@ -384,8 +428,6 @@ def history_html(history: History) -> str:
     parts = series_of(history)
     rows = [row for trained, evaluated, x_label, _ in parts for row in numbers({**trained, **evaluated}, x_label)]
     curves = charts([panel for part in parts for panel in panels_of(*part)])
-    took = f"<p>Compiled in {history.compile_seconds:.2f} s, run in {history.run_seconds:.2f} s.</p>"
-    if history.ended:
-        took += f"<p>{escape(f'Stopped early at step {history.ended.step:,}: {history.ended.reason}.')}</p>"
+    said = "".join(f"<p>{escape(words)}</p>" for words in [f"{took(history).capitalize()}.", *ended_words(history)])
     table = grid(NUMBERS, rows) or "<p>No epoch and no evaluation was completed.</p>"
-    return f'<div class="fnet-run"><style>{STYLE}</style>{table}{curves}{took}</div>'
+    return f'<div class="fnet-run"><style>{STYLE}</style>{table}{curves}{said}</div>'

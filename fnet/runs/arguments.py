@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.checks import described as shown
 from fnet.core.checks import is_whole, require_counts
 from fnet.core.numerics import words_of
 from fnet.core.placement import Placement
 from fnet.core.programs import Line, digest, program_lines
 from fnet.core.trees import named_leaves
-from fnet.data.arrays import EXTREMES, DataError, as_batch, check_batch_size, check_data, count_examples, trace_batch
+from fnet.data.arrays import (
+    EXTREMES,
+    DataError,
+    as_batch,
+    check_batch_size,
+    check_data,
+    count_examples,
+    is_placed,
+    trace_batch,
+)
 from fnet.data.sources import Examples, Stream, as_source, count_rows, is_read_ahead, with_length
 from fnet.data.streams import first_batch, take_rows
 from fnet.optimizers.plateau import told
@@ -372,15 +381,16 @@ def dry_run(
     ``rows`` says which ones of the whole data these are.
     """
     try:
-        return trace_batch(function, (ts,), data, size)
+        return trace_batch(function, (ts,), data, size, rows)
     except ValueError as error:
         found = [note.removeprefix(EXTREMES) for note in getattr(error, "__notes__", ()) if note.startswith(EXTREMES)]
-        if not found:  # the function's own error, whatever the labels
-            error.add_note(f"in {name}")
+        placed = is_placed(error)
+        if isinstance(error, LayerError) or not (found or placed):
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), data)
+            error.add_note(f"in {name}, given to fit: {shown(batch)}")
             raise
-        at = [row if rows is None else rows[row] for row in json.loads(found[-1])]
-        where = f"{name}, examples {at} (those with the least and the greatest label or id)"
-        if isinstance(error, LayerError):
-            error.add_note(f"in {where}")
-            raise
-        raise DataError(f"{where}: {error}") from error
+        if placed:
+            raise DataError(f"{name}: {error}") from None
+        raise DataError(
+            f"{name}, examples {found[-1]} (those with the least and the greatest label or id): {error}"
+        ) from error

@@ -1,4 +1,4 @@
-"""`fit`: the run of `fnet.train`, driven from the host in compiled chunks, watched by observers and kept in a folder.
+"""A run from the host: `fit` drives that of `fnet.train` in compiled chunks, watched by observers, kept in a folder.
 
 One program, compiled once, makes any number of steps: the number is an argument of it. So results are the same bits for
 every chunk length, and a resumed run continues with the program of the straight one. While the device runs a chunk the

@@ -49,6 +49,23 @@ class History(NamedTuple):
     run_seconds: float
     ended: Ending | None = None  # how a rule to stop has ended the run
 
+    def __repr__(self) -> str:
+        """How much was run, the first, best and last value of each metric of one number, and how it ended.
+
+        >>> loss = np.array([0.9, 0.25, 0.5])
+        >>> epochs = {"epoch": np.array([1, 2, 3]), "loss": loss, "validation_loss": loss + 1}
+        >>> evaluations = {"step": np.array([100, 200, 300]), "validation_loss": loss + 1}
+        >>> History(epochs, {"loss": np.zeros(300)}, evaluations, 2.5, 0.75, Ending(300, "no better for 1 evaluation"))
+        History: 3 epochs, 300 steps of this call, 3 evaluations; compiled in 2.50 s, run in 0.75 s
+        metric           first  best  at       last
+        loss             0.9    0.25  epoch 2  0.5
+        validation_loss  1.9    1.25  epoch 2  1.5
+        Stopped early at step 300: no better for 1 evaluation.
+        """
+        from fnet.report.run import history_text
+
+        return history_text(self)
+
     def plot(self, path: str | Path | None = None):
         """A matplotlib figure with a panel for each metric, training and validation sets together.
 

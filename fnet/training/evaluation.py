@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fnet.core.checks import require_counts, require_layer
+from fnet.core.checks import refuse_train_state, require_counts, require_layer
 from fnet.core.jax_insides import transfers_meant
 from fnet.data.arrays import (
     as_arrays,
@@ -43,6 +43,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
     """``evaluate(params, state, data) -> metrics`` in inference, as `Mean`s over all of ``data``.
 
     With ``batch_size`` the data pass in slices of it (and a smaller last one), so that memory does not grow with them.
+    Raises TypeError for a whole `TrainState` where its params or its state belong.
     """
     check_engine("make_evaluate", model, loss, metrics)
     require_counts("make_evaluate", batch_size=batch_size)
@@ -51,6 +52,7 @@ def make_evaluate(model: Layer, loss, metrics: Mapping[str, Callable] | None = N
         return measure(loss, metrics, apply(model, params, state, batch.inputs), batch)
 
     def evaluate(params, state, data):
+        refuse_train_state("evaluate", params=params, state=state)
         data = jax.tree.map(lambda leaf: native(leaf) if isinstance(leaf, np.ndarray) else leaf, as_batch(data))
         n = count_examples(data)
         size = batch_size or n
@@ -85,7 +87,7 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     padded or left out.
 
     Raises DataError for inputs that are no arrays of one length or that jax cannot hold, and a batch size that is not
-    from 1 to N. NaN and infinities pass.
+    from 1 to N; TypeError for a whole `TrainState` where its params or its state belong. NaN and infinities pass.
 
     >>> from fnet.layers import dense
     >>> params, state = dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
@@ -93,6 +95,7 @@ def predict(model: Layer, params: PyTree, state: PyTree, data: PyTree, batch_siz
     (10, 2)
     """
     require_layer("predict: model", model)
+    refuse_train_state("predict", params=params, state=state)
     data = as_source(data)
     if isinstance(data, Stream):
         data = inputs_alone(with_length(data))

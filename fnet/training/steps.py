@@ -27,8 +27,8 @@ def init_train_state(
 ) -> TrainState:
     """The start of a run: step 0, the optimizer's first state, and the key that all its randomness comes from.
 
-    ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none. With a
-    `fnet.placement` all of it lies as that says: no device need hold all moments.
+    ``state`` is what the model's ``init`` returned beside ``params``; plain functions without a state have none. A
+    `fnet.placement` says which device holds which part of all this, so that none need hold all moments.
     """
     require_optimizer("init_train_state: optimizer", optimizer)
     require_key("init_train_state", key)
