@@ -41,6 +41,10 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
 
     ``metrics`` maps names, but for "loss", to functions of ``(outputs, targets)`` that give one value per example. With
     ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
+
+    ``loss(outputs, targets)`` gives one value per example, ``(B,)``, or several, ``(B, ...)``; not their mean. TypeError
+    for what is no model, no loss, or a loss that calls its first argument ``y_true`` or ``targets``; ValueError, when
+    the gradient is traced, for another shape of its values.
     """
     check_engine("autodiff", model, loss, metrics)
 
