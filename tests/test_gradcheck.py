@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -426,6 +427,14 @@ def test_the_ladder_has_a_rung_for_every_precision_with_errors_of_its_size():
             assert eps / 200 < rungs[dtype].error < 30 * eps
 
 
+def test_while_a_leaf_is_wrong_the_ladder_has_the_parameters_own_precision_alone():
+    params = {path: leaf.astype(np.float32) for path, leaf in PARAMS.items()}
+    report = check(net, params, X, gradient=altered(b=lambda g: 2 * g), precisions=("bfloat16", "float16"))
+    assert verdicts(report)["b"] == "wrong" and verdicts(report)["w"] == "ok"
+    for leaf in report.leaves:
+        assert [rung.dtype for rung in leaf.ladder] == ["float32"]
+
+
 # ---- narrow types inside ----
 
 
@@ -595,8 +604,9 @@ def test_the_report_is_json_and_its_text_has_a_row_for_each_leaf():
     assert not data["ok"] and data["first_wrong"] == "b"
     assert {leaf["path"]: leaf["verdict"] for leaf in data["leaves"]} == verdicts(report)
     assert data["leaves"][0]["claimed"] == "nan" and data["settings"]["matmul precision"] == "highest"
-    for path in PARAMS:
-        assert sum(line.startswith(f"{path} ") for line in str(report).splitlines()) == 2  # its verdict, its ladder
+    right = check(net, PARAMS, X, gradient=altered(), precisions=("float32",), cost=True)
+    for path, (shown, rows) in itertools.product(PARAMS, ((report, 1), (right, 2))):  # its verdict, its ladder
+        assert sum(line.startswith(f"{path} ") for line in str(shown).splitlines()) == rows
 
 
 # ---- the audit proves itself ----

@@ -48,8 +48,9 @@ def check_gradients(
 
     ``intermediates`` maps names of `fnet.tap`s in ``f`` to the caller's gradients of them (or is a function of
     ``(params, *args)`` that returns such a dict); each is compared, in the order of the backward pass. ``precisions``
-    are the rungs of the ladder besides float64 and the parameters' own; ``cost=False`` leaves out the measurement of
-    both gradients' cost. ``seed`` draws the directions. With ``has_aux`` the function returns ``(scalar, aux)``.
+    are the rungs of the ladder besides float64 and the parameters' own, climbed where no leaf is wrong: a wrong formula
+    would hide what is rounding. ``cost=False`` leaves out the measurement of both gradients' cost. ``seed`` draws the
+    directions. With ``has_aux`` the function returns ``(scalar, aux)``.
 
     Raises ValueError where ``params`` has no floating leaf, where ``f`` does not return one floating scalar or cannot
     be traced, and for unknown names of intermediates; TypeError for complex leaves.
@@ -89,7 +90,7 @@ def check_gradients(
         complaints = native_dtypes(ask(known, engine, arguments), arguments[0])
     with precise(x64):
         asked = ask_compiled(known, engine, (problem.leaves, problem.others))
-    rungs = ask_rungs(problem, engines, precisions, known)
+    ask_rungs(problem, engines, (), known)
     with precise(x64):
         claimed = claim(problem, engine, asked)
         witnesses = gather(problem, traced, begun, seed, claimed if alone else None)
@@ -98,6 +99,8 @@ def check_gradients(
         leaf._replace(verdict="wrong", cause=words) if words and leaf.verdict != "wrong" else leaf
         for leaf, words in zip(checks, complaints, strict=True)
     ]
+    wrong = any(leaf.verdict == "wrong" for leaf in checks)
+    rungs = ask_rungs(problem, engines, () if wrong else precisions, known)
     checks = climb(problem, witnesses.exact or claimed.grads, engines, rungs, checks)
     costs = measure_costs(problem, own, outer_x64) if cost else ()
     compared = ()
