@@ -665,7 +665,9 @@ def test_a_comparison_marks_what_differs_and_the_best(pair, tmp_path):
     configurations = section(text, "Configurations")
     assert "1 of 4 differ" in configurations
     marked = re.findall(r"<tr class=marked>(.*?)</tr>", configurations)
-    assert len(marked) == 1 and "<code>rate</code></td><td>0.1</td><td>0.2</td>" in marked[0] and "≠" in marked[0]
+    assert (
+        len(marked) == 1 and "<code>rate</code></td><td>0.1</td><td>0.2</td>" in marked[0] and ">≠</span>" in marked[0]
+    )
     assert "<code>layers/<wbr>hidden</code></td><td>[8]</td><td>[8]</td>" in configurations
     numbers = re.sub(r"\s", " ", section(text, "Final and best numbers"))
     assert "<code>loss</code></td><td>final</td><td>0.6</td><td><strong>0.5 ★</strong></td>" in numbers

@@ -218,7 +218,7 @@ def trace_batch(
     raises for these integers alone says in which example, or has a note of which ones they were. ``rows`` says which
     examples of the whole data these are.
     """
-    if rows is None and (rows := examples_here()) is not None and len(rows) != len(jax.tree.leaves(data)[0]):
+    if rows is None and (rows := examples_here()) is not None and len(rows) != jax.tree.leaves(data)[0].shape[0]:
         rows = None
     host = jax.tree.map(lambda leaf: None if isinstance(leaf, Tracer) else np.asarray(leaf), data)
     kept = lambda dtype: jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype  # noqa: E731

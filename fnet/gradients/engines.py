@@ -41,6 +41,10 @@ def autodiff(model: Layer, loss, metrics: Mapping[str, Callable] | None = None, 
 
     ``metrics`` maps names, but for "loss", to functions of ``(outputs, targets)`` that give one value per example. With
     ``inputs=True`` the gradient returned is the pair ``(dparams, dinputs)``, with None at inputs that are not floating.
+
+    ``loss(outputs, targets)`` gives one value per example, ``(B,)``, or several, ``(B, ...)``, and not their mean.
+    TypeError for what is no model, no loss, or a loss that calls its first argument ``y_true`` or ``targets``;
+    ValueError, when the gradient is traced, for another shape of its values.
     """
     check_engine("autodiff", model, loss, metrics)
 
@@ -303,7 +307,9 @@ def values_of(loss, outputs: PyTree, targets: PyTree, examples: int) -> jax.Arra
     what it was given.
     """
     function = loss.value if isinstance(loss, Loss) else loss
-    given = f"outputs {described(outputs)} and targets {described(targets)}"
+
+    def given() -> str:
+        return f"outputs {described(outputs)} and targets {described(targets)}"
 
     def fits(values) -> bool:
         return hasattr(values, "dtype") and jnp.shape(values)[:1] == (examples,)
@@ -321,14 +327,14 @@ def values_of(loss, outputs: PyTree, targets: PyTree, examples: int) -> jax.Arra
             raise
         if fits_swapped():
             raise ValueError(
-                f"loss is {called(function)}, which fails with {given}, and does not with targets first; expected a "
+                f"loss is {called(function)}, which fails with {given()}, and does not with targets first; expected a "
                 "function of (outputs, targets): take its arguments in this order"
             ) from None
-        error.add_note(f"in the loss, {called(function)}, of {given}")
+        error.add_note(f"in the loss, {called(function)}, of {given()}")
         raise
     if not fits(values):
         raise ValueError(
-            f"loss is {called(function)}, which returned {described(values)} of {given}; expected one value for each "
+            f"loss is {called(function)}, which returned {described(values)} of {given()}; expected one value for each "
             f"of the {examples} examples, shape ({examples},) or ({examples}, ...): the mean over them is taken "
             "outside, by the batch's weights"
         )

@@ -385,9 +385,8 @@ def compared(
     for key in keys:
         short = [shown(each, key) for each in briefs or settings]
         told = key not in differing or len(set(short)) > 1
-        rows.append(
-            (mark * (key in differing), named(key), *(short if told else [shown(each, key) for each in settings]))
-        )
+        cells = short if told else [shown(each, key) for each in settings]
+        rows.append((mark if key in differing else "", named(key), *cells))
     rows.sort(key=lambda row: row[0] != mark)
     note = f"{len(differing)} of {len(keys)} differ (≠)." if differing else f"All {len(same)} are the same."
     return f"<p>{note}</p>" + grid(("", "", *names), rows, kind="compared", marked=len(differing))
