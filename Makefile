@@ -73,7 +73,7 @@ lint: $(VENV)/.installed-lint $(VENV)/.installed-test
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 # A name that does not resolve, a link or an anchor that is not there, a missing picture or derivation fails it.
-# All pages are read each time (-E): of those that are as they were Sphinx says nothing, also where a link in them is broken now.
+# All pages are read each time (-E): else Sphinx is silent the second time, and on pages whose links broke elsewhere.
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -b html -E -n -W --keep-going docs docs/_build/html $(ARGS)
 
