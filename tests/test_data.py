@@ -701,3 +701,17 @@ def test_tensors_of_torch_in_any_layout_are_read_as_they_are():
     for tensor in (x.T.contiguous().T, x.repeat(1, 2)[:, :3], torch.stack([x, x], 1)[:, 1]):
         batch = check_data((tensor, torch.from_numpy(MANY[1])))
         np.testing.assert_array_equal(batch.inputs, MANY[0])
+
+
+def test_points_of_a_spiral_are_split_by_other_bits_than_they_were_drawn_by():
+    key, examples = jax.random.key(0), 1200
+    points = fnet.data.spirals(key, examples)
+    x, y = np.asarray(points.inputs).T
+    turned = np.arctan2(x, y) - 2 * np.pi / 3 * np.asarray(points.targets) - 4 * np.hypot(x, y)
+    noise = np.angle(np.exp(1j * turned)) / 0.2
+    assert abs(noise.std() - 1) < 0.1  # three standard errors of a normal's are 0.06
+    rows = np.concatenate(
+        [part.inputs for part in fnet.split(fnet.Batch(np.arange(examples), points.targets), 0.8, key)]
+    )
+    for drawn in (noise, np.hypot(x, y)):
+        assert abs(np.corrcoef(drawn[rows], np.arange(examples))[0, 1]) < 0.1  # three standard errors: 0.09

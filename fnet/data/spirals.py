@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fnet.core.checks import require, require_counts, require_key
+from fnet.core.numerics import stream
 from fnet.types import Batch
 
 
@@ -24,7 +25,8 @@ def spirals(key: jax.Array, examples: int = 3000, classes: int = 3, noise: float
     require_counts("spirals", examples=examples, classes=classes)
     require(noise >= 0, f"spirals: noise = {noise}; expected at least 0")
     arms = jnp.arange(examples) % classes
-    place, turn = jax.random.split(key)
+    # other bits than those by which `split` shuffles with the same key
+    place, turn = jax.random.split(stream(key, "spirals"))
     r = jax.random.uniform(place, (examples,))
     angle = arms.astype(r.dtype) * (2 * jnp.pi / classes) + 4 * r + noise * jax.random.normal(turn, (examples,))
     return Batch(r[:, None] * jnp.stack([jnp.sin(angle), jnp.cos(angle)], 1), arms)
