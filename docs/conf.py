@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 copybutton_prompt_text = ">>> "
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {name: name for name in ("ArrayLike", "DTypeLike", "PyTree")}
 python_maximum_signature_line_length = 100
 
 html_theme = "sphinx_book_theme"
@@ -55,6 +56,11 @@ html_theme_options = {
 def skip(app, what, name, obj, skip, options):
     """The fields of a NamedTuple say nothing that its docstring does not."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def aliases_by_name(app, what, name, obj, options, signature, returns):
+    """Within a union Sphinx shows what stands for an alias, not its name."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
 
 
 def as_written(app, what, name, obj, options, lines):
@@ -103,6 +109,7 @@ def setup(app):
     explorer.write(HERE / "_static" / "explorer")
     gallery.write(HERE / "gallery")
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", aliases_by_name)
     app.connect("autodoc-process-docstring", as_written)
     app.connect("missing-reference", find)
     app.connect("html-page-context", in_its_language)

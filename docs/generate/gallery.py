@@ -91,7 +91,9 @@ def write(folder: Path) -> None:
     tiles = read_tiles()
     parts = [
         "# Gallery\n\nEvery experiment of the repository: what it shows, its number, and the command that makes both. "
-        "A picture leads to a larger one. `experiments/README.md` has all numbers and how long each takes.\n"
+        "A picture leads to a larger one. The commands run in a clone of the repository with the extra "
+        "[`experiments`](../start/quick-start.md#install); `experiments/README.md` there has all numbers and how long "
+        "each takes.\n"
     ]
     for topic, title in TOPICS.items():
         cards = "".join(card(tile) for tile in tiles if tile["topic"] == topic)
