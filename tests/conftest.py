@@ -20,6 +20,7 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+from fnet.core import drawing
 from fnet.core.jax_insides import quick_options
 from fnet.gradcheck import kept
 from fnet.runs import compilation
@@ -109,6 +110,7 @@ def own_programs(request):
     added.clear()
     jax.clear_caches()
     compilation._kept.clear()
+    drawing._kept.clear()
     compilation._asked.clear()
     kept.forget()
 

@@ -19,6 +19,7 @@ import numpy as np
 from fnet.core import processes
 from fnet.core.checks import described, require_key, require_layer, takes
 from fnet.core.contexts import holding
+from fnet.core.drawing import drawn
 from fnet.core.numerics import stream, words_of
 from fnet.core.placement import Placement
 from fnet.core.splitting import by_examples
@@ -40,7 +41,7 @@ def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = 
     shapes = jax.eval_shape(lambda x: x, x)
     draw = lambda key: dict(zip(("params", "state"), init_of(model, key, shapes), strict=True))  # noqa: E731
     where = placement and placement.of(jax.eval_shape(draw, key))
-    made = jax.jit(draw, out_shardings=where)(key)
+    made = drawn(draw, key, where)
     return made["params"], made["state"]
 
 
