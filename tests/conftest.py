@@ -72,6 +72,7 @@ EXACT = {
     "lbfgs",
     "test_bad_input",
     "test_data_forms",
+    "test_drawing",
     "test_experiments_images",
     "test_experiments_options",
     "test_initializers",

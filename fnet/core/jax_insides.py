@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax._src.xla_bridge import backends_are_initialized
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
@@ -32,6 +33,7 @@ __all__ = [
     "jaxprs_in_params",
     "part_of",
     "quick_jit",
+    "reset_cache",
     "same_bits_options",
     "scan_parts",
     "source_line",
