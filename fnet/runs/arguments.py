@@ -203,7 +203,7 @@ def check_metrics(metrics: list[tuple[str, Any]]) -> None:
 
 def check_start(ts: TrainState, stop: Reducer | None) -> None:
     """Require that the state was not stopped, and that ``stop`` is the rule that it goes on with."""
-    if bool(jnp.any(stopped(ts))):
+    if np.asarray(stopped(ts)).any():
         raise ValueError(
             f"the state was stopped by its rule at step {int(ts.step)}; expected one that goes on: "
             "ts._replace(stopping=()) begins without its rule, or anew with another"

@@ -125,7 +125,7 @@ def fit(
             check_kinds(step, ts, evaluate, stop, observers, run, placement)
             if placement is None:
                 require_one_device(ts)
-                ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
+                ts = copied(ts)  # ours to donate
             else:
                 placement.require_use(ts)
             check_start(ts, stop)
@@ -352,7 +352,7 @@ def chunks(
             count = min([count, *(every - sent % every for every in ends)])
             begin = begin if waiting else time.perf_counter()
             called = time.perf_counter()
-            ts, outputs = program(ts, jnp.asarray(count, jnp.int32), plan.data, plan.validation)
+            ts, outputs = program(ts, np.asarray(count, np.int32), plan.data, plan.validation)
             busy = time.perf_counter() - called
             before, kept = kept, copied(ts) if keep else None
             waiting.append((sent, count, outputs, before, kept if keep else ts, busy))
