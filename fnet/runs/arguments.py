@@ -210,7 +210,7 @@ def check_start(ts: TrainState, stop: Reducer | None) -> None:
         )
     if stop is None or ts.stopping == ():
         return
-    own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(stop.init(ts)))
+    own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(jax.jit(stop.init)(ts)))
     differing = [name for name in own if "hyper" in name.split("/") and str(own[name]) != str(given.get(name))]
     if differing or own.keys() != given.keys():
         numbers = [f"{name.split('/')[-1]} {shortest(own[name])}" for name in differing if name != "hyper/rule"]
