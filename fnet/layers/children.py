@@ -28,7 +28,10 @@ from fnet.types import Layer, LayerError, PyTree
 
 
 def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = None) -> tuple[PyTree, PyTree]:
-    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program.
+    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by compiled programs.
+
+    Leaves that are drawn alike, as those of a deep model's blocks are, share one. The numbers are the same bits as if
+    one program drew all of them; where the key is traced, that is what happens.
 
     With a `fnet.placement` each device draws its part of the same numbers, so that none need hold them all.
     Raises TypeError for what is no layer and no key, `LayerError` for inputs that do not fit.
