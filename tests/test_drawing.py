@@ -130,7 +130,7 @@ def test_they_are_what_the_layers_draw_one_by_one(name, key):
     made, apart = fnet.init(model, key, x), model.init(key, x)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(apart), strict=True):
         # operations by themselves round once more: a draw is a handful of them
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=16 * np.finfo(np.float32).eps, atol=1e-7)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=16 * float(np.finfo(np.float32).eps), atol=1e-7)
 
 
 def test_a_traced_key_is_traced(key):
