@@ -183,7 +183,8 @@ def compiled(piece: ClosedJaxpr, shardings: tuple, key: jax.Array, programs: dic
 
         spread = set(shardings) != {None}
         names = {place.eqn.primitive.name for place in walk(piece.jaxpr)}
-        options = None if spread or names - ENTRYWISE.union(CALLS) else same_bits_options()
+        on_cpu = not spread or all(d.platform == "cpu" for where in shardings for d in where.device_set)
+        options = same_bits_options() if on_cpu and names <= ENTRYWISE.union(CALLS) else None
         where = list(shardings) if spread else None
         programs[asked] = jax.jit(draw, out_shardings=where, compiler_options=options)
     return programs[asked]
