@@ -31,6 +31,7 @@ IN_SHORT = (  # what the README shows: words, and where the ratio stands: docume
 )
 BENCHMARKS: dict[str, list[str]] = {  # and what they are given
     "imports": [],
+    "cold": [],
     "compile": [],
     "s1": [],
     "models": [],

@@ -30,6 +30,7 @@ from experiments.options import InFolder, Options, Resumable
 from fnet.core.files import whole_file
 from fnet.core.numerics import stream
 from fnet.runs import driver
+from fnet.runs.compilation import keep_compiled
 from fnet.runs.observers import progress
 from fnet.training.epochs import steps_per_epoch
 
@@ -145,13 +146,14 @@ def as_option(option: str, value: Any) -> list[str]:
 
 
 def open_console(config: Options, console: Console | None = None) -> Console:
-    """The console of an experiment; the compilation cache is on from here."""
+    """The console of an experiment; the compilation cache is on from here, unless jax has one already."""
     settings: Any = jax.config
-    if config.cache is not None and not settings.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     console = Console(quiet=True) if config.quiet else console or Console()
+    if config.cache is not None and not settings.jax_compilation_cache_dir:
+        try:
+            keep_compiled(config.cache)
+        except ValueError as error:  # a home that cannot be written keeps none from running
+            console.print(f"compiling anew: --{error}", highlight=False, soft_wrap=True)
     if config.explain:
         explain(console)
     return console

@@ -20,6 +20,7 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+from fnet.core import drawing
 from fnet.core.jax_insides import quick_options
 from fnet.gradcheck import kept
 from fnet.runs import compilation
@@ -71,6 +72,7 @@ EXACT = {
     "lbfgs",
     "test_bad_input",
     "test_data_forms",
+    "test_drawing",
     "test_experiments_images",
     "test_experiments_options",
     "test_initializers",
@@ -109,6 +111,7 @@ def own_programs(request):
     added.clear()
     jax.clear_caches()
     compilation._kept.clear()
+    drawing._kept.clear()
     compilation._asked.clear()
     kept.forget()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import measuring
+from benchmarks import cold, measuring
 
 ROOT = Path(__file__).parents[1]
 APART = {"__init__", "__main__", "measuring", "accelerator", "accelerator_models", "accelerator_stages"}  # for a GPU
@@ -157,3 +158,12 @@ def test_one_that_fails_is_named_at_the_end_and_the_others_run(monkeypatch, caps
     assert [line.endswith("failed") for line in lines[-4:]] == [False, True, False, False]
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "models"])
     runner.main()
+
+
+@pytest.mark.long
+def test_the_stages_of_a_cold_process_are_all_of_it():
+    begin = time.time()
+    told = measuring.process("-m", "benchmarks.cold", "--once", repr(begin), PYTHONPATH=str(ROOT))()
+    found = json.loads(told)
+    assert tuple(found) == cold.STAGES and all(seconds > 0 for seconds in found.values())
+    assert sum(found.values()) <= time.time() - begin

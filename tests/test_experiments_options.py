@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ import fnet
 from experiments import common, digits_mlp, keras_example, mazur, next_token
 from experiments.common import main
 from experiments.options import ByEngine, InFolder, Options, Resumable, Seeded
+from fnet.core.jax_insides import reset_cache
 
 pytestmark = pytest.mark.long
 
@@ -387,3 +389,19 @@ def test_the_last_lines_name_what_was_written(tmp_path):
     out = io.StringIO()
     common.say_written(Console(file=out, force_terminal=True, width=20), tmp_path / "a b.html")
     assert f"{tmp_path.as_uri()}/a%20b.html" in out.getvalue()  # where the terminal opens links
+
+
+def test_a_cache_that_cannot_be_written_keeps_no_experiment_from_running(tmp_path):
+    settings: Any = jax.config
+    (tmp_path / "file").write_text("")
+    kept, told = settings.jax_compilation_cache_dir, io.StringIO()
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        common.open_console(Options(cache=tmp_path / "file"), Console(file=told, width=500))
+        assert f"compiling anew: --cache = '{tmp_path}/file' is no folder" in told.getvalue()
+        assert settings.jax_compilation_cache_dir is None
+        common.open_console(Options(cache=tmp_path / "new"), Console(file=told))
+        assert settings.jax_compilation_cache_dir == str(tmp_path / "new")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+        reset_cache()

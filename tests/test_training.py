@@ -969,3 +969,26 @@ def test_an_observer_needs_no_hash():
     counting = Counting()
     fnet.fit(step, ts, data, epochs=1, batch_size=8, observers=[counting])
     assert counting.calls > 3
+
+
+def test_a_cold_run_compiles_its_program_and_a_copy_of_the_state():
+    rng = np.random.default_rng(0)
+    jax.clear_caches()
+    key = jax.random.key(0)
+    with compiled_programs() as of_data:
+        data = fnet.check_data((rng.standard_normal((23, 5)), rng.integers(0, 3, 23)))
+    model, optimizer = fnet.mlp(4, 3), fnet.adam(0.1)
+    params, state = fnet.init(model, key, data.inputs[:1])
+    with compiled_programs() as of_state:
+        start = fnet.init_train_state(params, optimizer, key, state)
+    step = fnet.make_step(fnet.backprop(model, fnet.softmax_cross_entropy), optimizer)
+    with compiled_programs() as of_run:
+        fnet.fit(step, start, data, epochs=2, batch_size=6)
+    assert of_data == []
+    assert of_state == ["jit(begin)"]
+    assert of_run == ["jit(copied)", "jit(run_chunk)"]
+    stop = fnet.early_stopping("validation_loss", patience=2)
+    evaluate = fnet.make_evaluate(model, fnet.softmax_cross_entropy)
+    with compiled_programs() as of_stopping:
+        fnet.fit(step, start, data, epochs=2, batch_size=6, evaluate=evaluate, validation=data, stop=stop)
+    assert of_stopping == ["jit(init)", "jit(run_chunk)", "jit(copied)"]

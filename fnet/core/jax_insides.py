@@ -7,15 +7,16 @@ error says so, and this is the file to mend. Tried with jax 0.10.2, 0.11.2 and 0
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed
 from jax._src.xla_bridge import backends_are_initialized
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
 __all__ = [
     "ClosedJaxpr",
@@ -28,8 +29,12 @@ __all__ = [
     "constant",
     "coordination",
     "cuda_tools",
+    "jaxpr_as_fun",
     "jaxprs_in_params",
+    "part_of",
     "quick_jit",
+    "reset_cache",
+    "same_bits_options",
     "scan_parts",
     "source_line",
     "transfers_meant",
@@ -88,6 +93,17 @@ def bind(eqn: JaxprEqn, inputs) -> list:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def part_of(closed: ClosedJaxpr, eqns: Iterable[int], inputs: Sequence[Var], outputs: Iterable[int]) -> ClosedJaxpr:
+    """The program of these equations and outputs, by their numbers, with the constants that it needs."""
+    jaxpr = closed.jaxpr
+    kept, returned = [jaxpr.eqns[i] for i in sorted(eqns)], [jaxpr.outvars[i] for i in outputs]
+    read = {atom for atom in [*returned, *(a for eqn in kept for a in eqn.invars)] if not isinstance(atom, Literal)}
+    consts = {var: const for var, const in zip(jaxpr.constvars, closed.consts, strict=True) if var in read}
+    about = jaxpr.debug_info.with_unknown_names()
+    part = jaxpr.replace(constvars=[*consts], invars=[*inputs], outvars=returned, eqns=kept, debug_info=about)
+    return ClosedJaxpr(part, [*consts.values()])
+
+
 def source_line(eqn: JaxprEqn) -> str:
     """The line of the user's code that an equation comes from, ``file.py:12:4 (function)``."""
     return source_info_util.summarize(eqn.source_info)
@@ -121,13 +137,21 @@ def quick_jit(f: Callable) -> Callable:
 
 @functools.cache
 def quick_options() -> Mapping[str, Any]:
-    """Those of ``QUICK`` that this release's compiler takes; each is tried once, some milliseconds."""
+    """Those of ``QUICK`` that this release's compiler takes; tried once, some milliseconds."""
 
-    def taken(name: str) -> bool:
+    def taken(**options) -> bool:
         try:
-            jax.jit(lambda: 0, compiler_options={name: QUICK[name]}).lower().compile()
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
         except jax.errors.JaxRuntimeError:  # no such compile option
             return False
         return True
 
-    return {name: QUICK[name] for name in QUICK if taken(name)}
+    return QUICK if taken(**QUICK) else {name: QUICK[name] for name in QUICK if taken(**{name: QUICK[name]})}
+
+
+def same_bits_options() -> dict[str, Any] | None:
+    """`quick_options` for programs that act on each entry by itself: at level 1 they round as they do at the others.
+
+    Level 0 does not make one operation of a product and a sum.
+    """
+    return {**quick_options(), "xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

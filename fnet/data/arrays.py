@@ -336,13 +336,13 @@ def _to_device(
         _refuse(path, host, bad, "expected finite numbers: drop or replace them", rows)
     dtype = jax.dtypes.canonicalize_dtype(host.dtype)
     if dtype == host.dtype:
-        return leaf if isinstance(leaf, jax.Array) else jnp.array(host)  # device_put may share NumPy's memory
+        return leaf if isinstance(leaf, jax.Array) else jax.device_put(host.copy())  # whose memory it may share
     with np.errstate(over="ignore"):
         narrow = host.astype(dtype)
     lost = np.isinf(narrow) & np.isfinite(host) if floating else narrow != host
     expected = f"expected numbers that {dtype} holds: scale or renumber them, or enable jax_enable_x64"
     _refuse(path, host, lost, expected, rows)
-    return jnp.array(narrow)
+    return jax.device_put(narrow)
 
 
 def _refuse(path: str, host: np.ndarray, bad: np.ndarray, expected: str, rows: Sequence[int] | None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from fnet.core import processes
 from fnet.core.checks import described, refuse_train_state, require_key, require_layer, takes
 from fnet.core.contexts import holding
+from fnet.core.drawing import drawn
 from fnet.core.numerics import stream, words_of
 from fnet.core.placement import Placement
 from fnet.core.splitting import by_examples
@@ -27,7 +28,10 @@ from fnet.types import Layer, LayerError, PyTree
 
 
 def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = None) -> tuple[PyTree, PyTree]:
-    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by one compiled program.
+    """``params, state`` for inputs like ``x`` (arrays or `jax.ShapeDtypeStruct`s), drawn by compiled programs.
+
+    Leaves that are drawn alike, as those of a deep model's blocks are, share one. The numbers are the same bits as if
+    one program drew all of them; where the key is traced, that is what happens.
 
     With a `fnet.placement` each device draws its part of the same numbers, so that none need hold them all.
     Raises TypeError for what is no layer and no key, `LayerError` for inputs that do not fit.
@@ -40,7 +44,7 @@ def init(model: Layer, key: jax.Array, x: PyTree, placement: Placement | None = 
     shapes = jax.eval_shape(lambda x: x, x)
     draw = lambda key: dict(zip(("params", "state"), init_of(model, key, shapes), strict=True))  # noqa: E731
     where = placement and placement.of(jax.eval_shape(draw, key))
-    made = jax.jit(draw, out_shardings=where)(key)
+    made = drawn(draw, key, where)
     return made["params"], made["state"]
 
 

@@ -212,14 +212,14 @@ def check_metrics(metrics: list[tuple[str, Any]]) -> None:
 
 def check_start(ts: TrainState, stop: Reducer | None) -> None:
     """Require that the state was not stopped, and that ``stop`` is the rule that it goes on with."""
-    if bool(jnp.any(stopped(ts))):
+    if np.asarray(stopped(ts)).any():
         raise ValueError(
             f"the state was stopped by its rule at step {int(ts.step)}; expected one that goes on: "
             "ts._replace(stopping=()) begins without its rule, or anew with another"
         )
     if stop is None or ts.stopping == ():
         return
-    own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(stop.init(ts)))
+    own, given = dict(named_leaves(ts.stopping)), dict(named_leaves(jax.jit(stop.init)(ts)))
     differing = [name for name in own if "hyper" in name.split("/") and str(own[name]) != str(given.get(name))]
     if differing or own.keys() != given.keys():
         numbers = [f"{name.split('/')[-1]} {shortest(own[name])}" for name in differing if name != "hyper/rule"]

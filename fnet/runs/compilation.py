@@ -1,18 +1,22 @@
-"""Compiling each program of a run once, and saying why (`fit(explain=True)`)."""
+"""Compiling each program of a run once, keeping it on the disk, and saying why (`fit(explain=True)`)."""
 
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fnet.core.jax_insides import reset_cache
 from fnet.core.programs import Line, difference, digest, program_lines, settings_in_force
 from fnet.core.trees import named_leaves
 from fnet.training.collectives import sent_by_step
@@ -124,6 +128,57 @@ def reason_to_compile(function: Callable, owner: Step, about: Mapping[str, Any],
     ]
     more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
     return "; ".join(changes[:3]) + more or f"it computes something else: {difference(same[-1].lines, lines)}"
+
+
+@contextmanager
+def cached_in(folder: str | os.PathLike[str] | None):
+    """What `keep_compiled` sets holds within; with None what held before."""
+    if folder is None:
+        yield
+        return
+    before = keep_compiled(folder)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def keep_compiled(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """From here on jax keeps all programs that it compiles in the folder, and takes from there what it has kept.
+
+    All: also those that are small or compile quickly. Returns the settings that held before. The folder is made where
+    there is none; raises ValueError where that cannot be, or where nothing can be written there.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise TypeError(f"cache = {folder!r}; expected a folder's path, or None")
+    path = Path(folder).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        what = "is no folder" if isinstance(error, FileExistsError | NotADirectoryError) else "cannot be written"
+        raise ValueError(
+            f"cache = {str(folder)!r} {what} ({error.strerror}); expected a folder for compiled programs that this "
+            "process may write, or the path of one to be made: None keeps none"
+        ) from None
+    return _set(
+        {
+            "jax_enable_compilation_cache": True,
+            "jax_compilation_cache_dir": str(path),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+    )
+
+
+def _set(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of jax's compilation cache; returns what they were."""
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # jax looks at them once
+    return before
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import sys
 import time
@@ -42,7 +43,7 @@ from fnet.runs.arguments import (
     programs_of,
 )
 from fnet.runs.checkpoint import CheckpointError
-from fnet.runs.compilation import circumstances, compiled
+from fnet.runs.compilation import cached_in, circumstances, compiled
 from fnet.runs.folder import open_run
 from fnet.runs.history import Event, History, Recorder
 from fnet.runs.interrupts import Interrupted, Terminated, interruptions
@@ -80,6 +81,7 @@ def fit(
     check_finite: bool = True,
     explain: bool = False,
     placement: Placement | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> tuple[TrainState, History]:
     """Run until ``epochs`` epochs, or ``steps`` steps, are made, counted from step 0, in compiled chunks.
 
@@ -102,6 +104,10 @@ def fit(
     step, layer, stage, leaf and examples, as does nonfinite.json in the run's folder. ``explain`` prints what is
     compiled and why, what is donated, kept and cached.
 
+    ``cache`` is a folder for the programs that are compiled meanwhile, all of them, by jax's compilation cache: another
+    process that runs the same takes them from there. It counts instead of ``jax_compilation_cache_dir``, which is as it
+    was when this returns or raises. What this process had compiled before is not compiled again, nor kept there.
+
     With a ``placement`` (`fnet.placement`) the state and the batches are split over the devices of its mesh. The
     numbers are those of one device to rounding, and a run's folder may be resumed on any mesh. Of several processes
     (``fnet.processes``) all call this with the same arguments: each reads its part of the data, observers are called in
@@ -113,33 +119,34 @@ def fit(
     `ValueError` any other argument.
     """
     refuse_fork("fit")
-    with processes.together():
-        check_kinds(step, ts, evaluate, stop, observers, run, placement)
-        if placement is None:
-            require_one_device(ts)
-            ts = jax.tree.map(jnp.array, ts)  # copies, ours to donate
-        else:
-            placement.require_use(ts)
-        check_start(ts, stop)
-        ts = with_stopping(stop, ts)
-        plan = check_run(
-            *(step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop),
-            *(chunk_steps, run),
-        )
-        if run and run.keep_best is not None:
-            check_result("Run: keep_best", run.keep_best, plan)
-        programs = programs_of(plan, ts) if run else {}
-        about = described(plan, ts, programs) if run else {}
-        # what a run computes is described before it is split: it is the same on every mesh
-        plan = plan if placement is None else split_plan(plan, placement)
-    if placement is not None:
-        require_same_run(plan, ts, run, chunk_steps, keep, check_finite, observers)
-        about = processes.told(about)  # a stream's first batch is another in each process
-        ts, plan = put(ts, placement.of(ts)), on_mesh(plan, placement)
-    begin: dict[str, Callable] = {"stopping": lambda ts: stop.init(ts) if stop else ()}
-    if hasattr(step, "optimizer"):
-        begin["opt_state"] = lambda ts: jax.jit(step.optimizer.init)(ts.params)
     with ExitStack() as stack:
+        with processes.together():
+            stack.enter_context(cached_in(cache))
+            check_kinds(step, ts, evaluate, stop, observers, run, placement)
+            if placement is None:
+                require_one_device(ts)
+                ts = copied(ts)  # ours to donate
+            else:
+                placement.require_use(ts)
+            check_start(ts, stop)
+            ts = with_stopping(stop, ts)
+            plan = check_run(
+                *(step, ts, data, epochs, steps, batch_size, shuffle, evaluate, validation, evaluate_every, stop),
+                *(chunk_steps, run),
+            )
+            if run and run.keep_best is not None:
+                check_result("Run: keep_best", run.keep_best, plan)
+            programs = programs_of(plan, ts) if run else {}
+            about = described(plan, ts, programs) if run else {}
+            # what a run computes is described before it is split: it is the same on every mesh
+            plan = plan if placement is None else split_plan(plan, placement)
+        if placement is not None:
+            require_same_run(plan, ts, run, chunk_steps, keep, check_finite, observers)
+            about = processes.told(about)  # a stream's first batch is another in each process
+            ts, plan = put(ts, placement.of(ts)), on_mesh(plan, placement)
+        begin: dict[str, Callable] = {"stopping": lambda ts: stop.init(ts) if stop else ()}
+        if hasattr(step, "optimizer"):
+            begin["opt_state"] = lambda ts: jax.jit(step.optimizer.init)(ts.params)
         folder = stack.enter_context(open_run(run)) if run else None
         caught = stack.enter_context(interruptions())
         recorder, stream = Recorder(plan.per_epoch), None
@@ -345,7 +352,7 @@ def chunks(
             count = min([count, *(every - sent % every for every in ends)])
             begin = begin if waiting else time.perf_counter()
             called = time.perf_counter()
-            ts, outputs = program(ts, jnp.asarray(count, jnp.int32), plan.data, plan.validation)
+            ts, outputs = program(ts, np.asarray(count, np.int32), plan.data, plan.validation)
             busy = time.perf_counter() - called
             before, kept = kept, copied(ts) if keep else None
             waiting.append((sent, count, outputs, before, kept if keep else ts, busy))

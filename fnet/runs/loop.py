@@ -147,7 +147,7 @@ def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
         "stop": plan.stop,
         "capacity": plan.capacity,
     }
-    count = jnp.asarray(0, jnp.int32)
+    count = np.asarray(0, np.int32)
     arguments = {"state": ts, "count": count, "data": plan.data, "validation": plan.validation}
     return compile(run_chunk, options, arguments)
 
@@ -164,7 +164,7 @@ def evaluating(plan: Plan, ts: TrainState, program: Callable, compile: Callable)
         end, made, results, at = position + int(count), [], [], []
         while position < end and not bool(stopped(ts)):
             steps = min(end - position, plan.every - position % plan.every)
-            ts, outputs = program(ts, jnp.asarray(steps, jnp.int32), data, None)
+            ts, outputs = program(ts, np.asarray(steps, np.int32), data, None)
             made.append(outputs._replace(metrics=jax.tree.map(lambda a, n=steps: np.asarray(a)[:n], outputs.metrics)))
             position += steps
             if position % plan.every == 0:
@@ -295,7 +295,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
     few = min(size, 2)  # an index into an axis of one is no index, and the loop another program
     for many in {few, size}:
         some = jax.tree.map(lambda a, many=many: jax.ShapeDtypeStruct((many, *a.shape), a.dtype), plan.sample)
-        program(ts, plan.put(some, plan.batch_size, 1), jnp.asarray(0, jnp.int32))
+        program(ts, plan.put(some, plan.batch_size, 1), np.asarray(0, np.int32))
 
     def take(most: int) -> list[Read]:
         """Up to ``most`` batches of one size."""
@@ -332,7 +332,7 @@ def reading(plan: Plan, ts: TrainState, state: Any, compile: Callable) -> Iterat
             with processes.together(DataError):
                 taken = take(min(size, end - position))
                 n, room_for = len(taken), size if len(taken) > 1 else few
-                whole, number = on_device(taken, room_for, name), jnp.asarray(n, jnp.int32)
+                whole, number = on_device(taken, room_for, name), np.asarray(n, np.int32)
             if isinstance(plan.data, Stream):
                 check_parts(name, plan, taken)
             check_weights(taken)

@@ -32,17 +32,22 @@ def init_train_state(
     """
     require_optimizer("init_train_state: optimizer", optimizer)
     require_key("init_train_state", key)
+
+    def begin(params):
+        return jnp.asarray(0, jnp.int32), optimizer.init(params)
+
     # compiled, since array by array each shape of the moments would be a program of its own
-    step = jnp.asarray(0, jnp.int32)
     if placement is None:
-        return TrainState(step, params, state, jax.jit(optimizer.init)(params), key)
-    abstract = TrainState(step, params, state, jax.eval_shape(optimizer.init, params), key)
+        step, opt_state = jax.jit(begin)(params)
+        return TrainState(step, params, state, opt_state, key)
+    step, opt_state = jax.eval_shape(begin, params)
+    abstract = TrainState(step, params, state, opt_state, key)
     placement.require_use(abstract)
     where = placement.of(abstract)
     params, state = jax.device_put((params, state), (where.params, where.state))
     # XLA would make whole moments of parameters that are split: they are told where to lie
-    opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
-    return TrainState(put(step, where.step), params, state, opt_state, put(key, where.key))
+    step, opt_state = jax.jit(begin, out_shardings=(where.step, where.opt_state))(params)
+    return TrainState(step, params, state, opt_state, put(key, where.key))
 
 
 def make_step(gradient: Gradient, optimizer: Optimizer, monitors: Mapping[str, Callable] | None = None) -> Step:

@@ -149,16 +149,16 @@ def best_weights(ts: TrainState) -> TrainState:
     return ts._replace(params=weights[0], state=weights[1])
 
 
-def stopped(ts: TrainState) -> jax.Array:
+def stopped(ts: TrainState) -> Any:
     """Whether the run's reducer has ended it."""
-    return getattr(ts.stopping, "stopped", jnp.array(False))
+    return getattr(ts.stopping, "stopped", np.False_)  # of NumPy: no program of its own outside of one
 
 
 def with_stopping(stop: Reducer | None, ts: TrainState) -> TrainState:
     """``ts`` with the reducer's first state, unless it has one from before."""
     if stop is None or ts.stopping != ():
         return ts
-    return ts._replace(stopping=stop.init(ts))
+    return ts._replace(stopping=jax.jit(stop.init)(ts))  # compiled, since it copies the weights
 
 
 def decide(stop: Reducer | None, ts: TrainState, results: Mapping[str, Any]) -> TrainState:
