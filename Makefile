@@ -39,7 +39,7 @@ help:
 	@echo "make docs    build the site, docs/_build/html/index.html"
 	@echo "make gallery   draw the pictures of docs/gallery from runs of the experiments (an hour)"
 	@echo "make bench   compare speed with other libraries"
-	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (25 minutes)"
+	@echo "make bench-all   all benchmarks, their tables into benchmarks/results (half an hour)"
 	@echo "make clean   remove the environments and caches"
 
 train: $(VENV)/.installed-experiments

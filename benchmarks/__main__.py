@@ -5,7 +5,7 @@
 
 One that fails does not keep the others from running: it is named at the end, and the exit status is 1. At the end
 benchmarks/results/README.md and the ratios in the README are written of all documents that are there. The machine is
-to be idle: on two cores all of it takes some 25 minutes.
+to be idle: on two cores all of it takes half an hour.
 """
 
 from __future__ import annotations
