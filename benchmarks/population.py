@@ -147,12 +147,12 @@ def main() -> None:
     import torch
 
     jax.config.update("jax_num_cpu_devices", options.devices)
-    with tempfile.TemporaryDirectory() as cache:  # a population is compiled anew in each round
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-        import fnet
+    import fnet
+    from fnet.runs.compilation import cached_in
 
+    # a population is compiled anew in each round
+    with tempfile.TemporaryDirectory() as cache, cached_in(cache):
         digits = fnet.data.sklearn_digits()
         data = jax.tree.map(lambda a: a[:EXAMPLES], digits)
         torch.manual_seed(0)

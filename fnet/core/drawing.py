@@ -11,7 +11,7 @@ import functools
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from fnet.core.jax_insides import (
     part_of,
     same_bits_options,
     value_of,
+    variables,
 )
 from fnet.core.numerics import is_key, words_of
 from fnet.core.programs import digest, program_lines, settings_in_force
@@ -35,7 +36,7 @@ from fnet.types import PyTree
 
 KEPT = 256  # programs, for models to come
 
-_kept: dict[Any, Callable] = {}  # by what they compute, the latest at the end
+_kept: dict[Any, Callable] = {}  # by what they compute, the newest at the end
 _lock = threading.Lock()
 
 
@@ -68,11 +69,6 @@ def drawn(function: Callable[[jax.Array], PyTree], key: jax.Array, shardings: Py
         for asked in list(_kept)[:-KEPT]:
             del _kept[asked]
     return jax.tree.unflatten(structure, leaves)
-
-
-def variables(atoms: Iterable) -> list:
-    """Those that are no literals."""
-    return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from fnet.core.jax_insides import (
     jaxprs_in_params,
     scan_parts,
     value_of,
+    variables,
 )
 
 Site = tuple[int, ...]
@@ -128,14 +129,14 @@ class _Run(NamedTuple):
         def read(atom):
             return value_of(atom) if isinstance(atom, Literal) else values[atom]
 
-        last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars if not isinstance(atom, Literal)}
-        last.update({atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not isinstance(atom, Literal)})
+        last = {atom: i for i, eqn in enumerate(jaxpr.eqns) for atom in variables(eqn.invars)}
+        last.update({atom: len(jaxpr.eqns) for atom in variables(jaxpr.outvars)})
         mark = None
         for i, eqn in enumerate(jaxpr.eqns):
             outputs, inner = self.equation(eqn, [read(atom) for atom in eqn.invars], extras, (*site, i), calls)
             mark = added(mark, inner)
             values.update(zip(eqn.outvars, outputs, strict=True))
-            for atom in {a for a in (*eqn.invars, *eqn.outvars) if not isinstance(a, Literal)}:
+            for atom in set(variables([*eqn.invars, *eqn.outvars])):
                 if last.get(atom, i) <= i:
                     values.pop(atom, None)  # so that an eager evaluation holds no more than it needs
         return [read(atom) for atom in jaxpr.outvars], mark

@@ -39,6 +39,7 @@ __all__ = [
     "source_line",
     "transfers_meant",
     "value_of",
+    "variables",
 ]
 
 
@@ -93,11 +94,16 @@ def bind(eqn: JaxprEqn, inputs) -> list:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def variables(atoms: Iterable) -> list:
+    """Those of a program's inputs or outputs that are no literals."""
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
 def part_of(closed: ClosedJaxpr, eqns: Iterable[int], inputs: Sequence[Var], outputs: Iterable[int]) -> ClosedJaxpr:
     """The program of these equations and outputs, by their numbers, with the constants that it needs."""
     jaxpr = closed.jaxpr
     kept, returned = [jaxpr.eqns[i] for i in sorted(eqns)], [jaxpr.outvars[i] for i in outputs]
-    read = {atom for atom in [*returned, *(a for eqn in kept for a in eqn.invars)] if not isinstance(atom, Literal)}
+    read = set(variables([*returned, *(atom for eqn in kept for atom in eqn.invars)]))
     consts = {var: const for var, const in zip(jaxpr.constvars, closed.consts, strict=True) if var in read}
     about = jaxpr.debug_info.with_unknown_names()
     part = jaxpr.replace(constvars=[*consts], invars=[*inputs], outvars=returned, eqns=kept, debug_info=about)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from fnet.core.interpret import is_array
-from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of
+from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, Literal, value_of, variables
 from fnet.core.numerics import is_key
 
 NOTHING = (  # parameters that say how an operation is written, differentiated or called, not what it computes
@@ -154,16 +154,12 @@ def _lines(jaxpr: Jaxpr, telling: _Telling, depth: int) -> Iterator[Line]:
 
 def _needed(jaxpr: Jaxpr) -> list:
     """The operations that something comes of: a layer that draws nothing has a key too, made of its name."""
-    read, kept = set(_variables(jaxpr.outvars)), []
+    read, kept = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(var in read for var in eqn.outvars):
             kept.append(eqn)
-            read.update(_variables(eqn.invars))
+            read.update(variables(eqn.invars))
     return kept[::-1]
-
-
-def _variables(atoms) -> Iterator[Any]:
-    return (atom for atom in atoms if not isinstance(atom, Literal))
 
 
 def _shown(value: Any, telling: _Telling) -> tuple[str, list[Jaxpr]]:

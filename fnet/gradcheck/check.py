@@ -82,7 +82,7 @@ def check_gradients(
     engines = {"claimed": engine} if gradient is not None or not differentiable else {}
     if differentiable:
         engines["autodiff"] = engine if gradient is None else by_autodiff(problem, beside=True)
-    # all that is compiled is asked for first, so that it is compiled while more is traced
+    # what every report needs is asked for first, so that it is compiled while more is traced
     known: Known = {}
     with precise(outer_x64):
         arguments = problem.native(None)
