@@ -135,7 +135,7 @@ def fnet_by(engine: str, *, convolutions: str | None = None, steps: bool = True,
         start = fnet.init_train_state(params, optimizer, jax.random.key(1), state)
         step = fnet.make_step(getattr(fnet, engine)(model, fnet.softmax_cross_entropy), optimizer)
         # a convolution goes by the platform that it is traced for
-        with traced_for({None: platform(), "patches": "cpu", "xla": "cuda"}[convolutions]):
+        with traced_for({None: platform(), "products": "cpu", "xla": "cuda"}[convolutions]):
             if not steps:
                 return scan_by_jax(step, start, batch)
             return step_by_jax(lambda ts, batch: step(ts, batch), start, batch, lambda m: m["loss"].value)
@@ -376,7 +376,7 @@ IMAGES = {  # by XLA as on a GPU, on a CPU too
     **COMMON,
     "fnet backprop": fnet_by("backprop", convolutions="xla"),
     "fnet autodiff": fnet_by("autodiff", convolutions="xla"),
-    "fnet backprop, convolutions by patches": fnet_by("backprop", convolutions="patches"),
+    "fnet backprop, convolutions as products": fnet_by("backprop", convolutions="products"),
 }
 PEERS = {  # the first are those that are given time first
     "mlp": {**COMMON, "fnet backprop, 100 steps in a scan": fnet_by("backprop", steps=False)},

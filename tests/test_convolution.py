@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fnet.core.platforms import traced_for
 from fnet.gradcheck import check_layer
 from fnet.layers.children import apply
 from fnet.layers.convolution import conv, conv_transpose
@@ -130,7 +131,8 @@ CASES = {
     **{f"transpose, {name}": (conv_transpose, numpy_conv_transpose, *case) for name, case in TRANSPOSES.items()},
 }
 FEATURES = 4
-both_forms = pytest.mark.parametrize("form", ["patches", "xla"])
+FORMS = ["patches", "rows", "xla"]
+in_each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def at_random(name, form, dtype=jnp.float64):
@@ -165,7 +167,7 @@ def by_both(layer, params, x, dy):
     return jax.jit(run)(params, x, dy)
 
 
-@both_forms
+@in_each_form
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients_equal_the_sums_in_numpy_and_autodiff(name, form, x64):
     layer, oracle, params, x, dy = at_random(name, form)
@@ -200,7 +202,7 @@ BEYOND = {
 }
 
 
-@both_forms
+@in_each_form
 @pytest.mark.parametrize("name", BEYOND)
 @pytest.mark.parametrize(("make", "oracle"), [(conv, numpy_conv), (conv_transpose, numpy_conv_transpose)])
 def test_padding_may_reach_beyond_a_window_in_float32(make, oracle, name, form):
@@ -237,7 +239,8 @@ def leftovers():
         ("conv, explicit, dilated, grouped", "patches"),
         ("conv, same", "xla"),
         ("conv, causal over time", "patches"),
-        ("transpose, same, doubled", "patches"),
+        ("conv, explicit, dilated, grouped", "rows"),
+        ("transpose, same, doubled", "rows"),
         ("transpose, volumes, grouped, larger at their end", "patches"),
     ],
 )
@@ -255,7 +258,7 @@ def test_the_audit_in_lower_precisions_finds_nothing(key):
 
 
 @pytest.mark.parametrize("name", ["conv, same", "transpose, same, doubled"])
-@both_forms
+@in_each_form
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 def test_lower_precisions_keep_their_dtype_and_differ_by_rounding(name, form, dtype, tolerance, x64):
     """Roundings of inputs and outputs, 2^-24 or 2^-8 each, of sums of some tens of products."""
@@ -266,29 +269,48 @@ def test_lower_precisions_keep_their_dtype_and_differ_by_rounding(name, form, dt
     assert_leaves_close(actual, exact, tolerance)
 
 
-def test_autodiff_adds_up_the_inputs_gradient_in_float32():
+@pytest.mark.parametrize("form", ["patches", "rows"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_autodiff_adds_up_the_inputs_gradient_in_float32(form, axis):
     """Of what nine outputs give to an input, one part is 1 and eight are 2^-9: in bfloat16 these would be lost."""
-    layer, x = conv(1, (9,), padding="VALID", form="patches"), jnp.ones((1, 48, 1), jnp.bfloat16)
-    params = {"w": jnp.ones((9, 1, 1), jnp.bfloat16), "b": jnp.zeros(1, jnp.bfloat16)}
-    dy = jnp.full((1, 40, 1), 2.0**-9, jnp.bfloat16).at[0, 20].set(1)
+    along = lambda n: (n, 1) if axis == 0 else (1, n)  # noqa: E731
+    layer, x = conv(1, along(9), padding="VALID", form=form), jnp.ones((1, *along(48), 1), jnp.bfloat16)
+    params = {"w": jnp.ones((*along(9), 1, 1), jnp.bfloat16), "b": jnp.zeros(1, jnp.bfloat16)}
+    dy = jnp.full(40, 2.0**-9, jnp.bfloat16).at[20].set(1).reshape(1, *along(40), 1)
     for _, _, dx in by_both(layer, params, x, dy):
-        assert (dx[0, 20:29] == 1 + 2.0**-6).all()
+        assert (dx.ravel()[20:29] == 1 + 2.0**-6).all()
 
 
-def test_the_default_form_is_patches_on_cpu():
-    x = jnp.ones((1, 4, 4, 2))
-    texts = {}
-    for form in (None, "patches", "xla"):
-        layer = conv(3, (3, 3), form=form)
+@pytest.mark.parametrize(
+    ("kernel", "channels", "options", "expected"),
+    [
+        ((3, 3), 7, {}, "patches"),  # few channels, windows that overlap along the rows
+        ((3, 3), 8, {}, "rows"),
+        ((3, 3), 8, {"groups": 2}, "patches"),
+        ((3, 3), 2, {"stride": 2}, "rows"),
+        ((1, 3), 2, {}, "rows"),
+        ((3, 3), 7, {"dilation": 2}, "patches"),
+    ],
+)
+def test_the_default_form_is_by_the_channels_on_cpu_and_xla_elsewhere(kernel, channels, options, expected):
+    x = jnp.ones((1, 7, 7, channels))
+
+    def text(form):
+        layer = conv(4, kernel, form=form, **options)
         params, _ = layer.init(jax.random.key(0), x)
-        texts[form] = str(jax.make_jaxpr(lambda p, x, c=layer: apply(c, p, (), x))(params, x))
-    assert texts[None] == texts["patches"]
-    assert "conv_general_dilated" in texts["xla"] and "conv_general_dilated" not in texts["patches"]
+        return str(jax.make_jaxpr(lambda p, x: layer.backward(p, x, apply(layer, p, (), x)))(params, x))
+
+    texts = {form: text(form) for form in FORMS}
+    assert len({*texts.values()}) == 3 and [f for f in FORMS if "conv_general_dilated" in texts[f]] == ["xla"]
+    assert text(None) == texts[expected]
+    with traced_for("cuda"):
+        assert text(None) == texts["xla"]
 
 
-def test_the_inputs_gradient_costs_nothing_where_nobody_reads_it():
+@pytest.mark.parametrize("form", ["patches", "rows"])
+def test_the_inputs_gradient_costs_nothing_where_nobody_reads_it(form):
     """The first layer of a model: the compiled backward holds the one product for the weights."""
-    layer = conv(3, (3, 3), bias=None, form="patches")
+    layer = conv(3, (3, 3), bias=None, form=form)
     x = jnp.ones((2, 6, 6, 2))
     params, _ = layer.init(jax.random.key(0), x)
     dy = jnp.ones((2, 6, 6, 3))
@@ -297,8 +319,9 @@ def test_the_inputs_gradient_costs_nothing_where_nobody_reads_it():
     assert weights_only.count(" dot(") == 1 and both.count(" dot(") == 2
 
 
-def test_only_the_inputs_are_kept_for_the_backward():
-    layer, x = conv(3, (3, 3), form="patches"), jnp.ones((1, 6, 6, 2))
+@in_each_form
+def test_only_the_inputs_are_kept_for_the_backward(form):
+    layer, x = conv(3, (3, 3), form=form), jnp.ones((1, 6, 6, 2))
     params, _ = layer.init(jax.random.key(0), x)
     assert layer.forward(params, (), x)[2] is x
 
@@ -306,7 +329,7 @@ def test_only_the_inputs_are_kept_for_the_backward():
 # --- what a convolution is -------------------------------------------------------------------------------------------
 
 
-@both_forms
+@in_each_form
 def test_causal_outputs_and_gradients_never_look_ahead(form):
     layer = conv(2, (3,), padding="CAUSAL", dilation=2, form=form)
     x = jax.random.normal(jax.random.key(1), (1, 9, 2))
@@ -319,7 +342,7 @@ def test_causal_outputs_and_gradients_never_look_ahead(form):
     np.testing.assert_array_equal(seen, expected)
 
 
-@both_forms
+@in_each_form
 def test_shifted_inputs_give_shifted_outputs_and_gradients(form, x64):
     layer = conv(2, (3, 3), form=form)
     image = jnp.zeros((1, 9, 9, 2)).at[:, 3:6, 3:6].set(jax.random.normal(jax.random.key(1), (1, 3, 3, 2)))
@@ -331,8 +354,9 @@ def test_shifted_inputs_give_shifted_outputs_and_gradients(form, x64):
     assert_leaves_close((y_moved, dparams_moved, dx_moved), (roll(y), dparams, roll(dx)), 1e-13)
 
 
-def test_groups_do_not_see_each_other():
-    layer = conv(4, (3, 3), groups=2, form="patches")
+@in_each_form
+def test_groups_do_not_see_each_other(form):
+    layer = conv(4, (3, 3), groups=2, form=form)
     x = jax.random.normal(jax.random.key(1), (1, 4, 4, 6))
     params, _ = layer.init(jax.random.key(0), x)
     dx = layer.backward(params, x, jnp.zeros((1, 4, 4, 4)).at[..., :2].set(1.0))[1]
@@ -363,8 +387,9 @@ def test_the_transpose_is_the_transpose_of_the_convolution(options, rest, x64):
     np.testing.assert_allclose((pulled * x).sum(), (v * y).sum(), rtol=1e-12)
 
 
-def test_layers_run_under_vmap_and_scan(x64):
-    layer, x = conv(3, (3, 3), form="patches"), jax.random.normal(jax.random.key(1), (4, 2, 5, 5, 3))
+@pytest.mark.parametrize("form", ["patches", "rows"])
+def test_layers_run_under_vmap_and_scan(form, x64):
+    layer, x = conv(3, (3, 3), form=form), jax.random.normal(jax.random.key(1), (4, 2, 5, 5, 3))
     params, _ = layer.init(jax.random.key(0), x[0])
     one_by_one = [by_hand(layer, params, xi, xi) for xi in x]
 
@@ -485,7 +510,7 @@ def test_torch_computes_the_same():
         ((4, (3,)), {"padding": ((-1, 0),)}, "expected 1 pairs .* of at least 0"),
         ((4, (3, 3)), {"groups": 3}, "conv: groups = 3 with features = 4; expected a divisor of the features"),
         ((0, (3, 3)), {}, "conv: features = 0; expected at least 1"),
-        ((4, (3, 3)), {"form": "fft"}, "conv: form = 'fft'; expected 'patches', 'xla' or None"),
+        ((4, (3, 3)), {"form": "fft"}, "conv: form = 'fft'; expected 'patches', 'rows', 'xla' or None"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, options, message):

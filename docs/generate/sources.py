@@ -58,7 +58,12 @@ BESIDE: dict[str, list[tuple[str, list[str], list[str]]]] = {
             "The products",
             ["layers/convolving:_convolution"],
             ["layers/convolving:_weight_gradient", "layers/convolving:_input_gradient"],
-        )
+        ),
+        (
+            "By rows",
+            [f"layers/kernel_rows:{part}" for part in ("convolution", "gathered", "added_up")],
+            [f"layers/kernel_rows:{part}" for part in ("weight_gradient", "input_gradient", "spread", "placed")],
+        ),
     ],
     "embedding": [("Rows", ["layers/embedding:lookup"], ["layers/embedding:scatter"])],
     "rotary_positions": [("The rotation", ["layers/embedding:rotate_by"], [])],

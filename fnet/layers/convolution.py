@@ -2,9 +2,10 @@
 
 A convolution here is the cross-correlation that all libraries call so: y at o is Σ_k w_k x at (o·stride + k·dilation).
 
-Two forms compute the same: "patches" gathers the inputs that each output sees for one matrix product, "xla" leaves
-it to `jax.lax.conv_general_dilated`. Patches are gathered with the batch as the last axis, so that copies and sums run
-over whole vectors instead of over a handful of channels.
+Three forms compute the same: "patches" gathers the inputs that each output sees for one matrix product, with the batch
+as the last axis, so that copies and sums run over whole vectors instead of over a handful of channels; "rows" gathers
+a row of them, with the channels as the last axis, and adds up the rows after the product; "xla" leaves it to
+`jax.lax.conv_general_dilated`.
 
 Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels in,
 I channels in per group, G groups, O features out, K positions of the kernel, N = B · outputs; n, m sizes of an input's
@@ -20,10 +21,10 @@ import jax.numpy as jnp
 
 from fnet.core.checks import require_counts, require_params
 from fnet.core.numerics import stream
-from fnet.layers.convolving import Form, convolution, gathered, input_gradient, weight_gradient
-from fnet.layers.dense import outer_of, plus, product
+from fnet.layers.convolving import Form, bias_gradient, convolution, gathered, input_gradient, weight_gradient
+from fnet.layers.dense import outer_of, plus
 from fnet.layers.initializers import he_normal, require_initializers, zeros
-from fnet.layers.windows import Padding, Windows, channels_first, over_inputs, over_outputs, sizes, windows_of
+from fnet.layers.windows import Padding, Windows, over_inputs, over_outputs, sizes, windows_of
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -59,10 +60,11 @@ def conv(
     With ``groups`` > 1 each group of features sees its own group of channels, and ``groups`` = C is a depthwise
     convolution (features a multiple of C; those of one channel stand together).
 
-    ``form`` names how it is computed: ``"patches"`` as matrix products with gathered patches, ``"xla"`` by XLA's
-    convolution, forward and both gradients; None takes patches on CPU, else XLA's. ``bias=None`` leaves the bias out.
-    Parameters take the dtype of ``x``. Raises ValueError for arguments that do not
-    fit together, `LayerError` for inputs of another rank, dtype or number of channels or too small for one output.
+    ``form`` names how it is computed, forward and both gradients: ``"patches"`` or ``"rows"`` as matrix products with
+    what is gathered of the windows, ``"xla"`` by XLA's convolution. None takes XLA's but on CPU, and there rows, or
+    patches for several groups and where windows of stride 1 see fewer than 8 channels. ``bias=None`` leaves the bias
+    out. Parameters take the dtype of ``x``. Raises ValueError for arguments that do not fit together, `LayerError` for
+    inputs of another rank, dtype or number of channels or too small for one output.
 
     Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998; the arithmetic of sizes in
     Dumoulin and Visin, arXiv:1603.07285. PyTorch stores ``(O, I, *kernel)`` and images as ``(B, C, H, W)``.
@@ -92,7 +94,9 @@ def conv(
         # dx_j = Σ_(o, k: os+kd = j) dy_o w_kᵀ, the transposed product, folded back to where the patches came from
         over, w = over_inputs(windows, x), params["w"]
         dparams = {"w": weight_gradient(x, dy, over, groups, form)}
-        return with_bias_gradient(dparams, params, dy), input_gradient(w, dy, over, groups, form)
+        if "b" in params:
+            dparams["b"] = bias_gradient(w, dy, over, groups, form)
+        return dparams, input_gradient(w, dy, over, groups, form)
 
     def outer(params, x, dy):  # of the patches and dy, the outputs of an example along N
         examples, outputs = dy.shape[0], math.prod(dy.shape[1:-1])
@@ -174,9 +178,11 @@ def conv_transpose(
     def backward(params, x, dy):
         # y = Aᵀ x + b with A the convolution by w with its two last axes swapped, linear in w too:
         # dx = A dy, and dw is that of A with dy for its inputs and x for the gradient of its outputs
-        over, w = over_outputs(windows, x, more), params["w"]
+        over, w = over_outputs(windows, x, more), swapped(params["w"])
         dparams = {"w": swapped(weight_gradient(dy, x, over, groups, form))}
-        return with_bias_gradient(dparams, params, dy), convolution(dy, swapped(w), over, groups, form)
+        if "b" in params:
+            dparams["b"] = bias_gradient(w, dy, over, groups, form)
+        return dparams, convolution(dy, w, over, groups, form)
 
     return stateless("conv_transpose", init, forward, backward)
 
@@ -187,8 +193,8 @@ def check_arguments(what: str, features: int, form: Form, weights, bias, groups:
     if features % groups:
         raise ValueError(f"{what}: groups = {groups} with features = {features}; expected a divisor of the features")
     require_initializers(what, "bias", weights=weights, bias=bias)
-    if form not in (None, "patches", "xla"):
-        raise ValueError(f"{what}: form = {form!r}; expected 'patches', 'xla' or None for the platform's")
+    if form not in (None, "patches", "rows", "xla"):
+        raise ValueError(f"{what}: form = {form!r}; expected 'patches', 'rows', 'xla' or None for the platform's")
 
 
 def check_groups(x, groups: int) -> None:
@@ -222,15 +228,6 @@ def check_inputs(x, w, channels: int) -> None:
 def with_bias(y: jax.Array, params) -> jax.Array:
     """``y + b`` where there is a ``b``."""
     return plus(y, params["b"]).astype(y.dtype) if "b" in params else y
-
-
-def with_bias_gradient(dparams: dict, params, dy: jax.Array) -> dict:
-    """``db = Σ dy`` over all axes but the last, where there is a ``b``."""
-    if "b" not in params:
-        return dparams
-    # as a product: of a sum XLA would make one over (B, *m, O), for which it would lay out dy a second time
-    flat = channels_first(dy).reshape(dy.shape[-1], math.prod(dy.shape[:-1]))
-    return {**dparams, "b": product(flat, jnp.ones((flat.shape[1], 1), dy.dtype))[:, 0]}
 
 
 def swapped(w: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The convolution and its two gradients: products of matrices over patches, or XLA's own operation.
+"""The convolution and its two gradients: products of matrices over patches or by rows, or XLA's own operation.
 
 Legend: B batch, S spatial axes, C channels in, I channels in per group, G groups, O features out, K positions of the
 kernel, N = B · outputs.
@@ -7,6 +7,7 @@ kernel, N = B · outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -15,15 +16,36 @@ import jax.numpy as jnp
 from fnet.core.numerics import wide
 from fnet.core.platforms import platform
 from fnet.core.splitting import on_own_examples
-from fnet.layers.dense import product
-from fnet.layers.windows import Windows, channels_first, channels_last, fold, padded, patches
+from fnet.layers import kernel_rows
+from fnet.layers.dense import product, rows
+from fnet.layers.windows import Windows, are_few, channels_first, channels_last, fold, padded, patches
 
-Form = Literal["patches", "xla"] | None
+Form = Literal["patches", "rows", "xla"] | None
 
 
-def chosen(form: Form) -> str:
-    """``form``, or the faster one on the platform that is traced for."""
-    return form or ("patches" if platform() == "cpu" else "xla")
+def chosen(form: Form, windows: Windows, channels: int, groups: int) -> str:
+    """``form``, or the faster one on the platform that is traced for; ``channels`` are those that a feature sees."""
+    if form is not None:
+        return form
+    if platform() != "cpu":
+        return "xla"
+    few = are_few(channels) and kernel_rows.after_the_product(windows)  # without strides, that is
+    return "patches" if few or groups > 1 else "rows"
+
+
+def by_groups(function: Callable, groups: int) -> Callable:
+    """``function`` of arrays ``(..., G C)``, or ``(..., C, G O)`` for a kernel, for each of the groups."""
+    if groups == 1:
+        return function
+
+    def split(array):
+        return array.reshape(*array.shape[:-1], groups, array.shape[-1] // groups)
+
+    def each(*arrays):
+        y = jax.vmap(function, -2, -2)(*map(split, arrays))
+        return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
+
+    return each
 
 
 def as_matrices(w: jax.Array, groups: int) -> jax.Array:
@@ -51,22 +73,36 @@ def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def convolution(x, w, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``x (B, *n, C)``, ``w (*kernel, I, O)`` to ``y (B, *m, O)``."""
-    return on_own_examples(lambda x, w: _convolution(x, w, windows, groups, chosen(form)), x, whole=(w,))
+    by = chosen(form, windows, w.shape[-2], groups)
+    return on_own_examples(lambda x, w: _convolution(x, w, windows, groups, by), x, whole=(w,))
 
 
 def weight_gradient(x, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``dw (*kernel, I, O)``: at k, ``Σ_o x at (o·stride + k·dilation)ᵀ dy at o``."""
-    return on_own_examples(lambda x, dy: _weight_gradient(x, dy, windows, groups, chosen(form)), x, dy, total=True)
+    by = chosen(form, windows, x.shape[-1] // groups, groups)
+    return on_own_examples(lambda x, dy: _weight_gradient(x, dy, windows, groups, by), x, dy, total=True)
 
 
 def input_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``dx (B, *n, C)``: at j, the sum of ``dy at o · w_kᵀ`` over all o, k with ``o·stride + k·dilation = j``."""
-    return on_own_examples(lambda dy, w: _input_gradient(w, dy, windows, groups, chosen(form)), dy, whole=(w,))
+    by = chosen(form, windows, w.shape[-2], groups)
+    return on_own_examples(lambda dy, w: _input_gradient(w, dy, windows, groups, by), dy, whole=(w,))
+
+
+def bias_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
+    """``db (O,)``, the sum of ``dy`` over all axes but the last."""
+    if chosen(form, windows, w.shape[-2], groups) != "patches":
+        return rows(dy).sum(0)
+    # as a product: of a sum XLA would make one over (B, *m, O), for which it would lay out dy a second time
+    flat = channels_first(dy).reshape(dy.shape[-1], math.prod(dy.shape[:-1]))
+    return product(flat, jnp.ones((flat.shape[1], 1), dy.dtype))[:, 0]
 
 
 def _convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
     if form == "xla":
         return xla(x, w, windows.stride, windows.low, windows.high, (), windows.dilation, feature_group_count=groups)
+    if form == "rows":
+        return by_groups(lambda x, w: kernel_rows.convolution(x, w, windows), groups)(x, w)
     y = by_group(jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
     return channels_last(y.reshape(w.shape[-1], *windows.outputs, x.shape[0]))
 
@@ -79,6 +115,8 @@ def _weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Arr
         x, dy = jnp.swapaxes(x, 0, -1), jnp.moveaxis(dy, 0, -2)
         dw = xla(x, dy, windows.dilation, windows.low, windows.high, (), windows.stride, batch_group_count=groups)
         return jnp.moveaxis(dw, 0, -2)
+    if form == "rows":
+        return by_groups(lambda x, dy: kernel_rows.weight_gradient(x, dy, windows), groups)(x, dy)
     dy = as_rows(dy, groups)
     dw = by_group(gathered(x, windows, groups), jnp.swapaxes(dy, 1, 2))
     return jnp.swapaxes(dw, 0, 1).reshape(shape)
@@ -97,6 +135,8 @@ def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Arra
         turned = turned.reshape(*w.shape[:-2], w.shape[-1] // groups, channels)
         dx = xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
         return around(dx, low_rest, high_rest)
+    if form == "rows":
+        return by_groups(lambda w, dy: kernel_rows.input_gradient(w, dy, windows), groups)(w, dy)
     dy_NO = as_rows(dy, groups)
     matrices, dtype = as_matrices(w, groups), wide(w.dtype)  # what is added up stays in float32 at least until it is
     if groups > 1:

@@ -103,13 +103,18 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def product_with_rows(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a @ b.T`` by `product`'s rule; not with ``b.T``, which XLA would gather beside ``b`` where it is split."""
-    over_columns = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(a, b, over_columns, preferred_element_type=wide(a.dtype)).astype(a.dtype)
+    return wide_product_with_rows(a, b).astype(a.dtype)
 
 
 def wide_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """`product`, not yet rounded back to 16 bits: what is added to it is rounded once with it."""
     return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
+
+
+def wide_product_with_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`product_with_rows`, not yet rounded back to 16 bits."""
+    over_columns = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, over_columns, preferred_element_type=wide(a.dtype))
 
 
 def plus(y: jax.Array, b: jax.Array) -> jax.Array:

@@ -22,9 +22,8 @@ from fnet.layers.windows import (
     Padding,
     Windows,
     along,
-    channels_first,
-    channels_last,
     fold,
+    layout,
     over_inputs,
     padded,
     windows_of,
@@ -58,9 +57,9 @@ def max_pool(
     windows = windows_of("max_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
-        over = over_true_inputs(windows, x)
+        over, (lay_out, back) = over_true_inputs(windows, x), layout(x.shape[-1])
         # wide, since autodiff adds up what windows that overlap give to an entry
-        entries, true = taps(channels_first(x).astype(wide(x.dtype)), over, -jnp.inf), true_entries(over)
+        entries, true = taps(lay_out(x).astype(wide(x.dtype)), over, -jnp.inf), true_entries(over)
         y, seen = entries[0], true[0]
         first = jnp.zeros(y.shape, jnp.uint8 if len(entries) <= 256 else jnp.int32)  # the position that y comes from
         for k, (entry, is_true) in enumerate(zip(entries[1:], true[1:], strict=True), 1):
@@ -70,17 +69,17 @@ def max_pool(
             y, seen = jnp.where(keep, y, entry), seen | is_true
             first = jnp.where(keep, first, jnp.asarray(k, first.dtype))
         # beside the positions an empty array that carries the shape of x
-        return channels_last(y.astype(x.dtype)), (first, jnp.zeros((0, *x.shape), x.dtype))
+        return back(y.astype(x.dtype)), (first, jnp.zeros((0, *x.shape), x.dtype))
 
     def backward(_, residuals, dy):
         # ∂y_o / ∂x_(os+kd) = [k is the first position at which the window of o has its maximum]
-        first, empty = residuals
+        (first, empty), (lay_out, back) = residuals, layout(dy.shape[-1])
         over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
         positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
         each = (None,) * len(over.kernel)
-        share = channels_first(dy).astype(wide(dy.dtype))[each]
+        share = lay_out(dy).astype(wide(dy.dtype))[each]
         d = jnp.where(first[each] == jnp.asarray(positions, first.dtype), share, 0)
-        return (), channels_last(fold(d, over)).astype(dy.dtype)
+        return (), back(fold(d, over)).astype(dy.dtype)
 
     return stateless("max_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
@@ -118,15 +117,16 @@ def avg_pool(
         return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
-        over, dtype = over_true_inputs(windows, x), wide(x.dtype)
-        total = functools.reduce(jnp.add, taps(channels_first(x).astype(dtype), over, 0))
-        return channels_last((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
+        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x.shape[-1])
+        total = functools.reduce(jnp.add, taps(lay_out(x).astype(dtype), over, 0))
+        return back((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(_, empty, dy):  # ∂y_o / ∂x_(os+kd) = 1 / count_o
         over, dtype = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), wide(dy.dtype)
-        share = channels_first(dy).astype(dtype) / counts(over, dtype)
+        lay_out, back = layout(dy.shape[-1])
+        share = lay_out(dy).astype(dtype) / counts(over, dtype)
         d = jnp.broadcast_to(share, (*over.kernel, *share.shape))
-        return (), channels_last(fold(d, over).astype(dy.dtype))
+        return (), back(fold(d, over).astype(dy.dtype))
 
     return stateless("avg_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
@@ -148,21 +148,21 @@ def lp_pool(
     windows = windows_of("lp_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
-        over, dtype = over_true_inputs(windows, x), wide(x.dtype)
+        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x.shape[-1])
         power = jnp.asarray(p, dtype)
-        entries = jnp.abs(channels_first(x).astype(dtype)) ** power
+        entries = jnp.abs(lay_out(x).astype(dtype)) ** power
         total = functools.reduce(jnp.add, taps(entries, over, 0))
         y = jnp.where(total == 0, 0, jnp.where(total == 0, 1, total) ** (1 / power))
-        return channels_last(y.astype(x.dtype)), (x, y)
+        return back(y.astype(x.dtype)), (x, y)
 
     def backward(_, residuals, dy):  # ∂y_o / ∂x = sign x (|x| / y_o)^(p − 1), added up over the windows that see x
-        x, y = residuals
+        (x, y), (lay_out, back) = residuals, layout(dy.shape[-1])
         over, dtype = over_true_inputs(windows, x), wide(dy.dtype)
         power = jnp.asarray(p, dtype) - 1
-        share = channels_first(dy).astype(dtype) * jnp.where(y == 0, 0, jnp.where(y == 0, 1, y) ** -power)
+        share = lay_out(dy).astype(dtype) * jnp.where(y == 0, 0, jnp.where(y == 0, 1, y) ** -power)
         d = fold(jnp.broadcast_to(share, (*over.kernel, *share.shape)), over)
-        first = channels_first(x).astype(dtype)
-        return (), channels_last((jnp.sign(first) * jnp.abs(first) ** power * d).astype(dy.dtype))
+        first = lay_out(x).astype(dtype)
+        return (), back((jnp.sign(first) * jnp.abs(first) ** power * d).astype(dy.dtype))
 
     return stateless("lp_pool", lambda key, x: nothing(over_true_inputs(windows, x)), forward, backward)
 
@@ -324,7 +324,7 @@ def over_true_inputs(windows: Windows, x) -> Windows:
 
 
 def taps(x: jax.Array, over: Windows, fill) -> list[jax.Array]:
-    """For each position of a window, in row-major order, what the outputs see there: ``(C, *m, B)`` each."""
+    """For each position of a window, in row-major order, what the outputs see there, in the layout of ``x``."""
     x = padded(x, over, fill)
     return [x[place] for place in seen_places(over)]
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnet.core.platforms import platform
 from fnet.types import LayerError
 
 Padding = str | Sequence[tuple[int, int]]
@@ -154,8 +155,18 @@ def channels_last(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, -1)
 
 
+def are_few(channels: int) -> bool:
+    """Whether copies along spatial axes run over the examples instead: over so few channels a CPU is slow."""
+    return platform() == "cpu" and channels < 8
+
+
+def layout(channels: int) -> tuple[Callable, Callable]:
+    """What brings ``(B, *S, C)`` into the order in which its windows are taken, and what brings it back."""
+    return (channels_first, channels_last) if are_few(channels) else (lambda x: x, lambda x: x)
+
+
 def padded(x: jax.Array, windows: Windows, fill) -> jax.Array:
-    """``x (C, *S, B)`` with ``fill`` around it, as the windows want it."""
+    """``x (C, *S, B)`` or ``(B, *S, C)`` with ``fill`` around it, as the windows want it."""
     spatial = ((low, high, 0) for low, high in zip(windows.low, windows.high, strict=True))
     return jax.lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), *spatial, (0, 0, 0)))
 
