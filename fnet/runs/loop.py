@@ -71,7 +71,7 @@ def run_chunk(
         """Steps up to the end of the chunk, the epoch's full batches or the next evaluation; then what is due there."""
         ts, order, done, metrics, at, results, rows = carry
         within = ts.step % per_epoch
-        order = jax.lax.cond((within == 0) & (done > 0), order_of, lambda ts: order, ts)
+        order = jax.lax.cond((within == 0) | (done == 0), order_of, lambda ts: order, ts)
         steps = jnp.minimum(count - done, full - within)
         if evaluate:
             steps = jnp.minimum(steps, every - ts.step % every)
@@ -112,7 +112,8 @@ def run_chunk(
     told = jax.eval_shape(lambda ts: evaluated(ts, validation, evaluate, stop), ts)[1] if evaluate else {}
     results = room(told, slots)
     zero = jnp.zeros((), jnp.int32)
-    carry = ts, order_of(ts), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
+    # the first order is made within as well: out here it would be compiled a second time
+    carry = ts, jnp.zeros(n, jnp.int32), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
     going = lambda carry: (carry[2] < count) & ~stopped(carry[0])  # noqa: E731
     ts, _, _, metrics, at, results, _ = jax.lax.while_loop(going, segment, carry)
     return ts, Outputs(jnp.copy(ts.step), metrics, results, at, all_finite(ts), jnp.copy(stopped(ts)))
