@@ -72,7 +72,15 @@ CONVS = {
         {"dilation": (3, 2), "padding": ((0, 2), (3, 1)), "groups": 2},
         ((1, 1), (3, 2), ((0, 2), (3, 1)), 2),
     ),
-    "depthwise": ((2, 4, 4, 2), (3, 3), {"groups": 2}, ((1, 1), (1, 1), ((1, 1), (1, 1)), 2)),
+    "depthwise, two of each": ((2, 4, 4, 2), (3, 3), {"groups": 2}, ((1, 1), (1, 1), ((1, 1), (1, 1)), 2)),
+    "depthwise": ((2, 4, 5, 4), (3, 2), {"groups": 4}, ((1, 1), (1, 1), ((1, 1), (0, 1)), 4)),
+    "depthwise, strided, dilated": (
+        (2, 5, 6, 4),
+        (3, 2),
+        {"groups": 4, "stride": (2, 1), "dilation": (1, 3), "padding": ((2, 0), (1, 3))},
+        ((2, 1), (1, 3), ((2, 0), (1, 3)), 4),
+    ),
+    "depthwise over time": ((1, 6, 4), (3,), {"groups": 4, "padding": "CAUSAL"}, ((1,), (1,), ((2, 0),), 4)),
     "pieces side by side": (
         (2, 5, 4, 2),
         (2, 2),
@@ -119,6 +127,7 @@ TRANSPOSES = {
         {"stride": (3, 1), "dilation": (1, 2), "padding": ((0, 0), (1, 0)), "output_padding": (2, 1)},
         ((3, 1), (1, 2), (10, 6), (0, 1)),
     ),
+    "depthwise": ((2, 3, 2, 4), (3, 2), {"stride": 2, "groups": 4}, ((2, 2), (1, 1), (6, 4), (0, 0), 4)),
     "volumes, grouped, larger at their end": (
         (1, 2, 3, 2, 4),
         (2, 1, 3),
@@ -240,6 +249,7 @@ def leftovers():
         ("conv, same", "xla"),
         ("conv, causal over time", "patches"),
         ("conv, explicit, dilated, grouped", "rows"),
+        ("conv, depthwise, strided, dilated", "rows"),
         ("transpose, same, doubled", "rows"),
         ("transpose, volumes, grouped, larger at their end", "patches"),
     ],
@@ -284,6 +294,10 @@ def test_autodiff_adds_up_the_inputs_gradient_in_float32(form, axis):
 @pytest.mark.parametrize(
     ("kernel", "channels", "options", "expected"),
     [
+        ((3, 3), 16, {"groups": 16, "features": 16}, "rows"),  # depthwise
+        ((5, 5), 16, {"groups": 16, "features": 16}, "patches"),  # with too many positions
+        ((3, 3), 16, {"groups": 16, "features": 32}, "patches"),  # two features of each channel
+        ((3, 3), 7, {"groups": 7, "features": 7}, "patches"),
         ((3, 3), 7, {}, "patches"),  # few channels, windows that overlap along the rows
         ((3, 3), 8, {}, "rows"),
         ((3, 3), 8, {"groups": 2}, "patches"),
@@ -293,10 +307,10 @@ def test_autodiff_adds_up_the_inputs_gradient_in_float32(form, axis):
     ],
 )
 def test_the_default_form_is_by_the_channels_on_cpu_and_xla_elsewhere(kernel, channels, options, expected):
-    x = jnp.ones((1, 7, 7, channels))
+    x, options = jnp.ones((1, 7, 7, channels)), {"features": 4, **options}
 
     def text(form):
-        layer = conv(4, kernel, form=form, **options)
+        layer = conv(kernel_size=kernel, form=form, **options)
         params, _ = layer.init(jax.random.key(0), x)
         return str(jax.make_jaxpr(lambda p, x: layer.backward(p, x, apply(layer, p, (), x)))(params, x))
 

@@ -64,6 +64,11 @@ BESIDE: dict[str, list[tuple[str, list[str], list[str]]]] = {
             [f"layers/kernel_rows:{part}" for part in ("convolution", "gathered", "added_up")],
             [f"layers/kernel_rows:{part}" for part in ("weight_gradient", "input_gradient", "spread", "placed")],
         ),
+        (
+            "Depthwise",
+            ["layers/depthwise:convolution"],
+            ["layers/depthwise:weight_gradient", "layers/depthwise:input_gradient"],
+        ),
     ],
     "embedding": [("Rows", ["layers/embedding:lookup"], ["layers/embedding:scatter"])],
     "rotary_positions": [("The rotation", ["layers/embedding:rotate_by"], [])],

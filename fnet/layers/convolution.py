@@ -4,8 +4,8 @@ A convolution here is the cross-correlation that all libraries call so: y at o i
 
 Three forms compute the same: "patches" gathers the inputs that each output sees for one matrix product, with the batch
 as the last axis, so that copies and sums run over whole vectors instead of over a handful of channels; "rows" gathers
-a row of them, with the channels as the last axis, and adds up the rows after the product; "xla" leaves it to
-`jax.lax.conv_general_dilated`.
+a row of them, with the channels as the last axis, and adds up the rows after the product (nothing is gathered where
+each channel has one feature of its own); "xla" leaves it to `jax.lax.conv_general_dilated`.
 
 Legend: B batch, T time, D H W depth, height and width, S spatial axes (T; H and W; or D, H and W), C channels in,
 I channels in per group, G groups, O features out, K positions of the kernel, N = B · outputs; n, m sizes of an input's
@@ -62,9 +62,10 @@ def conv(
 
     ``form`` names how it is computed, forward and both gradients: ``"patches"`` or ``"rows"`` as matrix products with
     what is gathered of the windows, ``"xla"`` by XLA's convolution. None takes XLA's but on CPU, and there rows, or
-    patches for several groups and where windows of stride 1 see fewer than 8 channels. ``bias=None`` leaves the bias
-    out. Parameters take the dtype of ``x``. Raises ValueError for arguments that do not fit together, `LayerError` for
-    inputs of another rank, dtype or number of channels or too small for one output.
+    patches where windows of stride 1 see fewer than 8 channels and for groups, but for depthwise convolutions of 8
+    channels or more and up to 16 positions. ``bias=None`` leaves the bias out. Parameters take the dtype of ``x``.
+    Raises ValueError for arguments that do not fit together, `LayerError` for inputs of another rank, dtype or number
+    of channels or too small for one output.
 
     Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998; the arithmetic of sizes in
     Dumoulin and Visin, arXiv:1603.07285. PyTorch stores ``(O, I, *kernel)`` and images as ``(B, C, H, W)``.

@@ -16,21 +16,28 @@ import jax.numpy as jnp
 from fnet.core.numerics import wide
 from fnet.core.platforms import platform
 from fnet.core.splitting import on_own_examples
-from fnet.layers import kernel_rows
+from fnet.layers import depthwise, kernel_rows
 from fnet.layers.dense import product, rows
 from fnet.layers.windows import Windows, are_few, channels_first, channels_last, fold, padded, patches
 
 Form = Literal["patches", "rows", "xla"] | None
 
 
-def chosen(form: Form, windows: Windows, channels: int, groups: int) -> str:
-    """``form``, or the faster one on the platform that is traced for; ``channels`` are those that a feature sees."""
+def chosen(form: Form, windows: Windows, w: tuple[int, ...], groups: int) -> str:
+    """How a convolution with a kernel of shape ``w (*kernel, I, O)`` is computed on the platform that is traced for.
+
+    The ``form`` that is asked for, or the faster one; rows of one channel and feature each are "depthwise".
+    """
+    channels, alone = w[-2], w[-2] == 1 < w[-1] == groups
     if form is not None:
-        return form
-    if platform() != "cpu":
-        return "xla"
-    few = are_few(channels) and kernel_rows.after_the_product(windows)  # without strides, that is
-    return "patches" if few or groups > 1 else "rows"
+        by = form
+    elif platform() != "cpu":
+        by = "xla"
+    elif groups > 1:  # depthwise needs a program as long as its kernel
+        by = "rows" if alone and not are_few(groups) and math.prod(windows.kernel) <= 16 else "patches"
+    else:  # few may stand beside one another where windows do not overlap, which is where strides are
+        by = "patches" if are_few(channels) and kernel_rows.after_the_product(windows) else "rows"
+    return "depthwise" if by == "rows" and alone else by
 
 
 def by_groups(function: Callable, groups: int) -> Callable:
@@ -73,25 +80,25 @@ def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def convolution(x, w, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``x (B, *n, C)``, ``w (*kernel, I, O)`` to ``y (B, *m, O)``."""
-    by = chosen(form, windows, w.shape[-2], groups)
+    by = chosen(form, windows, w.shape, groups)
     return on_own_examples(lambda x, w: _convolution(x, w, windows, groups, by), x, whole=(w,))
 
 
 def weight_gradient(x, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``dw (*kernel, I, O)``: at k, ``Σ_o x at (o·stride + k·dilation)ᵀ dy at o``."""
-    by = chosen(form, windows, x.shape[-1] // groups, groups)
+    by = chosen(form, windows, (*windows.kernel, x.shape[-1] // groups, dy.shape[-1]), groups)
     return on_own_examples(lambda x, dy: _weight_gradient(x, dy, windows, groups, by), x, dy, total=True)
 
 
 def input_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``dx (B, *n, C)``: at j, the sum of ``dy at o · w_kᵀ`` over all o, k with ``o·stride + k·dilation = j``."""
-    by = chosen(form, windows, w.shape[-2], groups)
+    by = chosen(form, windows, w.shape, groups)
     return on_own_examples(lambda dy, w: _input_gradient(w, dy, windows, groups, by), dy, whole=(w,))
 
 
 def bias_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array:
     """``db (O,)``, the sum of ``dy`` over all axes but the last."""
-    if chosen(form, windows, w.shape[-2], groups) != "patches":
+    if chosen(form, windows, w.shape, groups) != "patches":
         return rows(dy).sum(0)
     # as a product: of a sum XLA would make one over (B, *m, O), for which it would lay out dy a second time
     flat = channels_first(dy).reshape(dy.shape[-1], math.prod(dy.shape[:-1]))
@@ -101,6 +108,8 @@ def bias_gradient(w, dy, windows: Windows, groups: int, form: Form) -> jax.Array
 def _convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
     if form == "xla":
         return xla(x, w, windows.stride, windows.low, windows.high, (), windows.dilation, feature_group_count=groups)
+    if form == "depthwise":
+        return depthwise.convolution(x, w, windows)
     if form == "rows":
         return by_groups(lambda x, w: kernel_rows.convolution(x, w, windows), groups)(x, w)
     y = by_group(jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
@@ -115,6 +124,8 @@ def _weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Arr
         x, dy = jnp.swapaxes(x, 0, -1), jnp.moveaxis(dy, 0, -2)
         dw = xla(x, dy, windows.dilation, windows.low, windows.high, (), windows.stride, batch_group_count=groups)
         return jnp.moveaxis(dw, 0, -2)
+    if form == "depthwise":
+        return depthwise.weight_gradient(x, dy, windows)
     if form == "rows":
         return by_groups(lambda x, dy: kernel_rows.weight_gradient(x, dy, windows), groups)(x, dy)
     dy = as_rows(dy, groups)
@@ -135,6 +146,8 @@ def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Arra
         turned = turned.reshape(*w.shape[:-2], w.shape[-1] // groups, channels)
         dx = xla(dy, turned, (), low, high, windows.stride, windows.dilation, feature_group_count=groups)
         return around(dx, low_rest, high_rest)
+    if form == "depthwise":
+        return depthwise.input_gradient(w, dy, windows)
     if form == "rows":
         return by_groups(lambda w, dy: kernel_rows.input_gradient(w, dy, windows), groups)(w, dy)
     dy_NO = as_rows(dy, groups)
