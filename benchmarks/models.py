@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.measuring import arguments, interleaved, record, scaled, show, timed
 from benchmarks.peers import BLOCKS, EMBEDDED, FEATURES, HEADS, LENGTH, RATE, UNITS, VOCABULARY, WIDTHS, Prepared
 
-STEPS = {"mlp": 200, "lenet": 20, "resnet8": 3, "lstm": 10, "gru": 10, "rnn": 20, "gpt": 3}  # in a round
+STEPS = {"mlp": 200, "lenet": 20, "resnet8": 5, "lstm": 10, "gru": 10, "rnn": 20, "gpt": 3}  # in a round
 
 
 def data_for(name: str):
