@@ -5,10 +5,10 @@
 
 The parameters are ten matrices of 1,000 × 1,000. A round is one program of five updates in `jax.lax.scan` (one of
 muon), as a run is: what an update needs beside its arrays is allocated once. Each has gradients of its own, the same
-arrays times a number that the loop brings. The floor is a pass over the same arrays that does a multiplication and an addition
-on each: parameters, gradients and as many moments as the optimizer keeps. State and parameters are donated; optax'
-updates are applied by `optax.apply_updates`. Times are medians of rounds; ratios are taken round by round, between
-neighbours in time. Muon and Adafactor do more than pass over arrays: their floor is that of their bytes alone.
+arrays times a number that the loop brings. The floor is a pass over the same arrays that does a multiplication and an
+addition on each: parameters, gradients and as many moments as the optimizer keeps. State and parameters are donated;
+optax' updates are applied by `optax.apply_updates`. Times are medians of rounds; ratios are taken round by round,
+between neighbours in time. Muon and Adafactor do more than pass over arrays: their floor is that of their bytes alone.
 
 LAMB and Adafactor read whole matrices before they change one, and XLA on CPU works on all of them at once, with scratch
 memory for each. They have rows with the scheduler that goes from one to the next as well, as a run has it by

@@ -113,7 +113,8 @@ def run_chunk(
     results = room(told, slots)
     zero = jnp.zeros((), jnp.int32)
     # the first order is made within as well: out here it would be compiled a second time
-    carry = ts, jnp.zeros(n, jax.eval_shape(order_of, ts).dtype), zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
+    none = jnp.zeros(n, jax.eval_shape(order_of, ts).dtype)
+    carry = ts, none, zero, metrics, jnp.zeros(slots, jnp.int32), results, zero
     going = lambda carry: (carry[2] < count) & ~stopped(carry[0])  # noqa: E731
     ts, _, _, metrics, at, results, _ = jax.lax.while_loop(going, segment, carry)
     return ts, Outputs(jnp.copy(ts.step), metrics, results, at, all_finite(ts), jnp.copy(stopped(ts)))
