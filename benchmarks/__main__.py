@@ -25,6 +25,7 @@ BEGIN, END = "<!-- ratios: written by make bench-all -->\n", "<!-- end of ratios
 IN_SHORT = (  # what the README shows: words, and where the ratio stands: document, table, row, and relative to what
     ("training 784-128-64-10, by hand", "s1", "the training alone, after warm-up", "fnet backprop", "torch"),
     ("the same from a process' start to its end", "s1", "the whole process", "fnet backprop", "torch"),
+    ("a training step of ResNet-8, by hand", "models", "resnet8: a training step", "fnet backprop", "torch"),
     ("a training step of an LSTM, by hand", "models", "lstm: a training step", "fnet backprop", "torch"),
     ("a training step of a GPT, by hand", "models", "gpt: a training step", "fnet backprop", "torch"),
     ("a training step of LeNet-5: by hand", "models", "lenet: a training step", "fnet backprop", "fnet autodiff"),
