@@ -75,6 +75,7 @@ EXACT = {
     "test_drawing",
     "test_experiments_images",
     "test_experiments_options",
+    "test_export",
     "test_initializers",
     "test_resumes",
     "test_runs",

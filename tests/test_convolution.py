@@ -248,6 +248,7 @@ def leftovers():
         ("conv, explicit, dilated, grouped", "patches"),
         ("conv, same", "xla"),
         ("conv, causal over time", "patches"),
+        ("transpose, same, doubled", "patches"),
         ("conv, explicit, dilated, grouped", "rows"),
         ("conv, depthwise, strided, dilated", "rows"),
         ("transpose, same, doubled", "rows"),

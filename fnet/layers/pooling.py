@@ -7,7 +7,6 @@ K positions of a window, n, m sizes of an input's and an output's axis.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,11 +20,11 @@ from fnet.layers.masks import split_mask
 from fnet.layers.windows import (
     Padding,
     Windows,
-    along,
     fold,
     layout,
     over_inputs,
-    padded,
+    seen_places,
+    taps,
     windows_of,
 )
 from fnet.layers.wrappers import stateless
@@ -321,18 +320,6 @@ def over_true_inputs(windows: Windows, x) -> Windows:
     if not np.any(true_entries(over), axis=0).all():
         raise LayerError(f"some windows of {over.kernel} see nothing but padding: pad less than {over.padding!r}")
     return over
-
-
-def taps(x: jax.Array, over: Windows, fill) -> list[jax.Array]:
-    """For each position of a window, in row-major order, what the outputs see there, in the layout of ``x``."""
-    x = padded(x, over, fill)
-    return [x[place] for place in seen_places(over)]
-
-
-def seen_places(over: Windows) -> list[tuple[slice, ...]]:
-    """For each position of a window, in row-major order, the index of what the outputs see there."""
-    positions = itertools.product(*(range(k) for k in over.kernel))
-    return [(slice(None), *(along(over, axis, k) for axis, k in enumerate(p))) for p in positions]
 
 
 def true_entries(over: Windows, or_padded: bool = False) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ Legend: B batch, S spatial axes, C channels, K positions of the kernel; n, m siz
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -175,6 +176,18 @@ def along(windows: Windows, axis: int, k: int) -> slice:
     """Where position k of the kernel lies for every output of a padded axis."""
     start = k * windows.dilation[axis]
     return slice(start, start + (windows.outputs[axis] - 1) * windows.stride[axis] + 1, windows.stride[axis])
+
+
+def taps(x: jax.Array, windows: Windows, fill) -> list[jax.Array]:
+    """For each position of a window, in row-major order, what the outputs see there, in the layout of ``x``."""
+    x = padded(x, windows, fill)
+    return [x[place] for place in seen_places(windows)]
+
+
+def seen_places(windows: Windows) -> list[tuple[slice, ...]]:
+    """For each position of a window, in row-major order, the index of what the outputs see there."""
+    positions = itertools.product(*(range(k) for k in windows.kernel))
+    return [(slice(None), *(along(windows, axis, k) for axis, k in enumerate(p))) for p in positions]
 
 
 def patches(x: jax.Array, windows: Windows) -> jax.Array:
