@@ -992,3 +992,29 @@ def test_a_cold_run_compiles_its_program_and_a_copy_of_the_state():
     with compiled_programs() as of_stopping:
         fnet.fit(step, start, data, epochs=2, batch_size=6, evaluate=evaluate, validation=data, stop=stop)
     assert of_stopping == ["jit(init)", "jit(run_chunk)", "jit(copied)"]
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(10, 1), (16, 2)])
+def test_a_run_traces_a_step_of_each_size_once_beside_the_check_of_its_arguments(batch_size, sizes):
+    step, ts, data, evaluate = problem(examples=40)
+    calls = {"step": 0, "evaluate": 0}
+
+    def counting(name, function):
+        def counted(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return counted
+
+    def run(engine, **options):
+        calls.update(step=0, evaluate=0)
+        engine(
+            *(counting("step", step), ts, data), batch_size=batch_size, epochs=2, **options,
+            evaluate=counting("evaluate", evaluate), validation=data,
+        )  # fmt: skip
+        return calls
+
+    assert run(fnet.fit) == {"step": 2 * sizes, "evaluate": 3}  # the check looks at the results' shapes as well
+    stop = fnet.early_stopping("validation_loss", patience=2)
+    for options in {}, {"stop": stop}:
+        assert run(fnet.train, **options) == {"step": sizes, "evaluate": 1}

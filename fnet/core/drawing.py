@@ -11,7 +11,8 @@ import functools
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ from fnet.types import PyTree
 
 KEPT = 256  # programs, for models to come
 
-_kept: dict[Any, Callable] = {}  # by what they compute, the newest at the end
+_kept: dict[Any, Future[Callable]] = {}  # by what they compute, the newest at the end
 _lock = threading.Lock()
 
 
@@ -57,13 +58,16 @@ def drawn(function: Callable[[jax.Array], PyTree], key: jax.Array, shardings: Py
     structure = jax.tree.structure(shapes)
     leaves: list[Any] = [None] * structure.num_leaves
     where = leaves.copy() if shardings is None else structure.flatten_up_to(shardings)
-    keys, programs = keys_of(closed, np.asarray(words)), {}
-    for piece in pieces_of(closed.jaxpr, keys):
-        own = [var for var in piece.reads(closed.jaxpr) if var in keys]
-        part = part_of(closed, piece.eqns, own, piece.outputs)
-        memory = programs if part.consts else _kept  # arrays that a model holds go with it
-        program = compiled(part, tuple(where[i] for i in piece.outputs), key, memory)
-        for i, leaf in zip(piece.outputs, program(*(keys[var]() for var in own)), strict=True):
+    keys, own, drawing = keys_of(closed, np.asarray(words)), {}, []
+    with ThreadPoolExecutor() as threads:  # which compile: XLA holds no lock of Python's
+        for piece in pieces_of(closed.jaxpr, keys):
+            read = [var for var in piece.reads(closed.jaxpr) if var in keys]
+            part, given = part_of(closed, piece.eqns, read, piece.outputs), [keys[var]() for var in read]
+            memory = own if part.consts else _kept  # arrays that a model holds go with it
+            program = compiled(part, given, tuple(where[i] for i in piece.outputs), key, memory, threads)
+            drawing.append((piece.outputs, program, given))
+    for outputs, program, given in drawing:
+        for i, leaf in zip(outputs, program.result()(*given), strict=True):
             leaves[i] = leaf
     with _lock:
         for asked in list(_kept)[:-KEPT]:
@@ -166,8 +170,18 @@ def pieces_of(jaxpr: Jaxpr, keys: Container) -> list[Piece]:
     return [*apart, Piece(*(list(itertools.chain(*parts)) for parts in zip(*others, strict=True)))] if others else apart
 
 
-def compiled(piece: ClosedJaxpr, shardings: tuple, key: jax.Array, programs: dict[Any, Callable]) -> Callable:
-    """The function of words that a piece is of its keys: one of ``programs`` where it computes the same as another."""
+def compiled(
+    piece: ClosedJaxpr,
+    given: Sequence[np.ndarray],
+    shardings: tuple,
+    key: jax.Array,
+    programs: dict[Any, Future[Callable]],
+    threads: Executor,
+) -> Future[Callable]:
+    """The function of words that a piece is of its keys, ``given`` some of them, which one of the ``threads`` compiles.
+
+    It is one of ``programs`` where it computes the same as another.
+    """
     impl = jax.random.key_impl(key) if is_key(key) else "threefry2x32"
     asked = digest(program_lines(piece, callbacks=True)), str(impl), shardings, tuple(settings_in_force().values())
     if asked not in programs:
@@ -182,5 +196,6 @@ def compiled(piece: ClosedJaxpr, shardings: tuple, key: jax.Array, programs: dic
         on_cpu = not spread or all(d.platform == "cpu" for where in shardings for d in where.device_set)
         options = same_bits_options() if on_cpu and names <= ENTRYWISE.union(CALLS) else None
         where = list(shardings) if spread else None
-        programs[asked] = jax.jit(draw, out_shardings=where, compiler_options=options)
+        lowered = jax.jit(draw, out_shardings=where, compiler_options=options).lower(*given)
+        programs[asked] = threads.submit(lowered.compile)
     return programs[asked]

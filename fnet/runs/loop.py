@@ -5,7 +5,6 @@ Legend: N examples, S steps an epoch, B batch size, C steps that a chunk may hav
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -22,7 +21,7 @@ from fnet.data.arrays import DataError, check_data, count_examples
 from fnet.data.sources import Examples, Stream, is_read_ahead
 from fnet.data.streams import Read, ahead, joined, kind_of, one_epoch, read_rows, read_stream
 from fnet.runs.arguments import Plan, dry_run, order_at
-from fnet.training.epochs import epoch_order, rows_of, steps_per_epoch
+from fnet.training.epochs import epoch_order, rows_of, steps_per_epoch, traced_once
 from fnet.training.evaluation import evaluated, named_metrics, results_by_name, sets_of
 from fnet.training.steps import Step
 from fnet.training.stopping import Reducer, decide, stopped
@@ -64,8 +63,13 @@ def run_chunk(
     def order_of(ts):
         return epoch_order(ts.key, ts.step // per_epoch, n) if shuffle else jnp.arange(n)
 
+    @traced_once
     def one(ts, rows):
         return step(ts, rows_of(data, rows))
+
+    @traced_once
+    def evaluation(ts):
+        return evaluated(ts, validation, evaluate, stop)
 
     def segment(carry):
         """Steps up to the end of the chunk, the epoch's full batches or the next evaluation; then what is due there."""
@@ -100,7 +104,7 @@ def run_chunk(
         if evaluate:
 
             def at_boundary(ts, at, results, row):
-                ts, now = evaluated(ts, validation, evaluate, stop)
+                ts, now = evaluation(ts)
                 return ts, at.at[row].set(ts.step), put(results, row, now), row + 1
 
             arguments = ts, at, results, rows
@@ -109,7 +113,7 @@ def run_chunk(
 
     metrics = room(jax.eval_shape(one, ts, jnp.zeros(batch_size, jnp.int32))[1], capacity)
     slots = capacity // every + 1 if evaluate else 0
-    told = jax.eval_shape(lambda ts: evaluated(ts, validation, evaluate, stop), ts)[1] if evaluate else {}
+    told = jax.eval_shape(evaluation, ts)[1] if evaluate else {}
     results = room(told, slots)
     zero = jnp.zeros((), jnp.int32)
     # the first order is made within as well: out here it would be compiled a second time
@@ -135,7 +139,7 @@ def put(buffers: PyTree, row, values: PyTree) -> PyTree:
 def all_finite(ts: TrainState) -> jax.Array:
     """Whether every number of the parameters and the model's state is finite."""
     floats = [a for a in jax.tree.leaves((ts.params, ts.state)) if jnp.issubdtype(a.dtype, jnp.floating)]
-    return functools.reduce(jnp.logical_and, (jnp.isfinite(a).all() for a in floats), jnp.array(True))
+    return sum((jnp.sum(a * 0) for a in floats), jnp.zeros(())) == 0  # half of what isfinite takes to compile
 
 
 def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
@@ -404,15 +408,17 @@ def run_batches(ts: TrainState, batches: Batch, count: jax.Array, *, step: Step)
     In a loop even where there is one: from jax 0.12 on, XLA compiles loops without products of matrices for CPU by
     another emitter, which takes sums in another order, so a step outside of one may differ in its last bits.
     """
-    capacity = count_examples(batches)
-    abstract = jax.eval_shape(step, ts, jax.tree.map(lambda a: a[0], batches))[1]
-    metrics = room(abstract, capacity)
+
+    @traced_once
+    def one(ts, i):
+        return step(ts, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches))
 
     def body(i, carry):
         ts, metrics = carry
-        ts, now = step(ts, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches))
+        ts, now = one(ts, i)
         return ts, put(metrics, i, now)
 
+    metrics = room(jax.eval_shape(one, ts, jnp.zeros((), jnp.int32))[1], count_examples(batches))
     return jax.lax.fori_loop(0, count, body, (ts, metrics))
 
 

@@ -10,6 +10,7 @@ Legend: N examples of the data, S steps an epoch, E epochs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,11 +42,16 @@ def rows_of(data: Batch, rows: jax.Array) -> Batch:
     return jax.tree.map(lambda a: a.at[rows].get(mode="promise_in_bounds", unique_indices=True), data)
 
 
+traced_once = functools.partial(jax.jit, inline=True)
+"""The function, traced at the first of its calls with some shapes; each call is its operations, not a call of them."""
+
+
 def apart(function: Callable, ts: TrainState):
     """``function(ts)`` as a computation of its own in the compiled program, by a condition that always holds.
 
     Written after another step in the same computation, XLA fuses across the two and rounds otherwise than in a loop.
     """
+    function = traced_once(function)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, ts)[1])
     return jax.lax.cond(ts.step >= 0, function, lambda ts: (ts, nothing), ts)
 
@@ -92,6 +98,7 @@ def train(
     def one(ts, rows):
         return step(ts, rows_of(data, rows))
 
+    @traced_once
     def epoch(ts, order):
         ts, metrics = scan_in_segments(one, ts, order[:full].reshape(-1, batch_size), full // batch_size, in_epoch)
         if full < n:
