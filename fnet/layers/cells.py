@@ -89,14 +89,13 @@ def lstm_step() -> Cell:
         # least, the gates that are kept too: in 16 bits 1 − σ would be 0 where one is nearly open
         i, f, g, o = jnp.split(z, 4, -1)
         i, f, g, o = show("i", logistic(i)), show("f", logistic(f)), show("g", tanh_of(g)), show("o", logistic(o))
-        gates = jnp.concatenate([i, f, g, o], -1)
         c = (f * widened(c) + i * g).astype(z.dtype)
-        return ((o * tanh_of(c)).astype(z.dtype), c), gates
+        return ((o * tanh_of(c)).astype(z.dtype), c), (i, f, g, o)
 
     def slopes(gates, before, after):
         # σ' = σ (1 − σ), tanh' = 1 − tanh²:  ∂c/∂z_i = g i(1−i), ∂c/∂z_f = c₋ f(1−f), ∂c/∂z_g = i(1−g²);
         # h = o t with t = tanh(c):  ∂h/∂z_o = t o(1−o), ∂h/∂c = o(1−t²);  ∂c/∂c₋ = f
-        i, f, g, o = jnp.split(gates, 4, -1)
+        i, f, g, o = gates
         t, dtype = tanh_of(after[1]), after[1].dtype
         by_z = [g * i * (1 - i), widened(before[1]) * f * (1 - f), i * (1 - g * g), t * o * (1 - o)]
         return jnp.concatenate(by_z, -1).astype(dtype), ((o * (1 - t * t)).astype(dtype), f.astype(dtype))
