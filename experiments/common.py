@@ -51,15 +51,15 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
         folder = folder_of(config, experiment)
         config, new = dataclasses.replace(config, name=folder.name), not os.path.exists(folder)
     if isinstance(config, Resumable):
-        signal.signal(signal.SIGTERM, leave)
+        signal.signal(signal.SIGTERM, lambda *_: leave_at_once(how_to_go_on(config, experiment, folder)))
     try:
         run(config)
     except KeyboardInterrupt:
-        say_how_to_go_on(config, experiment, folder)
+        print(how_to_go_on(config, experiment, folder), file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as end:
         if end.code == 128 + signal.SIGTERM:
-            say_how_to_go_on(config, experiment, folder)
+            print(how_to_go_on(config, experiment, folder), file=sys.stderr, flush=True)
         elif new:
             forget(folder)
         raise
@@ -95,9 +95,15 @@ def forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def leave(*_) -> NoReturn:
-    """SIGTERM, where `fnet.fit` is not the one that sees it."""
-    raise SystemExit(128 + signal.SIGTERM)
+def leave_at_once(text: str) -> NoReturn:
+    """SIGTERM, where `fnet.fit` is not the one that sees it. No exception, which is lost where Python is in a callback.
+
+    What is saved stands: files are whole before they have their names.
+    """
+    with contextlib.suppress(RuntimeError):  # where the signal came while it was being flushed
+        sys.stdout.flush()
+    os.write(2, f"{text}\n".encode())
+    os._exit(128 + signal.SIGTERM)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -115,13 +121,12 @@ def is_refusal(error: Exception) -> bool:
     return raised or isinstance(error, (fnet.DataError, fnet.LayerError, fnet.RunError, fnet.CheckpointError))
 
 
-def say_how_to_go_on(config: Options, experiment: str, folder: Path) -> None:
-    """To the standard error, after an interruption: the command that goes on, if one can."""
-    text = f"{experiment} was interrupted and keeps no checkpoints: it begins anew"
-    if isinstance(config, Resumable):
-        begun = (folder / "config.json").exists()
-        text = f"To go on: {resuming(config, experiment)}" if begun else f"{experiment} was interrupted before it began"
-    print(text, file=sys.stderr, flush=True)
+def how_to_go_on(config: Options, experiment: str, folder: Path) -> str:
+    """What is said after an interruption: the command that goes on, if one can."""
+    if not isinstance(config, Resumable):
+        return f"{experiment} was interrupted and keeps no checkpoints: it begins anew"
+    begun = (folder / "config.json").exists()
+    return f"To go on: {resuming(config, experiment)}" if begun else f"{experiment} was interrupted before it began"
 
 
 def resuming(config: Resumable, experiment: str) -> str:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -351,19 +352,30 @@ def test_a_signalled_command_prints_the_one_that_goes_on(name, number, given, tm
     assert f"written: {folder}" in printed
 
 
-def test_a_signal_between_two_runs_is_answered_with_the_command_too(tmp_path, capsys):
-    def run(config):
-        common.new_run_folder(config, Path(__file__).stem)
-        signal.raise_signal(signal.SIGTERM)
+BETWEEN_RUNS = """
+import gc, signal, sys
+from experiments import common, keras_example
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with pytest.raises(SystemExit) as end:
-            main(run, keras_example.Config, ["--run-dir", str(tmp_path), "--name=-a", "--learning-rate", "0.5"])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 143
-    assert capsys.readouterr().err.endswith(f"--learning-rate 0.5 --resume --run-dir {tmp_path} --name=-a\n")
+def run(config):
+    common.new_run_folder(config, "written")
+    print("begun")
+    # an exception that is raised here is said to be ignored
+    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGTERM))
+    gc.collect()
+    print("went on")
+
+common.main(run, keras_example.Config)
+"""
+
+
+def test_a_signal_between_two_runs_is_answered_with_the_command_too(tmp_path):
+    script = tmp_path / "written.py"
+    script.write_text(BETWEEN_RUNS)
+    given = ["--run-dir", str(tmp_path), "--name=-a", "--learning-rate", "0.5"]
+    process = start([sys.executable, str(script), *given], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 143 and printed == "begun\n"
+    assert said.endswith(f"--learning-rate 0.5 --resume --run-dir {tmp_path} --name=-a\n") and "ignored" not in said
 
 
 def test_an_interrupted_experiment_without_checkpoints_says_so(tmp_path, capsys):
