@@ -213,6 +213,19 @@ def test_arrays_that_a_model_holds_go_with_it(key):
     assert len(_kept) == before <= KEPT
 
 
+def test_what_failed_to_compile_is_compiled_another_time(key, monkeypatch):
+    def compile(lowered):
+        raise RuntimeError("no memory")
+
+    model, before = fnet.mlp(7, 11), len(_kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.stages.Lowered, "compile", compile)
+        with pytest.raises(RuntimeError, match="no memory"):
+            fnet.init(model, key, ROWS)
+    assert len(_kept) == before
+    require_same(fnet.init(model, key, ROWS), whole(model, key, ROWS))
+
+
 def test_a_key_on_a_chosen_device_draws_there(key):
     model, x = MODELS["mlp"]
     made = fnet.init(model, jax.device_put(key, jax.devices()[0]), x)

@@ -66,12 +66,15 @@ def drawn(function: Callable[[jax.Array], PyTree], key: jax.Array, shardings: Py
             memory = own if part.consts else _kept  # arrays that a model holds go with it
             program = compiled(part, given, tuple(where[i] for i in piece.outputs), key, memory, threads)
             drawing.append((piece.outputs, program, given))
-    for outputs, program, given in drawing:
-        for i, leaf in zip(outputs, program.result()(*given), strict=True):
-            leaves[i] = leaf
-    with _lock:
-        for asked in list(_kept)[:-KEPT]:
-            del _kept[asked]
+    try:
+        for outputs, program, given in drawing:
+            for i, leaf in zip(outputs, program.result()(*given), strict=True):
+                leaves[i] = leaf
+    finally:
+        with _lock:
+            failed = [asked for asked, program in _kept.items() if program.done() and program.exception()]
+            for asked in {*failed, *list(_kept)[:-KEPT]}:  # what failed may be compiled another time
+                del _kept[asked]
     return jax.tree.unflatten(structure, leaves)
 
 
