@@ -25,6 +25,7 @@ from fnet.layers import dense, serial, stateless
 from fnet.metrics import accuracy, gradient_norms
 from fnet.runs import driver
 from fnet.runs.checkpoint import saved_steps
+from fnet.runs.loop import all_finite
 from fnet.training.epochs import epoch_order, steps_per_epoch
 from fnet.types import TrainState
 from tests.conftest import compiled_programs
@@ -1018,3 +1019,15 @@ def test_a_run_traces_a_step_of_each_size_once_beside_the_check_of_its_arguments
     stop = fnet.early_stopping("validation_loss", patience=2)
     for options in {}, {"stop": stop}:
         assert run(fnet.train, **options) == {"step": sizes, "evaluate": 1}
+
+
+@pytest.mark.parametrize("spoilt", [None, "float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_all_leaves_of_whatever_dtype_are_to_be_finite(spoilt, value, x64):
+    kinds = "float64", "float32", "bfloat16", "float16"
+    params = {kind: jnp.full((3, 4), jnp.finfo(kind).max, kind) for kind in kinds}
+    if spoilt is not None:
+        params[spoilt] = params[spoilt].at[1, 2].set(value)
+    ts = TrainState(jnp.asarray(0), {**params, "counts": jnp.arange(3)}, jnp.ones(2), (), jax.random.key(0))
+    assert bool(all_finite(ts)) == (spoilt is None)
+    assert not all_finite(ts._replace(state=jnp.asarray([1, value])))

@@ -5,6 +5,7 @@ Legend: N examples, S steps an epoch, B batch size, C steps that a chunk may hav
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -139,7 +140,8 @@ def put(buffers: PyTree, row, values: PyTree) -> PyTree:
 def all_finite(ts: TrainState) -> jax.Array:
     """Whether every number of the parameters and the model's state is finite."""
     floats = [a for a in jax.tree.leaves((ts.params, ts.state)) if jnp.issubdtype(a.dtype, jnp.floating)]
-    return sum((jnp.sum(a * 0) for a in floats), jnp.zeros(())) == 0  # half of what isfinite takes to compile
+    # a sum of zeros, or NaN: half of what isfinite takes to compile
+    return functools.reduce(jnp.logical_and, (jnp.sum(a * 0) == 0 for a in floats), jnp.array(True))
 
 
 def in_memory(plan: Plan, ts: TrainState, compile: Callable) -> Callable:
