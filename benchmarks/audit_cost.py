@@ -1,10 +1,10 @@
-"""What an audit costs: seconds after compiling against parameters, and memory against the gradient's own.
+"""What an audit costs: seconds against parameters, and memory against the gradient's own.
 
     make bench MODULE=benchmarks.audit_cost
 
-Networks 784-128-64-10 and wider, batch 32, float32, gradient by hand, default options. Time is that of the whole call
-less what jax reports as tracing, lowering and compiling. Memory is what the process' peak grows by, in a process of its
-own for each: for the gradient in float64, compiled and run, and for the audit.
+Networks 784-128-64-10 and wider, batch 32, float32, gradient by hand, default options. Time is that of the whole call,
+and of the same audit made again, whose programs are kept. Memory is what the process' peak grows by, in a process of
+its own for each: for the gradient in float64, compiled and run, and for the audit.
 
 Beside others: the audits of 223 wrong gradients of seven functions, small and middle, a function again and again
 with another fault, beside `jax.test_util.check_grads` on the same, case by case in turn; and the audit of 784-128-64-10
@@ -31,11 +31,9 @@ from jax.test_util import check_grads
 
 import fnet
 from benchmarks.gradient_checkers import Case, faulty_cases
-from benchmarks.measuring import arguments, record, table
+from benchmarks.measuring import arguments, record, table, timed
 from benchmarks.s1 import fnet_by, random_data
 from fnet.gradcheck import kept
-
-COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
 
 
 def problem(factor: int):
@@ -168,22 +166,13 @@ def main() -> None:
     if args.growth:
         print(growth({"audit": audit, "gradient": gradient}[args.growth], args.factors[-1]))
         return
-    compiling, seconds = [0.0], {}
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.rsplit("/", 1)[-1] in COMPILING:
-            compiling[0] += duration_secs
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    print(f"{'parameters':>12}{'seconds in all':>16}{'compiling':>12}{'the rest':>10}{'rest per million':>18}")
+    seconds = {}
+    print(f"{'parameters':>12}{'seconds':>16}{'made again':>12}{'per million':>18}")
     for factor in args.factors:
         count = sum(leaf.size for leaf in jax.tree.leaves(problem(factor)[2]))
-        compiling[0], start = 0.0, time.perf_counter()
-        audit(factor)
-        total = time.perf_counter() - start
-        rest = total - compiling[0]
-        print(f"{count:>12,}{total:>16.2f}{compiling[0]:>12.2f}{rest:>10.2f}{1e6 * rest / count:>18.2f}")
-        seconds |= {f"{count:,} parameters": [total], f"{count:,} parameters, after compiling": [rest]}
+        first, again = (timed(functools.partial(audit, factor)) for _ in range(2))
+        print(f"{count:>12,}{first:>16.2f}{again:>12.2f}{1e6 * again / count:>18.2f}")
+        seconds |= {f"{count:,} parameters": [first], f"{count:,} parameters, made again": [again]}
     grown = {}
     for what in ("gradient", "audit"):
         factors = map(str, args.factors)

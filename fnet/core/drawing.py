@@ -66,15 +66,12 @@ def drawn(function: Callable[[jax.Array], PyTree], key: jax.Array, shardings: Py
             memory = own if part.consts else _kept  # arrays that a model holds go with it
             program = compiled(part, given, tuple(where[i] for i in piece.outputs), key, memory, threads)
             drawing.append((piece.outputs, program, given))
-    try:
-        for outputs, program, given in drawing:
-            for i, leaf in zip(outputs, program.result()(*given), strict=True):
-                leaves[i] = leaf
-    finally:
-        with _lock:
-            failed = [asked for asked, program in _kept.items() if program.done() and program.exception()]
-            for asked in {*failed, *list(_kept)[:-KEPT]}:  # what failed may be compiled another time
-                del _kept[asked]
+    for outputs, program, given in drawing:
+        for i, leaf in zip(outputs, program.result()(*given), strict=True):
+            leaves[i] = leaf
+    with _lock:
+        for asked in list(_kept)[:-KEPT]:
+            _kept.pop(asked, None)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -187,18 +184,20 @@ def compiled(
     """
     impl = jax.random.key_impl(key) if is_key(key) else "threefry2x32"
     asked = digest(program_lines(piece, callbacks=True)), str(impl), shardings, tuple(settings_in_force().values())
-    if asked not in programs:
-        typed = [is_key(var.aval) for var in piece.jaxpr.invars]
+    if (known := programs.get(asked)) is not None:
+        return known
+    typed = [is_key(var.aval) for var in piece.jaxpr.invars]
 
-        def draw(*words):
-            wrap = functools.partial(jax.random.wrap_key_data, impl=impl)
-            return jaxpr_as_fun(piece)(*(wrap(w) if is_typed else w for w, is_typed in zip(words, typed, strict=True)))
+    def draw(*words):
+        wrap = functools.partial(jax.random.wrap_key_data, impl=impl)
+        return jaxpr_as_fun(piece)(*(wrap(w) if is_typed else w for w, is_typed in zip(words, typed, strict=True)))
 
-        spread = set(shardings) != {None}
-        names = {place.eqn.primitive.name for place in walk(piece.jaxpr)}
-        on_cpu = not spread or all(d.platform == "cpu" for where in shardings for d in where.device_set)
-        options = same_bits_options() if on_cpu and names <= ENTRYWISE.union(CALLS) else None
-        where = list(shardings) if spread else None
-        lowered = jax.jit(draw, out_shardings=where, compiler_options=options).lower(*given)
-        programs[asked] = threads.submit(lowered.compile)
-    return programs[asked]
+    spread = set(shardings) != {None}
+    names = {place.eqn.primitive.name for place in walk(piece.jaxpr)}
+    on_cpu = not spread or all(d.platform == "cpu" for where in shardings for d in where.device_set)
+    options = same_bits_options() if on_cpu and names <= ENTRYWISE.union(CALLS) else None
+    where = list(shardings) if spread else None
+    lowered = jax.jit(draw, out_shardings=where, compiler_options=options).lower(*given)
+    programs[asked] = compiling = threads.submit(lowered.compile)
+    compiling.add_done_callback(lambda done: done.exception() and programs.pop(asked, None))
+    return compiling
