@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -50,16 +51,17 @@ def main(run: Callable[[Any], object], options: type[Options], args: Sequence[st
     if isinstance(config, InFolder):
         folder = folder_of(config, experiment)
         config, new = dataclasses.replace(config, name=folder.name), not os.path.exists(folder)
+    going_on = functools.partial(how_to_go_on, config, experiment, folder)
     if isinstance(config, Resumable):
-        signal.signal(signal.SIGTERM, lambda *_: leave_at_once(how_to_go_on(config, experiment, folder)))
+        signal.signal(signal.SIGTERM, lambda *_: leave_at_once(going_on()))
     try:
         run(config)
     except KeyboardInterrupt:
-        print(how_to_go_on(config, experiment, folder), file=sys.stderr, flush=True)
+        print(going_on(), file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as end:
         if end.code == 128 + signal.SIGTERM:
-            print(how_to_go_on(config, experiment, folder), file=sys.stderr, flush=True)
+            print(going_on(), file=sys.stderr, flush=True)
         elif new:
             forget(folder)
         raise

@@ -214,7 +214,7 @@ def test_arrays_that_a_model_holds_go_with_it(key):
 
 
 def test_what_failed_to_compile_is_compiled_another_time(key, monkeypatch):
-    def compile(lowered):
+    def compile(lowered, options):
         raise RuntimeError("no memory")
 
     model, before = fnet.mlp(7, 11), len(_kept)

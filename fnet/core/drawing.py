@@ -12,13 +12,14 @@ import itertools
 import operator
 import threading
 from collections.abc import Callable, Container, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+from fnet.core.compiling import compiling
 from fnet.core.interpret import CALLS, walk
 from fnet.core.jax_insides import (
     ClosedJaxpr,
@@ -59,19 +60,20 @@ def drawn(function: Callable[[jax.Array], PyTree], key: jax.Array, shardings: Py
     leaves: list[Any] = [None] * structure.num_leaves
     where = leaves.copy() if shardings is None else structure.flatten_up_to(shardings)
     keys, own, drawing = keys_of(closed, np.asarray(words)), {}, []
-    with ThreadPoolExecutor() as threads:  # which compile: XLA holds no lock of Python's
-        for piece in pieces_of(closed.jaxpr, keys):
-            read = [var for var in piece.reads(closed.jaxpr) if var in keys]
-            part, given = part_of(closed, piece.eqns, read, piece.outputs), [keys[var]() for var in read]
-            memory = own if part.consts else _kept  # arrays that a model holds go with it
-            program = compiled(part, given, tuple(where[i] for i in piece.outputs), key, memory, threads)
-            drawing.append((piece.outputs, program, given))
+    for piece in pieces_of(closed.jaxpr, keys):
+        read = [var for var in piece.reads(closed.jaxpr) if var in keys]
+        part, given = part_of(closed, piece.eqns, read, piece.outputs), [keys[var]() for var in read]
+        memory = own if part.consts else _kept  # arrays that a model holds go with it
+        program = prepared(part, given, tuple(where[i] for i in piece.outputs), key, memory)
+        drawing.append((piece.outputs, program, given))
+    wait([program for _, program, _ in drawing])
+    with _lock:  # what failed may be compiled another time
+        failed = [asked for asked, program in [*_kept.items()] if program.done() and program.exception()]
+        for asked in {*failed, *list(_kept)[:-KEPT]}:
+            del _kept[asked]
     for outputs, program, given in drawing:
         for i, leaf in zip(outputs, program.result()(*given), strict=True):
             leaves[i] = leaf
-    with _lock:
-        for asked in list(_kept)[:-KEPT]:
-            _kept.pop(asked, None)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -170,15 +172,14 @@ def pieces_of(jaxpr: Jaxpr, keys: Container) -> list[Piece]:
     return [*apart, Piece(*(list(itertools.chain(*parts)) for parts in zip(*others, strict=True)))] if others else apart
 
 
-def compiled(
+def prepared(
     piece: ClosedJaxpr,
     given: Sequence[np.ndarray],
     shardings: tuple,
     key: jax.Array,
     programs: dict[Any, Future[Callable]],
-    threads: Executor,
 ) -> Future[Callable]:
-    """The function of words that a piece is of its keys, ``given`` some of them, which one of the ``threads`` compiles.
+    """The function of words, such as the ``given``, that a piece is of its keys, compiled or being compiled.
 
     It is one of ``programs`` where it computes the same as another.
     """
@@ -198,6 +199,5 @@ def compiled(
     options = same_bits_options() if on_cpu and names <= ENTRYWISE.union(CALLS) else None
     where = list(shardings) if spread else None
     lowered = jax.jit(draw, out_shardings=where, compiler_options=options).lower(*given)
-    programs[asked] = compiling = threads.submit(lowered.compile)
-    compiling.add_done_callback(lambda done: done.exception() and programs.pop(asked, None))
-    return compiling
+    made = programs[asked] = compiling(lowered)
+    return made

@@ -10,17 +10,17 @@ callback does, is compiled every time.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 
+from fnet.core.compiling import compiling
 from fnet.core.interpret import CUSTOM, body_of_call, defined_in_jax, evaluate, is_array, walk
 from fnet.core.jax_insides import ClosedJaxpr, Jaxpr, constant, quick_options
 from fnet.core.numerics import bytes_of, words_of
@@ -136,26 +136,20 @@ def prepared(name: str, make: Callable, closed: ClosedJaxpr, arguments: tuple, *
     whole.__name__ = name
     lowered = jax.jit(whole).lower(consts, *arguments)
     options = dict(quick_options()) if quick and jax.default_backend() == "cpu" else None
-    compiling = workers().submit(lowered.compile, options)
+    made = compiling(lowered, options)
     if keep:
         with _lock:
-            _kept[key] = compiling, size
+            _kept[key] = made, size
             while len(_kept) > KEPT or sum(size for _, size in _kept.values()) > MOST:
                 _kept.popitem(last=False)
-        compiling.add_done_callback(lambda done: done.exception() and _kept.pop(key, None))
-    return Program(consts, compiling)
+        made.add_done_callback(lambda done: done.exception() and _kept.pop(key, None))
+    return Program(consts, made)
 
 
 def forget() -> None:
     """Keep no program any longer."""
     with _lock:
         _kept.clear()
-
-
-@functools.cache
-def workers() -> ThreadPoolExecutor:
-    """The threads that compile, while another is traced."""
-    return ThreadPoolExecutor(2, thread_name_prefix="fnet-compile")
 
 
 def described(*trees) -> tuple:
