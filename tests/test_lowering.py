@@ -56,6 +56,25 @@ def test_every_model_is_lowered_for_chips_that_are_not_here(name, engine):
     assert (convolutions["cuda"] > 0) == (convolutions["tpu"] > 0) == convolves
 
 
+def test_nothing_that_a_convolution_gives_is_copied_for_relu_and_pooling():
+    """A convolution over few channels has its examples side by side, and both layers leave them so, there and back."""
+    conv, relu, pool = layers.conv(3, (3, 3)), layers.relu(), layers.max_pool((2, 2))
+    x = jnp.zeros((32, 16, 16, 2))
+    params, _ = conv.init(jax.random.key(0), x)
+
+    def there_and_back(params, x, d):
+        residuals, y = {}, x
+        for layer, p in ((conv, params), (relu, ()), (pool, ())):
+            y, _, residuals[layer.name] = layer.forward(p, (), y, key=None, train=True)
+        for layer in (pool, relu):
+            _, d = layer.backward((), residuals[layer.name], d)
+        return y, conv.backward(params, residuals["conv"], d)[0]
+
+    program = jax.jit(there_and_back).lower(params, x, jnp.zeros((32, 8, 8, 3))).compile().as_text()
+    of_outputs = [line for line in program.splitlines() if " copy(" in line and "[32,16,16,3]" in line]
+    assert "[3,16,16,32]" in program and of_outputs == []
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_lowered_for_chips_that_are_not_here(name):
     found = lowered(*MODELS["mlp"], fnet.backprop, OPTIMIZERS[name], ("cuda", "tpu"))

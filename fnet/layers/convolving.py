@@ -17,7 +17,7 @@ from fnet.core.numerics import wide
 from fnet.core.platforms import platform
 from fnet.core.splitting import on_own_examples
 from fnet.layers import depthwise, kernel_rows
-from fnet.layers.dense import product, rows
+from fnet.layers.dense import product, product_with_rows, rows
 from fnet.layers.windows import Windows, are_few, channels_first, channels_last, fold, padded, patches
 
 Form = Literal["patches", "rows", "xla"] | None
@@ -73,9 +73,9 @@ def as_rows(dy: jax.Array, groups: int) -> jax.Array:
     return channels_first(dy).reshape(groups, dy.shape[-1] // groups, math.prod(dy.shape[:-1]))
 
 
-def by_group(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product of each group."""
-    return product(a, b) if a.shape[0] > 1 else product(a[0], b[0])[None]
+def by_group(multiply: Callable, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix product of each group, ``a (G, ., .)`` and ``b (G, ., .)`` alike."""
+    return jax.vmap(multiply)(a, b) if a.shape[0] > 1 else multiply(a[0], b[0])[None]
 
 
 def convolution(x, w, windows: Windows, groups: int, form: Form) -> jax.Array:
@@ -112,7 +112,7 @@ def _convolution(x, w, windows: Windows, groups: int, form: str) -> jax.Array:
         return depthwise.convolution(x, w, windows)
     if form == "rows":
         return by_groups(lambda x, w: kernel_rows.convolution(x, w, windows), groups)(x, w)
-    y = by_group(jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
+    y = by_group(product, jnp.swapaxes(as_matrices(w, groups), 1, 2), gathered(x, windows, groups))
     return channels_last(y.reshape(w.shape[-1], *windows.outputs, x.shape[0]))
 
 
@@ -128,8 +128,7 @@ def _weight_gradient(x, dy, windows: Windows, groups: int, form: str) -> jax.Arr
         return depthwise.weight_gradient(x, dy, windows)
     if form == "rows":
         return by_groups(lambda x, dy: kernel_rows.weight_gradient(x, dy, windows), groups)(x, dy)
-    dy = as_rows(dy, groups)
-    dw = by_group(gathered(x, windows, groups), jnp.swapaxes(dy, 1, 2))
+    dw = by_group(product_with_rows, gathered(x, windows, groups), as_rows(dy, groups))
     return jnp.swapaxes(dw, 0, 1).reshape(shape)
 
 
