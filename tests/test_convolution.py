@@ -301,6 +301,11 @@ def test_autodiff_adds_up_the_inputs_gradient_in_float32(form, axis):
         ((3, 3), 7, {"groups": 7, "features": 7}, "patches"),
         ((3, 3), 7, {}, "patches"),  # few channels, windows that overlap along the rows
         ((3, 3), 8, {}, "rows"),
+        ((3, 3), 4, {"features": 7}, "patches"),
+        ((3, 3), 4, {"features": 8}, "rows"),  # of an image more features
+        ((3, 3), 5, {"features": 8}, "patches"),  # and of few features
+        ((5, 3), 1, {"features": 8}, "rows"),
+        ((6, 3), 1, {"features": 8}, "patches"),  # by a long kernel
         ((3, 3), 8, {"groups": 2}, "patches"),
         ((3, 3), 2, {"stride": 2}, "rows"),
         ((1, 3), 2, {}, "rows"),

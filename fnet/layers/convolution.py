@@ -62,8 +62,9 @@ def conv(
 
     ``form`` names how it is computed, forward and both gradients: ``"patches"`` or ``"rows"`` as matrix products with
     what is gathered of the windows, ``"xla"`` by XLA's convolution. None takes XLA's but on CPU, and there rows, or
-    patches where windows of stride 1 see fewer than 8 channels and for groups, but for depthwise convolutions of 8
-    channels or more and up to 16 positions. ``bias=None`` leaves the bias out. Parameters take the dtype of ``x``.
+    patches for groups, but for depthwise convolutions of 8 channels or more and up to 16 positions, and where windows
+    of stride 1 see fewer than 8 channels, but if a kernel of at most 5 rows takes 8 features or more from at most 4.
+    ``bias=None`` leaves the bias out. Parameters take the dtype of ``x``.
     Raises ValueError for arguments that do not fit together, `LayerError` for inputs of another rank, dtype or number
     of channels or too small for one output.
 

@@ -28,16 +28,27 @@ def chosen(form: Form, windows: Windows, w: tuple[int, ...], groups: int) -> str
 
     The ``form`` that is asked for, or the faster one; rows of one channel and feature each are "depthwise".
     """
-    channels, alone = w[-2], w[-2] == 1 < w[-1] == groups
+    alone = w[-2] == 1 < w[-1] == groups
     if form is not None:
         by = form
     elif platform() != "cpu":
         by = "xla"
     elif groups > 1:  # depthwise needs a program as long as its kernel
         by = "rows" if alone and not are_few(groups) and math.prod(windows.kernel) <= 16 else "patches"
-    else:  # few may stand beside one another where windows do not overlap, which is where strides are
-        by = "patches" if are_few(channels) and kernel_rows.after_the_product(windows) else "rows"
+    else:
+        by = "patches" if are_better_as_patches(windows, *w[-2:]) else "rows"
     return "depthwise" if by == "rows" and alone else by
+
+
+def are_better_as_patches(windows: Windows, channels: int, features: int) -> bool:
+    """Whether a CPU had better gather whole patches of so few channels, their examples side by side.
+
+    The features then have their examples side by side, too. That suits layers on few of them; for others they are
+    copied, which costs more than a short kernel's rows. More channels than an image has are taken for such features.
+    """
+    if not are_few(channels) or not kernel_rows.after_the_product(windows):  # nothing is added up where rows stride
+        return False
+    return are_few(features) or channels > 4 or windows.kernel[0] > 5
 
 
 def by_groups(function: Callable, groups: int) -> Callable:
