@@ -292,6 +292,16 @@ def test_autodiff_adds_up_the_inputs_gradient_in_float32(form, axis):
         assert (dx.ravel()[20:29] == 1 + 2.0**-6).all()
 
 
+def test_rows_multiply_what_the_inputs_have_and_nothing_padded_above_or_below():
+    layer, x = conv(4, (3, 3), form="rows"), jnp.ones((2, 8, 6, 9))
+    params, _ = layer.init(jax.random.key(0), x)
+    program = str(jax.make_jaxpr(lambda p, x: layer.backward(p, x, apply(layer, p, (), x)))(params, x))
+    products = [
+        line.split(" = dot_general")[0].split(":")[-1] for line in program.splitlines() if " = dot_general" in line
+    ]
+    assert sorted(products) == ["f32[27,12]", "f32[96,12]", "f32[96,27]"]  # 96 = 2 · 8 · 6
+
+
 @pytest.mark.parametrize(
     ("kernel", "channels", "options", "expected"),
     [

@@ -61,7 +61,7 @@ BESIDE: dict[str, list[tuple[str, list[str], list[str]]]] = {
         ),
         (
             "By rows",
-            [f"layers/kernel_rows:{part}" for part in ("convolution", "gathered", "added_up")],
+            [f"layers/kernel_rows:{part}" for part in ("convolution", "gathered", "added_up", "first_row", "moved")],
             [f"layers/kernel_rows:{part}" for part in ("weight_gradient", "input_gradient", "spread", "placed")],
         ),
         (

@@ -6,11 +6,12 @@ times the inputs and k times the outputs, where whole patches are k² times the 
 
     dw = G(x)ᵀ Sᵀ(dy),    dx = Gᵀ(Sᵀ(dy) wᵀ)
 
+The product is of the inputs' own rows alone: what is padded along the first axis would add zeros, so S leaves it out.
 Where the first axis has strides, S would throw away most of the product: there G gathers along it too. Channels stay
 the last axis, and copies and sums run over as many numbers as there are channels.
 
-Legend: B batch, C channels, O features; n, m sizes of an input's and an output's axis, span what all windows cover of
-it; k₀ rows of the kernel that are added up after the product (1 where none are), K' the positions that are gathered.
+Legend: B batch, C channels, O features; n, m sizes of an input's and an output's axis, n₀ and m₀ of the first; k₀ rows
+of the kernel that are added up after the product (1 where none are: then n₀ is m₀), K' the positions that are gathered.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def input_gradient(w: jax.Array, dy: jax.Array, windows: Windows) -> jax.Array:
     for axis in range(after_the_product(windows), len(windows.kernel)):
         parts = jnp.split(d, windows.kernel[axis], -1)
         d = functools.reduce(operator.add, (placed(part, windows, axis, k) for k, part in enumerate(parts)))
-    return crop(d, windows).astype(w.dtype)
+    return crop(d, where_gathered(windows)).astype(w.dtype)
 
 
 def after_the_product(windows: Windows) -> int:
@@ -63,27 +64,47 @@ def as_matrix(w: jax.Array, windows: Windows) -> jax.Array:
     return w.reshape(-1, w.shape[-2] * w.shape[-1])
 
 
+def where_gathered(windows: Windows) -> Windows:
+    """The windows with nothing padded, nor left out, along an axis that is added up along after the product."""
+    if not after_the_product(windows):
+        return windows
+    m = windows.inputs[0] - windows.extent[0] + 1
+    return windows._replace(low=(0, *windows.low[1:]), outputs=(m, *windows.outputs[1:]))
+
+
 def gathered(x: jax.Array, windows: Windows) -> jax.Array:
-    """G: ``x (B, *n, C)`` to ``(B, span, *m, K' C)``."""
-    dtype, x = x.dtype, padded(x.astype(wide(x.dtype)), windows, 0)  # autodiff adds them up again
+    """G: ``x (B, *n, C)`` to ``(B, n₀, *m, K' C)``."""
+    dtype, x = x.dtype, padded(x.astype(wide(x.dtype)), where_gathered(windows), 0)  # autodiff adds them up again
     for axis in reversed(range(after_the_product(windows), len(windows.kernel))):
         x = jnp.concatenate([x[at(windows, axis, k)] for k in range(windows.kernel[axis])], -1)
     return x.astype(dtype)
 
 
 def added_up(z: jax.Array, windows: Windows) -> jax.Array:
-    """S: ``z (B, span, *m, k₀ O)`` to ``(B, *m, O)``."""
+    """S: ``z (B, n₀, *m, k₀ O)`` to ``(B, *m, O)``: to row o, ``o + k·dilation − low`` of part k, if it is there."""
     if not after_the_product(windows):
         return z
-    parts = jnp.split(z, windows.kernel[0], -1)
-    return functools.reduce(operator.add, (part[at(windows, 0, k)] for k, part in enumerate(parts)))
+    parts = enumerate(jnp.split(z, windows.kernel[0], -1))
+    return functools.reduce(operator.add, (moved(z, -first_row(windows, k), windows.outputs[0]) for k, z in parts))
 
 
 def spread(dy: jax.Array, windows: Windows) -> jax.Array:
-    """Sᵀ: ``dy (B, *m, O)`` to ``(B, span, *m, k₀ O)``."""
+    """Sᵀ: ``dy (B, *m, O)`` to ``(B, n₀, *m, k₀ O)``."""
     if not after_the_product(windows):
         return dy
-    return jnp.concatenate([placed(dy, windows, 0, k) for k in range(windows.kernel[0])], -1)
+    n = windows.inputs[0]
+    return jnp.concatenate([moved(dy, first_row(windows, k), n) for k in range(windows.kernel[0])], -1)
+
+
+def first_row(windows: Windows, k: int) -> int:
+    """Which row of the inputs the first output sees at row k of the kernel."""
+    return k * windows.dilation[0] - windows.low[0]
+
+
+def moved(x: jax.Array, by: int, size: int) -> jax.Array:
+    """``x (B, n, ...)`` as ``(B, size, ...)``: row i comes to i + by, or falls out, and rows where none comes are 0."""
+    pads = ((0, 0, 0), (by, size - x.shape[1] - by, 0), *((0, 0, 0),) * (x.ndim - 2))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def at(windows: Windows, axis: int, k: int) -> tuple[slice, ...]:
