@@ -6,7 +6,6 @@ Legend: C channels (features); `...` any further axes; z the input where the der
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from fnet.core.checks import require, require_params
@@ -15,6 +14,7 @@ from fnet.layers.activation import without_parameters
 from fnet.layers.dense import rows
 from fnet.layers.initializers import constant, require_initializers
 from fnet.layers.masks import by_position
+from fnet.layers.windows import layout
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -22,14 +22,20 @@ from fnet.types import Layer, LayerError
 def relu() -> Layer:
     """``y = max(x, 0)``, with derivative 0 at 0 (`jax.nn.relu` the same; ``jnp.maximum(x, 0)`` takes ½ there)."""
 
+    # over few channels each way is taken with the examples last, as a convolution before gives them and a pooling after
+    # wants them: before what is read twice XLA on CPU keeps a transpose, so that all would be copied
     def forward(x):
-        # reads x once, as where(x <= 0, 0, x) does not: before what is read twice XLA on CPU keeps a transpose, so that
-        # all that a convolution over few channels gives would be copied
-        y = jax.nn.relu(x)
+        lay_out, back = layout_of(x)
+        x = lay_out(x)
+        y = back(jnp.where(x <= 0, 0, x))
         return y, y
 
-    def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; of a NaN the derivative is 0
-        return jnp.where(y > 0, dy, 0)
+    def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
+        lay_out, back = layout_of(y)
+        return back(jnp.where(lay_out(y) <= 0, 0, lay_out(dy)))
+
+    def layout_of(x):
+        return layout(x.shape[-1]) if x.ndim > 2 else (lambda x: x,) * 2
 
     return without_parameters("relu", forward, backward)
 
