@@ -18,8 +18,8 @@ images, by the first command with ``--seed`` 0, 1 and 2, in the mean:
     U-Net   0.831 ± 0.003   discs 0.82   squares 0.71   triangles 0.81   16,684 parameters
     stack   0.731 ± 0.009   discs 0.78   squares 0.54   triangles 0.64   16,342 parameters
 
-The mean of each row is over the classes, the background (0.98) among them. The stack takes about two and a half times as
-long, since all its convolutions are at full resolution.
+The mean of each row is over the classes, the background (0.98) among them. The stack takes about two and a half times
+as long, since all its convolutions are at full resolution.
 
 Legend: B images, H W height and width, K classes.
 """
