@@ -17,7 +17,7 @@ from fnet.core.numerics import wide
 from fnet.core.platforms import platform
 from fnet.core.splitting import on_own_examples
 from fnet.layers import depthwise, kernel_rows
-from fnet.layers.dense import product, product_with_rows, rows
+from fnet.layers.dense import product, product_with_rows, rows, wide_product
 from fnet.layers.windows import Windows, are_few, channels_first, channels_last, fold, padded, patches
 
 Form = Literal["patches", "rows", "xla"] | None
@@ -46,7 +46,7 @@ def are_better_as_patches(windows: Windows, channels: int, features: int) -> boo
     The features then have their examples side by side, too. That suits layers on few of them; for others they are
     copied, which costs more than a short kernel's rows. More channels than an image has are taken for such features.
     """
-    if not are_few(channels) or not kernel_rows.after_the_product(windows):  # nothing is added up where rows stride
+    if not are_few(channels) or not kernel_rows.after_the_product(windows):  # with strides rows have nothing to add up
         return False
     return are_few(features) or channels > 4 or windows.kernel[0] > 5
 
@@ -160,12 +160,8 @@ def _input_gradient(w, dy, windows: Windows, groups: int, form: str) -> jax.Arra
         return depthwise.input_gradient(w, dy, windows)
     if form == "rows":
         return by_groups(lambda w, dy: kernel_rows.input_gradient(w, dy, windows), groups)(w, dy)
-    dy_NO = as_rows(dy, groups)
-    matrices, dtype = as_matrices(w, groups), wide(w.dtype)  # what is added up stays in float32 at least until it is
-    if groups > 1:
-        d = jnp.matmul(matrices, dy_NO, preferred_element_type=dtype)
-    else:
-        d = jnp.matmul(matrices[0], dy_NO[0], preferred_element_type=dtype)[None]
+    # what is added up stays in float32 at least until it is
+    d = by_group(wide_product, as_matrices(w, groups), as_rows(dy, groups))
     d = jnp.moveaxis(d.reshape(groups, *w.shape[:-1], *dy.shape[1:-1], dy.shape[0]), 0, w.ndim - 2)
     d = d.reshape(*windows.kernel, channels, *windows.outputs, dy.shape[0])
     return channels_last(fold(d, windows).astype(w.dtype))

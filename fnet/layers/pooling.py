@@ -56,7 +56,7 @@ def max_pool(
     windows = windows_of("max_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
-        over, (lay_out, back) = over_true_inputs(windows, x), layout(x.shape[-1])
+        over, (lay_out, back) = over_true_inputs(windows, x), layout(x)
         # wide, since autodiff adds up what windows that overlap give to an entry
         entries, true = taps(lay_out(x).astype(wide(x.dtype)), over, -jnp.inf), true_entries(over)
         y, seen = entries[0], true[0]
@@ -72,7 +72,7 @@ def max_pool(
 
     def backward(_, residuals, dy):
         # ∂y_o / ∂x_(os+kd) = [k is the first position at which the window of o has its maximum]
-        (first, empty), (lay_out, back) = residuals, layout(dy.shape[-1])
+        (first, empty), (lay_out, back) = residuals, layout(dy)
         over = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype))
         positions = np.arange(math.prod(over.kernel)).reshape(*over.kernel, *(1,) * dy.ndim)
         each = (None,) * len(over.kernel)
@@ -116,13 +116,13 @@ def avg_pool(
         return jnp.asarray(np.sum(true_entries(over, count_padding), axis=0), dtype)
 
     def forward(_, x):
-        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x.shape[-1])
+        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x)
         total = functools.reduce(jnp.add, taps(lay_out(x).astype(dtype), over, 0))
         return back((total / counts(over, dtype)).astype(x.dtype)), jnp.zeros((0, *x.shape), x.dtype)
 
     def backward(_, empty, dy):  # ∂y_o / ∂x_(os+kd) = 1 / count_o
         over, dtype = over_true_inputs(windows, jax.ShapeDtypeStruct(empty.shape[1:], empty.dtype)), wide(dy.dtype)
-        lay_out, back = layout(dy.shape[-1])
+        lay_out, back = layout(dy)
         share = lay_out(dy).astype(dtype) / counts(over, dtype)
         d = jnp.broadcast_to(share, (*over.kernel, *share.shape))
         return (), back(fold(d, over).astype(dy.dtype))
@@ -147,7 +147,7 @@ def lp_pool(
     windows = windows_of("lp_pool", window, stride, dilation, padding, "window", ceil_mode)
 
     def forward(_, x):
-        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x.shape[-1])
+        over, dtype, (lay_out, back) = over_true_inputs(windows, x), wide(x.dtype), layout(x)
         power = jnp.asarray(p, dtype)
         entries = jnp.abs(lay_out(x).astype(dtype)) ** power
         total = functools.reduce(jnp.add, taps(entries, over, 0))
@@ -155,7 +155,7 @@ def lp_pool(
         return back(y.astype(x.dtype)), (x, y)
 
     def backward(_, residuals, dy):  # ∂y_o / ∂x = sign x (|x| / y_o)^(p − 1), added up over the windows that see x
-        (x, y), (lay_out, back) = residuals, layout(dy.shape[-1])
+        (x, y), (lay_out, back) = residuals, layout(dy)
         over, dtype = over_true_inputs(windows, x), wide(dy.dtype)
         power = jnp.asarray(p, dtype) - 1
         share = lay_out(dy).astype(dtype) * jnp.where(y == 0, 0, jnp.where(y == 0, 1, y) ** -power)

@@ -25,17 +25,14 @@ def relu() -> Layer:
     # over few channels each way is taken with the examples last, as a convolution before gives them and a pooling after
     # wants them: before what is read twice XLA on CPU keeps a transpose, so that all would be copied
     def forward(x):
-        lay_out, back = layout_of(x)
+        lay_out, back = layout(x)
         x = lay_out(x)
         y = back(jnp.where(x <= 0, 0, x))
         return y, y
 
     def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
-        lay_out, back = layout_of(y)
+        lay_out, back = layout(y)
         return back(jnp.where(lay_out(y) <= 0, 0, lay_out(dy)))
-
-    def layout_of(x):
-        return layout(x.shape[-1]) if x.ndim > 2 else (lambda x: x,) * 2
 
     return without_parameters("relu", forward, backward)
 

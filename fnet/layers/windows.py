@@ -161,9 +161,10 @@ def are_few(channels: int) -> bool:
     return platform() == "cpu" and channels < 8
 
 
-def layout(channels: int) -> tuple[Callable, Callable]:
-    """What brings ``(B, *S, C)`` into the order in which its windows are taken, and what brings it back."""
-    return (channels_first, channels_last) if are_few(channels) else (lambda x: x, lambda x: x)
+def layout(x) -> tuple[Callable, Callable]:
+    """What brings ``x (B, *S, C)`` into the order in which it is gone through, and what brings it back."""
+    by_examples = len(x.shape) > 2 and are_few(x.shape[-1])
+    return (channels_first, channels_last) if by_examples else (lambda x: x, lambda x: x)
 
 
 def padded(x: jax.Array, windows: Windows, fill) -> jax.Array:
