@@ -355,6 +355,13 @@ def test_kinks_of_other_operations_are_named_by_index(f, named):
     assert leaf.verdict == ("kink" if named else "ok") and named in leaf.cause, leaf
 
 
+def test_a_kink_in_an_image_of_few_channels_is_named_where_the_image_has_it():
+    x = np.random.default_rng(0).standard_normal((2, 4, 5, 3))
+    x[1, 2, 4, 0] = 0
+    (leaf,) = check(lambda x: fnet.apply(fnet.layers.relu(), (), (), x).sum(), x).leaves
+    assert leaf.verdict == "kink" and "x = 0 at le[1, 2, 4, 0]" in leaf.cause, leaf
+
+
 # ---- not finite ----
 
 

@@ -26,13 +26,12 @@ def relu() -> Layer:
     # wants them: before what is read twice XLA on CPU keeps a transpose, so that all would be copied
     def forward(x):
         lay_out, back = layout(x)
-        x = lay_out(x)
-        y = back(jnp.where(x <= 0, 0, x))
+        y = back(jnp.where(lay_out(x <= 0), 0, lay_out(x)))
         return y, y
 
     def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
         lay_out, back = layout(y)
-        return back(jnp.where(lay_out(y) <= 0, 0, lay_out(dy)))
+        return back(jnp.where(lay_out(y <= 0), 0, lay_out(dy)))
 
     return without_parameters("relu", forward, backward)
 
