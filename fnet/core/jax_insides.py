@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed, source_info_util
-from jax._src.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
+from jax._src import distributed
 from jax._src.xla_bridge import backends_are_initialized
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
 __all__ = [
     "ClosedJaxpr",
