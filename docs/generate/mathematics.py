@@ -118,8 +118,8 @@ def entry(room: str, where: Source, name: str, audits: dict) -> Entry:
     if not own and not views and not composition:
         raise ValueError(
             f"{name} ({where.file}, line {node.lineno}): found neither forward and backward nor layers that it is "
-            "made of; hand the two to Layer, stateless or without_parameters in the constructor, or name them in "
-            "BESIDE of docs/generate/sources.py"
+            "made of; hand the two to Layer, stateless, without_parameters or by_entry in the constructor, or name "
+            "them in BESIDE of docs/generate/sources.py"
         )
     if room != "optimizers":
         for view in own or views:

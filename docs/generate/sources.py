@@ -22,6 +22,7 @@ MAKERS = {
     "Layer": (2, 3),
     "stateless": (2, 3),
     "without_parameters": (1, 2),
+    "by_entry": (1, 2),
     "Loss": (0, 1),
     "_by_entry": (2, 3),
     "_of_two": (1, 2),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fnet.core.checks import require
 from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
+from fnet.layers.windows import layout
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -29,6 +30,25 @@ def without_parameters(name: str, forward, backward) -> Layer:
         lambda params, residuals, dy: ((), backward(residuals, dy)),
     )
     return by_position(layer)
+
+
+def by_entry(name: str, forward, backward) -> Layer:
+    """`without_parameters` of a function of each entry, whose residuals are arrays of the shape of ``x``.
+
+    Over few channels both ways are taken with the examples last, as a convolution before gives them and a pooling after
+    wants them: before what is read twice XLA on CPU keeps a transpose, so that all would be copied.
+    """
+
+    def laid_out_forward(x):
+        lay_out, back = layout(x)
+        y, residuals = forward(lay_out(x))
+        return back(y), jax.tree.map(back, residuals)
+
+    def laid_out_backward(residuals, dy):
+        lay_out, back = layout(dy)
+        return back(backward(jax.tree.map(lay_out, residuals), lay_out(dy)))
+
+    return without_parameters(name, laid_out_forward, laid_out_backward)
 
 
 def identity() -> Layer:
@@ -47,7 +67,7 @@ def step() -> Layer:
     def backward(unknown, dy):  # the derivative of a constant; a NaN passed, and so does its gradient
         return jnp.where(unknown, dy, 0)
 
-    return without_parameters("step", forward, backward)
+    return by_entry("step", forward, backward)
 
 
 def hardmax() -> Layer:
@@ -87,7 +107,7 @@ def sigmoid() -> Layer:
     def backward(x, dy):  # y' = e^{-z} / (1 + e^{-z})² = σ(z) σ(−z); y (1 − y) would cancel where y rounds to 1
         return (dy.astype(wide(dy.dtype)) * logistic(x) * logistic(-x)).astype(dy.dtype)
 
-    return without_parameters("sigmoid", forward, backward)
+    return by_entry("sigmoid", forward, backward)
 
 
 def tanh() -> Layer:
@@ -100,7 +120,7 @@ def tanh() -> Layer:
     def backward(y, dy):  # y' = 1 − tanh²
         return (dy.astype(y.dtype) * (1 - y * y)).astype(dy.dtype)
 
-    return without_parameters("tanh", forward, backward)
+    return by_entry("tanh", forward, backward)
 
 
 def softplus(beta=1.0) -> Layer:
@@ -117,7 +137,7 @@ def softplus(beta=1.0) -> Layer:
     def backward(x, dy):  # y' = β e^z / (1 + e^z) / β = sigmoid(z), z = βx
         return (dy.astype(wide(dy.dtype)) * logistic(argument(x))).astype(dy.dtype)
 
-    return without_parameters("softplus", forward, backward)
+    return by_entry("softplus", forward, backward)
 
 
 def softsign() -> Layer:
@@ -135,7 +155,7 @@ def softsign() -> Layer:
         r = 1 / (1 + jnp.abs(near(x)))
         return (dy.astype(r.dtype) * (r * r)).astype(dy.dtype)
 
-    return without_parameters("softsign", forward, backward)
+    return by_entry("softsign", forward, backward)
 
 
 def hard_sigmoid(slope=1 / 6, offset=0.5) -> Layer:
@@ -153,7 +173,7 @@ def hard_sigmoid(slope=1 / 6, offset=0.5) -> Layer:
     def backward(flat, dy):  # y' = slope, or 0
         return jnp.where(flat, 0, (dy.astype(wide(dy.dtype)) * jnp.asarray(slope, wide(dy.dtype))).astype(dy.dtype))
 
-    return without_parameters("hard_sigmoid", forward, backward)
+    return by_entry("hard_sigmoid", forward, backward)
 
 
 def softmax() -> Layer:

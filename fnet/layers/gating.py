@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fnet.core.checks import require_counts, require_layer
 from fnet.core.numerics import wide
-from fnet.layers.activation import logistic, sigmoid, without_parameters
+from fnet.layers.activation import by_entry, logistic, sigmoid, without_parameters
 from fnet.layers.combinators import multiply, parallel, serial
 from fnet.layers.dense import dense
 from fnet.layers.initializers import he_normal, zeros
@@ -68,8 +68,8 @@ def gelu(approximate: bool = False) -> Layer:
         return (d * (g + z * 2 * g * (1 - g) * (scale * (1 + 3 * cubic * z * z)))).astype(dy.dtype)
 
     if approximate:
-        return without_parameters("gelu", tanh_forward, tanh_backward)
-    return without_parameters("gelu", exact_forward, exact_backward)
+        return by_entry("gelu", tanh_forward, tanh_backward)
+    return by_entry("gelu", exact_forward, exact_backward)
 
 
 def silu(beta=1.0) -> Layer:
@@ -91,7 +91,7 @@ def silu(beta=1.0) -> Layer:
         u, d = argument(x), dy.astype(wide(dy.dtype))
         return (d * (logistic(u) * (1 + u * logistic(-u)))).astype(dy.dtype)
 
-    return without_parameters("silu", forward, backward)
+    return by_entry("silu", forward, backward)
 
 
 def mish() -> Layer:
@@ -115,7 +115,7 @@ def mish() -> Layer:
         r = 1 / (p * (p + 2) + 2)
         return (d * (p * (p + 2) * r + z * 4 * (p * r) * ((p + 1) * r))).astype(dy.dtype)
 
-    return without_parameters("mish", forward, backward)
+    return by_entry("mish", forward, backward)
 
 
 def hard_swish() -> Layer:
@@ -133,7 +133,7 @@ def hard_swish() -> Layer:
         z, d = between(x, -3, 3), dy.astype(wide(dy.dtype))
         return (d * jnp.where(z <= -3, 0, jnp.where(z >= 3, 1, (2 * z + 3) / 6))).astype(dy.dtype)
 
-    return without_parameters("hard_swish", forward, backward)
+    return by_entry("hard_swish", forward, backward)
 
 
 # --- a gate beside what it gates -------------------------------------------------------------------------------------

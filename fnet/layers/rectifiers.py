@@ -10,11 +10,10 @@ import jax.numpy as jnp
 
 from fnet.core.checks import require, require_params
 from fnet.core.numerics import stream, wide
-from fnet.layers.activation import without_parameters
+from fnet.layers.activation import by_entry
 from fnet.layers.dense import rows
 from fnet.layers.initializers import constant, require_initializers
 from fnet.layers.masks import by_position
-from fnet.layers.windows import layout
 from fnet.layers.wrappers import stateless
 from fnet.types import Layer, LayerError
 
@@ -22,18 +21,14 @@ from fnet.types import Layer, LayerError
 def relu() -> Layer:
     """``y = max(x, 0)``, with derivative 0 at 0 (`jax.nn.relu` the same; ``jnp.maximum(x, 0)`` takes ½ there)."""
 
-    # over few channels each way is taken with the examples last, as a convolution before gives them and a pooling after
-    # wants them: before what is read twice XLA on CPU keeps a transpose, so that all would be copied
     def forward(x):
-        lay_out, back = layout(x)
-        y = back(jnp.where(lay_out(x <= 0), 0, lay_out(x)))
+        y = jnp.where(x <= 0, 0, x)
         return y, y
 
     def backward(y, dy):  # y' = [z > 0], and z > 0 exactly where y > 0; a NaN in y lets dy pass, as it passed x
-        lay_out, back = layout(y)
-        return back(jnp.where(lay_out(y <= 0), 0, lay_out(dy)))
+        return jnp.where(y <= 0, 0, dy)
 
-    return without_parameters("relu", forward, backward)
+    return by_entry("relu", forward, backward)
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
@@ -46,7 +41,7 @@ def leaky_relu(slope: float = 0.01) -> Layer:
     def backward(negative, dy):  # y' = 1 or slope
         return jnp.where(negative, jnp.asarray(slope, dy.dtype) * dy, dy)
 
-    return without_parameters("leaky_relu", forward, backward)
+    return by_entry("leaky_relu", forward, backward)
 
 
 def prelu(*, shared: bool = False, slope=constant(0.25)) -> Layer:
@@ -112,7 +107,7 @@ def _exponential(name, scale, alpha, width) -> Layer:
         s, a, w = numbers(z.dtype)
         return (d * jnp.where(z > 0, s, s * (a / w) * jnp.exp(jnp.where(z > 0, 0, z) / w))).astype(dy.dtype)
 
-    return without_parameters(name, forward, backward)
+    return by_entry(name, forward, backward)
 
 
 def elu(alpha=1.0) -> Layer:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fnet.core.checks import require
 from fnet.core.numerics import wide
-from fnet.layers.activation import tanh_of, without_parameters
+from fnet.layers.activation import by_entry, tanh_of
 from fnet.types import Layer
 
 
@@ -34,7 +34,7 @@ def hard_tanh(low=-1.0, high=1.0) -> Layer:
     def backward(outside, dy):  # y' = [low < x < high]
         return jnp.where(outside, 0, dy)
 
-    return without_parameters("hard_tanh", forward, backward)
+    return by_entry("hard_tanh", forward, backward)
 
 
 def threshold(at=0.0, value=0.0) -> Layer:
@@ -53,7 +53,7 @@ def threshold(at=0.0, value=0.0) -> Layer:
     def backward(below, dy):  # y' = [x > at]
         return jnp.where(below, 0, dy)
 
-    return without_parameters("threshold", forward, backward)
+    return by_entry("threshold", forward, backward)
 
 
 def shrink(threshold=0.5, bias=0.0) -> Layer:
@@ -72,7 +72,7 @@ def shrink(threshold=0.5, bias=0.0) -> Layer:
     def backward(between, dy):  # y' = [|x| > threshold]
         return jnp.where(between, 0, dy)
 
-    return without_parameters("shrink", forward, backward)
+    return by_entry("shrink", forward, backward)
 
 
 def tanh_shrink() -> Layer:
@@ -86,4 +86,4 @@ def tanh_shrink() -> Layer:
         d = dy.astype(wide(dy.dtype))
         return (d * (t * t)).astype(dy.dtype)
 
-    return without_parameters("tanh_shrink", forward, backward)
+    return by_entry("tanh_shrink", forward, backward)
