@@ -355,11 +355,35 @@ def test_kinks_of_other_operations_are_named_by_index(f, named):
     assert leaf.verdict == ("kink" if named else "ok") and named in leaf.cause, leaf
 
 
-def test_a_kink_in_an_image_of_few_channels_is_named_where_the_image_has_it():
-    x = np.random.default_rng(0).standard_normal((2, 4, 5, 3))
+@pytest.mark.parametrize(
+    ("layer", "value", "named"),
+    [
+        (fnet.layers.relu(), 0, "x = 0 at le[1, 2, 4, 0]"),
+        (fnet.layers.hard_sigmoid(), -3, "x = 0 at le[1, 2, 4, 0]"),
+        (fnet.layers.hard_swish(), 3, "both sides equal at ge[1, 2, 4, 0]"),
+    ],
+    ids=["relu", "hard_sigmoid", "hard_swish"],
+)
+def test_a_kink_in_an_image_of_few_channels_is_named_where_the_image_has_it(layer, value, named):
+    x = np.random.default_rng(0).uniform(0.1, 0.4, (2, 4, 5, 3))  # no kink there
+    x[1, 2, 4, 0] = value
+    (leaf,) = check(lambda x: fnet.apply(layer, (), (), x).sum(), x).leaves
+    assert leaf.verdict == "kink" and named in leaf.cause, leaf
+
+
+def test_a_tie_in_a_pooled_image_of_few_channels_is_named_by_its_window():
+    x = np.random.default_rng(0).permutation(np.arange(144.0)).reshape(2, 4, 6, 3)
+    x[1, 2, 4, 0] = x[1, 3, 5, 0] = 1000
+    pool = fnet.layers.max_pool((2, 2))
+    (leaf,) = check(lambda x: fnet.apply(pool, (), (), x).sum(), x).leaves
+    assert leaf.verdict == "kink" and "[1, 1, 2, 0]" in leaf.cause, leaf
+
+
+def test_what_is_not_finite_in_an_image_of_few_channels_is_named_where_the_image_has_it():
+    x = np.random.default_rng(0).uniform(1, 2, (2, 4, 5, 3))
     x[1, 2, 4, 0] = 0
-    (leaf,) = check(lambda x: fnet.apply(fnet.layers.relu(), (), (), x).sum(), x).leaves
-    assert leaf.verdict == "kink" and "x = 0 at le[1, 2, 4, 0]" in leaf.cause, leaf
+    (leaf,) = check(lambda x: jnp.log(2 * jnp.swapaxes(x, 0, -1)).sum(), x).leaves
+    assert "-inf from log, index [1, 2, 4, 0]" in leaf.cause, leaf
 
 
 # ---- not finite ----

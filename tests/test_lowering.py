@@ -56,17 +56,18 @@ def test_every_model_is_lowered_for_chips_that_are_not_here(name, engine):
     assert (convolutions["cuda"] > 0) == (convolutions["tpu"] > 0) == convolves
 
 
-def test_nothing_that_a_convolution_gives_is_copied_for_relu_and_pooling():
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu", "softplus"])
+def test_nothing_that_a_convolution_gives_is_copied_for_an_activation_and_pooling(name):
     """A convolution over few channels has its examples side by side, and both layers leave them so, there and back."""
-    conv, relu, pool = layers.conv(3, (3, 3)), layers.relu(), layers.max_pool((2, 2))
+    conv, activation, pool = layers.conv(3, (3, 3)), getattr(layers, name)(), layers.max_pool((2, 2))
     x = jnp.zeros((32, 16, 16, 2))
     params, _ = conv.init(jax.random.key(0), x)
 
     def there_and_back(params, x, d):
         residuals, y = {}, x
-        for layer, p in ((conv, params), (relu, ()), (pool, ())):
+        for layer, p in ((conv, params), (activation, ()), (pool, ())):
             y, _, residuals[layer.name] = layer.forward(p, (), y, key=None, train=True)
-        for layer in (pool, relu):
+        for layer in (pool, activation):
             _, d = layer.backward((), residuals[layer.name], d)
         return y, conv.backward(params, residuals["conv"], d)[0]
 

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnet.core.interpret import STRUCTURE, dependencies, evaluate, function_name, is_float, location, placed
+from fnet.core.interpret import (
+    STRUCTURE,
+    body_of_call,
+    dependencies,
+    evaluate,
+    function_name,
+    is_float,
+    location,
+    placed,
+)
+from fnet.core.jax_insides import Jaxpr, Var, variables
 
 # operations that give one of their inputs' numbers, or an exact one: they do not round
 EXACT = frozenset(
@@ -66,6 +76,7 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
 
     dependencies(closed.jaxpr, [int(i == leaf) for i in range(len(inputs))], visit)
     found: dict[str, None] = {}
+    orders = axis_orders(closed.jaxpr)
 
     def observe(site, eqn, inputs, outputs, calls):
         name = eqn.primitive.name
@@ -74,12 +85,52 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
         mask, what = tie(name, eqn, inputs, outputs)
         if mask is not None and bool(np.any(mask)):
             shown = function_name(eqn, calls)
-            index = [int(k) for k in np.argwhere(np.asarray(mask))[0]]
+            order = next((orders[atom] for atom in variables(eqn.invars) if atom in orders), None)
+            index = first_index(mask, order)
             found.setdefault(f"{what} at {shown}{index if index else ''}{placed(eqn, calls)}")
         return None
 
     evaluate(closed, inputs, observe=observe, unroll=True)
     return tuple(found)
+
+
+# operations whose results have the axes of what they take, in its order
+AXES_KEPT = frozenset(
+    ["abs", "add", "clamp", "convert_element_type", "div", "exp", "integer_pow", "log", "logistic", "max", "min", "mul"]
+    + ["neg", "pad", "pow", "select_n", "sign", "slice", "sqrt", "square", "sub", "tanh"]
+)
+
+
+def axis_orders(jaxpr: Jaxpr) -> dict[Var, tuple[int, ...]]:
+    """For values whose axes are those of another in a different order: which of its axes each of theirs is.
+
+    A layer over images of few channels goes through them with the examples last; its user knows them first.
+    """
+    orders: dict[Var, tuple[int, ...]] = {}
+
+    def visit(jaxpr: Jaxpr) -> None:
+        for eqn in jaxpr.eqns:
+            known = [orders.get(atom) if isinstance(atom, Var) else None for atom in eqn.invars]
+            body, results = body_of_call(eqn), []
+            if body is not None:
+                orders.update({var: o for var, o in zip(body.jaxpr.invars, known, strict=True) if o})
+                visit(body.jaxpr)
+                results = [orders.get(atom) if isinstance(atom, Var) else None for atom in body.jaxpr.outvars]
+            elif eqn.primitive.name == "transpose":
+                before = known[0] or range(len(eqn.params["permutation"]))
+                results = [tuple(before[k] for k in eqn.params["permutation"])]
+            elif eqn.primitive.name in AXES_KEPT:
+                results = [next(filter(None, known), None)]
+            orders.update({var: o for var, o in zip(eqn.outvars, results, strict=False) if o})
+
+    visit(jaxpr)
+    return orders
+
+
+def first_index(mask, order: tuple[int, ...] | None) -> list[int]:
+    """Where a mask is first true, by the axes of the array that it has in another order."""
+    index = [int(k) for k in np.argwhere(np.asarray(mask))[0]]
+    return index if order is None else [index[order.index(axis)] for axis in range(len(index))]
 
 
 FLAT = frozenset(
@@ -175,17 +226,18 @@ def count_equal(eqn, x, best) -> np.ndarray:
 def first_non_finite(closed, inputs) -> str:
     """The first operation that makes a NaN or an infinity out of finite numbers, with its place; empty if none does."""
     found: list[str] = []
+    orders = axis_orders(closed.jaxpr)
 
     def observe(site, eqn, inputs, outputs, calls):
         if found or any(is_float(x) and not np.isfinite(np.asarray(x, np.float64)).all() for x in inputs):
             return None
-        for out in outputs:
+        for var, out in zip(eqn.outvars, outputs, strict=True):
             if is_float(out):
                 bad = ~np.isfinite(np.asarray(out, np.float64))
                 if bad.any():
-                    index = [int(k) for k in np.argwhere(bad)[0]]
+                    index = first_index(bad, orders.get(var))
                     called = f" in {function_name(eqn, calls)}" if calls else ""
-                    value = float(np.asarray(out, np.float64)[tuple(index)])
+                    value = float(np.asarray(out, np.float64)[bad][0])
                     found.append(f"{value} from {eqn.primitive.name}{called}, index {index}{placed(eqn, calls)}")
         return None
 
