@@ -96,8 +96,30 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
 
 # operations whose results have the axes of what they take, in its order
 AXES_KEPT = frozenset(
-    ["abs", "add", "clamp", "convert_element_type", "div", "exp", "integer_pow", "log", "logistic", "max", "min", "mul"]
-    + ["neg", "pad", "pow", "select_n", "sign", "slice", "sqrt", "square", "sub", "tanh"]
+    [
+        "abs",
+        "add",
+        "clamp",
+        "convert_element_type",
+        "div",
+        "exp",
+        "integer_pow",
+        "log",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "pad",
+        "pow",
+        "select_n",
+        "sign",
+        "slice",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+    ]
 )
 
 
