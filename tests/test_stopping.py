@@ -120,7 +120,8 @@ def test_the_order_of_the_examples_stands_outside_of_what_a_stopped_member_skips
     program = jax.make_jaxpr(jax.vmap(member))(jax.random.split(jax.random.key(0), 2))
     (epochs,) = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "scan"]
     body = epochs.params["jaxpr"].jaxpr
-    (steps,) = [eqn for eqn in body.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 6]  # full batches
+    scans = [place.eqn for place in walk(body) if place.eqn.primitive.name == "scan"]
+    (steps,) = [scan for scan in scans if scan.params["length"] == 6]  # full batches
     sorts = lambda jaxpr: [place for place in walk(jaxpr) if place.eqn.primitive.name == "sort"]  # noqa: E731
     assert sorts(body) and not sorts(steps.params["jaxpr"].jaxpr)
 

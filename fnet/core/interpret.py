@@ -52,7 +52,7 @@ def body_of_call(eqn: JaxprEqn) -> ClosedJaxpr | None:
     if eqn.primitive.name not in CALLS:
         return None
     body = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    return ClosedJaxpr(body, ()) if isinstance(body, Jaxpr) else body
+    return body if body is None or isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
 
 
 def name_of_call(eqn: JaxprEqn) -> str:
