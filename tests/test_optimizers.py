@@ -690,6 +690,26 @@ def test_adafactors_second_moments_of_tiny_gradients_do_not_underflow():
     np.testing.assert_allclose(new, 0.5, rtol=1e-2)  # eps is 1 % of g²
 
 
+@pytest.mark.parametrize("gradient", [1.0, 1e6, 1e18])
+def test_adafactors_rows_without_a_gradient_stay_beside_one_of_any_size(gradient):
+    # r is eps = 1e-30 there, and of the mean of all r a part that float32 does not hold
+    params, grads = jnp.ones((3, 4)), jnp.zeros((3, 4)).at[0, 0].set(gradient)
+    optimizer = adafactor(1e-3)
+    new, _ = optimizer.update(grads, optimizer.init(params), params)
+    # u = g √mean(r) / √(r c) = g √(g²/12) / √(g²/4 · g²/3) = 1, and its RMS is less
+    np.testing.assert_allclose(new, np.where(np.asarray(grads) > 0, 0.999, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (12,)])
+def test_adafactors_gradient_of_1e20_is_a_small_step_and_an_infinite_one_is_not_hidden(shape):
+    optimizer, params = adafactor(1e-3), jnp.ones(shape)
+    for gradient in (1e20, np.inf):
+        grads = jnp.zeros(12).at[0].set(gradient).reshape(shape)
+        new, _ = optimizer.update(grads, optimizer.init(params), params)
+        step = 1 - np.ravel(new)[0]  # RMS(u) is no more than 1, so that of 12 entries one is no more than √12
+        assert 0 < step <= 1.001e-3 * math.sqrt(12) if np.isfinite(gradient) else np.isnan(step)
+
+
 def test_lamb_steps_by_adam_where_a_norm_is_0():
     optimizer, params = lamb(0.1, eps=0.0), {"new": jnp.zeros(2), "still": jnp.ones(2)}
     grads = {"new": jnp.asarray([3.0, -3.0]), "still": jnp.zeros(2)}

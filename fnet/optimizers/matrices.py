@@ -188,17 +188,18 @@ def adafactor(
         def one(decays, p, g, r, c, v):  # of one copy
             dtype = r.dtype
             new_p, g, b = p.astype(dtype), g.astype(dtype), beta.astype(dtype)
-            # no more than what sums of a row do not make infinite: a gradient of 1e20 is one small step, and no NaN
-            most = jnp.asarray(jnp.finfo(dtype).max / max(1, g.size), dtype)
-            squared = jnp.where(jnp.isfinite(g), jnp.minimum(g * g, most), g * g) + hyper.eps.astype(dtype)
+            # no more than what sums do not make infinite: a gradient of 1e20 is one small step, and no NaN; one that is
+            # infinite makes its parameters NaN all the same
+            most, eps = jnp.asarray(jnp.finfo(dtype).max / max(1, g.size), dtype), hyper.eps.astype(dtype)
             if p.ndim > 1:
-                r, c = b * r + (1 - b) * squared.mean(-1), b * c + (1 - b) * squared.mean(-2)
-                # the roots apart: r cᵀ itself would underflow
-                scale = jnp.sqrt(r / r.mean(-1, keepdims=True))[..., None] * jnp.sqrt(c)[..., None, :]
+                r = b * r + (1 - b) * (jnp.minimum((g * g).mean(-1), most) + eps)
+                c = b * c + (1 - b) * (jnp.minimum((g * g).mean(-2), most) + eps)
+                # the roots apart: r cᵀ itself would underflow; and a product by entry, which is quicker than a quotient
+                of_rows, of_columns = jnp.sqrt(r.mean(-1, keepdims=True)) / jnp.sqrt(r), 1 / jnp.sqrt(c)
+                u = g * of_rows[..., None] * of_columns[..., None, :]
             else:
-                v = b * v + (1 - b) * squared
-                scale = jnp.sqrt(v)
-            u = g / scale
+                v = b * v + (1 - b) * (jnp.minimum(g * g, most) + eps)
+                u = g / jnp.sqrt(v)
             u = u / jnp.maximum(1, rms(u) / hyper.clip.astype(dtype))
             alpha = bound.astype(dtype)
             if scaled:
