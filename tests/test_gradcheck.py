@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fnet
 from fnet.gradcheck import self_test
+from fnet.layers.activation import by_entry
 from fnet.types import Batch, Loss
 
 QUICK: dict = {"precisions": (), "cost": False}
@@ -347,8 +348,9 @@ def test_a_kink_hides_no_fault_in_the_rest_of_its_leaf_nor_in_the_kinked_entries
         (lambda p: jnp.maximum(p, jnp.array([1.0, 5.0, -1.0])).sum(), "both sides equal at max[0]"),
         (lambda p: p.max() + jnp.sin(p).sum(), ""),
         (lambda p: jnp.clip(p, -2.0, 1.0).sum(), "[0]"),
+        (lambda p: jax.lax.clamp(-9.0, p, 1.0).sum(), "x at the bound at clamp[0]"),
     ],
-    ids=["abs", "maximum", "no tie", "clip"],
+    ids=["abs", "maximum", "no tie", "clip", "clamp"],
 )
 def test_kinks_of_other_operations_are_named_by_index(f, named):
     (leaf,) = check(f, np.array([1.0, 0.0, -3.0])).leaves
@@ -379,14 +381,39 @@ def test_a_tie_in_a_pooled_image_of_few_channels_is_named_by_its_window():
     assert leaf.verdict == "kink" and "[1, 1, 2, 0]" in leaf.cause, leaf
 
 
-def test_what_is_not_finite_in_an_image_of_few_channels_is_named_where_the_image_has_it():
-    x = np.random.default_rng(0).uniform(1, 2, (2, 4, 5, 3))
-    x[1, 2, 4, 0] = 0
-    (leaf,) = check(lambda x: jnp.log(2 * jnp.swapaxes(x, 0, -1)).sum(), x).leaves
-    assert "-inf from log, index [1, 2, 4, 0]" in leaf.cause, leaf
+def test_a_kink_behind_a_convolution_is_named_where_its_image_has_it():
+    conv, relu = fnet.layers.conv(2, (3, 3)), fnet.layers.relu()
+    x, w = (np.random.default_rng(0).standard_normal(shape) for shape in ((2, 4, 5, 3), (3, 3, 3, 2)))
+    with jax.enable_x64(True):
+        y = conv.forward({"w": jnp.asarray(w), "b": jnp.zeros(2)}, (), jnp.asarray(x))[0]
+    params = {"w": w, "b": np.array([0, -float(y[0, 2, 3, 1])])}
+    leaves = check(lambda p: fnet.apply(relu, (), (), fnet.apply(conv, p, (), x)).sum(), params).leaves
+    assert any("x = 0 at le[0, 2, 3, 1]" in leaf.cause for leaf in leaves), leaves
+
+
+def test_a_kink_within_a_loop_or_a_call_that_stands_twice_is_named_there():
+    relu = fnet.layers.relu()
+    images = np.random.default_rng(0).uniform(0.5, 1, (2, 2, 4, 5, 3))
+    images[1, 0, 2, 4, 1] = 0
+
+    def looped(xs):
+        return jax.lax.scan(lambda total, x: (total + fnet.apply(relu, (), (), x).sum(), None), 0.0, xs)[0]
+
+    assert "x = 0 at le[0, 2, 4, 1]" in check(looped, images).leaves[0].cause
+    f, x = jax.jit(lambda x: jnp.where(x <= 0, 0, x)), np.random.default_rng(0).uniform(0.5, 1, (3, 3))
+    x[2, 1] = 0
+    assert "[2, 1]" in check(lambda x: f(x).sum() + f((x + 1).T).sum(), x).leaves[0].cause
 
 
 # ---- not finite ----
+
+
+def test_what_is_not_finite_in_an_image_of_few_channels_is_named_where_the_image_has_it():
+    log = by_entry("log", lambda x: (jnp.log(2 * x), x), lambda x, dy: dy / x)
+    x = np.random.default_rng(0).uniform(1, 2, (2, 4, 5, 3))
+    x[1, 2, 4, 0] = 0
+    (leaf,) = check(lambda x: fnet.apply(log, (), (), x).sum(), x).leaves
+    assert "-inf from log, index [1, 2, 4, 0]" in leaf.cause, leaf
 
 
 def test_the_operation_that_makes_a_nan_is_named():

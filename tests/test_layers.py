@@ -312,6 +312,26 @@ def test_thresholds_may_be_traced_and_open_to_one_side():
         layers.softplus(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("leaky_relu", "slope"),
+        ("elu", "alpha"),
+        ("celu", "alpha"),
+        ("selu", "scale"),
+        ("softplus", "beta"),
+        ("silu", "beta"),
+        ("hard_sigmoid", "offset"),
+        ("hard_tanh", "high"),
+        ("threshold", "value"),
+        ("shrink", "bias"),
+    ],
+)
+def test_numbers_of_activations_are_single_ones(name, argument):
+    with pytest.raises(ValueError, match=rf"^{name}: {argument} has shape \(3,\); expected one number"):
+        getattr(layers, name)(**{argument: jnp.asarray([0.1, 0.5, 2.0])})
+
+
 def test_prelu_takes_its_slope_at_zero_where_the_slope_itself_learns_nothing():
     x, layer = jnp.asarray([[0.0, -0.0, -2.0]]), layers.prelu(shared=True)
     params, state = layer.init(jax.random.key(0), x)

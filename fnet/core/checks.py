@@ -136,6 +136,13 @@ def require_counts(who: str, **counts) -> None:
             raise ValueError(f"{who}: {name} = {what} at least 1")
 
 
+def require_numbers(who: str, remedy: str = "give one number", **numbers) -> None:
+    """ValueError unless each is one number, which may be traced."""
+    for name, number in numbers.items():
+        shape = np.shape(number)
+        require(shape == (), f"{who}: {name} has shape {shape}; expected one number: {remedy}")
+
+
 def require_array(x) -> None:
     """Raise `LayerError` unless ``x`` is one array (or a shape)."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):

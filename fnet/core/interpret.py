@@ -299,12 +299,17 @@ HIDDEN = (
 
 def location(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:
     """``file.py:line`` of the user's code that an equation, or the call around it, comes from; empty if unknown."""
-    for one in (eqn, *reversed(calls)):
-        traceback = one.source_info.traceback
-        for frame in traceback.frames if traceback is not None else ():
-            if not any(part in frame.file_name for part in HIDDEN) and not frame.file_name.startswith("<frozen"):
-                return f"{Path(frame.file_name).name}:{frame.line_num}"
-    return ""
+    frame = next(filter(None, map(frame_of, (eqn, *reversed(calls)))), None)
+    return "" if frame is None else f"{Path(frame.file_name).name}:{frame.line_num}"
+
+
+def frame_of(eqn: JaxprEqn) -> Any:
+    """The innermost call in the user's code, or in a layer's, that an equation comes from; None if unknown."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not any(part in frame.file_name for part in HIDDEN) and not frame.file_name.startswith("<frozen"):
+            return frame
+    return None
 
 
 def placed(eqn: JaxprEqn, calls: tuple[JaxprEqn, ...] = ()) -> str:

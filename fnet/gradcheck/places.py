@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fnet.core.interpret import (
     STRUCTURE,
-    body_of_call,
     dependencies,
     evaluate,
+    frame_of,
     function_name,
     is_float,
     location,
     placed,
+    walk,
 )
 from fnet.core.jax_insides import Jaxpr, Var, variables
 
@@ -76,7 +79,7 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
 
     dependencies(closed.jaxpr, [int(i == leaf) for i in range(len(inputs))], visit)
     found: dict[str, None] = {}
-    orders = axis_orders(closed.jaxpr)
+    orders = laid_out(closed.jaxpr)
 
     def observe(site, eqn, inputs, outputs, calls):
         name = eqn.primitive.name
@@ -94,6 +97,7 @@ def ties(closed, inputs, leaf: int, limit: int = 4) -> tuple[str, ...]:
     return tuple(found)
 
 
+LAYS_OUT = "windows.py", "channels_first"  # of fnet.layers
 # operations whose results have the axes of what they take, in its order
 AXES_KEPT = frozenset(
     [
@@ -123,34 +127,25 @@ AXES_KEPT = frozenset(
 )
 
 
-def axis_orders(jaxpr: Jaxpr) -> dict[Var, tuple[int, ...]]:
-    """For values whose axes are those of another in a different order: which of its axes each of theirs is.
-
-    A layer over images of few channels goes through them with the examples last; its user knows them first.
+def laid_out(jaxpr: Jaxpr) -> dict[Var, tuple[int, ...]]:
+    """Of values that a layer over few channels goes through with the examples last: which axis of its input each of
+    theirs is.
     """
     orders: dict[Var, tuple[int, ...]] = {}
-
-    def visit(jaxpr: Jaxpr) -> None:
-        for eqn in jaxpr.eqns:
-            known = [orders.get(atom) if isinstance(atom, Var) else None for atom in eqn.invars]
-            body, results = body_of_call(eqn), []
-            if body is not None:
-                orders.update({var: o for var, o in zip(body.jaxpr.invars, known, strict=True) if o})
-                visit(body.jaxpr)
-                results = [orders.get(atom) if isinstance(atom, Var) else None for atom in body.jaxpr.outvars]
-            elif eqn.primitive.name == "transpose":
-                before = known[0] or range(len(eqn.params["permutation"]))
-                results = [tuple(before[k] for k in eqn.params["permutation"])]
-            elif eqn.primitive.name in AXES_KEPT:
-                results = [next(filter(None, known), None)]
-            orders.update({var: o for var, o in zip(eqn.outvars, results, strict=False) if o})
-
-    visit(jaxpr)
+    for place in walk(jaxpr):
+        eqn, name = place.eqn, place.eqn.primitive.name
+        frame = frame_of(eqn) if name == "transpose" else None
+        if frame is not None and (Path(frame.file_name).name, frame.function_name) == LAYS_OUT:
+            orders[eqn.outvars[0]] = eqn.params["permutation"]
+        elif name in AXES_KEPT:
+            known = (orders[atom] for atom in variables(eqn.invars) if atom in orders)
+            if (order := next(known, None)) is not None:
+                orders.update(dict.fromkeys(eqn.outvars, order))
     return orders
 
 
 def first_index(mask, order: tuple[int, ...] | None) -> list[int]:
-    """Where a mask is first true, by the axes of the array that it has in another order."""
+    """Where a mask is first true, by the axes of the layer's input where it has them in another order."""
     index = [int(k) for k in np.argwhere(np.asarray(mask))[0]]
     return index if order is None else [index[order.index(axis)] for axis in range(len(index))]
 
@@ -203,7 +198,8 @@ def tie(name: str, eqn, inputs, outputs):
     if name in ("floor", "ceil", "round"):
         return x == np.round(x), "x whole"
     if name == "clamp":
-        return (x == np.asarray(inputs[1])) | (x == np.asarray(inputs[2])), "x at the bound"
+        low, x, high = map(np.asarray, inputs)
+        return (x == low) | (x == high), "x at the bound"
     if name in ("sqrt", "rsqrt", "log") or (name == "pow" and is_float(inputs[1])):
         return x == 0, "x = 0"
     if name in ("reduce_max", "reduce_min", "argmax", "argmin"):
@@ -248,7 +244,7 @@ def count_equal(eqn, x, best) -> np.ndarray:
 def first_non_finite(closed, inputs) -> str:
     """The first operation that makes a NaN or an infinity out of finite numbers, with its place; empty if none does."""
     found: list[str] = []
-    orders = axis_orders(closed.jaxpr)
+    orders = laid_out(closed.jaxpr)
 
     def observe(site, eqn, inputs, outputs, calls):
         if found or any(is_float(x) and not np.isfinite(np.asarray(x, np.float64)).all() for x in inputs):

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.core.checks import require
+from fnet.core.checks import require, require_numbers
 from fnet.core.numerics import wide
 from fnet.layers.masks import by_position
 from fnet.layers.windows import layout
@@ -125,6 +125,7 @@ def tanh() -> Layer:
 
 def softplus(beta=1.0) -> Layer:
     """``y = log(1 + exp(β x)) / β``, a smooth relu; exact for large ``|x|``. ``beta`` is positive and may be traced."""
+    require_numbers("softplus", beta=beta)
     require(beta > 0, f"softplus: beta = {beta}; expected a positive number")
 
     def argument(x):
@@ -164,6 +165,8 @@ def hard_sigmoid(slope=1 / 6, offset=0.5) -> Layer:
     By default ``(x + 3)/6`` between -3 and 3: PyTorch and JAX the same, with these derivatives, and Keras 3. The slope
     is 1/5 in ONNX and was so in Keras 2. Both numbers may be traced.
     """
+
+    require_numbers("hard_sigmoid", slope=slope, offset=offset)
 
     def forward(x):
         z = x.astype(wide(x.dtype))

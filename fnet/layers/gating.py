@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fnet.core.checks import require_counts, require_layer
+from fnet.core.checks import require_counts, require_layer, require_numbers
 from fnet.core.numerics import wide
 from fnet.layers.activation import by_entry, logistic, sigmoid, without_parameters
 from fnet.layers.combinators import multiply, parallel, serial
@@ -78,6 +78,8 @@ def silu(beta=1.0) -> Layer:
     Source: Ramachandran et al., arXiv:1710.05941; Elfwing et al., arXiv:1702.03118. PyTorch's ``SiLU``, JAX' and Keras'
     ``silu`` have β = 1.
     """
+
+    require_numbers("silu", beta=beta)
 
     def argument(x):  # beyond ±1000 the gate is exactly 1 or 0 in float64 too
         largest = float(jnp.finfo(x.dtype).max)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from fnet.core.checks import require, require_params
+from fnet.core.checks import require, require_numbers, require_params
 from fnet.core.numerics import stream, wide
 from fnet.layers.activation import by_entry
 from fnet.layers.dense import rows
@@ -32,7 +32,11 @@ def relu() -> Layer:
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default is 0.3, JAX' 0.01."""
+    """``y = x`` where ``x > 0``, else ``slope x``; derivative ``slope`` at 0. Keras' default is 0.3, JAX' 0.01.
+
+    Raises ValueError for a slope that is not one number: those of channels are learned by `prelu`.
+    """
+    require_numbers("leaky_relu", "for slopes of channels there is prelu", slope=slope)
 
     def forward(x):
         negative = x <= 0
@@ -92,6 +96,7 @@ def prelu(*, shared: bool = False, slope=constant(0.25)) -> Layer:
 
 def _exponential(name, scale, alpha, width) -> Layer:
     """``y = λ x`` where ``x > 0``, else ``λ α (exp(x/w) − 1)``."""
+    require_numbers(name, alpha=alpha, scale=scale)
 
     def numbers(dtype):
         return (jnp.asarray(number, dtype) for number in (scale, alpha, width))
@@ -124,6 +129,7 @@ def celu(alpha=1.0) -> Layer:
     ``alpha`` is positive and may be traced; raises ValueError for one that is not. Source: Barron, arXiv:1704.07483.
     PyTorch, Keras and JAX the same.
     """
+    require_numbers("celu", alpha=alpha)
     require(alpha > 0, f"celu: alpha = {alpha}; expected a positive number")
     return _exponential("celu", 1, alpha, alpha)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from fnet.core.checks import require
+from fnet.core.checks import require, require_numbers
 from fnet.core.numerics import wide
 from fnet.layers.activation import by_entry, tanh_of
 from fnet.types import Layer
@@ -23,6 +23,7 @@ def hard_tanh(low=-1.0, high=1.0) -> Layer:
     >>> hard_tanh().forward((), (), jnp.array([-3.0, 0.5, 3.0]))[0].tolist()
     [-1.0, 0.5, 1.0]
     """
+    require_numbers("hard_tanh", low=low, high=high)
     require(low < high, f"hard_tanh: low = {low}, high = {high}; expected a low below the high")
 
     def forward(x):
@@ -46,6 +47,8 @@ def threshold(at=0.0, value=0.0) -> Layer:
     [0.0, 0.0, 3.0]
     """
 
+    require_numbers("threshold", at=at, value=value)
+
     def forward(x):
         below = x <= jnp.asarray(at, x.dtype)
         return jnp.where(below, jnp.asarray(value, x.dtype), x), below
@@ -64,6 +67,8 @@ def shrink(threshold=0.5, bias=0.0) -> Layer:
     >>> shrink(1.0, 1.0).forward((), (), jnp.array([-3.0, 0.5, 3.0]))[0].tolist()
     [-2.0, 0.0, 2.0]
     """
+
+    require_numbers("shrink", threshold=threshold, bias=bias)
 
     def forward(x):
         between, b = jnp.abs(x) <= jnp.asarray(threshold, x.dtype), jnp.asarray(bias, x.dtype)
