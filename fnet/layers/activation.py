@@ -165,7 +165,6 @@ def hard_sigmoid(slope=1 / 6, offset=0.5) -> Layer:
     By default ``(x + 3)/6`` between -3 and 3: PyTorch and JAX the same, with these derivatives, and Keras 3. The slope
     is 1/5 in ONNX and was so in Keras 2. Both numbers may be traced.
     """
-
     require_numbers("hard_sigmoid", slope=slope, offset=offset)
 
     def forward(x):

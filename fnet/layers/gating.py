@@ -78,7 +78,6 @@ def silu(beta=1.0) -> Layer:
     Source: Ramachandran et al., arXiv:1710.05941; Elfwing et al., arXiv:1702.03118. PyTorch's ``SiLU``, JAX' and Keras'
     ``silu`` have β = 1.
     """
-
     require_numbers("silu", beta=beta)
 
     def argument(x):  # beyond ±1000 the gate is exactly 1 or 0 in float64 too

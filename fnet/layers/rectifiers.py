@@ -96,7 +96,6 @@ def prelu(*, shared: bool = False, slope=constant(0.25)) -> Layer:
 
 def _exponential(name, scale, alpha, width) -> Layer:
     """``y = λ x`` where ``x > 0``, else ``λ α (exp(x/w) − 1)``."""
-    require_numbers(name, alpha=alpha, scale=scale)
 
     def numbers(dtype):
         return (jnp.asarray(number, dtype) for number in (scale, alpha, width))
@@ -120,6 +119,7 @@ def elu(alpha=1.0) -> Layer:
 
     ``alpha`` may be traced. Source: Clevert et al., arXiv:1511.07289. PyTorch, Keras and JAX the same.
     """
+    require_numbers("elu", alpha=alpha)
     return _exponential("elu", 1, alpha, 1)
 
 
@@ -145,4 +145,5 @@ def selu(alpha=SELU_ALPHA, scale=SELU_SCALE) -> Layer:
     Standard normal inputs give outputs of mean 0 and variance 1; for whole networks that is so with `lecun_normal`
     weights. Source: Klambauer et al., arXiv:1706.02515. PyTorch, Keras and JAX the same.
     """
+    require_numbers("selu", alpha=alpha, scale=scale)
     return _exponential("selu", scale, alpha, 1)

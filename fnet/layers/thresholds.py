@@ -46,7 +46,6 @@ def threshold(at=0.0, value=0.0) -> Layer:
     >>> threshold(1.0).forward((), (), jnp.array([-3.0, 0.5, 3.0]))[0].tolist()
     [0.0, 0.0, 3.0]
     """
-
     require_numbers("threshold", at=at, value=value)
 
     def forward(x):
@@ -67,7 +66,6 @@ def shrink(threshold=0.5, bias=0.0) -> Layer:
     >>> shrink(1.0, 1.0).forward((), (), jnp.array([-3.0, 0.5, 3.0]))[0].tolist()
     [-2.0, 0.0, 2.0]
     """
-
     require_numbers("shrink", threshold=threshold, bias=bias)
 
     def forward(x):

@@ -194,7 +194,7 @@ def adafactor(
             if p.ndim > 1:
                 r = b * r + (1 - b) * (jnp.minimum((g * g).mean(-1), most) + eps)
                 c = b * c + (1 - b) * (jnp.minimum((g * g).mean(-2), most) + eps)
-                # the roots apart: r cᵀ itself would underflow; and a product by entry, which is quicker than a quotient
+                # the roots apart: r cᵀ itself would underflow, and so would r / mean(r)
                 of_rows, of_columns = jnp.sqrt(r.mean(-1, keepdims=True)) / jnp.sqrt(r), 1 / jnp.sqrt(c)
                 u = g * of_rows[..., None] * of_columns[..., None, :]
             else:
